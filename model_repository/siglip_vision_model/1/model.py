@@ -1,0 +1,21 @@
+"""siglip_vision_model: pixels become embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from siglip_serve import serving
+
+
+class TritonPythonModel:
+    """PIXEL_VALUES [n, S, S, 3] UINT8 -> EMBEDDING, MEAN_EMBEDDING [n, D], PATCH_EMBEDDINGS [n, T, D] FP32."""
+
+    @staticmethod
+    def auto_complete_config(config: Any) -> Any:
+        return serving.fill_dims(config, serving.vision_dims)
+
+    def initialize(self, args: dict[str, str]) -> None:
+        self.vision = serving.VisionEmbedder(serving.open_context(args))
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        return self.vision.answer(requests)

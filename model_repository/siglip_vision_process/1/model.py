@@ -1,0 +1,21 @@
+"""siglip_vision_process: the bytes of images become pixels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from siglip_serve import serving
+
+
+class TritonPythonModel:
+    """INPUT_IMAGE [n, 1] BYTES -> PIXEL_VALUES [n, S, S, 3] UINT8."""
+
+    @staticmethod
+    def auto_complete_config(config: Any) -> Any:
+        return serving.fill_dims(config, lambda model: {"PIXEL_VALUES": [model.image.size, model.image.size, 3]})
+
+    def initialize(self, args: dict[str, str]) -> None:
+        self.images = serving.ImageReader(serving.open_context(args))
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        return serving.respond_each(requests, self.images.answer)

@@ -1,0 +1,163 @@
+"""The temporary directory from which a server runs: links to models and backend, nothing copied."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from siglip_serve.config import available_cores
+from siglip_serve.errors import ServerStartError
+
+__all__ = ["Stage"]
+
+_NAME = "siglip-serve-"
+_SHM = Path("/dev/shm")
+
+
+class Stage:
+    """What one server run needs on disk.
+
+    Attributes:
+        root: the directory, named after this process; `remove` deletes it.
+        device: `cpu` or `cuda`; `cpu` takes a model's `configs/cpu.pbtxt` where there is one.
+        models: the staged model repository.
+        empty: an empty working directory, since the model processes import from theirs.
+        shm_prefix: of the shared-memory files that the backend makes.
+    """
+
+    def __init__(self, repository: Path, device: str) -> None:
+        _sweep()
+        if not repository.is_dir():
+            raise ServerStartError(f"model repository {str(repository)!r}: no such directory")
+        self.repository = repository.resolve()
+        self.device = device
+        self.root = Path(tempfile.mkdtemp(prefix=f"{_NAME}{os.getpid()}-"))
+        self.models = self.root / "models"
+        self.empty = self.root / "cwd"
+        self.shm_prefix = f"{self.root.name}-"
+        self._backends = self.root / "backends"
+
+    def fill(self, checkpoint_name: str) -> list[str]:
+        """Link every model of the repository, write its configuration; the models' names."""
+        self.empty.mkdir()
+        names = []
+        for source in sorted(self.repository.iterdir()):
+            if (source / "config.pbtxt").is_file():
+                self._stage_model(source, checkpoint_name)
+                names.append(source.name)
+        if not names:
+            raise ServerStartError(
+                f"model repository {str(self.repository)!r}: no <model>/config.pbtxt in it"
+            )
+        return names
+
+    def remove(self) -> None:
+        """Delete the directory, and shared memory that a killed model process has left."""
+        _remove(self.root.name)
+
+    def server_command(self) -> list[str]:
+        """The `tritonserver` to run, with its backends."""
+        package = _pytriton()
+        if package is None:
+            installed = shutil.which("tritonserver") or "/opt/tritonserver/bin/tritonserver"
+            if not Path(installed).is_file():
+                raise ServerStartError(
+                    "no tritonserver: install nvidia-pytriton (pip install 'siglip-serve[server]') "
+                    "or run in a Triton container"
+                )
+            return [installed]
+        self._link_backend(package / "tritonserver")
+        return [str(package / "tritonserver/bin/tritonserver"), f"--backend-directory={self._backends}"]
+
+    def library_path(self, environment: Mapping[str, str]) -> dict[str, str]:
+        """`LD_LIBRARY_PATH` with this interpreter's libpython first and the wheel's libraries second."""
+        package = _pytriton()
+        if package is None:
+            return {}
+        folders = [_libpython().parent, package.parent / "nvidia_pytriton.libs"]
+        present = [path for path in environment.get("LD_LIBRARY_PATH", "").split(os.pathsep) if path]
+        return {"LD_LIBRARY_PATH": os.pathsep.join([*map(str, folders), *present])}
+
+    def _stage_model(self, source: Path, checkpoint_name: str) -> None:
+        target = self.models / source.name
+        target.mkdir(parents=True)
+        for entry in source.iterdir():
+            if entry.name not in {"config.pbtxt", "configs"}:
+                (target / entry.name).symlink_to(entry)
+        variant = source / "configs" / f"{self.device}.pbtxt"
+        chosen = variant if variant.is_file() else source / "config.pbtxt"
+        try:
+            config = text_format.Parse(chosen.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
+        except text_format.ParseError as error:
+            raise ServerStartError(f"{chosen}: {error}") from error
+        config.name = source.name
+        if config.backend == "python":
+            config.parameters["checkpoint_name"].string_value = checkpoint_name
+            for group in config.instance_group:
+                if group.kind == model_config_pb2.ModelInstanceGroup.KIND_CPU and group.count > 1:
+                    group.count = self._processes()
+        (target / "config.pbtxt").write_text(text_format.MessageToString(config), encoding="utf-8")
+
+    def _processes(self) -> int:
+        cores = available_cores()
+        # Beside a GPU, a quarter of the cores is left to the server and to its clients.
+        return max(1, cores * 3 // 4) if self.device == "cuda" else cores
+
+    def _link_backend(self, server: Path) -> None:
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        stub = server / "python_backend_stubs" / version / "triton_python_backend_stub"
+        if not stub.is_file():
+            have = sorted(path.name for path in stub.parents[1].iterdir())
+            raise ServerStartError(
+                f"no Triton Python backend for Python {version}; there is {', '.join(have)}"
+            )
+        target = self._backends / "python"
+        target.mkdir(parents=True)
+        for entry in [*(server / "backends/python").iterdir(), stub]:
+            if entry.name != "__pycache__":
+                (target / entry.name).symlink_to(entry)
+
+
+def _pytriton() -> Path | None:
+    found = importlib.util.find_spec("pytriton")
+    return Path(found.origin).parent if found and found.origin else None
+
+
+def _libpython() -> Path:
+    names = [sysconfig.get_config_var("INSTSONAME"), sysconfig.get_config_var("LDLIBRARY")]
+    library, multiarch = sysconfig.get_config_var("LIBDIR"), sysconfig.get_config_var("MULTIARCH") or ""
+    for folder in (Path(library), Path(library) / multiarch):
+        for name in names:
+            if name and ".so" in name and (folder / name).is_file():
+                return folder / name
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    raise ServerStartError(
+        f"this Python ({sys.executable}) has no shared libpython, which Triton's Python backend needs: "
+        f"on Debian and Ubuntu `apt-get install libpython{version}`; "
+        "with pyenv build it with PYTHON_CONFIGURE_OPTS=--enable-shared"
+    )
+
+
+def _sweep() -> None:
+    """Remove what earlier runs left that were killed outright."""
+    left = [*Path(tempfile.gettempdir()).glob(f"{_NAME}*-*"), *_SHM.glob(f"{_NAME}*-*")]
+    for path in left:
+        pid = path.name.removeprefix(_NAME).split("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            _remove(path.name)
+
+
+def _remove(name: str) -> None:
+    shutil.rmtree(Path(tempfile.gettempdir()) / name, ignore_errors=True)
+    for leftover in _SHM.glob(f"{name}*"):
+        leftover.unlink(missing_ok=True)

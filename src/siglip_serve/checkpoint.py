@@ -1,0 +1,246 @@
+"""A Hugging Face directory or hub id becomes a `ModelConfig` and named tensors.
+
+Nothing here imports torch at module level: the preprocessing and tokenizing models read only the
+JSON files. Values that a `config.json` leaves out are the reference's own defaults, kept in
+`siglip_defaults.json` (transformers' `SiglipVisionConfig`, `SiglipTextConfig`, `SiglipImageProcessor`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from siglip_serve.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "ImageConfig",
+    "ModelConfig",
+    "TextConfig",
+    "VisionConfig",
+    "load_config",
+    "load_tensors",
+    "resolve",
+]
+
+_T = TypeVar("_T")
+_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt"]
+_RESAMPLING: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Shape of the vision tower; names as in `config.json`."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    layer_norm_eps: float
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side; pixels beyond the last whole patch are not seen."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Shape of the text tower; names as in `config.json`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int
+    projection_size: int
+    layer_norm_eps: float
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """How the checkpoint wants its images: resized to `size` x `size`, then `(x * rescale - mean) / std`."""
+
+    size: int
+    resample: Literal["bilinear", "bicubic"]
+    rescale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """All that the checkpoint's JSON files say about the model, and where they lie."""
+
+    path: Path
+    vision: VisionConfig
+    text: TextConfig
+    image: ImageConfig
+
+
+def resolve(checkpoint: str) -> Path:
+    """The local directory of `checkpoint`: a directory, or a hub id, `id` or `id@revision`.
+
+    A hub id is downloaded into the Hugging Face cache unless it is there already.
+
+    Raises:
+        CheckpointError: neither a directory with a `config.json` nor a hub id that can be fetched.
+    """
+    path = Path(checkpoint).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"checkpoint {checkpoint!r}: the directory has no config.json")
+        return path.resolve()
+    name, _, revision = checkpoint.partition("@")
+    if checkpoint.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise CheckpointError(
+            f"checkpoint {checkpoint!r}: no such directory, and not a hub id of the form owner/name@revision"
+        )
+    return _download(name, revision or None)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    wanted = f"{name}@{revision}" if revision else name
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_PATTERNS))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"checkpoint {wanted!r}: not in the local cache, and the hub did not give it ({first_line})"
+        ) from error
+
+
+def load_config(path: Path) -> ModelConfig:
+    """Read and check the JSON files of a checkpoint directory; no weights, no torch.
+
+    Raises:
+        CheckpointError: a file is missing or malformed, or describes a model that is not a
+            fixed-resolution SigLIP.
+    """
+    defaults = json.loads(resources.files("siglip_serve").joinpath("siglip_defaults.json").read_text())
+    config = _read_json(path / "config.json")
+    if config.get("model_type") != "siglip":
+        raise CheckpointError(
+            f"{path / 'config.json'}: model_type is {config.get('model_type')!r}, expected 'siglip' "
+            "(fixed-resolution SigLIP and SigLIP 2 checkpoints)"
+        )
+    vision = {**defaults["vision_config"], **(config.get("vision_config") or {})}
+    text = {**defaults["text_config"], **(config.get("text_config") or {})}
+    text.setdefault("projection_size", text["hidden_size"])
+    _check_supported(path, vision, text)
+    return ModelConfig(
+        path=path,
+        vision=_pick(VisionConfig, vision, path),
+        text=_pick(TextConfig, text, path),
+        image=_image_config(path, vision, defaults["image_processor"]),
+    )
+
+
+def _check_supported(path: Path, vision: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+    for part, values in (("vision_config", vision), ("text_config", text)):
+        if values["hidden_act"] != "gelu_pytorch_tanh":
+            raise CheckpointError(
+                f"{path}: {part}.hidden_act is {values['hidden_act']!r}, expected 'gelu_pytorch_tanh'"
+            )
+        if values["hidden_size"] % values["num_attention_heads"]:
+            raise CheckpointError(
+                f"{path}: {part}.hidden_size {values['hidden_size']} does not divide into "
+                f"{values['num_attention_heads']} heads"
+            )
+    if not vision["vision_use_head"]:
+        raise CheckpointError(f"{path}: vision_config.vision_use_head is false: there is no pooled embedding")
+    if vision["num_channels"] != 3:
+        raise CheckpointError(f"{path}: vision_config.num_channels is {vision['num_channels']}, expected 3")
+
+
+def _pick(kind: type[_T], values: Mapping[str, Any], path: Path) -> _T:
+    names = kind.__dataclass_fields__  # type: ignore[attr-defined]
+    try:
+        return kind(**{name: values[name] for name in names})
+    except KeyError as error:
+        raise CheckpointError(f"{path}: config.json lacks {error.args[0]!r}") from error
+
+
+def _image_config(path: Path, vision: Mapping[str, Any], defaults: Mapping[str, Any]) -> ImageConfig:
+    processor = _read_json(path / "preprocessor_config.json", missing_ok=True)
+    if not processor:
+        processor = _read_json(path / "processor_config.json", missing_ok=True).get("image_processor", {})
+    for step in ("do_resize", "do_rescale", "do_normalize"):
+        if processor.get(step) is False:
+            raise CheckpointError(f"{path}: the image processor sets {step} to false, which is not supported")
+    size = processor.get("size") or {}
+    height = size.get("height", vision["image_size"])
+    if height != size.get("width", height) or height != vision["image_size"]:
+        raise CheckpointError(
+            f"{path}: the image processor resizes to {size}, "
+            f"the vision tower takes a square of {vision['image_size']}"
+        )
+    values = {**defaults, **{key: value for key, value in processor.items() if value is not None}}
+    if values["resample"] not in _RESAMPLING:
+        raise CheckpointError(f"{path}: resample is {values['resample']}, expected one of {_RESAMPLING}")
+    return ImageConfig(
+        size=height,
+        resample=_RESAMPLING[values["resample"]],
+        rescale=float(values["rescale_factor"]),
+        mean=tuple(values["image_mean"]),
+        std=tuple(values["image_std"]),
+    )
+
+
+def load_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin with `prefix`, by their full names; the weights may be sharded.
+
+    Raises:
+        CheckpointError: there is no weight file, or one cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    tensors: dict[str, torch.Tensor] = {}
+    for file in _weight_files(path):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                for name in weights.keys():  # noqa: SIM118 - not a mapping
+                    if name.startswith(prefix):
+                        tensors[name] = weights.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from error
+    return tensors
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        files = [path / name for name in names]
+    else:
+        files = [path / "model.safetensors"]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files:
+        raise CheckpointError(f"{path}: no {', '.join(missing) or 'weight files'}")
+    return files
+
+
+def _read_json(file: Path, missing_ok: bool = False) -> dict[str, Any]:
+    if not file.is_file():
+        if missing_ok:
+            return {}
+        raise CheckpointError(f"{file}: no such file")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, got {type(content).__name__}")
+    return content

@@ -1,0 +1,122 @@
+"""Settings, read once from the environment and from the `parameters` of a model's `config.pbtxt`.
+
+Every field of `Settings` is an environment variable `SIGLIP_SERVE_<NAME>` and a model parameter
+`<name>`; the parameter, which concerns one model, wins over the variable, which concerns all.
+A name that is not a setting stops the start.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from siglip_serve.errors import SettingsError
+
+__all__ = [
+    "PREFIX",
+    "START_REFUSED",
+    "Dtype",
+    "PreprocessMode",
+    "Settings",
+    "available_cores",
+    "load_settings",
+]
+
+PREFIX = "SIGLIP_SERVE_"
+# Marks, in the server's log, the line that tells why a model did not start.
+START_REFUSED = "siglip-serve cannot start: "
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+PreprocessMode = Literal["fast", "pil"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an operator can choose. The texts below are also the command line's help."""
+
+    checkpoint: str = field(
+        metadata={"help": "Hugging Face directory or hub id; owner/name@revision pins the revision"}
+    )
+    checkpoint_name: str = field(default="", metadata={"help": "the checkpoint's name as clients see it"})
+    dtype: Dtype = field(
+        default="auto",
+        metadata={"help": "arithmetic of the towers; auto: bfloat16 where the device is fast at it"},
+    )
+    preprocess: PreprocessMode = field(
+        default="fast",
+        metadata={"help": "fast: libjpeg-turbo and torch; pil: pixel for pixel the published preprocessing"},
+    )
+    max_image_bytes: int = field(
+        default=32 * 1024 * 1024, metadata={"help": "largest encoded image, in bytes"}
+    )
+    max_image_pixels: int = field(
+        default=64_000_000, metadata={"help": "largest image, in pixels; checked before decoding"}
+    )
+    max_rows: int = field(
+        default=0, metadata={"help": "rows in one pass of a tower; 0: fitted to the device"}
+    )
+    threads: int = field(default=0, metadata={"help": "CPU threads of one tower; 0: all cores"})
+    embed_models: str = field(
+        default="siglip_vision", metadata={"help": "values that the request parameter embed_model may take"}
+    )
+
+
+def load_settings(
+    environment: Mapping[str, str] | None = None, parameters: Mapping[str, str] | None = None
+) -> Settings:
+    """The settings of one model.
+
+    Args:
+        environment: variables; those that begin with `SIGLIP_SERVE_` are read. Default: `os.environ`.
+        parameters: the `parameters` of the model's configuration, as name -> string value.
+
+    Raises:
+        SettingsError: a name is unknown, a value is not of the setting's type or range, or
+            `checkpoint` is not set.
+    """
+    environment = os.environ if environment is None else environment
+    given = {
+        key.removeprefix(PREFIX).lower(): (value, f"environment variable {key}")
+        for key, value in environment.items()
+        if key.startswith(PREFIX)
+    }
+    given |= {key: (value, f"model parameter {key!r}") for key, value in (parameters or {}).items()}
+    types = get_type_hints(Settings)
+    values = {}
+    for name, (text, source) in given.items():
+        if name not in types:
+            raise SettingsError(f"{source}: no such setting; the settings are {', '.join(types)}")
+        values[name] = _parse(text, types[name], source)
+    missing = [f.name for f in fields(Settings) if f.default is MISSING and not values.get(f.name)]
+    if missing:
+        raise SettingsError(
+            f"setting {missing[0]!r} is not given (environment variable {PREFIX}{missing[0].upper()})"
+        )
+    return Settings(**values)
+
+
+def _parse(text: str, kind: Any, source: str) -> Any:
+    if get_origin(kind) is Literal:
+        if text not in get_args(kind):
+            raise SettingsError(f"{source}: got {text!r}, expected one of {', '.join(get_args(kind))}")
+        return text
+    if kind is int:
+        if not text.isascii() or not text.isdigit():
+            raise SettingsError(f"{source}: got {text!r}, expected a whole number >= 0")
+        return int(text)
+    return text
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use: its affinity, and its control group's quota (containers)."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return cores
+    if not quota.isdigit():
+        return cores
+    return max(1, min(cores, round(int(quota) / int(period))))

@@ -1,0 +1,317 @@
+"""Runs the real `tritonserver` on a model repository: `with TritonServer(ServeOptions(...)) as server`.
+
+The binary is the one of the `nvidia-pytriton` wheel, or, where that is not installed (the official
+container), the `tritonserver` on the PATH. The repository is served from a staged copy of links in a
+temporary directory, in which the launcher fits instance counts to the machine and writes the
+checkpoint into the model parameters, where clients can read it.
+
+Triton never restarts a model process that died: the launcher watches them and loads the model again.
+Loading needs explicit model control, whose endpoints are closed to all but the holder of a key made
+at start.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Self
+
+import psutil
+from PIL import Image
+
+from siglip_serve import checkpoint
+from siglip_serve._staging import Stage
+from siglip_serve._watcher import Watcher
+from siglip_serve.config import PREFIX, START_REFUSED, load_settings
+from siglip_serve.errors import ServerStartError
+
+__all__ = ["ServeOptions", "TritonServer"]
+
+_KEY_HEADER = "siglip-serve-key"
+_CLOSED_APIS = "model-repository,shared-memory,logging,trace"
+_FORWARDED_HEADERS = "(?i)^(normalized|base64_encoded|embed_model)$"
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What to serve, and where.
+
+    Attributes:
+        model_repository: the directory of the models.
+        checkpoint: Hugging Face directory or hub id (`owner/name@revision`).
+        device: `auto` takes CUDA GPUs if there are any.
+        host: address to bind.
+        http_port, grpc_port, metrics_port: 0 chooses a free one.
+        settings: further settings by name (`siglip_serve.config.Settings`), as strings.
+        log_file: where the server's log goes; default: a file in the temporary directory.
+        start_timeout: seconds until a start counts as failed.
+    """
+
+    model_repository: Path
+    checkpoint: str
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    host: str = "127.0.0.1"
+    http_port: int = 0
+    grpc_port: int = 0
+    metrics_port: int = 0
+    settings: Mapping[str, str] = field(default_factory=dict)
+    log_file: Path | None = None
+    start_timeout: float = 600.0
+
+
+class TritonServer:
+    """A running server; use it as a context manager.
+
+    Attributes:
+        http_port, grpc_port, metrics_port: the ports that are served.
+        device: `cpu` or `cuda`.
+        models: names of the loaded models.
+        log_file: the server's log.
+    """
+
+    def __init__(self, options: ServeOptions) -> None:
+        self.options = options
+        self.http_port = _port(options.host, options.http_port, "HTTP")
+        self.grpc_port = _port(options.host, options.grpc_port, "gRPC")
+        self.metrics_port = _port(options.host, options.metrics_port, "metrics")
+        self._key = secrets.token_urlsafe(24)
+        self.models: list[str] = []
+        self.device = _device(options.device)
+        self._stage: Stage | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._watcher: Watcher | None = None
+
+    @property
+    def address(self) -> str:
+        """The host to connect to from this machine."""
+        return "127.0.0.1" if self.options.host == "0.0.0.0" else self.options.host
+
+    @property
+    def http_url(self) -> str:
+        """`host:port` of the HTTP endpoint."""
+        return f"{self.address}:{self.http_port}"
+
+    @property
+    def grpc_url(self) -> str:
+        """`host:port` of the gRPC endpoint."""
+        return f"{self.address}:{self.grpc_port}"
+
+    @property
+    def pid(self) -> int:
+        """Process id of `tritonserver`."""
+        if self._process is None:
+            raise ServerStartError("the server is not running")
+        return self._process.pid
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start the server and wait until it has answered a real inference.
+
+        Raises:
+            CheckpointError, SettingsError: as found before the server runs.
+            ServerStartError: the server did not start; the message tells the cause, or ends with
+                the log's last lines.
+        """
+        options = self.options
+        path = checkpoint.resolve(options.checkpoint)
+        checkpoint.load_config(path)
+        self._stage = stage = Stage(options.model_repository, self.device)
+        try:
+            self.models = stage.fill(_label(options.checkpoint, path))
+            self.log_file = options.log_file or stage.root.with_suffix(".log")
+            self.log_file.parent.mkdir(parents=True, exist_ok=True)
+            with self.log_file.open("ab") as log:
+                self._process = subprocess.Popen(
+                    self._command(stage),
+                    env=self._environment(stage, path),
+                    cwd=stage.empty,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # the terminal's Ctrl-C is for the launcher, which then stops it
+                )
+            self._wait_until_ready()
+            self._infer()
+            self._watcher = Watcher(self._process.pid, self.models, self._load, self.log_file)
+            self._watcher.start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self, timeout: float = 35.0) -> None:
+        """Let running requests complete, then end every process and remove every file of the start."""
+        if self._watcher is not None:
+            self._watcher.stop()
+            self._watcher = None
+        if self._process is not None:
+            _end(self._process, timeout)
+            self._process = None
+        if self._stage is not None:
+            self._stage.remove()
+            self._stage = None
+
+    def wait(self) -> int:
+        """Block until the server ends by itself; its exit status."""
+        if self._process is None:
+            raise ServerStartError("the server is not running")
+        return self._process.wait()
+
+    def _command(self, stage: Stage) -> list[str]:
+        options = self.options
+        closed = f"{_CLOSED_APIS}:{_KEY_HEADER}={self._key}"
+        command = [
+            *stage.server_command(),
+            f"--model-repository={stage.models}",
+            "--model-control-mode=explicit",
+            "--load-model=*",
+            f"--http-address={options.host}",
+            f"--http-port={self.http_port}",
+            f"--grpc-address={options.host}",
+            f"--grpc-port={self.grpc_port}",
+            f"--metrics-address={options.host}",
+            f"--metrics-port={self.metrics_port}",
+            f"--allow-gpu-metrics={'true' if stage.device == 'cuda' else 'false'}",
+            f"--http-restricted-api={closed}",
+            f"--grpc-restricted-protocol={closed}",
+            f"--http-header-forward-pattern={_FORWARDED_HEADERS}",
+            f"--backend-config=python,shm-region-prefix-name={stage.shm_prefix}",
+            "--exit-timeout-secs=30",
+        ]
+        setpriv = shutil.which("setpriv")
+        # If the launcher is killed outright, the kernel asks the server to stop.
+        return [setpriv, "--pdeathsig", "TERM", "--", *command] if setpriv else command
+
+    def _environment(self, stage: Stage, path: Path) -> dict[str, str]:
+        environment = dict(os.environ)
+        environment |= {f"{PREFIX}{name.upper()}": value for name, value in self.options.settings.items()}
+        environment[f"{PREFIX}CHECKPOINT"] = str(path)
+        load_settings(environment)  # a typo ends the start here, before anything runs
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+        environment["PYTHONUNBUFFERED"] = "1"
+        return environment | stage.library_path(environment)
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + self.options.start_timeout
+        while time.monotonic() < deadline:
+            if self._process is None or self._process.poll() is not None:
+                raise ServerStartError(_cause(self.log_file))
+            try:
+                self._call("/v2/health/ready", timeout=5)
+            except (OSError, urllib.error.URLError):
+                time.sleep(0.05)
+            else:
+                return
+        raise ServerStartError(f"not ready after {self.options.start_timeout:.0f} s\n{_tail(self.log_file)}")
+
+    def _infer(self) -> None:
+        picture = io.BytesIO()
+        Image.new("RGB", (16, 16), (90, 120, 60)).save(picture, "PNG")
+        headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": "0"}
+        try:
+            self._call("/v2/models/embed_image/infer", picture.getvalue(), headers, timeout=120)
+        except urllib.error.HTTPError as error:
+            reason = error.read().decode(errors="replace")
+            raise ServerStartError(f"the first inference failed: {reason}\n{_tail(self.log_file)}") from error
+
+    def _load(self, model: str) -> None:
+        self._call(f"/v2/repository/models/{model}/load", b"{}", {_KEY_HEADER: self._key}, timeout=300)
+
+    def _call(
+        self,
+        path: str,
+        data: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        timeout: float = 5,
+    ) -> bytes:
+        request = urllib.request.Request(f"http://{self.http_url}{path}", data, dict(headers or {}))
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            return bytes(response.read())
+
+
+def _label(name: str, path: Path) -> str:
+    """The checkpoint as clients shall see it: a hub id with the revision that was really resolved."""
+    pinned = path.parent.name == "snapshots"
+    return f"{name.partition('@')[0]}@{path.name}" if pinned else name
+
+
+def _port(host: str, port: int, what: str) -> int:
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        raise ServerStartError(f"{what} port {port} on {host} cannot be bound: {error.strerror}") from error
+
+
+def _device(device: str) -> str:
+    if device == "cpu":
+        return device
+    found = _cuda_devices()
+    if device == "cuda" and not found:
+        raise ServerStartError("device cuda: the NVIDIA driver on this machine shows no GPU")
+    return "cuda" if found else "cpu"
+
+
+def _cuda_devices() -> int:
+    """How many GPUs the driver shows; asked without torch, whose import takes seconds."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    answered = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
+    return count.value if answered else 0
+
+
+def _end(server: subprocess.Popen[bytes], timeout: float) -> None:
+    """SIGTERM lets running requests complete; whoever is left after `timeout` is killed."""
+    try:
+        family = psutil.Process(server.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        family = []
+    server.terminate()
+    try:
+        server.wait(timeout)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+    _, alive = psutil.wait_procs(family, timeout=3)
+    for process in alive:
+        process.kill()
+    psutil.wait_procs(alive, timeout=3)
+
+
+def _cause(log_file: Path) -> str:
+    """Why a start failed: the models' own words if there are any, else the log's errors, else its end."""
+    text = log_file.read_text(encoding="utf-8", errors="replace")
+    if found := re.search(rf'{START_REFUSED}(.*?)(?:\\n\\nAt:|"?$)', text, re.MULTILINE):
+        return found[1].replace("\\n", "\n")  # the log writes a message on one line
+    errors = [line for line in text.splitlines() if re.match(r"E\d{4} |error:", line)]
+    if errors:
+        return "\n".join(["tritonserver ended during its start:", *errors[:8], f"the whole log: {log_file}"])
+    return f"tritonserver ended during its start\n{_tail(log_file)}"
+
+
+def _tail(log_file: Path, lines: int = 25) -> str:
+    text = log_file.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join([f"the last lines of {log_file}:", *text[-lines:]])

@@ -1,0 +1,329 @@
+"""What the Triton models share: settings, dimensions, rows in, rows out, errors of single requests.
+
+A `model.py` is glue of a few lines over this module: it names the library call, this module does the
+rest. Row counts are each request's own; an error belongs to the request that caused it and never to
+its neighbours in a batch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
+
+from siglip_serve import checkpoint
+from siglip_serve.checkpoint import ModelConfig
+from siglip_serve.config import START_REFUSED, Settings, available_cores, load_settings
+from siglip_serve.errors import InvalidInputError, SiglipServeError, UnavailableError
+from siglip_serve.pooling import l2_normalize
+
+if TYPE_CHECKING:
+    from siglip_serve.engine import Batch
+
+__all__ = [
+    "Context",
+    "ImageReader",
+    "Request",
+    "VisionEmbedder",
+    "fill_dims",
+    "map_rows",
+    "open_context",
+    "respond_each",
+    "respond_together",
+    "vision_dims",
+]
+
+
+# One vocabulary for all models, since the steps of an ensemble all see the request's parameters.
+_PARAMETERS = frozenset({"base64_encoded", "embed_model", "normalized", "truncation"})
+
+Row = NDArray[Any]
+Outputs = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a model knows when it starts.
+
+    Attributes:
+        settings: from the environment and the model's parameters.
+        config: the checkpoint's JSON files.
+        device: `cpu`, or `cuda:<index>` as Triton placed the instance.
+    """
+
+    settings: Settings
+    config: ModelConfig
+    device: str
+
+
+def open_context(args: Mapping[str, str]) -> Context:
+    """The context of a model instance, from the arguments of `initialize`.
+
+    Raises:
+        SettingsError, CheckpointError: with a message for the operator.
+    """
+    settings, config = _read(json.loads(args["model_config"]))
+    gpu = args["model_instance_kind"] == "GPU"
+    return Context(settings, config, f"cuda:{args['model_instance_device_id']}" if gpu else "cpu")
+
+
+def fill_dims(model: Any, dims: Callable[[ModelConfig], Mapping[str, list[int]]]) -> Any:
+    """Complete the dimensions that a `config.pbtxt` leaves to the checkpoint.
+
+    Args:
+        model: the `pb_utils.ModelConfig` of `auto_complete_config`.
+        dims: checkpoint configuration -> dimensions by tensor name.
+    """
+    described = model.as_dict()
+    _, config = _read(described)
+    wanted = dims(config)
+    for tensors, add in (("input", model.add_input), ("output", model.add_output)):
+        for tensor in described[tensors]:
+            if tensor["name"] in wanted:
+                add({key: tensor[key] for key in ("name", "data_type")} | {"dims": wanted[tensor["name"]]})
+    return model
+
+
+def _read(model_config: Mapping[str, Any]) -> tuple[Settings, ModelConfig]:
+    parameters = {key: value["string_value"] for key, value in model_config.get("parameters", {}).items()}
+    with readable_start():
+        settings = load_settings(parameters=parameters)
+        return settings, checkpoint.load_config(checkpoint.resolve(settings.checkpoint))
+
+
+@contextmanager
+def readable_start() -> Iterator[None]:
+    """Errors of our own end a model's start with one marked line, which the launcher shows."""
+    try:
+        yield
+    except SiglipServeError as error:
+        raise pb_utils.TritonModelException(f"{START_REFUSED}{error}") from None
+
+
+class Request:
+    """One request's inputs and parameters, checked."""
+
+    def __init__(self, request: Any) -> None:
+        self._request = request
+        self._parameters: dict[str, Any] = json.loads(request.parameters() or "{}")
+        for name in self._parameters:
+            if name not in _PARAMETERS and not name.startswith("triton_"):
+                known = ", ".join(sorted(_PARAMETERS))
+                raise InvalidInputError(f"parameter {name!r}: unknown; the parameters are {known}")
+
+    def strings(self, name: str) -> list[bytes]:
+        """The rows of a BYTES input of shape [n, 1]."""
+        array = self.array(name)
+        if array.ndim != 2 or array.shape[1] != 1:
+            raise InvalidInputError(f"{name}: got shape {list(array.shape)}, expected [rows, 1]")
+        return [bytes(row) for row in array[:, 0]]
+
+    def array(self, name: str) -> NDArray[Any]:
+        """An input tensor as it came."""
+        tensor = pb_utils.get_input_tensor_by_name(self._request, name)
+        if tensor is None:
+            raise InvalidInputError(f"{name}: missing")
+        return tensor.as_numpy()
+
+    def flag(self, name: str) -> bool:
+        """A boolean parameter, false unless given; forwarded HTTP headers arrive as `true` or `false`."""
+        value = self._parameters.get(name, False)
+        if isinstance(value, str) and value.lower() in {"true", "false"}:
+            return value.lower() == "true"
+        if not isinstance(value, bool):
+            raise InvalidInputError(f"parameter {name!r}: got {value!r}, expected true or false")
+        return value
+
+    def choice(self, name: str, choices: str) -> str:
+        """A parameter that must be one of the comma-separated `choices`; the first one unless given."""
+        allowed = [choice.strip() for choice in choices.split(",")]
+        value = self._parameters.get(name, allowed[0])
+        if value not in allowed:
+            raise InvalidInputError(
+                f"parameter {name!r}: got {value!r}, expected one of {', '.join(allowed)}"
+            )
+        return str(value)
+
+    def wanted(self) -> list[str]:
+        """The outputs that the caller asked for."""
+        return list(self._request.requested_output_names())
+
+
+def map_rows(name: str, rows: Sequence[bytes], function: Callable[[bytes], Row]) -> NDArray[Any]:
+    """`function` of every row, stacked.
+
+    Raises:
+        InvalidInputError: names each row that was refused, by its index.
+    """
+    done: list[Row] = []
+    refused: list[InvalidInputError] = []
+    for index, row in enumerate(rows):
+        try:
+            done.append(function(row))
+        except InvalidInputError as error:
+            refused.append(error.at(name, index))
+    if refused:
+        shown = "; ".join(str(error) for error in refused[:5])
+        more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
+        raise InvalidInputError(shown + more)
+    return np.stack(done)
+
+
+def respond_each(requests: Sequence[Any], answer: Callable[[Request], Outputs]) -> list[Any]:
+    """One response a request, each by a call of its own."""
+    responses = []
+    for request in requests:
+        try:
+            responses.append(_response(answer(Request(request))))
+        except SiglipServeError as error:
+            responses.append(_refusal(error))
+    return responses
+
+
+def respond_together(
+    requests: Sequence[Any],
+    read: Callable[[Request], NDArray[Any]],
+    compute: Callable[[NDArray[Any], Sequence[Request]], Batch],
+    finish: Callable[[Request, Outputs], Outputs],
+) -> list[Any]:
+    """One response a request; the rows of all valid requests are computed as one batch.
+
+    Args:
+        requests: as Triton hands them to `execute`.
+        read: a request -> its rows [n, ...], of one dtype and trailing shape, n its own.
+        compute: the rows [N, ...] of several requests, and the requests -> outputs of N rows.
+        finish: a request and its own rows of the outputs -> what it is answered.
+    """
+    responses: list[Any] = [None] * len(requests)
+    valid: list[tuple[int, Request, NDArray[Any]]] = []
+    for index, raw in enumerate(requests):
+        try:
+            request = Request(raw)
+            valid.append((index, request, read(request)))
+        except SiglipServeError as error:
+            responses[index] = _refusal(error)
+    if not valid:
+        return responses
+    rows = valid[0][2] if len(valid) == 1 else np.concatenate([own for _, _, own in valid])
+    try:
+        batch = compute(rows, [request for _, request, _ in valid])
+    except RuntimeError as error:  # a fault of the device or of torch concerns every row
+        for index, _, _ in valid:
+            responses[index] = _refusal(error)
+        return responses
+    start = 0
+    for index, request, own in valid:
+        end = start + len(own)
+        try:
+            responses[index] = _response(finish(request, batch.rows(start, end)))
+        except SiglipServeError as error:
+            responses[index] = _refusal(error)
+        start = end
+    return responses
+
+
+def vision_dims(model: ModelConfig) -> dict[str, list[int]]:
+    """Dimensions of the vision model's tensors, without the rows."""
+    size, width, tokens = model.image.size, model.vision.hidden_size, model.vision.grid_size**2
+    return {
+        "PIXEL_VALUES": [size, size, 3],
+        "EMBEDDING": [width],
+        "MEAN_EMBEDDING": [width],
+        "PATCH_EMBEDDINGS": [tokens, width],
+    }
+
+
+class ImageReader:
+    """Requests for `siglip_vision_process`."""
+
+    def __init__(self, context: Context) -> None:
+        from PIL import Image
+
+        from siglip_serve.preprocess import ImageLimits, Preprocessor, decode_base64
+
+        settings = context.settings
+        if settings.preprocess == "fast":
+            import torch
+
+            torch.set_num_threads(1)  # the other cores belong to the other instances
+        Image.MAX_IMAGE_PIXELS = None  # our own limit stands in its place, at the same point: the header
+        limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
+        self._preprocess = Preprocessor(context.config.image, settings.preprocess, limits)
+        self._decode_base64 = partial(decode_base64, limits=limits)
+        self._embed_models = settings.embed_models
+
+    def answer(self, request: Request) -> Outputs:
+        """INPUT_IMAGE [n, 1] BYTES -> PIXEL_VALUES [n, S, S, 3] UINT8."""
+        request.choice("embed_model", self._embed_models)
+        encoded = request.flag("base64_encoded")
+
+        def pixels(row: bytes) -> Row:
+            return self._preprocess(self._decode_base64(row) if encoded else row)
+
+        return {"PIXEL_VALUES": map_rows("INPUT_IMAGE", request.strings("INPUT_IMAGE"), pixels)}
+
+
+class VisionEmbedder:
+    """Requests for `siglip_vision_model`."""
+
+    def __init__(self, context: Context) -> None:
+        import torch
+
+        from siglip_serve.engine import VisionEngine, choose_dtype
+        from siglip_serve.siglip import load_vision
+
+        settings, config = context.settings, context.config
+        torch.set_num_threads(settings.threads or available_cores())
+        self._shape = vision_dims(config)["PIXEL_VALUES"]
+        with readable_start():
+            dtype = choose_dtype(settings.dtype, context.device)
+            tower = load_vision(config.path)
+        self._engine = VisionEngine(tower, config.image, context.device, dtype, settings.max_rows)
+        # The first pass allocates and chooses kernels: not at a caller's expense.
+        self._engine(np.zeros((1, *self._shape), dtype=np.uint8))
+
+    def answer(self, requests: Sequence[Any]) -> list[Any]:
+        """PIXEL_VALUES -> the outputs each request asked for; `normalized` scales vectors to unit length."""
+        return respond_together(requests, self._read, self._compute, self._finish)
+
+    def _read(self, request: Request) -> NDArray[Any]:
+        request.flag("normalized")
+        pixels = request.array("PIXEL_VALUES")
+        if list(pixels.shape[1:]) != self._shape or pixels.dtype != np.uint8:
+            raise InvalidInputError(
+                f"PIXEL_VALUES: got {pixels.dtype} {list(pixels.shape)}, "
+                f"expected uint8 {['rows', *self._shape]}"
+            )
+        return pixels
+
+    def _compute(self, pixels: NDArray[Any], requests: Sequence[Request]) -> Batch:
+        return self._engine(pixels, {name for request in requests for name in request.wanted()})
+
+    def _finish(self, request: Request, outputs: Outputs) -> Outputs:
+        asked = {name: outputs[name] for name in request.wanted()}
+        if request.flag("normalized"):
+            asked = {name: l2_normalize(array) for name, array in asked.items()}
+        return asked
+
+
+def _response(outputs: Outputs) -> Any:
+    tensors = [pb_utils.Tensor(name, array) for name, array in outputs.items()]
+    return pb_utils.InferenceResponse(output_tensors=tensors)
+
+
+def _refusal(error: Exception) -> Any:
+    code = pb_utils.TritonError.INTERNAL
+    if isinstance(error, InvalidInputError):
+        code = pb_utils.TritonError.INVALID_ARG
+    elif isinstance(error, UnavailableError):
+        code = pb_utils.TritonError.UNAVAILABLE
+    else:
+        pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))

@@ -1,0 +1,277 @@
+"""Both SigLIP towers in plain PyTorch.
+
+Parameters keep the Hugging Face names, except that the query, key and value projections of a block
+are one `qkv_proj`, fused by a load hook. The result equals transformers' `SiglipModel` for the
+fixed-resolution checkpoints of SigLIP and SigLIP 2.
+
+Shapes: B images or texts, T tokens (grid_size ** 2 patches, or the context length), D hidden size,
+H heads, P the joint space (D of the vision tower = `projection_size` of the text tower).
+
+Source: "Sigmoid Loss for Language Image Pre-Training" (Zhai et al., 2023, arXiv 2303.15343), and
+"SigLIP 2" (Tschannen et al., 2025, arXiv 2502.14786).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from siglip_serve.checkpoint import TextConfig, VisionConfig, load_config, load_tensors
+from siglip_serve.errors import CheckpointError
+
+__all__ = ["AttentionPooling", "TextTower", "VisionTower", "load_scale", "load_text", "load_vision"]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention without a mask."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv_proj = nn.Linear(width, 3 * width)
+        self.out_proj = nn.Linear(width, width)
+        self.register_load_state_dict_pre_hook(_fuse_qkv)  # type: ignore[no-untyped-call]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]"""
+        q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, T, D/H]
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.out_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two linear layers with the tanh form of GELU between them."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]"""
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """A pre-LayerNorm transformer block."""
+
+    def __init__(self, config: VisionConfig | TextConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.layer_norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.self_attn = Attention(width, config.num_attention_heads)
+        self.layer_norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.mlp = MLP(width, config.intermediate_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]"""
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Encoder(nn.Module):
+    """The stack of blocks."""
+
+    def __init__(self, config: VisionConfig | TextConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]"""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class AttentionPooling(nn.Module):
+    """The MAP head: one learned probe attends over all tokens; then a residual MLP."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.probe = nn.Parameter(torch.empty(1, 1, width))
+        self.attention = nn.MultiheadAttention(width, config.num_attention_heads, batch_first=True)
+        self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.mlp = MLP(width, config.intermediate_size)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, T, D] -> [B, D], not normalised"""
+        heads = (self.attention.num_heads, -1)
+        w_q, w_kv = self.attention.in_proj_weight.tensor_split([tokens.shape[-1]])
+        b_q, b_kv = self.attention.in_proj_bias.tensor_split([tokens.shape[-1]])
+        # The probe is one for all images: its query is computed once, not once an image.
+        q = F.linear(self.probe, w_q, b_q).unflatten(-1, heads).transpose(1, 2)  # [1, H, 1, D/H]
+        kv = F.linear(tokens, w_kv, b_kv).unflatten(-1, (2, *heads))
+        k, v = kv.permute(2, 0, 3, 1, 4)  # [B, H, T, D/H]
+        y = F.scaled_dot_product_attention(q.expand(len(tokens), -1, -1, -1), k, v)  # [B, H, 1, D/H]
+        x = self.attention.out_proj(y.transpose(1, 2).flatten(2))[:, 0]  # [B, D]
+        return x + self.mlp(self.layernorm(x))
+
+
+class VisionEmbeddings(nn.Module):
+    """Patches become tokens with learned positions."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.patch_embedding = nn.Conv2d(3, config.hidden_size, config.patch_size, stride=config.patch_size)
+        self.position_embedding = nn.Embedding(config.grid_size**2, config.hidden_size)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B, 3, S, S] -> [B, T, D]; pixels beyond the last whole patch of a side are not seen"""
+        x = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        return x + self.position_embedding.weight
+
+
+class VisionTower(nn.Module):
+    """Normalised pixels -> patch tokens; `head` pools tokens into the image embedding."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = VisionEmbeddings(config)
+        self.encoder = Encoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.head = AttentionPooling(config)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """The reference's `last_hidden_state`.
+
+        Args:
+            pixels: [B, 3, S, S], floating point, normalised as the checkpoint asks.
+
+        Returns:
+            [B, T, D] patch tokens; `self.head` makes the reference's `pooler_output` [B, D] of them.
+        """
+        x = self.embeddings(pixels)
+        x = self.encoder(x)
+        return self.post_layernorm(x)
+
+
+class TextEmbeddings(nn.Module):
+    """Token ids become tokens with learned positions."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[B, T] -> [B, T, D]"""
+        x = self.token_embedding(ids)
+        return x + self.position_embedding.weight[: ids.shape[1]]
+
+
+class TextTower(nn.Module):
+    """Token ids -> tokens; `pool` projects the last position into the joint space."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = TextEmbeddings(config)
+        self.encoder = Encoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.projection_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The reference's `last_hidden_state`.
+
+        Args:
+            ids: [B, T] int64, padded to the context length; the padding is attended to.
+
+        Returns:
+            [B, T, D] tokens.
+        """
+        x = self.embeddings(ids)
+        x = self.encoder(x)
+        return self.final_layer_norm(x)
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """[B, T, D] -> [B, P], the reference's `pooler_output`, not normalised"""
+        return self.head(tokens[:, -1])
+
+
+def load_vision(path: Path) -> VisionTower:
+    """The vision tower of a checkpoint directory, in float32, on the CPU, in evaluation mode.
+
+    Raises:
+        CheckpointError: the configuration or the weights are not a SigLIP's; every missing,
+            unexpected and mis-shaped tensor is listed.
+    """
+    config = load_config(path).vision
+    with torch.device("meta"):
+        tower = VisionTower(config)
+    _load_strictly(tower, load_tensors(path, "vision_model."), "vision_model.", path)
+    return tower
+
+
+def load_text(path: Path) -> TextTower:
+    """The text tower of a checkpoint directory, in float32, on the CPU, in evaluation mode.
+
+    Raises:
+        CheckpointError: as `load_vision`.
+    """
+    config = load_config(path).text
+    with torch.device("meta"):
+        tower = TextTower(config)
+    _load_strictly(tower, load_tensors(path, "text_model."), "text_model.", path)
+    return tower
+
+
+def load_scale(path: Path) -> tuple[float, float]:
+    """`(logit_scale, logit_bias)` of a checkpoint: probability = sigmoid(exp(scale) * cosine + bias).
+
+    Raises:
+        CheckpointError: the checkpoint has neither, or not exactly one value each.
+    """
+    tensors = load_tensors(path, "logit_")
+    if sorted(tensors) != ["logit_bias", "logit_scale"] or any(t.numel() != 1 for t in tensors.values()):
+        shapes = {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}
+        raise CheckpointError(f"{path}: expected one logit_scale and one logit_bias, got {shapes}")
+    return float(tensors["logit_scale"]), float(tensors["logit_bias"])
+
+
+def _load_strictly(tower: nn.Module, tensors: Mapping[str, Tensor], prefix: str, path: Path) -> None:
+    # Position ids were saved as a buffer by old versions of the reference; they hold no information.
+    state = {
+        name.removeprefix(prefix): tensor.float()
+        for name, tensor in tensors.items()
+        if not name.endswith(".position_ids")
+    }
+    expected = _reference_shapes(tower)
+    problems = [f"missing: {prefix}{name} {shape}" for name, shape in expected.items() if name not in state]
+    problems += [f"unexpected: {prefix}{name}" for name in state if name not in expected]
+    problems += [
+        f"mis-shaped: {prefix}{name} is {list(tensor.shape)}, expected {expected[name]}"
+        for name, tensor in state.items()
+        if name in expected and list(tensor.shape) != expected[name]
+    ]
+    if problems:
+        shown = "\n  ".join(problems[:20])
+        more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise CheckpointError(f"{path}: the weights are not those of its config.json:\n  {shown}{more}")
+    tower.load_state_dict(state, assign=True)
+    tower.eval().requires_grad_(False)
+
+
+def _reference_shapes(tower: nn.Module) -> dict[str, list[int]]:
+    """Names and shapes as the reference stores them: one tensor each for query, key and value."""
+    shapes = {}
+    for name, tensor in tower.state_dict().items():
+        shape = list(tensor.shape)
+        if ".qkv_proj." in name:
+            for part in "qkv":
+                shapes[name.replace("qkv_proj", f"{part}_proj")] = [shape[0] // 3, *shape[1:]]
+        else:
+            shapes[name] = shape
+    return shapes
+
+
+def _fuse_qkv(_module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    for kind in ("weight", "bias"):
+        names = [f"{prefix}{part}_proj.{kind}" for part in "qkv"]
+        if all(name in state for name in names):
+            state[f"{prefix}qkv_proj.{kind}"] = torch.cat([state.pop(name) for name in names])

@@ -1,0 +1,30 @@
+"""Random checkpoints in the Hugging Face layout, written by the reference itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel
+
+NARROW = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4}
+
+
+def random_model(vision: dict[str, Any], text: dict[str, Any] | None = None, seed: int = 0) -> SiglipModel:
+    """A reference model with random weights; biases and norms too, so that no term of a block is neutral."""
+    torch.manual_seed(seed)
+    config = SiglipConfig(vision_config={**NARROW, **vision}, text_config={**NARROW, "vocab_size": 300, **(text or {})})
+    model = SiglipModel(config).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 and parameter.numel() > 1:
+            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name and "weight" in name else 0.0, std=0.1)
+    return model
+
+
+def save_checkpoint(model: SiglipModel, path: Path, **save: Any) -> Path:
+    """Weights, configuration and image processor of `model`, as `save_pretrained` writes them."""
+    model.save_pretrained(path, **save)
+    size = model.config.vision_config.image_size
+    SiglipImageProcessorPil(size={"height": size, "width": size}).save_pretrained(path)
+    return path
