@@ -8,6 +8,7 @@ import shutil
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -47,19 +48,25 @@ class Stage:
         self.shm_prefix = f"{self.root.name}-"
         self._backends = self.root / "backends"
 
-    def fill(self, checkpoint_name: str) -> list[str]:
+    def fill(self, identity: Mapping[str, str]) -> list[str]:
         """Link every model of the repository, write its configuration; the models' names."""
         self.empty.mkdir()
         names = []
         for source in sorted(self.repository.iterdir()):
             if (source / "config.pbtxt").is_file():
-                self._stage_model(source, checkpoint_name)
+                self._stage_model(source, identity)
                 names.append(source.name)
         if not names:
             raise ServerStartError(
                 f"model repository {str(self.repository)!r}: no <model>/config.pbtxt in it"
             )
         return names
+
+    def change(self, model: str) -> None:
+        """Make a model look changed: Triton does not load again what has not changed since."""
+        for version in (self.models / model).iterdir():
+            if version.is_dir():
+                (version / "loaded_again").write_text(str(time.time()), encoding="ascii")
 
     def remove(self) -> None:
         """Delete the directory, and shared memory that a killed model process has left."""
@@ -88,12 +95,13 @@ class Stage:
         present = [path for path in environment.get("LD_LIBRARY_PATH", "").split(os.pathsep) if path]
         return {"LD_LIBRARY_PATH": os.pathsep.join([*map(str, folders), *present])}
 
-    def _stage_model(self, source: Path, checkpoint_name: str) -> None:
+    def _stage_model(self, source: Path, identity: Mapping[str, str]) -> None:
         target = self.models / source.name
-        target.mkdir(parents=True)
-        for entry in source.iterdir():
-            if entry.name not in {"config.pbtxt", "configs"}:
-                (target / entry.name).symlink_to(entry)
+        for version in source.iterdir():
+            if version.name.isdigit():
+                (target / version.name).mkdir(parents=True)
+                for entry in version.iterdir():
+                    (target / version.name / entry.name).symlink_to(entry)
         variant = source / "configs" / f"{self.device}.pbtxt"
         chosen = variant if variant.is_file() else source / "config.pbtxt"
         try:
@@ -102,7 +110,9 @@ class Stage:
             raise ServerStartError(f"{chosen}: {error}") from error
         config.name = source.name
         if config.backend == "python":
-            config.parameters["checkpoint_name"].string_value = checkpoint_name
+            for name, value in identity.items():
+                if name not in config.parameters:
+                    config.parameters[name].string_value = value
             for group in config.instance_group:
                 if group.kind == model_config_pb2.ModelInstanceGroup.KIND_CPU and group.count > 1:
                     group.count = self._processes()
@@ -150,7 +160,7 @@ def _libpython() -> Path:
 
 def _sweep() -> None:
     """Remove what earlier runs left that were killed outright."""
-    left = [*Path(tempfile.gettempdir()).glob(f"{_NAME}*-*"), *_SHM.glob(f"{_NAME}*-*")]
+    left = [*Path(tempfile.gettempdir()).glob(f"{_NAME}*-*/"), *_SHM.glob(f"{_NAME}*-*")]
     for path in left:
         pid = path.name.removeprefix(_NAME).split("-")[0]
         if pid.isdigit() and not psutil.pid_exists(int(pid)):

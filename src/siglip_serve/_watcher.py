@@ -35,11 +35,13 @@ class Watcher(threading.Thread):
         self._load = load
         self._log_file = log_file
         self._stopping = threading.Event()
+        self._replaced = False
 
-    def stop(self) -> None:
-        """End the thread; a reload under way is waited for."""
+    def stop(self) -> bool:
+        """End the thread, waiting for a reload under way; whether any process was replaced."""
         self._stopping.set()
         self.join()
+        return self._replaced
 
     def run(self) -> None:
         known = self._processes()
@@ -55,6 +57,7 @@ class Watcher(threading.Thread):
 
     def _reload(self, model: str, died: Sequence[int]) -> None:
         self._say(f"{model}: model process {', '.join(map(str, died))} died; loading the model again")
+        self._replaced = True
         start = time.monotonic()
         try:
             self._load(model)

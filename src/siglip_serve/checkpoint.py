@@ -26,6 +26,7 @@ __all__ = [
     "VisionConfig",
     "load_config",
     "load_tensors",
+    "read_json",
     "resolve",
 ]
 
@@ -130,7 +131,7 @@ def load_config(path: Path) -> ModelConfig:
             fixed-resolution SigLIP.
     """
     defaults = json.loads(resources.files("siglip_serve").joinpath("siglip_defaults.json").read_text())
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json")
     if config.get("model_type") != "siglip":
         raise CheckpointError(
             f"{path / 'config.json'}: model_type is {config.get('model_type')!r}, expected 'siglip' "
@@ -174,9 +175,9 @@ def _pick(kind: type[_T], values: Mapping[str, Any], path: Path) -> _T:
 
 
 def _image_config(path: Path, vision: Mapping[str, Any], defaults: Mapping[str, Any]) -> ImageConfig:
-    processor = _read_json(path / "preprocessor_config.json", missing_ok=True)
+    processor = read_json(path / "preprocessor_config.json", missing_ok=True)
     if not processor:
-        processor = _read_json(path / "processor_config.json", missing_ok=True).get("image_processor", {})
+        processor = read_json(path / "processor_config.json", missing_ok=True).get("image_processor", {})
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if processor.get(step) is False:
             raise CheckpointError(f"{path}: the image processor sets {step} to false, which is not supported")
@@ -222,7 +223,7 @@ def load_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
 def _weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
         files = [path / name for name in names]
     else:
         files = [path / "model.safetensors"]
@@ -232,7 +233,12 @@ def _weight_files(path: Path) -> list[Path]:
     return files
 
 
-def _read_json(file: Path, missing_ok: bool = False) -> dict[str, Any]:
+def read_json(file: Path, missing_ok: bool = False) -> dict[str, Any]:
+    """The JSON object in a checkpoint's file; empty where `missing_ok` and there is no file.
+
+    Raises:
+        CheckpointError: no such file, or it does not hold a JSON object.
+    """
     if not file.is_file():
         if missing_ok:
             return {}

@@ -8,6 +8,7 @@ A name that is not a setting stops the start.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -22,6 +23,7 @@ __all__ = [
     "PreprocessMode",
     "Settings",
     "available_cores",
+    "fastest_dtype",
     "load_settings",
 ]
 
@@ -41,6 +43,7 @@ class Settings:
         metadata={"help": "Hugging Face directory or hub id; owner/name@revision pins the revision"}
     )
     checkpoint_name: str = field(default="", metadata={"help": "the checkpoint's name as clients see it"})
+    checkpoint_revision: str = field(default="", metadata={"help": "its revision as clients see it"})
     dtype: Dtype = field(
         default="auto",
         metadata={"help": "arithmetic of the towers; auto: bfloat16 where the device is fast at it"},
@@ -108,6 +111,19 @@ def _parse(text: str, kind: Any, source: str) -> Any:
             raise SettingsError(f"{source}: got {text!r}, expected a whole number >= 0")
         return int(text)
     return text
+
+
+def fastest_dtype(gpu_capability: int | None) -> Dtype:
+    """What `auto` means on this machine.
+
+    Args:
+        gpu_capability: major compute capability of the GPU, None for the CPU.
+    """
+    if gpu_capability is not None:
+        return "bfloat16" if gpu_capability >= 8 else "float16"
+    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    fast = flags is not None and not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags[1].split())
+    return "bfloat16" if fast else "float32"
 
 
 def available_cores() -> int:

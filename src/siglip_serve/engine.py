@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from siglip_serve.checkpoint import ImageConfig
+from siglip_serve.config import fastest_dtype
 from siglip_serve.errors import DeviceMemoryError, SettingsError
 from siglip_serve.siglip import MLP, VisionTower
 
@@ -57,13 +58,10 @@ def choose_dtype(name: str, device: str) -> torch.dtype:
     """
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise SettingsError(f"device {device}: this torch ({torch.__version__}) sees no CUDA GPU")
-    if name != "auto":
-        return _DTYPES[name]
-    if device.startswith("cuda"):
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    capabilities = torch.cpu.get_capabilities()
-    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return torch.bfloat16 if fast else torch.float32
+    if name == "auto":
+        gpu = device.startswith("cuda")
+        name = fastest_dtype(torch.cuda.get_device_capability(device)[0] if gpu else None)
+    return _DTYPES[name]
 
 
 class VisionEngine:

@@ -35,13 +35,14 @@ from PIL import Image
 from siglip_serve import checkpoint
 from siglip_serve._staging import Stage
 from siglip_serve._watcher import Watcher
-from siglip_serve.config import PREFIX, START_REFUSED, load_settings
+from siglip_serve.config import PREFIX, START_REFUSED, Dtype, fastest_dtype, load_settings
 from siglip_serve.errors import ServerStartError
 
 __all__ = ["ServeOptions", "TritonServer"]
 
 _KEY_HEADER = "siglip-serve-key"
 _CLOSED_APIS = "model-repository,shared-memory,logging,trace"
+_CAPABILITY_MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
 _FORWARDED_HEADERS = "(?i)^(normalized|base64_encoded|embed_model)$"
 
 
@@ -56,7 +57,7 @@ class ServeOptions:
         host: address to bind.
         http_port, grpc_port, metrics_port: 0 chooses a free one.
         settings: further settings by name (`siglip_serve.config.Settings`), as strings.
-        log_file: where the server's log goes; default: a file in the temporary directory.
+        log_file: where the server's log goes; default: `~/.local/state/siglip-serve/<HTTP port>.log`.
         start_timeout: seconds until a start counts as failed.
     """
 
@@ -79,6 +80,7 @@ class TritonServer:
         http_port, grpc_port, metrics_port: the ports that are served.
         device: `cpu` or `cuda`.
         models: names of the loaded models.
+        width: of the image embeddings.
         log_file: the server's log.
     """
 
@@ -89,7 +91,7 @@ class TritonServer:
         self.metrics_port = _port(options.host, options.metrics_port, "metrics")
         self._key = secrets.token_urlsafe(24)
         self.models: list[str] = []
-        self.device = _device(options.device)
+        self.device, self._gpu_capability = _device(options.device)
         self._stage: Stage | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._watcher: Watcher | None = None
@@ -133,13 +135,15 @@ class TritonServer:
         """
         options = self.options
         path = checkpoint.resolve(options.checkpoint)
-        checkpoint.load_config(path)
+        self.width = checkpoint.load_config(path).vision.hidden_size
+        settings = load_settings(self._settings(path))  # a typo ends the start here, before anything runs
         self._stage = stage = Stage(options.model_repository, self.device)
         try:
-            self.models = stage.fill(_label(options.checkpoint, path))
-            self.log_file = options.log_file or stage.root.with_suffix(".log")
+            self.models = stage.fill(self._identity(path, settings.dtype))
+            self.log_file = options.log_file or _default_log(self.http_port)
             self.log_file.parent.mkdir(parents=True, exist_ok=True)
-            with self.log_file.open("ab") as log:
+            self.log_file.write_bytes(b"")
+            with self.log_file.open("ab") as log:  # to append: the watcher writes there too
                 self._process = subprocess.Popen(
                     self._command(stage),
                     env=self._environment(stage, path),
@@ -159,11 +163,12 @@ class TritonServer:
 
     def stop(self, timeout: float = 35.0) -> None:
         """Let running requests complete, then end every process and remove every file of the start."""
+        replaced = False
         if self._watcher is not None:
-            self._watcher.stop()
+            replaced = self._watcher.stop()
             self._watcher = None
         if self._process is not None:
-            _end(self._process, timeout)
+            _end(self._process, timeout, self.log_file if replaced else None)
             self._process = None
         if self._stage is not None:
             self._stage.remove()
@@ -201,13 +206,22 @@ class TritonServer:
         return [setpriv, "--pdeathsig", "TERM", "--", *command] if setpriv else command
 
     def _environment(self, stage: Stage, path: Path) -> dict[str, str]:
-        environment = dict(os.environ)
-        environment |= {f"{PREFIX}{name.upper()}": value for name, value in self.options.settings.items()}
-        environment[f"{PREFIX}CHECKPOINT"] = str(path)
-        load_settings(environment)  # a typo ends the start here, before anything runs
+        environment = self._settings(path)
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
         environment["PYTHONUNBUFFERED"] = "1"
         return environment | stage.library_path(environment)
+
+    def _identity(self, path: Path, dtype: Dtype) -> dict[str, str]:
+        """What is served, as clients can read it in the model configurations."""
+        return {
+            "checkpoint_name": self.options.checkpoint.partition("@")[0],
+            "checkpoint_revision": path.name if path.parent.name == "snapshots" else "local",
+            "dtype": fastest_dtype(self._gpu_capability) if dtype == "auto" else dtype,
+        }
+
+    def _settings(self, path: Path) -> dict[str, str]:
+        given = {f"{PREFIX}{name.upper()}": value for name, value in self.options.settings.items()}
+        return {**os.environ, **given, f"{PREFIX}CHECKPOINT": str(path)}
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self.options.start_timeout
@@ -233,6 +247,8 @@ class TritonServer:
             raise ServerStartError(f"the first inference failed: {reason}\n{_tail(self.log_file)}") from error
 
     def _load(self, model: str) -> None:
+        if self._stage is not None:
+            self._stage.change(model)
         self._call(f"/v2/repository/models/{model}/load", b"{}", {_KEY_HEADER: self._key}, timeout=300)
 
     def _call(
@@ -247,12 +263,6 @@ class TritonServer:
             return bytes(response.read())
 
 
-def _label(name: str, path: Path) -> str:
-    """The checkpoint as clients shall see it: a hub id with the revision that was really resolved."""
-    pinned = path.parent.name == "snapshots"
-    return f"{name.partition('@')[0]}@{path.name}" if pinned else name
-
-
 def _port(host: str, port: int, what: str) -> int:
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
@@ -263,36 +273,55 @@ def _port(host: str, port: int, what: str) -> int:
         raise ServerStartError(f"{what} port {port} on {host} cannot be bound: {error.strerror}") from error
 
 
-def _device(device: str) -> str:
+def _device(device: str) -> tuple[str, int | None]:
+    """`cpu` or `cuda`, and for that the lowest major compute capability of the GPUs."""
     if device == "cpu":
-        return device
-    found = _cuda_devices()
-    if device == "cuda" and not found:
+        return "cpu", None
+    capabilities = _gpu_capabilities()
+    if device == "cuda" and not capabilities:
         raise ServerStartError("device cuda: the NVIDIA driver on this machine shows no GPU")
-    return "cuda" if found else "cpu"
+    return ("cuda", min(capabilities)) if capabilities else ("cpu", None)
 
 
-def _cuda_devices() -> int:
-    """How many GPUs the driver shows; asked without torch, whose import takes seconds."""
+def _gpu_capabilities() -> list[int]:
+    """Major compute capability of each GPU; asked of the driver, since importing torch takes seconds."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return 0
-    count = ctypes.c_int(0)
-    answered = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
-    return count.value if answered else 0
+        return []
+    count, major = ctypes.c_int(0), ctypes.c_int(0)
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    found = []
+    for gpu in range(count.value):
+        driver.cuDeviceGetAttribute(ctypes.byref(major), _CAPABILITY_MAJOR, gpu)
+        found.append(major.value)
+    return found
 
 
-def _end(server: subprocess.Popen[bytes], timeout: float) -> None:
-    """SIGTERM lets running requests complete; whoever is left after `timeout` is killed."""
+def _default_log(http_port: int) -> Path:
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state"
+    return Path(state) / "siglip-serve" / f"{http_port}.log"
+
+
+def _end(server: subprocess.Popen[bytes], timeout: float, log_file: Path | None) -> None:
+    """SIGTERM lets running requests complete; whoever is left after `timeout` is killed.
+
+    A model whose process died is never unloaded: Triton would wait out its time for it. With a
+    `log_file`, the server is killed as soon as that tells that the last request has completed.
+    """
     try:
         family = psutil.Process(server.pid).children(recursive=True)
     except psutil.NoSuchProcess:
         family = []
     server.terminate()
-    try:
-        server.wait(timeout)
-    except subprocess.TimeoutExpired:
+    deadline = time.monotonic() + timeout
+    while server.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+        if log_file and "All models are stopped" in log_file.read_text(encoding="utf-8", errors="replace"):
+            psutil.wait_procs(family, timeout=5)
+            break
+    if server.poll() is None:
         server.kill()
         server.wait()
     _, alive = psutil.wait_procs(family, timeout=3)
@@ -306,7 +335,7 @@ def _cause(log_file: Path) -> str:
     text = log_file.read_text(encoding="utf-8", errors="replace")
     if found := re.search(rf'{START_REFUSED}(.*?)(?:\\n\\nAt:|"?$)', text, re.MULTILINE):
         return found[1].replace("\\n", "\n")  # the log writes a message on one line
-    errors = [line for line in text.splitlines() if re.match(r"E\d{4} |error:", line)]
+    errors = [line for line in text.splitlines() if re.match(r"E\d{4} .*failed|error:", line)]
     if errors:
         return "\n".join(["tritonserver ended during its start:", *errors[:8], f"the whole log: {log_file}"])
     return f"tritonserver ended during its start\n{_tail(log_file)}"

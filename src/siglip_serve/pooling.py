@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = ["l2_normalize"]
 
 
-def l2_normalize(embeddings: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Rows of unit length.
-
-    Args:
-        embeddings: [N, D] float32.
-
-    Returns:
-        [N, D] float32; a row of zeros stays zero.
-    """
-    lengths = np.linalg.norm(embeddings, axis=-1, keepdims=True)
-    return embeddings / np.maximum(lengths, np.finfo(np.float32).tiny)
+def l2_normalize(embeddings: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+    """`embeddings` [..., D] at unit length along the last axis; a row of zeros stays zero."""
+    length = np.linalg.norm(embeddings, axis=-1, keepdims=True)
+    unit: NDArray[np.floating[Any]] = embeddings / np.where(length == 0, 1, length)
+    return unit

@@ -19,7 +19,7 @@ from siglip_serve.launcher import ServeOptions, TritonServer
 __all__ = ["main"]
 
 # Chosen by the launcher itself.
-_NOT_OPTIONS = {"checkpoint_name"}
+_NOT_OPTIONS = {"checkpoint_name", "checkpoint_revision"}
 # Options of the command that go to the launcher as they are.
 _OWN = {"model_repository", "device", "host", "http_port", "grpc_port", "metrics_port", "log_file"}
 
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--http-port", type=int, default=8000, help="default: %(default)s; 0: any free one")
     add("--grpc-port", type=int, default=8001, help="default: %(default)s; 0: any free one")
     add("--metrics-port", type=int, default=8002, help="default: %(default)s; 0: any free one")
-    add("--log-file", type=Path, default=None, help="the server's log (default: in the temporary directory)")
+    add("--log-file", type=Path, default=None, help="default: ~/.local/state/siglip-serve/<HTTP port>.log")
     add("--sample-image", type=Path, default=Path("photo.jpg"), help="picture named in the printed example")
     settings = parser.add_argument_group("settings")
     for setting in fields(Settings):
@@ -118,8 +118,9 @@ def _announce(server: TritonServer, seconds: float, sample: Path) -> None:
   log      {server.log_file}
   models   {", ".join(server.models)}
 Try it:
-  curl --data-binary @{sample} -H 'Content-Type: application/octet-stream' \\
-    -H 'Inference-Header-Content-Length: 0' http://{server.http_url}/v2/models/embed_image/infer
+  curl -s --data-binary @{sample} -H 'Content-Type: application/octet-stream' \\
+    -H 'Inference-Header-Content-Length: 0' http://{server.http_url}/v2/models/embed_image/infer \\
+    | tail -c {4 * server.width} | od -v -A n -t f4
 Ctrl-C stops it.""",
         flush=True,
     )

@@ -112,7 +112,9 @@ class Request:
 
     def __init__(self, request: Any) -> None:
         self._request = request
-        self._parameters: dict[str, Any] = json.loads(request.parameters() or "{}")
+        # Parameters may come as HTTP headers, whose names have no case.
+        given: dict[str, Any] = json.loads(request.parameters() or "{}")
+        self._parameters = {name.lower(): value for name, value in given.items()}
         for name in self._parameters:
             if name not in _PARAMETERS and not name.startswith("triton_"):
                 known = ", ".join(sorted(_PARAMETERS))
@@ -244,7 +246,7 @@ class ImageReader:
     """Requests for `siglip_vision_process`."""
 
     def __init__(self, context: Context) -> None:
-        from PIL import Image
+        from PIL import AvifImagePlugin, Image
 
         from siglip_serve.preprocess import ImageLimits, Preprocessor, decode_base64
 
@@ -253,6 +255,7 @@ class ImageReader:
             import torch
 
             torch.set_num_threads(1)  # the other cores belong to the other instances
+        AvifImagePlugin.DEFAULT_MAX_THREADS = 1
         Image.MAX_IMAGE_PIXELS = None  # our own limit stands in its place, at the same point: the header
         limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
         self._preprocess = Preprocessor(context.config.image, settings.preprocess, limits)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import random_model, save_checkpoint
+from random_checkpoints import random_model, save_checkpoint
 from transformers import SiglipModel
 
 from siglip_serve.siglip import load_scale, load_text, load_vision
@@ -18,7 +18,10 @@ GEOMETRIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "patch16-224": ({"image_size": 224, "patch_size": 16}, {}),
     "patch14-384, grid does not divide": ({"image_size": 384, "patch_size": 14}, {}),
     "patch32-256": ({"image_size": 256, "patch_size": 32}, {"max_position_embeddings": 16}),
-    "patch16-512, other text width": ({"image_size": 512, "patch_size": 16}, {"hidden_size": 32, "projection_size": 64}),
+    "patch16-512, other text width": (
+        {"image_size": 512, "patch_size": 16},
+        {"hidden_size": 32, "projection_size": 64},
+    ),
 }
 
 

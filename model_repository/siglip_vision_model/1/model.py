@@ -8,7 +8,7 @@ from siglip_serve import serving
 
 
 class TritonPythonModel:
-    """PIXEL_VALUES [n, S, S, 3] UINT8 -> EMBEDDING, MEAN_EMBEDDING [n, D], PATCH_EMBEDDINGS [n, T, D] FP32."""
+    """PIXEL_VALUES [n, S, S, 3] -> EMBEDDING [n, D], MEAN_EMBEDDING [n, D], PATCH_EMBEDDINGS [n, T, D]."""
 
     @staticmethod
     def auto_complete_config(config: Any) -> Any:

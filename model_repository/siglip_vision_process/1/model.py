@@ -12,7 +12,9 @@ class TritonPythonModel:
 
     @staticmethod
     def auto_complete_config(config: Any) -> Any:
-        return serving.fill_dims(config, lambda model: {"PIXEL_VALUES": [model.image.size, model.image.size, 3]})
+        return serving.fill_dims(
+            config, lambda model: {"PIXEL_VALUES": [model.image.size, model.image.size, 3]}
+        )
 
     def initialize(self, args: dict[str, str]) -> None:
         self.images = serving.ImageReader(serving.open_context(args))

@@ -14,11 +14,13 @@ NARROW = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "
 def random_model(vision: dict[str, Any], text: dict[str, Any] | None = None, seed: int = 0) -> SiglipModel:
     """A reference model with random weights; biases and norms too, so that no term of a block is neutral."""
     torch.manual_seed(seed)
-    config = SiglipConfig(vision_config={**NARROW, **vision}, text_config={**NARROW, "vocab_size": 300, **(text or {})})
+    small_text = {**NARROW, "vocab_size": 300, "bos_token_id": None, "eos_token_id": 1}
+    config = SiglipConfig(vision_config={**NARROW, **vision}, text_config={**small_text, **(text or {})})
     model = SiglipModel(config).eval()
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 and parameter.numel() > 1:
-            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name and "weight" in name else 0.0, std=0.1)
+            mean = 1.0 if "norm" in name and "weight" in name else 0.0
+            torch.nn.init.normal_(parameter, mean=mean, std=0.1)
     return model
 
 

@@ -1,0 +1,60 @@
+# SigLIP Serve. `make` alone prints what there is.
+
+PYTHON ?= python3
+VENV ?= .venv
+CHECKPOINT ?= checkpoints/siglip-tiny
+DEVICE ?= auto
+HOST ?= 127.0.0.1
+HTTP_PORT ?= 8000
+GRPC_PORT ?= 8001
+METRICS_PORT ?= 8002
+SAMPLE ?= $(firstword $(wildcard checkpoints/siglip-tiny/samples/*.jpg))
+ARGS ?=
+
+BIN := $(VENV)/bin
+SERVER := $(VENV)/.server
+DEV := $(VENV)/.dev
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve test lint format clean
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "Variables of serve: CHECKPOINT (a directory, or a hub id such as google/siglip-so400m-patch14-384,"
+	@echo "owner/name@revision), DEVICE (auto, cpu, cuda), HOST, HTTP_PORT, GRPC_PORT, METRICS_PORT, and ARGS for"
+	@echo "any further option of siglip-serve serve. PYTHON chooses the interpreter (3.11 or 3.12)."
+
+install: $(SERVER) ## A virtual environment in .venv with all that serving needs
+
+serve: $(SERVER) ## Run the server on 127.0.0.1, HTTP 8000, gRPC 8001, metrics 8002; Ctrl-C stops it
+	@exec $(BIN)/siglip-serve serve --checkpoint $(CHECKPOINT) --device $(DEVICE) --host $(HOST) \
+	  --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT) \
+	  --sample-image "$(SAMPLE)" $(ARGS)
+
+test: $(DEV) ## All tests: the library alone, against transformers, against real servers
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(DEV) ## Style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	for model in model_repository/*/1/model.py; do $(BIN)/mypy $$model || exit 1; done
+
+format: $(DEV) ## Put the code into the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove the virtual environment and all caches
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .validation-cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(SERVER): pyproject.toml $(VENV)/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[server]'
+	@touch $@
+
+$(DEV): $(SERVER)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[server,validate,dev]'
+	@touch $@

@@ -1,0 +1,220 @@
+"""Starts, failed starts, faults and stops of the real server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from images import encode, photo
+from random_checkpoints import random_model, save_checkpoint
+from tritonclient.utils import InferenceServerException
+from wire import ROOT, TINY, GrpcCaller, post
+
+from siglip_serve.errors import CheckpointError, ServerStartError, SettingsError
+from siglip_serve.launcher import ServeOptions, TritonServer
+
+REPOSITORY = ROOT / "model_repository"
+PICTURE = encode(photo(80, 60), "JPEG")
+
+
+def processes_of(server: TritonServer) -> list[psutil.Process]:
+    parent = psutil.Process(server.pid)
+    family = [parent, *parent.children(recursive=True)]
+    return [process for process in family if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def left_behind() -> list[Path]:
+    name = f"siglip-serve-{os.getpid()}-*"
+    return [*Path("/dev/shm").glob(name), *Path(tempfile.gettempdir()).glob(name)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_killed_model_process_is_replaced(log: Path) -> None:
+    """The processes of each model in turn, while requests run."""
+    with TritonServer(ServeOptions(REPOSITORY, str(TINY), log_file=log)) as server:
+        caller = GrpcCaller(server.grpc_url)
+        stop = threading.Event()
+
+        def keep_asking() -> None:
+            while not stop.is_set():
+                try:
+                    caller.embed([PICTURE])
+                except InferenceServerException:
+                    time.sleep(0.01)
+
+        asking = [threading.Thread(target=keep_asking) for _ in range(4)]
+        for thread in asking:
+            thread.start()
+        try:
+            for model in ("siglip_vision_model", "siglip_vision_process"):
+                for process in processes_of(server)[1:]:
+                    if any(f"/{model}/" in word for word in process.cmdline()):
+                        process.kill()
+                time.sleep(0.5)
+                wait_until_served(caller)
+        finally:
+            stop.set()
+            for thread in asking:
+                thread.join()
+        text = log.read_text()
+        for model in ("siglip_vision_model", "siglip_vision_process"):
+            assert f"siglip-serve: {model}: model process" in text
+            assert f"siglip-serve: {model}: served again after" in text
+
+
+def wait_until_served(caller: GrpcCaller) -> None:
+    """Until ten requests in a row are answered."""
+    deadline = time.monotonic() + 60
+    in_a_row = 0
+    while in_a_row < 10:
+        assert time.monotonic() < deadline
+        try:
+            caller.embed([PICTURE])
+            in_a_row += 1
+        except InferenceServerException:
+            in_a_row = 0
+            time.sleep(0.02)
+
+
+def test_stop_leaves_nothing(log: Path) -> None:
+    others = left_behind()  # of the servers that other tests share
+    server = TritonServer(ServeOptions(REPOSITORY, str(TINY), log_file=log))
+    with server:
+        family = processes_of(server)
+        assert len(family) > 2
+        assert len(left_behind()) > len(others)
+        assert GrpcCaller(server.grpc_url).embed([PICTURE]).shape[0] == 1
+    assert not [process for process in family if process.is_running()]
+    assert left_behind() == others
+
+
+def test_a_killed_launcher_takes_its_server_along(log: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from siglip_serve.launcher import *\n"
+        "server = TritonServer(ServeOptions(Path(sys.argv[1]), sys.argv[2], log_file=Path(sys.argv[3])))\n"
+        "server.start(); print(server.pid, flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(REPOSITORY), str(TINY), str(log)], stdout=subprocess.PIPE, text=True
+    ) as launcher:
+        assert launcher.stdout is not None
+        server = psutil.Process(int(launcher.stdout.readline()))
+        family = [server, *server.children(recursive=True)]
+        launcher.kill()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "expected"),
+    [
+        ({"checkpoint": "/nowhere"}, CheckpointError, "'/nowhere': no such directory"),
+        ({"checkpoint": str(ROOT)}, CheckpointError, "has no config.json"),
+        ({"checkpoint": "not a hub id"}, CheckpointError, "not a hub id of the form"),
+        ({"settings": {"dtipe": "float32"}}, SettingsError, "SIGLIP_SERVE_DTIPE: no such setting"),
+        ({"settings": {"dtype": "float33"}}, SettingsError, "got 'float33', expected one of auto, float32"),
+        ({"settings": {"max_rows": "-1"}}, SettingsError, "got '-1', expected a whole number"),
+        ({"model_repository": Path("/nowhere")}, ServerStartError, "'/nowhere': no such directory"),
+        ({"model_repository": ROOT / "tests"}, ServerStartError, "no <model>/config.pbtxt in it"),
+    ],
+)
+def test_refused_before_the_start(
+    change: dict[str, object], error: type[Exception], expected: str, log: Path
+) -> None:
+    options = {"model_repository": REPOSITORY, "checkpoint": str(TINY), "log_file": log, **change}
+    with pytest.raises(error, match=expected.replace("[", r"\[")), TritonServer(ServeOptions(**options)):  # type: ignore[arg-type]
+        pass
+    assert not log.exists()
+
+
+def test_wrong_weights_are_listed(tmp_path: Path, log: Path) -> None:
+    checkpoint = save_checkpoint(random_model({"image_size": 32, "patch_size": 8}), tmp_path / "checkpoint")
+    config = checkpoint / "config.json"
+    config.write_text(config.read_text().replace('"patch_size": 8', '"patch_size": 16'))
+    with (
+        pytest.raises(ServerStartError) as caught,
+        TritonServer(ServeOptions(REPOSITORY, str(checkpoint), log_file=log)),
+    ):
+        pass
+    message = str(caught.value)
+    assert "mis-shaped: vision_model.embeddings.patch_embedding.weight is [64, 3, 8, 8]" in message
+    assert "Traceback" not in message
+    assert len(message.splitlines()) < 8
+
+
+def test_the_command_serves_and_stops_cleanly(tmp_path: Path) -> None:
+    """`siglip-serve serve`: prints where it serves and a line that works; SIGINT ends it with status 0."""
+    http_port, grpc_port = free_port(), free_port()
+    command = [str(Path(sys.executable).parent / "siglip-serve"), "serve"]
+    arguments = [
+        f"--model-repository={REPOSITORY}",
+        f"--checkpoint={TINY}",
+        f"--http-port={http_port}",
+        f"--grpc-port={grpc_port}",
+        "--metrics-port=0",
+        f"--sample-image={next((TINY / 'samples').glob('*.jpg'))}",
+        f"--log-file={tmp_path / 'log'}",
+    ]
+    with subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        output = ""
+        for line in process.stdout:
+            output += line
+            if "Ctrl-C" in line:
+                break
+        curl = output[output.index("curl") : output.index("Ctrl-C")].strip()
+        answer = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True)
+        width = json.loads((TINY / "config.json").read_text())["vision_config"]["hidden_size"]
+        numbers = np.array(answer.stdout.split(), dtype=np.float32)
+        assert numbers.shape == (width,)
+        assert np.isfinite(numbers).all()
+        second = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+        assert second.returncode == 1
+        assert f"HTTP port {http_port} on 127.0.0.1 cannot be bound" in second.stderr
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+        assert "stopped" in process.stdout.read()
+
+
+def test_administration_is_closed_to_others(server: TritonServer) -> None:
+    base = f"http://{server.http_url}/v2"
+    for path in (
+        "repository/models/embed_image/load",
+        "repository/models/embed_image/unload",
+        "repository/index",
+        "logging",
+        "trace/setting",
+        "systemsharedmemory/region/x/register",
+    ):
+        status, _ = post(f"{base}/{path}", b"{}", {})
+        assert status == 403, path
+    client = GrpcCaller(server.grpc_url).client
+    for call in (client.get_model_repository_index, client.get_log_settings, client.get_trace_settings):
+        with pytest.raises(InferenceServerException, match="This protocol is restricted"):
+            call()
+    assert np.isfinite(GrpcCaller(server.grpc_url).embed([PICTURE])).all()
+
+
+def test_metrics_are_served(server: TritonServer) -> None:
+    GrpcCaller(server.grpc_url).embed([PICTURE])
+    with urllib.request.urlopen(
+        f"http://{server.address}:{server.metrics_port}/metrics", timeout=5
+    ) as answer:
+        assert b'nv_inference_request_success{model="siglip_vision_model"' in answer.read()

@@ -1,0 +1,150 @@
+"""Bad input: the right status, the right row, and nobody else is harmed."""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from images import encode, malformed_files, photo, png
+from tritonclient.utils import InferenceServerException
+from wire import GrpcCaller, HttpCaller, post, post_image
+
+from siglip_serve.launcher import TritonServer
+
+GOOD = encode(photo(80, 60), "JPEG")
+
+
+def refusal(call: Callable[[], Any]) -> InferenceServerException:
+    with pytest.raises(InferenceServerException) as caught:
+        call()
+    return caught.value
+
+
+@pytest.mark.parametrize("name", malformed_files())
+def test_malformed_file(name: str, exact_server: TritonServer) -> None:
+    """The bad row stands between good ones; a neighbour's request is sent at the same time."""
+    bad = malformed_files()[name]
+    caller = GrpcCaller(exact_server.grpc_url)
+    with ThreadPoolExecutor(2) as pool:
+        neighbour = pool.submit(caller.embed, [GOOD, GOOD])
+        error = refusal(lambda: caller.embed([GOOD, bad, GOOD]))
+        assert np.isfinite(neighbour.result()).all()
+    assert error.status() == "StatusCode.INVALID_ARGUMENT"
+    assert "INPUT_IMAGE[1]: " in error.message()
+    assert "Traceback" not in error.message()
+    assert ".py" not in error.message()
+    status, body = post_image(exact_server.http_url, bad)
+    assert status == 400 or not bad  # without a body, Triton itself finds fault first
+    assert "INPUT_IMAGE[0]: " in json.loads(body)["error"] or not bad
+
+
+@pytest.mark.parametrize(
+    ("rows", "parameters", "expected"),
+    [
+        ([b"not base64!"], {"base64_encoded": True}, "INPUT_IMAGE[0]: not base64"),
+        ([base64.b64encode(GOOD), GOOD], {"base64_encoded": True}, "INPUT_IMAGE[1]: not base64"),
+        ([base64.b64encode(GOOD)[:-3]], {"base64_encoded": True}, "INPUT_IMAGE[0]: "),
+        ([base64.b64encode(GOOD)], {}, "INPUT_IMAGE[0]: not a decodable image"),
+        ([GOOD], {"base64": True}, "parameter 'base64': unknown"),
+        ([GOOD], {"base64_encoded": "yes"}, "parameter 'base64_encoded': got 'yes'"),
+        ([GOOD], {"normalized": 3}, "parameter 'normalized': got 3"),
+        (
+            [GOOD],
+            {"embed_model": "clip"},
+            "parameter 'embed_model': got 'clip', expected one of siglip_vision",
+        ),
+        ([GOOD, bytes(2**20 + 1)], {}, "INPUT_IMAGE[1]: "),
+        ([png(5000, 5000)], {}, "INPUT_IMAGE[0]: 5000x5000 pixels"),
+        ([b"", b"", GOOD, b""], {}, "INPUT_IMAGE[3]: empty"),
+        ([b"x"] * 9, {}, "and 4 more"),
+        ([GOOD] * 1000, {}, "batch-size must be <="),
+    ],
+)
+def test_refused_request(
+    rows: list[bytes], parameters: dict[str, Any], expected: str, exact_server: TritonServer
+) -> None:
+    error = refusal(lambda: GrpcCaller(exact_server.grpc_url).embed(rows, **parameters))
+    assert error.status() == "StatusCode.INVALID_ARGUMENT"
+    assert expected in error.message()
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "array", "expected"),
+    [
+        ("embed_image", "INPUT_IMAGE", np.array([[GOOD, GOOD]], dtype=np.object_), "INPUT_IMAGE"),
+        ("embed_image", "INPUT_IMAGE", np.zeros((1, 1), dtype=np.float32), "INPUT_IMAGE"),
+        ("embed_image", "IMAGE", np.array([[GOOD]], dtype=np.object_), "IMAGE"),
+        ("siglip_vision_model", "PIXEL_VALUES", np.zeros((1, 3, 64, 64), dtype=np.uint8), "PIXEL_VALUES"),
+        ("siglip_vision_model", "PIXEL_VALUES", np.zeros((1, 64, 64, 3), dtype=np.float32), "PIXEL_VALUES"),
+    ],
+)
+def test_wrong_tensor(
+    model: str, name: str, array: np.ndarray[Any, Any], expected: str, exact_server: TritonServer
+) -> None:
+    caller = GrpcCaller(exact_server.grpc_url)
+    kind = {"object": "BYTES", "uint8": "UINT8", "float32": "FP32"}[str(array.dtype)]
+    tensor = caller.module.InferInput(name, array.shape, kind)
+    tensor.set_data_from_numpy(array)
+    error = refusal(lambda: caller.client.infer(model, [tensor]))
+    assert error.status() == "StatusCode.INVALID_ARGUMENT"
+    assert expected in error.message()
+
+
+def test_no_rows(exact_server: TritonServer) -> None:
+    caller = HttpCaller(exact_server.http_url)
+    tensor = caller.module.InferInput("INPUT_IMAGE", [0, 1], "BYTES")
+    tensor.set_data_from_numpy(np.zeros((0, 1), dtype=np.object_))
+    assert refusal(lambda: caller.client.infer("embed_image", [tensor])).status() == "400"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"{}",
+        b'{"inputs": 3}',
+        b'{"inputs":[{"name":"INPUT_IMAGE","shape":[1,1],"datatype":"BYTES"}]}',
+    ],
+)
+def test_broken_json(body: bytes, exact_server: TritonServer) -> None:
+    url = f"http://{exact_server.http_url}/v2/models/embed_image/infer"
+    status, answer = post(url, body, {"Content-Type": "application/json"})
+    assert status in {400, 500}  # this Triton release answers JSON it cannot parse with 500
+    assert json.loads(answer)["error"]
+    assert np.isfinite(GrpcCaller(exact_server.grpc_url).embed([GOOD])).all()
+
+
+def test_length_that_lies(exact_server: TritonServer) -> None:
+    """Binary tensor data whose length field promises more bytes than follow."""
+    header = json.dumps(
+        {
+            "inputs": [
+                {
+                    "name": "INPUT_IMAGE",
+                    "shape": [1, 1],
+                    "datatype": "BYTES",
+                    "parameters": {"binary_data_size": 12},
+                }
+            ]
+        }
+    ).encode()
+    body = header + struct.pack("<I", 2**31 - 1) + b"12345678"
+    url = f"http://{exact_server.http_url}/v2/models/embed_image/infer"
+    status, _ = post(url, body, {"Inference-Header-Content-Length": str(len(header))})
+    assert status >= 400
+    assert np.isfinite(GrpcCaller(exact_server.grpc_url).embed([GOOD])).all()
+
+
+def test_a_batch_of_only_bad_requests(exact_server: TritonServer) -> None:
+    caller = GrpcCaller(exact_server.grpc_url)
+    with ThreadPoolExecutor(16) as pool:
+        errors = list(pool.map(lambda _: refusal(lambda: caller.embed([b"bad"])), range(64)))
+    assert {error.status() for error in errors} == {"StatusCode.INVALID_ARGUMENT"}
+    assert np.isfinite(caller.embed([GOOD])).all()

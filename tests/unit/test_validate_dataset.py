@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from validate.dataset import MAPPING, Sample, few_shot, load_dataset
+from validate.errors import DatasetError
+
+ROWS = ("n00000001 tench, Tinca tinca", "n00000002 goldfish, Carassius auratus", "n00000003 cock")
+
+
+def make_folder(
+    root: Path, rows: Sequence[str] = ROWS, train: int = 3, valid: Sequence[str] = ("a_p0", "b_p0")
+) -> Path:
+    """A folder of ImageNet's shape; the files only look like images."""
+    (root / MAPPING).write_text("\n".join(rows) + "\n", encoding="utf-8")
+    for number, row in enumerate(rows):
+        for part, names in (("train", [f"{row[:9]}_{i}" for i in range(train)]), ("valid", valid)):
+            folder = root / part / row.split(" ", maxsplit=1)[0]
+            folder.mkdir(parents=True)
+            for name in names:
+                (folder / f"{name}.png").write_bytes(b"image %d %s" % (number, name.encode()))
+    return root
+
+
+def test_a_good_folder(tmp_path: Path) -> None:
+    (make_folder(tmp_path) / "train" / "n00000001" / ".hidden").write_bytes(b"not an image")
+    dataset = load_dataset(tmp_path, "stop")
+    assert [row.first_name for row in dataset.classes] == ["tench", "goldfish", "cock"]
+    assert dataset.classes[0].text == "tench, Tinca tinca"
+    assert [sample.label for sample in dataset.train] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [sample.style for sample in dataset.valid] == ["a", "b"] * 3
+    assert dataset.problems == []
+
+
+def test_valid_images_can_be_limited(tmp_path: Path) -> None:
+    dataset = load_dataset(make_folder(tmp_path), "stop", valid_per_class=1)
+    assert [sample.path.name for sample in dataset.valid] == ["a_p0.png"] * 3
+
+
+def test_classes_are_in_the_order_of_their_ids(tmp_path: Path) -> None:
+    dataset = load_dataset(make_folder(tmp_path, rows=ROWS[::-1]), "stop")
+    assert [row.synset for row in dataset.classes] == ["n00000001", "n00000002", "n00000003"]
+
+
+def test_everything_wrong_is_named_and_left_out(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    with (tmp_path / MAPPING).open("a", encoding="utf-8") as file:
+        file.write("what is this\nn00000001 tench again\nn00000004 hen\n")
+    for file_of_class in (tmp_path / "valid" / "n00000002").iterdir():
+        file_of_class.unlink()
+    (tmp_path / "train" / "n00000099").mkdir()
+    dataset = load_dataset(tmp_path, "skip")
+    assert dataset.problems == [
+        f"{MAPPING} line 4: expected 'n01440764 tench, Tinca tinca', got 'what is this'",
+        f"{MAPPING} line 5: n00000001 was given before",
+        f"train/n00000099: not in {MAPPING}",
+        "train/n00000004: no such folder (hen)",
+        "valid/n00000002: empty folder (goldfish)",
+        "valid/n00000004: no such folder (hen)",
+    ]
+    assert len(dataset.classes) == 4
+    assert {sample.label for sample in dataset.valid} == {0, 2}
+
+
+def test_stop_stops_at_the_first(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    (tmp_path / "train" / "n00000099").mkdir()
+    with pytest.raises(DatasetError, match=r"train/n00000099: not in .*--on-error skip"):
+        load_dataset(tmp_path, "stop")
+
+
+def test_nothing_to_validate_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="no such folder"):
+        load_dataset(tmp_path / "missing", "skip")
+    with pytest.raises(DatasetError, match=rf"{MAPPING}: cannot be read"):
+        load_dataset(tmp_path, "skip")
+    (tmp_path / MAPPING).write_text("nothing\n", encoding="utf-8")
+    with pytest.raises(DatasetError, match="no usable row"):
+        load_dataset(tmp_path, "skip")
+    (tmp_path / MAPPING).write_text(ROWS[0], encoding="utf-8")
+    with pytest.raises(DatasetError, match="valid: no images of any class"):
+        load_dataset(tmp_path, "skip")
+
+
+def test_few_shot_draws_so_many_of_each_class() -> None:
+    samples = [Sample(Path(str(number)), number % 3) for number in range(30)]
+    chosen = few_shot(samples, shots=4, seed=1)
+    assert [sum(samples[position].label == label for position in chosen) for label in range(3)] == [4, 4, 4]
+    assert chosen == few_shot(samples, shots=4, seed=1)
+    assert chosen != few_shot(samples, shots=4, seed=2)
+    assert few_shot(samples, shots=99, seed=1) == list(range(30))
+
+
+def test_a_file_without_a_prefix_has_no_style() -> None:
+    assert Sample(Path("cat.png"), 0).style == "none"

@@ -1,0 +1,149 @@
+"""ImageNet-shaped folders: `train/{synset}/*`, `valid/{synset}/*` and `LOC_synset_mapping.txt`.
+
+A row of the mapping is a synset id, a space, and the class's names: `n01440764 tench, Tinca tinca`.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from validate.errors import DatasetError
+
+__all__ = ["MAPPING", "ClassInfo", "Dataset", "OnError", "Sample", "few_shot", "load_dataset"]
+
+MAPPING = "LOC_synset_mapping.txt"
+OnError = Literal["skip", "stop"]
+_ROW = re.compile(r"(n\d{8})\s+(\S.*)")
+
+
+@dataclass(frozen=True)
+class ClassInfo:
+    """One row of the mapping."""
+
+    synset: str
+    text: str
+
+    @property
+    def first_name(self) -> str:
+        """The name before the first comma."""
+        return self.text.split(",")[0].strip()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image file and the index of its class in the mapping."""
+
+    path: Path
+    label: int
+
+    @property
+    def style(self) -> str:
+        """What comes before the first underscore of the file name: `twemoji_p0.png` -> `twemoji`."""
+        stem, _, rest = self.path.stem.partition("_")
+        return stem if rest else "none"
+
+
+@dataclass
+class Dataset:
+    """An ImageNet-shaped folder, and what was wrong with it."""
+
+    root: Path
+    classes: list[ClassInfo]
+    train: list[Sample] = field(default_factory=list)
+    valid: list[Sample] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+class _Problems:
+    """Collects what is wrong, or stops at the first."""
+
+    def __init__(self, on_error: OnError) -> None:
+        self.found: list[str] = []
+        self._stop = on_error == "stop"
+
+    def add(self, problem: str) -> None:
+        if self._stop:
+            raise DatasetError(f"{problem} (--on-error skip goes on without it)")
+        self.found.append(problem)
+
+
+def load_dataset(root: Path, on_error: OnError, valid_per_class: int = 0) -> Dataset:
+    """Scan `root`.
+
+    Args:
+        root: the folder with the mapping, `train` and `valid`.
+        on_error: `stop` raises at the first bad row, missing class or empty folder; `skip` names it
+            in `problems` and goes on.
+        valid_per_class: at most so many validation images of each class, by file name; 0: all.
+
+    Raises:
+        DatasetError: there is no mapping or nothing to validate on, or `on_error` is `stop`.
+    """
+    if not root.is_dir():
+        raise DatasetError(f"{root}: no such folder")
+    problems = _Problems(on_error)
+    dataset = Dataset(root, _read_mapping(root / MAPPING, problems))
+    dataset.train = _scan(root / "train", dataset.classes, problems, 0)
+    dataset.valid = _scan(root / "valid", dataset.classes, problems, valid_per_class)
+    dataset.problems = problems.found
+    if not dataset.valid:
+        raise DatasetError(f"{root / 'valid'}: no images of any class in {MAPPING}")
+    return dataset
+
+
+def _read_mapping(file: Path, problems: _Problems) -> list[ClassInfo]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{file}: cannot be read ({error})") from error
+    classes: dict[str, ClassInfo] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        match = _ROW.fullmatch(line.strip())
+        if not match:
+            problems.add(f"{file.name} line {number}: expected 'n01440764 tench, Tinca tinca', got {line!r}")
+        elif match[1] in classes:
+            problems.add(f"{file.name} line {number}: {match[1]} was given before")
+        else:
+            classes[match[1]] = ClassInfo(match[1], match[2])
+    if not classes:
+        raise DatasetError(f"{file}: no usable row")
+    return sorted(classes.values(), key=lambda row: row.synset)
+
+
+def _scan(folder: Path, classes: Sequence[ClassInfo], problems: _Problems, limit: int) -> list[Sample]:
+    samples: list[Sample] = []
+    name = folder.name
+    if not folder.is_dir():
+        problems.add(f"{name}: no such folder")
+        return samples
+    known = {row.synset for row in classes}
+    for extra in sorted(child.name for child in folder.iterdir() if child.is_dir()):
+        if extra not in known:
+            problems.add(f"{name}/{extra}: not in {MAPPING}")
+    for label, row in enumerate(classes):
+        directory = folder / row.synset
+        if not directory.is_dir():
+            problems.add(f"{name}/{row.synset}: no such folder ({row.first_name})")
+            continue
+        files = sorted(file for file in directory.iterdir() if file.is_file() and file.name[0] != ".")
+        if not files:
+            problems.add(f"{name}/{row.synset}: empty folder ({row.first_name})")
+        samples += [Sample(file, label) for file in (files[:limit] if limit else files)]
+    return samples
+
+
+def few_shot(samples: Sequence[Sample], shots: int, seed: int) -> list[int]:
+    """Positions in `samples` of `shots` images of each class, chosen by `seed`; all where there are fewer."""
+    positions: dict[int, list[int]] = {}
+    for position, sample in enumerate(samples):
+        positions.setdefault(sample.label, []).append(position)
+    rng = random.Random(seed)
+    chosen = [rng.sample(group, min(shots, len(group))) for group in positions.values()]
+    return sorted(position for group in chosen for position in group)
