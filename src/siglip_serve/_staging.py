@@ -9,7 +9,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -23,6 +23,8 @@ __all__ = ["Stage"]
 
 _NAME = "siglip-serve-"
 _SHM = Path("/dev/shm")
+
+Dims = Mapping[str, Sequence[int]]
 
 
 class Stage:
@@ -48,13 +50,21 @@ class Stage:
         self.shm_prefix = f"{self.root.name}-"
         self._backends = self.root / "backends"
 
-    def fill(self, identity: Mapping[str, str]) -> list[str]:
-        """Link every model of the repository, write its configuration; the models' names."""
+    def fill(self, identity: Mapping[str, str], dims: Dims) -> list[str]:
+        """Link every model of the repository and write its configuration.
+
+        Args:
+            identity: parameters that every Python model gets, unless its configuration has them.
+            dims: dimensions by tensor name, where a configuration leaves them to the checkpoint.
+
+        Returns:
+            The models' names.
+        """
         self.empty.mkdir()
         names = []
         for source in sorted(self.repository.iterdir()):
             if (source / "config.pbtxt").is_file():
-                self._stage_model(source, identity)
+                self._stage_model(source, identity, dims)
                 names.append(source.name)
         if not names:
             raise ServerStartError(
@@ -95,7 +105,7 @@ class Stage:
         present = [path for path in environment.get("LD_LIBRARY_PATH", "").split(os.pathsep) if path]
         return {"LD_LIBRARY_PATH": os.pathsep.join([*map(str, folders), *present])}
 
-    def _stage_model(self, source: Path, identity: Mapping[str, str]) -> None:
+    def _stage_model(self, source: Path, identity: Mapping[str, str], dims: Dims) -> None:
         target = self.models / source.name
         for version in source.iterdir():
             if version.name.isdigit():
@@ -109,6 +119,9 @@ class Stage:
         except text_format.ParseError as error:
             raise ServerStartError(f"{chosen}: {error}") from error
         config.name = source.name
+        if config.max_batch_size:
+            for tensor in [*config.input, *config.output]:
+                tensor.dims[:] = dims.get(tensor.name, tensor.dims)
         if config.backend == "python":
             for name, value in identity.items():
                 if name not in config.parameters:

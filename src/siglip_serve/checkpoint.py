@@ -28,6 +28,7 @@ __all__ = [
     "load_tensors",
     "read_json",
     "resolve",
+    "tensor_dims",
 ]
 
 _T = TypeVar("_T")
@@ -198,6 +199,18 @@ def _image_config(path: Path, vision: Mapping[str, Any], defaults: Mapping[str, 
         mean=tuple(values["image_mean"]),
         std=tuple(values["image_std"]),
     )
+
+
+def tensor_dims(model: ModelConfig) -> dict[str, list[int]]:
+    """Dimensions of the Triton tensors that follow from the checkpoint, without the rows."""
+    size, width, tokens = model.image.size, model.vision.hidden_size, model.vision.grid_size**2
+    return {
+        "PIXEL_VALUES": [size, size, 3],
+        "INPUT_IDS": [model.text.max_position_embeddings],
+        "EMBEDDING": [width],
+        "MEAN_EMBEDDING": [width],
+        "PATCH_EMBEDDINGS": [tokens, width],
+    }
 
 
 def load_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:

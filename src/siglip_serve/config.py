@@ -62,6 +62,12 @@ class Settings:
         default=0, metadata={"help": "rows in one pass of a tower; 0: fitted to the device"}
     )
     threads: int = field(default=0, metadata={"help": "CPU threads of one tower; 0: all cores"})
+    text_cache_rows: int = field(
+        default=32_768, metadata={"help": "texts whose tokens and embeddings are kept; 0: none"}
+    )
+    embed_text_models: str = field(
+        default="siglip_text", metadata={"help": "values that embed_model may take for texts"}
+    )
     embed_models: str = field(
         default="siglip_vision", metadata={"help": "values that the request parameter embed_model may take"}
     )

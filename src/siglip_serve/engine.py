@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,15 +17,20 @@ from torch import Tensor, nn
 from siglip_serve.checkpoint import ImageConfig
 from siglip_serve.config import fastest_dtype
 from siglip_serve.errors import DeviceMemoryError, SettingsError
-from siglip_serve.siglip import MLP, VisionTower
+from siglip_serve.siglip import MLP, TextTower, VisionTower
 
-__all__ = ["OUTPUTS", "Batch", "VisionEngine", "choose_dtype"]
+__all__ = ["OUTPUTS", "Batch", "TextEngine", "VisionEngine", "choose_dtype"]
 
 OUTPUTS = ("EMBEDDING", "MEAN_EMBEDDING", "PATCH_EMBEDDINGS")
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Beyond these a pass gains nothing: a GPU is full, and a CPU's caches hold less.
-_ROWS = {"cuda": 64, "cpu": 8}
+_ROWS = {
+    (VisionTower, "cuda"): 64,
+    (VisionTower, "cpu"): 8,
+    (TextTower, "cuda"): 256,
+    (TextTower, "cpu"): 32,
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,49 @@ def choose_dtype(name: str, device: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-class VisionEngine:
+class _Engine:
+    """What both towers share: placing, and passes that fit the device's memory."""
+
+    def __init__(
+        self, tower: VisionTower | TextTower, device: str, dtype: torch.dtype, max_rows: int
+    ) -> None:
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.max_rows = max_rows or _ROWS[type(tower), self.device.type]
+        tower.to(self.device, dtype)
+        if self.device.type == "cpu":
+            _pack(tower, self.max_rows * tower.context)
+
+    def _in_passes(
+        self, rows: NDArray[Any], run: Callable[[NDArray[Any]], dict[str, NDArray[np.float32]]]
+    ) -> Batch:
+        """`run` over all rows, at most `max_rows` at a time; a pass that runs out of memory is halved."""
+        failed = np.zeros(len(rows), dtype=np.bool_)
+        passes: list[tuple[int, dict[str, NDArray[np.float32]]]] = []
+        start, size = 0, self.max_rows
+        while start < len(rows):
+            part = rows[start : start + size]
+            try:
+                passes.append((start, run(part)))
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                if len(part) > 1:
+                    size = (len(part) + 1) // 2
+                    continue
+                failed[start] = True
+            start += len(part)
+        if not failed.any():
+            names = passes[0][1]
+            return Batch({name: np.concatenate([done[name] for _, done in passes]) for name in names}, failed)
+        outputs: dict[str, NDArray[np.float32]] = {}
+        for start, done in passes:
+            for name, array in done.items():
+                whole = outputs.setdefault(name, np.zeros((len(rows), *array.shape[1:]), dtype=np.float32))
+                whole[start : start + len(array)] = array
+        return Batch(outputs, failed)
+
+
+class VisionEngine(_Engine):
     """uint8 pixels -> float32 embeddings.
 
     Args:
@@ -78,45 +126,24 @@ class VisionEngine:
     def __init__(
         self, tower: VisionTower, image: ImageConfig, device: str, dtype: torch.dtype, max_rows: int = 0
     ) -> None:
-        self.device = torch.device(device)
-        self.dtype = dtype
-        self.max_rows = max_rows or _ROWS[self.device.type]
-        self.tower = tower.to(self.device, dtype)
-        if self.device.type == "cpu":
-            _pack(self.tower, self.max_rows * tower.config.grid_size**2)
+        super().__init__(tower, device, dtype, max_rows)
+        self.tower = tower
         # x * rescale, then (x - mean) / std, in the reference's order, so that float32 rounds alike.
         self._rescale = image.rescale
         self._mean = torch.tensor(image.mean, device=self.device).view(3, 1, 1)
         self._std = torch.tensor(image.std, device=self.device).view(3, 1, 1)
 
     def __call__(self, pixels: NDArray[np.uint8], outputs: Iterable[str] = ("EMBEDDING",)) -> Batch:
-        """Run the tower over all rows, in passes of at most `max_rows`.
-
-        A pass that runs out of device memory is halved and tried again, down to one row.
+        """Run the tower over all rows.
 
         Args:
-            pixels: [N, S, S, 3] RGB.
+            pixels: [N, S, S, 3] RGB, at least one row.
             outputs: which of `OUTPUTS` to compute. EMBEDDING [N, D] is the reference's
                 `pooler_output`, MEAN_EMBEDDING [N, D] the mean over the patch tokens,
                 PATCH_EMBEDDINGS [N, T, D] the reference's `last_hidden_state`; none is normalised.
         """
         wanted = [name for name in OUTPUTS if name in set(outputs)]
-        failed = np.zeros(len(pixels), dtype=np.bool_)
-        passes: list[dict[str, NDArray[np.float32]]] = []
-        start, rows = 0, self.max_rows
-        while start < len(pixels):
-            part = pixels[start : start + rows]
-            try:
-                passes.append(self._run(part, wanted))
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                if len(part) > 1:
-                    rows = (len(part) + 1) // 2
-                    continue
-                failed[start] = True
-                passes.append(self._nothing(wanted))
-            start += len(part)
-        return Batch({name: np.concatenate([p[name] for p in passes]) for name in wanted}, failed)
+        return self._in_passes(pixels, lambda part: self._run(part, wanted))
 
     @torch.inference_mode()
     def _run(self, pixels: NDArray[np.uint8], wanted: list[str]) -> dict[str, NDArray[np.float32]]:
@@ -130,13 +157,22 @@ class VisionEngine:
         }
         return {name: compute[name]().float().cpu().numpy() for name in wanted}
 
-    def _nothing(self, wanted: list[str]) -> dict[str, NDArray[np.float32]]:
-        config = self.tower.config
-        shapes = {"PATCH_EMBEDDINGS": (1, config.grid_size**2, config.hidden_size)}
-        return {
-            name: np.full(shapes.get(name, (1, config.hidden_size)), np.nan, dtype=np.float32)
-            for name in wanted
-        }
+
+class TextEngine(_Engine):
+    """Token ids -> float32 embeddings; arguments as for `VisionEngine`."""
+
+    def __init__(self, tower: TextTower, device: str, dtype: torch.dtype, max_rows: int = 0) -> None:
+        super().__init__(tower, device, dtype, max_rows)
+        self.tower = tower
+
+    def __call__(self, ids: NDArray[np.int64]) -> Batch:
+        """EMBEDDING [N, P], the reference's `pooler_output`, of ids [N, T]; at least one row."""
+        return self._in_passes(ids, self._run)
+
+    @torch.inference_mode()
+    def _run(self, ids: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
+        tokens = self.tower(torch.from_numpy(ids).to(self.device))
+        return {"EMBEDDING": self.tower.pool(tokens).float().cpu().numpy()}
 
 
 class _PackedLinear(nn.Module):

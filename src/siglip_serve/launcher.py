@@ -135,11 +135,12 @@ class TritonServer:
         """
         options = self.options
         path = checkpoint.resolve(options.checkpoint)
-        self.width = checkpoint.load_config(path).vision.hidden_size
+        config = checkpoint.load_config(path)
+        self.width = config.vision.hidden_size
         settings = load_settings(self._settings(path))  # a typo ends the start here, before anything runs
         self._stage = stage = Stage(options.model_repository, self.device)
         try:
-            self.models = stage.fill(self._identity(path, settings.dtype))
+            self.models = stage.fill(self._identity(path, settings.dtype), checkpoint.tensor_dims(config))
             self.log_file = options.log_file or _default_log(self.http_port)
             self.log_file.parent.mkdir(parents=True, exist_ok=True)
             self.log_file.write_bytes(b"")
@@ -188,6 +189,7 @@ class TritonServer:
             f"--model-repository={stage.models}",
             "--model-control-mode=explicit",
             "--load-model=*",
+            "--disable-auto-complete-config",  # the stage has done it, without starting each model twice
             f"--http-address={options.host}",
             f"--http-port={self.http_port}",
             f"--grpc-address={options.host}",
@@ -333,8 +335,9 @@ def _end(server: subprocess.Popen[bytes], timeout: float, log_file: Path | None)
 def _cause(log_file: Path) -> str:
     """Why a start failed: the models' own words if there are any, else the log's errors, else its end."""
     text = log_file.read_text(encoding="utf-8", errors="replace")
-    if found := re.search(rf'{START_REFUSED}(.*?)(?:\\n\\nAt:|"?$)', text, re.MULTILINE):
-        return found[1].replace("\\n", "\n")  # the log writes a message on one line
+    found = re.findall(rf'{START_REFUSED}(.*?)(?:\\n\\nAt:|"?$)', text, re.MULTILINE)
+    if found:  # the log writes a message on one line, and once for every model that depends on it
+        return "\n".join(dict.fromkeys(found)).replace("\\n", "\n")
     errors = [line for line in text.splitlines() if re.match(r"E\d{4} .*failed|error:", line)]
     if errors:
         return "\n".join(["tritonserver ended during its start:", *errors[:8], f"the whole log: {log_file}"])

@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,29 +19,27 @@ from numpy.typing import NDArray
 
 from siglip_serve import checkpoint
 from siglip_serve.checkpoint import ModelConfig
-from siglip_serve.config import START_REFUSED, Settings, available_cores, load_settings
+from siglip_serve.config import START_REFUSED, Settings, load_settings
 from siglip_serve.errors import InvalidInputError, SiglipServeError, UnavailableError
-from siglip_serve.pooling import l2_normalize
 
 if TYPE_CHECKING:
     from siglip_serve.engine import Batch
 
 __all__ = [
     "Context",
-    "ImageReader",
     "Request",
-    "VisionEmbedder",
+    "RowCounter",
     "fill_dims",
     "map_rows",
     "open_context",
+    "readable_start",
     "respond_each",
     "respond_together",
-    "vision_dims",
 ]
 
 
 # One vocabulary for all models, since the steps of an ensemble all see the request's parameters.
-_PARAMETERS = frozenset({"base64_encoded", "embed_model", "normalized", "truncation"})
+_PARAMETERS = frozenset({"base64_encoded", "embed_model", "normalized", "softmax", "truncation"})
 
 Row = NDArray[Any]
 Outputs = Mapping[str, NDArray[Any]]
@@ -74,20 +71,21 @@ def open_context(args: Mapping[str, str]) -> Context:
     return Context(settings, config, f"cuda:{args['model_instance_device_id']}" if gpu else "cpu")
 
 
-def fill_dims(model: Any, dims: Callable[[ModelConfig], Mapping[str, list[int]]]) -> Any:
+def fill_dims(model: Any) -> Any:
     """Complete the dimensions that a `config.pbtxt` leaves to the checkpoint.
+
+    The launcher has done so already; this serves a tritonserver that somebody starts by hand.
 
     Args:
         model: the `pb_utils.ModelConfig` of `auto_complete_config`.
-        dims: checkpoint configuration -> dimensions by tensor name.
     """
     described = model.as_dict()
     _, config = _read(described)
-    wanted = dims(config)
+    dims = checkpoint.tensor_dims(config)
     for tensors, add in (("input", model.add_input), ("output", model.add_output)):
         for tensor in described[tensors]:
-            if tensor["name"] in wanted:
-                add({key: tensor[key] for key in ("name", "data_type")} | {"dims": wanted[tensor["name"]]})
+            if tensor["name"] in dims:
+                add({key: tensor[key] for key in ("name", "data_type")} | {"dims": dims[tensor["name"]]})
     return model
 
 
@@ -107,6 +105,23 @@ def readable_start() -> Iterator[None]:
         raise pb_utils.TritonModelException(f"{START_REFUSED}{error}") from None
 
 
+class RowCounter:
+    """Rows that a tower has computed, at the metrics endpoint; rows answered from a cache do not count."""
+
+    def __init__(self, model: str) -> None:
+        # The family must outlive its metrics.
+        self._family = pb_utils.MetricFamily(
+            name="siglip_serve_tower_rows_total",
+            description="Rows that a tower has computed",
+            kind=pb_utils.MetricFamily.COUNTER,
+        )
+        self._metric = self._family.Metric(labels={"model": model})
+
+    def add(self, rows: int) -> None:
+        """Count `rows` more."""
+        self._metric.increment(rows)
+
+
 class Request:
     """One request's inputs and parameters, checked."""
 
@@ -121,18 +136,24 @@ class Request:
                 raise InvalidInputError(f"parameter {name!r}: unknown; the parameters are {known}")
 
     def strings(self, name: str) -> list[bytes]:
-        """The rows of a BYTES input of shape [n, 1]."""
-        array = self.array(name)
-        if array.ndim != 2 or array.shape[1] != 1:
-            raise InvalidInputError(f"{name}: got shape {list(array.shape)}, expected [rows, 1]")
-        return [bytes(row) for row in array[:, 0]]
-
-    def array(self, name: str) -> NDArray[Any]:
-        """An input tensor as it came."""
+        """The rows of a BYTES input of shape [n] or [n, 1]; none if it is optional and was not sent."""
         tensor = pb_utils.get_input_tensor_by_name(self._request, name)
         if tensor is None:
-            raise InvalidInputError(f"{name}: missing")
-        return tensor.as_numpy()
+            return []
+        array = tensor.as_numpy()
+        if array.ndim > 2 or array.shape[1:] not in {(), (1,)}:
+            raise InvalidInputError(f"{name}: got shape {list(array.shape)}, expected [rows, 1]")
+        return [bytes(row) for row in array.reshape(-1)]
+
+    def array(self, name: str, shape: Sequence[int], dtype: Any) -> NDArray[Any]:
+        """An input of `dtype` and shape [n, *shape]."""
+        array = pb_utils.get_input_tensor_by_name(self._request, name).as_numpy()
+        if list(array.shape[1:]) != list(shape) or array.dtype != dtype:
+            raise InvalidInputError(
+                f"{name}: got {array.dtype} {list(array.shape)}, "
+                f"expected {np.dtype(dtype)} {['rows', *shape]}"
+            )
+        return array
 
     def flag(self, name: str) -> bool:
         """A boolean parameter, false unless given; forwarded HTTP headers arrive as `true` or `false`."""
@@ -166,6 +187,8 @@ def map_rows(name: str, rows: Sequence[bytes], function: Callable[[bytes], Row])
     """
     done: list[Row] = []
     refused: list[InvalidInputError] = []
+    if not rows:
+        raise InvalidInputError(f"{name}: no rows, expected at least one")
     for index, row in enumerate(rows):
         try:
             done.append(function(row))
@@ -229,91 +252,6 @@ def respond_together(
             responses[index] = _refusal(error)
         start = end
     return responses
-
-
-def vision_dims(model: ModelConfig) -> dict[str, list[int]]:
-    """Dimensions of the vision model's tensors, without the rows."""
-    size, width, tokens = model.image.size, model.vision.hidden_size, model.vision.grid_size**2
-    return {
-        "PIXEL_VALUES": [size, size, 3],
-        "EMBEDDING": [width],
-        "MEAN_EMBEDDING": [width],
-        "PATCH_EMBEDDINGS": [tokens, width],
-    }
-
-
-class ImageReader:
-    """Requests for `siglip_vision_process`."""
-
-    def __init__(self, context: Context) -> None:
-        from PIL import AvifImagePlugin, Image
-
-        from siglip_serve.preprocess import ImageLimits, Preprocessor, decode_base64
-
-        settings = context.settings
-        if settings.preprocess == "fast":
-            import torch
-
-            torch.set_num_threads(1)  # the other cores belong to the other instances
-        AvifImagePlugin.DEFAULT_MAX_THREADS = 1
-        Image.MAX_IMAGE_PIXELS = None  # our own limit stands in its place, at the same point: the header
-        limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
-        self._preprocess = Preprocessor(context.config.image, settings.preprocess, limits)
-        self._decode_base64 = partial(decode_base64, limits=limits)
-        self._embed_models = settings.embed_models
-
-    def answer(self, request: Request) -> Outputs:
-        """INPUT_IMAGE [n, 1] BYTES -> PIXEL_VALUES [n, S, S, 3] UINT8."""
-        request.choice("embed_model", self._embed_models)
-        encoded = request.flag("base64_encoded")
-
-        def pixels(row: bytes) -> Row:
-            return self._preprocess(self._decode_base64(row) if encoded else row)
-
-        return {"PIXEL_VALUES": map_rows("INPUT_IMAGE", request.strings("INPUT_IMAGE"), pixels)}
-
-
-class VisionEmbedder:
-    """Requests for `siglip_vision_model`."""
-
-    def __init__(self, context: Context) -> None:
-        import torch
-
-        from siglip_serve.engine import VisionEngine, choose_dtype
-        from siglip_serve.siglip import load_vision
-
-        settings, config = context.settings, context.config
-        torch.set_num_threads(settings.threads or available_cores())
-        self._shape = vision_dims(config)["PIXEL_VALUES"]
-        with readable_start():
-            dtype = choose_dtype(settings.dtype, context.device)
-            tower = load_vision(config.path)
-        self._engine = VisionEngine(tower, config.image, context.device, dtype, settings.max_rows)
-        # The first pass allocates and chooses kernels: not at a caller's expense.
-        self._engine(np.zeros((1, *self._shape), dtype=np.uint8))
-
-    def answer(self, requests: Sequence[Any]) -> list[Any]:
-        """PIXEL_VALUES -> the outputs each request asked for; `normalized` scales vectors to unit length."""
-        return respond_together(requests, self._read, self._compute, self._finish)
-
-    def _read(self, request: Request) -> NDArray[Any]:
-        request.flag("normalized")
-        pixels = request.array("PIXEL_VALUES")
-        if list(pixels.shape[1:]) != self._shape or pixels.dtype != np.uint8:
-            raise InvalidInputError(
-                f"PIXEL_VALUES: got {pixels.dtype} {list(pixels.shape)}, "
-                f"expected uint8 {['rows', *self._shape]}"
-            )
-        return pixels
-
-    def _compute(self, pixels: NDArray[Any], requests: Sequence[Request]) -> Batch:
-        return self._engine(pixels, {name for request in requests for name in request.wanted()})
-
-    def _finish(self, request: Request, outputs: Outputs) -> Outputs:
-        asked = {name: outputs[name] for name in request.wanted()}
-        if request.flag("normalized"):
-            asked = {name: l2_normalize(array) for name, array in asked.items()}
-        return asked
 
 
 def _response(outputs: Outputs) -> Any:

@@ -137,6 +137,11 @@ class VisionTower(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.head = AttentionPooling(config)
 
+    @property
+    def context(self) -> int:
+        """Tokens of one image."""
+        return self.config.grid_size**2
+
     def forward(self, pixels: Tensor) -> Tensor:
         """The reference's `last_hidden_state`.
 
@@ -175,6 +180,11 @@ class TextTower(nn.Module):
         self.encoder = Encoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.projection_size)
+
+    @property
+    def context(self) -> int:
+        """Tokens of one text."""
+        return self.config.max_position_embeddings
 
     def forward(self, ids: Tensor) -> Tensor:
         """The reference's `last_hidden_state`.

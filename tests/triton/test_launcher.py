@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +19,6 @@ import numpy as np
 import psutil
 import pytest
 from images import encode, photo
-from random_checkpoints import random_model, save_checkpoint
 from tritonclient.utils import InferenceServerException
 from wire import ROOT, TINY, GrpcCaller, post
 
@@ -145,16 +145,19 @@ def test_refused_before_the_start(
 
 
 def test_wrong_weights_are_listed(tmp_path: Path, log: Path) -> None:
-    checkpoint = save_checkpoint(random_model({"image_size": 32, "patch_size": 8}), tmp_path / "checkpoint")
-    config = checkpoint / "config.json"
-    config.write_text(config.read_text().replace('"patch_size": 8', '"patch_size": 16'))
+    checkpoint = Path(shutil.copytree(TINY, tmp_path / "checkpoint"))
+    config = json.loads((checkpoint / "config.json").read_text())
+    patch = config["vision_config"]["patch_size"]
+    config["vision_config"]["patch_size"] = 2 * patch
+    (checkpoint / "config.json").write_text(json.dumps(config))
     with (
         pytest.raises(ServerStartError) as caught,
         TritonServer(ServeOptions(REPOSITORY, str(checkpoint), log_file=log)),
     ):
         pass
     message = str(caught.value)
-    assert "mis-shaped: vision_model.embeddings.patch_embedding.weight is [64, 3, 8, 8]" in message
+    assert "mis-shaped: vision_model.embeddings.patch_embedding.weight is [" in message
+    assert f"3, {patch}, {patch}], expected [" in message
     assert "Traceback" not in message
     assert len(message.splitlines()) < 8
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from siglip_serve import serving
+from siglip_serve import handlers, serving
 
 
 class TritonPythonModel:
@@ -12,10 +12,10 @@ class TritonPythonModel:
 
     @staticmethod
     def auto_complete_config(config: Any) -> Any:
-        return serving.fill_dims(config, serving.vision_dims)
+        return serving.fill_dims(config)
 
     def initialize(self, args: dict[str, str]) -> None:
-        self.vision = serving.VisionEmbedder(serving.open_context(args))
+        self.handler = handlers.VisionEmbedder(serving.open_context(args))
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        return self.vision.answer(requests)
+        return self.handler.answer(requests)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from siglip_serve import serving
+from siglip_serve import handlers, serving
 
 
 class TritonPythonModel:
@@ -12,12 +12,10 @@ class TritonPythonModel:
 
     @staticmethod
     def auto_complete_config(config: Any) -> Any:
-        return serving.fill_dims(
-            config, lambda model: {"PIXEL_VALUES": [model.image.size, model.image.size, 3]}
-        )
+        return serving.fill_dims(config)
 
     def initialize(self, args: dict[str, str]) -> None:
-        self.images = serving.ImageReader(serving.open_context(args))
+        self.handler = handlers.ImageReader(serving.open_context(args))
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        return serving.respond_each(requests, self.images.answer)
+        return self.handler.answer(requests)

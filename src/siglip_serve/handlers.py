@@ -1,0 +1,297 @@
+"""What each Triton model of the repository answers; one class a model, used by its `model.py`."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from siglip_serve import zero_shot
+from siglip_serve.checkpoint import tensor_dims
+from siglip_serve.config import available_cores
+from siglip_serve.errors import InvalidInputError
+from siglip_serve.pooling import l2_normalize
+from siglip_serve.serving import (
+    Context,
+    Outputs,
+    Request,
+    Row,
+    RowCounter,
+    map_rows,
+    readable_start,
+    respond_each,
+    respond_together,
+)
+from siglip_serve.tokenizer import decode_text, load_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+    from siglip_serve.engine import Batch
+
+# Read by torch's OpenMP when torch is first imported, which is later than here. Threads that spin while
+# they wait take the cores from the other model processes: five times the throughput on two cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+__all__ = [
+    "ImageReader",
+    "LabelPrompter",
+    "LabelScorer",
+    "TextEmbedder",
+    "TextTokenizer",
+    "VisionEmbedder",
+]
+
+
+class ImageReader:
+    """`siglip_vision_process`: INPUT_IMAGE [n, 1] BYTES -> PIXEL_VALUES [n, S, S, 3] UINT8."""
+
+    def __init__(self, context: Context) -> None:
+        from PIL import AvifImagePlugin, Image
+
+        from siglip_serve.preprocess import ImageLimits, Preprocessor, decode_base64
+
+        settings = context.settings
+        if settings.preprocess == "fast":
+            import torch
+
+            torch.set_num_threads(1)  # the other cores belong to the other instances
+        AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+        Image.MAX_IMAGE_PIXELS = None  # our own limit stands in its place, at the same point: the header
+        limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
+        self._preprocess = Preprocessor(context.config.image, settings.preprocess, limits)
+        self._decode_base64 = partial(decode_base64, limits=limits)
+        self._embed_models = settings.embed_models
+
+    def answer(self, requests: Sequence[Any]) -> list[Any]:
+        """One response a request."""
+        return respond_each(requests, self._read)
+
+    def _read(self, request: Request) -> Outputs:
+        request.choice("embed_model", self._embed_models)
+        encoded = request.flag("base64_encoded")
+
+        def pixels(row: bytes) -> Row:
+            return self._preprocess(self._decode_base64(row) if encoded else row)
+
+        return {"PIXEL_VALUES": map_rows("INPUT_IMAGE", request.strings("INPUT_IMAGE"), pixels)}
+
+
+class VisionEmbedder:
+    """`siglip_vision_model`: PIXEL_VALUES -> the outputs that each request asks for.
+
+    With the parameter `normalized`, vectors have unit length.
+    """
+
+    def __init__(self, context: Context) -> None:
+        from siglip_serve.engine import VisionEngine
+        from siglip_serve.siglip import load_vision
+
+        settings, config = context.settings, context.config
+        self._shape = tensor_dims(config)["PIXEL_VALUES"]
+        with readable_start():
+            dtype = _prepare_torch(context)
+            tower = load_vision(config.path)
+        self._engine = VisionEngine(tower, config.image, context.device, dtype, settings.max_rows)
+        # The first pass allocates and chooses kernels: not at a caller's expense.
+        self._engine(np.zeros((1, *self._shape), dtype=np.uint8))
+        self._computed = RowCounter("siglip_vision_model")
+
+    def answer(self, requests: Sequence[Any]) -> list[Any]:
+        """One response a request; their rows are computed together."""
+        return respond_together(requests, self._read, self._compute, _finish)
+
+    def _read(self, request: Request) -> NDArray[Any]:
+        request.flag("normalized")
+        return request.array("PIXEL_VALUES", self._shape, np.uint8)
+
+    def _compute(self, pixels: NDArray[Any], requests: Sequence[Request]) -> Batch:
+        self._computed.add(len(pixels))
+        return self._engine(pixels, {name for request in requests for name in request.wanted()})
+
+
+class TextTokenizer:
+    """`siglip_text_tokenize`: INPUT_TEXT [n, 1] BYTES -> INPUT_IDS [n, T] INT64.
+
+    With the parameter `truncation`, what does not fit is cut instead of refused.
+    """
+
+    def __init__(self, context: Context) -> None:
+        with readable_start():
+            self._tokenizer = load_tokenizer(context.config)
+        self._embed_models = context.settings.embed_text_models
+        self._known = _Cache(context.settings.text_cache_rows)
+
+    def answer(self, requests: Sequence[Any]) -> list[Any]:
+        """One response a request."""
+        return respond_each(requests, self._tokenize)
+
+    def _tokenize(self, request: Request) -> Outputs:
+        request.choice("embed_model", self._embed_models)
+        truncation = request.flag("truncation")
+
+        def ids(row: bytes) -> Row:
+            # Kept only if it fits: then truncation makes no difference.
+            known = self._known.get(row)
+            if known is None:
+                known = self._tokenizer(decode_text(row), truncation)
+                if not truncation:
+                    self._known.put(row, known)
+            return known
+
+        return {"INPUT_IDS": map_rows("INPUT_TEXT", request.strings("INPUT_TEXT"), ids)}
+
+
+class TextEmbedder:
+    """`siglip_text_model`: INPUT_IDS [n, T] INT64 -> EMBEDDING [n, P].
+
+    Texts that came before are answered from a bounded cache, so that a set of labels costs the tower
+    only once. With the parameter `normalized`, embeddings have unit length.
+    """
+
+    def __init__(self, context: Context) -> None:
+        from siglip_serve.engine import TextEngine
+        from siglip_serve.siglip import load_text
+
+        settings, config = context.settings, context.config
+        self._shape = tensor_dims(config)["INPUT_IDS"]
+        with readable_start():
+            dtype = _prepare_torch(context)
+            tower = load_text(config.path)
+        self._engine = TextEngine(tower, context.device, dtype, settings.max_rows)
+        self._vocabulary, self._width = config.text.vocab_size, config.text.projection_size
+        self._known = _Cache(settings.text_cache_rows)
+        self._engine(np.zeros((1, *self._shape), dtype=np.int64))
+        self._computed = RowCounter("siglip_text_model")
+
+    def answer(self, requests: Sequence[Any]) -> list[Any]:
+        """One response a request; their rows are computed together."""
+        return respond_together(requests, self._read, self._compute, _finish)
+
+    def _read(self, request: Request) -> NDArray[Any]:
+        request.flag("normalized")
+        ids = request.array("INPUT_IDS", self._shape, np.int64)
+        outside = np.flatnonzero(((ids < 0) | (ids >= self._vocabulary)).any(axis=1))
+        if len(outside):  # on a GPU it would end the process
+            raise InvalidInputError(
+                f"INPUT_IDS[{outside[0]}]: an id outside the vocabulary, expected 0 to {self._vocabulary - 1}"
+            )
+        return ids
+
+    def _compute(self, ids: NDArray[Any], _requests: Sequence[Request]) -> Batch:
+        from siglip_serve.engine import Batch
+
+        keys = [row.tobytes() for row in ids]
+        rows = [self._known.get(key) for key in keys]
+        new = [index for index, row in enumerate(rows) if row is None]
+        failed = np.zeros(len(ids), dtype=np.bool_)
+        if new:
+            computed = self._engine(ids[new])
+            self._computed.add(len(new))
+            failed[new] = computed.failed
+            nothing = np.zeros((len(new), self._width), dtype=np.float32)
+            embeddings = computed.outputs.get("EMBEDDING", nothing)
+            for index, row, lost in zip(new, embeddings, computed.failed, strict=True):
+                rows[index] = row
+                if not lost:
+                    self._known.put(keys[index], row)
+        return Batch({"EMBEDDING": np.stack([row for row in rows if row is not None])}, failed)
+
+
+class LabelPrompter:
+    """`label_prompts`: LABELS [L] and optional TEMPLATE [K] BYTES -> PROMPTS [L * K, 1], label by label."""
+
+    def answer(self, requests: Sequence[Any]) -> list[Any]:
+        """One response a request."""
+        return respond_each(requests, self._prompts)
+
+    def _prompts(self, request: Request) -> Outputs:
+        labels = map_rows("LABELS", request.strings("LABELS"), _label)
+        templates = map_rows("TEMPLATE", request.strings("TEMPLATE") or [b"{}"], _template)
+        prompts = [template.replace("{}", label).encode() for label in labels for template in templates]
+        return {
+            "PROMPTS": np.array(prompts, dtype=np.object_).reshape(-1, 1),
+            "TEMPLATE_COUNT": np.array([len(templates)], dtype=np.int32),
+        }
+
+
+class LabelScorer:
+    """`label_scores`: IMAGE_EMBEDDING [N, D], PROMPT_EMBEDDING [L * K, D] -> PROBABILITIES [N, L].
+
+    Each pair's own probability, as SigLIP was trained; with the parameter `softmax` the labels of an
+    image compete and sum to one.
+    """
+
+    def __init__(self, context: Context) -> None:
+        from siglip_serve.siglip import load_scale
+
+        with readable_start():
+            self._scale, self._bias = load_scale(context.config.path)
+        self._width = tensor_dims(context.config)["EMBEDDING"]
+
+    def answer(self, requests: Sequence[Any]) -> list[Any]:
+        """One response a request."""
+        return respond_each(requests, self._score)
+
+    def _score(self, request: Request) -> Outputs:
+        images = request.array("IMAGE_EMBEDDING", self._width, np.float32)
+        prompts = request.array("PROMPT_EMBEDDING", self._width, np.float32)
+        templates = int(request.array("TEMPLATE_COUNT", [], np.int32)[0])
+        classes = zero_shot.build_class_embeddings(prompts.reshape(-1, templates, *self._width))
+        logits = zero_shot.logits(zero_shot.cosine(images, classes), self._scale, self._bias)
+        score = zero_shot.softmax if request.flag("softmax") else zero_shot.sigmoid
+        return {"PROBABILITIES": score(logits).astype(np.float32)}
+
+
+class _Cache:
+    """Arrays by key; the least recently used are dropped beyond `rows`."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._arrays: OrderedDict[bytes, Row] = OrderedDict()
+
+    def get(self, key: bytes) -> Row | None:
+        array = self._arrays.get(key)
+        if array is not None:
+            self._arrays.move_to_end(key)
+        return array
+
+    def put(self, key: bytes, array: Row) -> None:
+        self._arrays[key] = array
+        if len(self._arrays) > self._rows:
+            self._arrays.popitem(last=False)
+
+
+def _prepare_torch(context: Context) -> torch.dtype:
+    import torch
+
+    from siglip_serve.engine import choose_dtype
+
+    torch.set_num_threads(context.settings.threads or available_cores())
+    return choose_dtype(context.settings.dtype, context.device)
+
+
+def _finish(request: Request, outputs: Outputs) -> Outputs:
+    asked = {name: outputs[name] for name in request.wanted()}
+    if request.flag("normalized"):
+        asked = {name: l2_normalize(array) for name, array in asked.items()}
+    return asked
+
+
+def _label(row: bytes) -> Any:
+    text = decode_text(row)
+    if not text.strip():
+        raise InvalidInputError("the label is empty")
+    return text
+
+
+def _template(row: bytes) -> Any:
+    text = decode_text(row)
+    if "{}" not in text:
+        raise InvalidInputError(f"{text!r} has no {{}} where the label goes")
+    return text

@@ -1,0 +1,208 @@
+"""What the contract promises for texts, and classification by labels, over the wire of a real server."""
+
+from __future__ import annotations
+
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from images import encode, photo
+from numpy.typing import NDArray
+from transformers import AutoTokenizer, SiglipModel
+from tritonclient.utils import InferenceServerException
+from wire import TINY, GrpcCaller, HttpCaller
+
+from siglip_serve.launcher import TritonServer
+
+TEXTS = [
+    "a dog",
+    "A DOG!",
+    "a photo of a cat.",
+    "größer, naïve, 東京",
+    "🐶 and 🐱",
+    "x" * 300,
+    " spaced   out ",
+    "the quick brown fox jumps over the lazy dog",
+]
+PICTURE = encode(photo(80, 60), "JPEG")
+
+
+def strings(module: Any, name: str, values: Sequence[str | bytes], shape: Sequence[int]) -> Any:
+    tensor = module.InferInput(name, list(shape), "BYTES")
+    rows = [value.encode() if isinstance(value, str) else value for value in values]
+    tensor.set_data_from_numpy(np.array(rows, dtype=np.object_).reshape(shape))
+    return tensor
+
+
+def embed(
+    caller: GrpcCaller | HttpCaller,
+    texts: Sequence[str | bytes],
+    model: str = "embed_text",
+    **parameters: Any,
+) -> NDArray[np.float32]:
+    tensor = strings(caller.module, "INPUT_TEXT", texts, (len(texts), 1))
+    return caller.client.infer(model, [tensor], parameters=parameters or None).as_numpy("EMBEDDING")
+
+
+def classify(
+    server: TritonServer,
+    images: Sequence[bytes],
+    labels: Sequence[str | bytes],
+    templates: Sequence[str] = (),
+    **parameters: Any,
+) -> NDArray[np.float32]:
+    caller = GrpcCaller(server.grpc_url)
+    inputs = [
+        strings(caller.module, "INPUT_IMAGE", images, (len(images), 1)),
+        strings(caller.module, "LABELS", labels, (len(labels),)),
+    ]
+    if templates:
+        inputs.append(strings(caller.module, "TEMPLATE", templates, (len(templates),)))
+    result = caller.client.infer("classify_image", inputs, parameters=parameters or None)
+    return result.as_numpy("PROBABILITIES")
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    with pytest.raises(InferenceServerException) as caught:
+        call()
+    assert caught.value.status() in {"StatusCode.INVALID_ARGUMENT", "400"}
+    return str(caught.value.message())
+
+
+def test_equals_transformers(server: TritonServer) -> None:
+    model = SiglipModel.from_pretrained(TINY).eval()
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    context = model.config.text_config.max_position_embeddings
+    ids = tokenizer(TEXTS, padding="max_length", max_length=context, truncation=True, return_tensors="pt")
+    with torch.inference_mode():
+        theirs = model.text_model(ids["input_ids"]).pooler_output.numpy()
+    ours = embed(GrpcCaller(server.grpc_url), TEXTS, truncation=True)
+    cosines = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
+    assert cosines.min() >= 0.999999
+
+
+def test_all_ways_to_ask_agree(server: TritonServer) -> None:
+    grpc = GrpcCaller(server.grpc_url)
+    expected = embed(grpc, ["a dog", "a cat"])
+    for got in (
+        embed(grpc, ["a dog", "a cat"], "siglip_text"),
+        embed(HttpCaller(server.http_url), ["a dog", "a cat"]),
+        embed(grpc, ["a dog", "a cat"], embed_model="siglip_text"),
+        np.concatenate([embed(grpc, ["a dog"]), embed(grpc, ["a cat"])]),
+    ):
+        np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
+    unit = embed(grpc, ["a dog"], normalized=True)
+    np.testing.assert_allclose(np.linalg.norm(unit), 1.0, rtol=1e-5)
+
+
+def test_concurrent_requests_keep_their_own_rows(server: TritonServer) -> None:
+    """Texts that are new, that are known, and that repeat within one request."""
+    texts = [f"{kind} number {number}" for kind in ("dog", "car", "tree") for number in range(40)]
+    grpc = GrpcCaller(server.grpc_url)
+    rng = np.random.default_rng(3)
+    requests = [rng.integers(len(texts), size=rng.integers(1, 17)) for _ in range(100)]
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda rows: embed(grpc, [texts[i] for i in rows]), requests))
+    known = np.concatenate([embed(grpc, [text]) for text in texts])
+    for rows, answer in zip(requests, answers, strict=True):
+        np.testing.assert_allclose(answer, known[rows], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("texts", "parameters", "expected"),
+    [
+        (["a dog", ""], {}, "INPUT_TEXT[1]: the text is empty"),
+        (["  \t\n"], {}, "INPUT_TEXT[0]: the text is empty"),
+        (["a dog", b"\xff\xfe"], {}, "INPUT_TEXT[1]: not UTF-8 text"),
+        (["a dog", "dog " * 300], {}, "INPUT_TEXT[1]: the text has 301 tokens"),
+        (["a dog"], {"truncate": True}, "parameter 'truncate': unknown"),
+        (["a dog"], {"truncation": 1}, "parameter 'truncation': got 1"),
+        (["a dog"], {"embed_model": "siglip_vision"}, "expected one of siglip_text"),
+    ],
+)
+def test_refused_text(
+    texts: list[str | bytes], parameters: dict[str, Any], expected: str, server: TritonServer
+) -> None:
+    caller = GrpcCaller(server.grpc_url)
+    assert expected in refusal(lambda: embed(caller, texts, **parameters))
+    assert np.isfinite(embed(caller, ["a dog"])).all()
+
+
+def test_ids_outside_the_vocabulary_are_refused(server: TritonServer) -> None:
+    caller = GrpcCaller(server.grpc_url)
+    context = caller.client.get_model_metadata("siglip_text_model").inputs[0].shape[1]
+    ids = np.zeros((2, context), dtype=np.int64)
+    ids[1, 3] = 10**9
+    tensor = caller.module.InferInput("INPUT_IDS", ids.shape, "INT64")
+    tensor.set_data_from_numpy(ids)
+    assert "INPUT_IDS[1]: an id outside" in refusal(
+        lambda: caller.client.infer("siglip_text_model", [tensor])
+    )
+
+
+def test_probabilities_are_the_checkpoints(server: TritonServer) -> None:
+    model = SiglipModel.from_pretrained(TINY).eval()
+    grpc = GrpcCaller(server.grpc_url)
+    labels = ["dog", "cat", "fire engine"]
+    images = torch.tensor(grpc.embed([PICTURE, PICTURE], normalized=True))
+    texts = torch.tensor(embed(grpc, labels, normalized=True))
+    logits = (images @ texts.T * model.logit_scale.exp() + model.logit_bias).detach()
+    pairs = classify(server, [PICTURE, PICTURE], labels)
+    np.testing.assert_allclose(pairs, logits.sigmoid(), rtol=1e-3, atol=1e-6)
+    competing = classify(server, [PICTURE, PICTURE], labels, softmax=True)
+    np.testing.assert_allclose(competing, logits.softmax(1), rtol=1e-3, atol=1e-6)
+
+
+def test_templates_are_averaged(server: TritonServer) -> None:
+    grpc = GrpcCaller(server.grpc_url)
+    labels, templates = ["dog", "cat"], ["a photo of a {}.", "{} {}"]
+    prompts = ["a photo of a dog.", "dog dog", "a photo of a cat.", "cat cat"]
+    classes = embed(grpc, prompts, normalized=True).reshape(2, 2, -1).mean(1)
+    classes /= np.linalg.norm(classes, axis=1, keepdims=True)
+    model = SiglipModel.from_pretrained(TINY)
+    cosine = torch.tensor(grpc.embed([PICTURE], normalized=True) @ classes.T)
+    expected = (cosine * model.logit_scale.exp() + model.logit_bias).sigmoid().detach()
+    np.testing.assert_allclose(classify(server, [PICTURE], labels, templates), expected, rtol=1e-3, atol=1e-6)
+
+
+def tower_rows(server: TritonServer) -> float:
+    url = f"http://{server.address}:{server.metrics_port}/metrics"
+    with urllib.request.urlopen(url, timeout=5) as answer:
+        for line in answer.read().decode().splitlines():
+            if line.startswith('siglip_serve_tower_rows_total{model="siglip_text_model"'):
+                return float(line.split()[-1])
+    return 0.0
+
+
+def test_known_labels_cost_the_text_tower_nothing(server: TritonServer) -> None:
+    before = tower_rows(server)
+    labels = [f"thing number {number}" for number in range(1000)]
+    first = classify(server, [PICTURE], labels)
+    assert first.shape == (1, 1000)
+    after = tower_rows(server)
+    assert after == before + 1000
+    again = classify(server, [PICTURE], labels[::-1])
+    np.testing.assert_allclose(again[:, ::-1], first, rtol=1e-4, atol=1e-7)
+    assert tower_rows(server) == after
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "templates", "expected"),
+    [
+        ([PICTURE], ["dog", ""], [], "LABELS[1]: the label is empty"),
+        ([PICTURE], ["dog", b"\xff"], [], "LABELS[1]: not UTF-8"),
+        ([PICTURE], [], [], "LABELS: no rows"),
+        ([PICTURE], ["dog"], ["a photo"], "TEMPLATE[0]: 'a photo' has no {}"),
+        ([PICTURE], ["dog " * 300], [], "the text has 301 tokens"),
+        ([PICTURE, b"no image"], ["dog"], [], "INPUT_IMAGE[1]: not a decodable image"),
+    ],
+)
+def test_refused_classification(
+    images: list[bytes], labels: list[str | bytes], templates: list[str], expected: str, server: TritonServer
+) -> None:
+    assert expected in refusal(lambda: classify(server, images, labels, templates))
+    assert classify(server, [PICTURE], ["dog"]).shape == (1, 1)
