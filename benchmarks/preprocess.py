@@ -6,49 +6,24 @@ Both modes run in turns, so that a busy machine slows both alike and the ratio s
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import io
 import json
-import platform
-import shlex
 import statistics
-import sys
 import time
 from importlib import resources
-from importlib.metadata import version
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from benchmarks.common import about, synthetic_jpeg, write_csv
 from siglip_serve.checkpoint import ImageConfig
 from siglip_serve.preprocess import Mode, Preprocessor
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 CASES = {"500x375": (500, 375), "1080p": (1920, 1080), "12 MP": (4000, 3000), "64x128": (64, 128)}
-
-
-def synthetic_jpeg(width: int, height: int) -> bytes:
-    """A JPEG of about the size that a photograph has: smooth colour, edges, and grain; 70 kB at 500x375."""
-    rng = np.random.default_rng(width)
-    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
-    colors = [127 + 100 * np.sin(5 * x + 3 * y * (channel + 1)) for channel in range(3)]
-    image = Image.fromarray(np.stack(colors, axis=-1).astype(np.uint8))
-    draw = ImageDraw.Draw(image)
-    for _ in range(40):
-        left, top = int(rng.integers(0, width)), int(rng.integers(0, height))
-        red, green, blue = (int(value) for value in rng.integers(0, 256, 3))
-        draw.ellipse((left, top, left + width // 8, top + height // 6), fill=(red, green, blue))
-    grain = rng.normal(0, 9, (height, width, 1))
-    image = Image.fromarray(np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8))
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=90)
-    return file.getvalue()
 
 
 def measure(data: bytes, modes: dict[Mode, Preprocessor], seconds: float) -> dict[Mode, float]:
@@ -63,14 +38,6 @@ def measure(data: bytes, modes: dict[Mode, Preprocessor], seconds: float) -> dic
     return {mode: 1000 * statistics.median(values) for mode, values in times.items()}
 
 
-def cpu_name() -> str:
-    """The processor's name as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def default_size() -> int:
     """The image size of a SigLIP checkpoint that names none."""
     defaults = json.loads(resources.files("siglip_serve").joinpath("siglip_defaults.json").read_text())
@@ -81,12 +48,8 @@ def rows(seconds: float, size: int) -> list[dict[str, str]]:
     """One row a case and mode."""
     config = ImageConfig(size=size, resample="bicubic", rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3)
     modes = {mode: Preprocessor(config, mode) for mode in MODES}
-    packages = ("torch", "pillow", "simplejpeg")
-    about = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "device": cpu_name(),
-        "python": platform.python_version(),
-        **{package: version(package) for package in packages},
+    columns = {
+        **about(["torch", "pillow", "simplejpeg"]),
         "threads": str(torch.get_num_threads()),
         "size": str(size),
     }
@@ -99,7 +62,7 @@ def rows(seconds: float, size: int) -> list[dict[str, str]]:
             difference = np.abs(pixels[mode].astype(int) - pixels["pil"])
             table.append(
                 {
-                    **about,
+                    **columns,
                     "case": case,
                     "kilobytes": str(round(len(data) / 1000)),
                     "mode": mode,
@@ -107,7 +70,6 @@ def rows(seconds: float, size: int) -> list[dict[str, str]]:
                     "ratio": f"{milliseconds['pil'] / milliseconds[mode]:.2f}",
                     "max_abs_diff": str(difference.max()),
                     "mean_abs_diff": f"{difference.mean():.4f}",
-                    "command": shlex.join(["python", *sys.argv]),
                 }
             )
     return table
@@ -130,10 +92,7 @@ def main() -> None:
             f"max {row['max_abs_diff']} mean {row['mean_abs_diff']}"
         )
     if arguments.output:
-        with arguments.output.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(table[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(table)
+        write_csv(arguments.output, table)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,82 @@
+"""What every benchmark says about itself, a picture to measure with, and the CSV files."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+__all__ = ["about", "synthetic_jpeg", "write_csv"]
+
+
+def about(packages: Sequence[str], device: str | None = None) -> dict[str, str]:
+    """The columns that name the run: date, commit, device, versions, command."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "commit": _commit(),
+        "device": device or _cpu_name(),
+        "python": platform.python_version(),
+        **{package: _version(package) for package in packages},
+        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+    }
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, str]], append: bool = False) -> None:
+    """Write rows that all have the columns of the first one."""
+    kept: list[Mapping[str, str]] = []
+    if append and path.is_file():
+        with path.open(newline="", encoding="utf-8") as file:
+            kept = list(csv.DictReader(file))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows([*kept, *rows])
+
+
+def synthetic_jpeg(width: int, height: int) -> bytes:
+    """A JPEG of about the size that a photograph has: smooth colour, edges, and grain; 80 kB at 500x375."""
+    rng = np.random.default_rng(width)
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    colors = [127 + 100 * np.sin(5 * x + 3 * y * (channel + 1)) for channel in range(3)]
+    image = Image.fromarray(np.stack(colors, axis=-1).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    for _ in range(40):
+        left, top = int(rng.integers(0, width)), int(rng.integers(0, height))
+        red, green, blue = (int(value) for value in rng.integers(0, 256, 3))
+        draw.ellipse((left, top, left + width // 8, top + height // 6), fill=(red, green, blue))
+    grain = rng.normal(0, 9, (height, width, 1))
+    image = Image.fromarray(np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _commit() -> str:
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

@@ -1,0 +1,1 @@
+"""What made `checkpoints/siglip-tiny` and the offline benchmark; see README.md."""
