@@ -9,6 +9,8 @@ HTTP_PORT ?= 8000
 GRPC_PORT ?= 8001
 METRICS_PORT ?= 8002
 SAMPLE ?= $(firstword $(wildcard checkpoints/siglip-tiny/samples/*.jpg))
+URL ?= 127.0.0.1:$(GRPC_PORT)
+DATA ?= data/drawings
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -16,7 +18,7 @@ SERVER := $(VENV)/.server
 DEV := $(VENV)/.dev
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint format clean
+.PHONY: help install serve test lint validate bench format clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +26,7 @@ help: ## This list
 	@echo "Variables of serve: CHECKPOINT (a directory, or a hub id such as google/siglip-so400m-patch14-384,"
 	@echo "owner/name@revision), DEVICE (auto, cpu, cuda), HOST, HTTP_PORT, GRPC_PORT, METRICS_PORT, and ARGS for"
 	@echo "any further option of siglip-serve serve. PYTHON chooses the interpreter (3.11 or 3.12)."
+	@echo "Variables of validate: URL (host:port of gRPC), DATA (an ImageNet-shaped folder), CHECKPOINT."
 
 install: $(SERVER) ## A virtual environment in .venv with all that serving needs
 
@@ -41,12 +44,26 @@ lint: $(DEV) ## Style and types
 	$(BIN)/mypy
 	for model in model_repository/*/1/model.py; do $(BIN)/mypy $$model || exit 1; done
 
+validate: $(DEV) $(DATA)/LOC_synset_mapping.txt ## Accuracy and parity of a running server; DATA=/imagenet for the real thing
+	$(BIN)/python -m validate.siglip_vision --url $(URL) --data $(DATA) --shots 1 5 10 --baselines \
+	  $(if $(wildcard $(DATA)/never_trained.txt),--styles --class-list $(DATA)/never_trained.txt) $(ARGS)
+	$(BIN)/python -m validate.parity --url $(URL) --data $(DATA) --checkpoint $(CHECKPOINT) --valid-per-class 4
+
+bench: $(DEV) ## Preprocessing and the vision tower against transformers, on this CPU
+	$(BIN)/python -m benchmarks.preprocess $(ARGS)
+	$(BIN)/python -m benchmarks.vision_tower $(ARGS)
+
 format: $(DEV) ## Put the code into the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## Remove the virtual environment and all caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .validation-cache
+
+# The offline benchmark: drawings in ImageNet's layout. Fetching them needs npm and, for two fonts, apt-get.
+data/drawings/LOC_synset_mapping.txt:
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[training]'
+	$(BIN)/python -m training.build_benchmark --out data/drawings
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -5,16 +5,26 @@ A row of the mapping is a synset id, a space, and the class's names: `n01440764 
 
 from __future__ import annotations
 
-import random
+import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from validate.errors import DatasetError
 
-__all__ = ["MAPPING", "ClassInfo", "Dataset", "OnError", "Sample", "few_shot", "load_dataset"]
+__all__ = [
+    "MAPPING",
+    "ClassInfo",
+    "Dataset",
+    "OnError",
+    "Sample",
+    "drawn",
+    "few_shot",
+    "load_dataset",
+    "read_class_list",
+]
 
 MAPPING = "LOC_synset_mapping.txt"
 OnError = Literal["skip", "stop"]
@@ -140,10 +150,39 @@ def _scan(folder: Path, classes: Sequence[ClassInfo], problems: _Problems, limit
 
 
 def few_shot(samples: Sequence[Sample], shots: int, seed: int) -> list[int]:
-    """Positions in `samples` of `shots` images of each class, chosen by `seed`; all where there are fewer."""
+    """Positions in `samples` of `shots` images of each class, chosen by `seed`; all where there are fewer.
+
+    The choice hangs on the file names alone, and fewer shots are the first of more: it stays the same
+    when images that no draw takes are left out.
+    """
     positions: dict[int, list[int]] = {}
     for position, sample in enumerate(samples):
         positions.setdefault(sample.label, []).append(position)
-    rng = random.Random(seed)
-    chosen = [rng.sample(group, min(shots, len(group))) for group in positions.values()]
+
+    def rank(position: int) -> bytes:
+        return hashlib.sha256(f"{seed}/{samples[position].path.name}".encode()).digest()
+
+    chosen = [sorted(group, key=rank)[:shots] for group in positions.values()]
     return sorted(position for group in chosen for position in group)
+
+
+def drawn(samples: Sequence[Sample], shots: int, seeds: Iterable[int]) -> list[Sample]:
+    """The samples that `few_shot` takes with any of the seeds: no others need to be embedded."""
+    positions = {position for seed in seeds for position in few_shot(samples, shots, seed)}
+    return [samples[position] for position in sorted(positions)]
+
+
+def read_class_list(file: Path) -> set[str]:
+    """Synset ids, the first word of each line.
+
+    Raises:
+        DatasetError: the file cannot be read, or holds none.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DatasetError(f"{file}: {error.strerror or error}") from error
+    found = {line.split()[0] for line in lines if line.strip()}
+    if not found:
+        raise DatasetError(f"{file}: no class in it")
+    return found

@@ -27,21 +27,13 @@ class Report:
     dataset: Dataset
     rows: list[Row]
     problems: list[str]
-    styles: list[str] | None = None
+    groups: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
     chance: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
 
     def best(self) -> Row:
         """The row with the highest top-1, whose confusions are shown."""
         return max(self.rows, key=lambda row: row.accuracy(1).value)
-
-    def style_names(self) -> list[str]:
-        """Styles of the validation images, by name; empty unless a breakdown was asked for."""
-        return sorted(set(self.styles or []))
-
-    def of_style(self, name: str) -> NDArray[np.bool_]:
-        """Which validation images are of that style, bool [n]."""
-        return np.array([style == name for style in self.styles or []])
 
 
 def published_table(rows: Sequence[Row]) -> str:
@@ -62,8 +54,8 @@ def markdown(report: Report) -> str:
         "## With 95 % intervals (Wilson)",
         _interval_table(report),
     ]
-    if report.style_names():
-        parts += ["## Top-1 by style", _style_table(report)]
+    if report.groups:
+        parts += ["## Top-1 by group", _group_table(report)]
     if report.best().confusions:
         parts += [f"## Most confused classes ({_title(report.best())})", _confusion_table(report)]
     if report.problems:
@@ -102,12 +94,13 @@ def _interval_table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _style_table(report: Report) -> str:
-    names = report.style_names()
-    lines = [f"| | prompt | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
-    for row in report.rows:
-        values = [f"{row.accuracy(1, report.of_style(name)).value:.4f}" for name in names]
-        lines.append(f"| {row.name} | {row.prompt} | {' | '.join(values)} |")
+def _group_table(report: Report) -> str:
+    rows = report.rows
+    titles = [f"{row.name}: {row.prompt}" if row.prompt else row.name for row in rows]
+    lines = [f"| | images | {' | '.join(titles)} |", "|---" * (len(rows) + 2) + "|"]
+    for name, chosen in report.groups.items():
+        values = [f"{row.accuracy(1, chosen).value:.4f}" for row in rows]
+        lines.append(f"| {name} | {chosen.sum()} | {' | '.join(values)} |")
     return "\n".join(lines)
 
 
@@ -146,8 +139,7 @@ def _row_figures(row: Row, report: Report) -> dict[str, Any]:
             "total": accuracy.total,
             "interval": accuracy.interval,
         }
-    styles = report.style_names()
-    figures["styles"] = {name: row.accuracy(1, report.of_style(name)).value for name in styles}
+    figures["groups"] = {name: row.accuracy(1, chosen).value for name, chosen in report.groups.items()}
     synsets = [info.synset for info in report.dataset.classes]
     figures["confusions"] = [[synsets[c.target], synsets[c.predicted], c.count] for c in row.confusions]
     return figures

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from siglip_serve.zero_shot import Floats
-from validate.dataset import Dataset, load_dataset
+from validate.dataset import Dataset, drawn, load_dataset, read_class_list
 from validate.errors import DatasetError, ValidationError
 from validate.pixels import pixel_features
 from validate.protocols import (
@@ -67,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--baselines", action="store_true", help="add chance and k-nearest neighbours on raw pixels")
     add("--pixel-side", type=_positive, default=32, help="side to which raw pixels are resized")
+    add("--class-list", type=Path, help="synset ids, one a line: their accuracy and the others' beside it")
     add("--styles", action="store_true", help="break down by file name prefix: twemoji_p0.png is twemoji")
     return made
 
@@ -111,7 +113,10 @@ def run(options: argparse.Namespace) -> Report:
     dataset, session = open_session(options, models)
     with session:
         valid = session.embed_images(dataset, "valid")
-        train = session.embed_images(dataset, "train") if options.shots and dataset.train else None
+        train = None
+        if options.shots and dataset.train:
+            dataset.train = drawn(dataset.train, max(options.shots), range(options.seeds))
+            train = session.embed_images(dataset, "train")
         labels = np.array([sample.label for sample in dataset.valid])
         rows: list[Row] = []
         if train is not None:
@@ -125,7 +130,7 @@ def run(options: argparse.Namespace) -> Report:
         dataset,
         rows,
         dataset.problems + session.problems,
-        [sample.style for sample in dataset.valid] if options.styles else None,
+        _groups(dataset, options.styles, options.class_list),
         options.baselines,
         {name: str(value) for name, value in vars(options).items()},
     )
@@ -136,6 +141,20 @@ def run(options: argparse.Namespace) -> Report:
     draw(report, class_means(valid, labels), options.output / "report.png")
     print(f"\nwritten: {options.output}/report.md, report.json, report.png", file=sys.stderr)
     return report
+
+
+def _groups(dataset: Dataset, styles: bool, class_list: Path | None) -> dict[str, NDArray[np.bool_]]:
+    """Validation images whose accuracy is also told apart, bool [n] by name."""
+    groups = {}
+    if styles:
+        names = np.array([sample.style for sample in dataset.valid])
+        groups = {str(name): names == name for name in np.unique(names)}
+    if class_list is not None:
+        listed = read_class_list(class_list)
+        inside = np.array([dataset.classes[sample.label].synset in listed for sample in dataset.valid])
+        groups |= {f"{name}, classes not listed": chosen & ~inside for name, chosen in groups.items()}
+        groups |= {"classes not listed": ~inside, "listed classes": inside}
+    return groups
 
 
 def _few_shot_rows(options: argparse.Namespace, dataset: Dataset, train: Floats, valid: Floats) -> list[Row]:

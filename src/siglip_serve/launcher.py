@@ -43,7 +43,7 @@ __all__ = ["ServeOptions", "TritonServer"]
 _KEY_HEADER = "siglip-serve-key"
 _CLOSED_APIS = "model-repository,shared-memory,logging,trace"
 _CAPABILITY_MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
-_FORWARDED_HEADERS = "(?i)^(normalized|base64_encoded|embed_model)$"
+_FORWARDED_HEADERS = "(?i)^(normalized|base64_encoded|embed_model|truncation)$"
 
 
 @dataclass(frozen=True)

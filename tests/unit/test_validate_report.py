@@ -32,7 +32,7 @@ def report() -> Report:
         Dataset(Path(), classes, [], valid),
         ROWS,
         ["valid/n00000002/bad.png: not a decodable image"],
-        [sample.style for sample in valid],
+        {name: np.array([sample.style == name for sample in valid]) for name in ("fluent", "twemoji")},
         chance=True,
     )
 
@@ -53,7 +53,7 @@ def test_the_markdown_says_what_was_measured_and_left_out(report: Report) -> Non
         "2 classes, 0 training and 4 validation images.",
         "| 10-shot |  | 0.7500 | 0.3006 to 0.9544 | 1.0000 | 0.5101 to 1.0000 |  |",
         "| chance | | 0.5000 |",
-        "| | prompt | fluent | twemoji |\n|---|---|---|---|\n| 10-shot |  | 0.5000 | 1.0000 |",
+        "| | images | 10-shot | zero-shot: A photo of {text}. |\n|---|---|---|---|\n| fluent | 2 | 0.5000 |",
         "| goldfish | tench | 1 |",
         "## Left out (1)\n\n- valid/n00000002/bad.png: not a decodable image",
     ):
@@ -64,7 +64,7 @@ def test_the_json_has_the_figures(report: Report, tmp_path: Path) -> None:
     write_json(report, tmp_path / "report.json")
     content = json.loads((tmp_path / "report.json").read_text())
     assert content["rows"][0]["top1"]["value"] == 0.75
-    assert content["rows"][0]["styles"] == {"fluent": 0.5, "twemoji": 1.0}
+    assert content["rows"][0]["groups"] == {"fluent": 0.5, "twemoji": 1.0}
     assert content["rows"][0]["confusions"] == [["n00000002", "n00000001", 1]]
     assert content["server"]["checkpoint"] == "tiny"
     assert content["chance"] == {"top1": 0.5, "top5": 1}

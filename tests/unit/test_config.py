@@ -1,0 +1,40 @@
+"""Settings: where they come from, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from siglip_serve.config import Settings, available_cores, fastest_dtype, load_settings
+from siglip_serve.errors import SettingsError
+
+
+def test_a_model_parameter_wins_over_the_environment() -> None:
+    environment = {"SIGLIP_SERVE_CHECKPOINT": "a", "SIGLIP_SERVE_MAX_ROWS": "3", "HOME": "/root"}
+    settings = load_settings(environment, {"checkpoint": "b"})
+    assert settings == Settings(checkpoint="b", max_rows=3)
+
+
+@pytest.mark.parametrize(
+    ("environment", "parameters", "message"),
+    [
+        ({}, {}, "'checkpoint' is not given"),
+        ({"SIGLIP_SERVE_CHECKPOINT": ""}, {}, "'checkpoint' is not given"),
+        ({"SIGLIP_SERVE_CHECKPONT": "a"}, {}, "variable SIGLIP_SERVE_CHECKPONT: no such setting"),
+        ({}, {"checkpoint": "a", "dtipe": "x"}, "model parameter 'dtipe': no such setting"),
+        ({}, {"checkpoint": "a", "dtype": "int8"}, "got 'int8', expected one of auto, float32"),
+        ({}, {"checkpoint": "a", "max_image_bytes": "32MB"}, "got '32MB', expected a whole number"),
+    ],
+)
+def test_what_is_refused(environment: dict[str, str], parameters: dict[str, str], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        load_settings(environment, parameters)
+
+
+def test_fastest_dtype() -> None:
+    assert fastest_dtype(9) == "bfloat16"
+    assert fastest_dtype(7) == "float16"
+    assert fastest_dtype(None) in {"bfloat16", "float32"}
+
+
+def test_available_cores() -> None:
+    assert available_cores() >= 1
