@@ -44,14 +44,14 @@ lint: $(DEV) ## Style and types
 	$(BIN)/mypy
 	for model in model_repository/*/1/model.py; do $(BIN)/mypy $$model || exit 1; done
 
-validate: $(DEV) $(DATA)/LOC_synset_mapping.txt ## Accuracy and parity of a running server; DATA=/imagenet for the real thing
+validate: $(DEV) $(filter data/drawings/%,$(DATA)/LOC_synset_mapping.txt) ## Accuracy and parity of a running server; DATA=/imagenet for the real thing
 	$(BIN)/python -m validate.siglip_vision --url $(URL) --data $(DATA) --shots 1 5 10 --baselines \
 	  $(if $(wildcard $(DATA)/never_trained.txt),--styles --class-list $(DATA)/never_trained.txt) $(ARGS)
 	$(BIN)/python -m validate.parity --url $(URL) --data $(DATA) --checkpoint $(CHECKPOINT) --valid-per-class 4
 
 bench: $(DEV) ## Preprocessing and the vision tower against transformers, on this CPU
-	$(BIN)/python -m benchmarks.preprocess $(ARGS)
-	$(BIN)/python -m benchmarks.vision_tower $(ARGS)
+	$(BIN)/python -m benchmarks.preprocess
+	$(BIN)/python -m benchmarks.vision_tower
 
 format: $(DEV) ## Put the code into the project's style
 	$(BIN)/ruff check --fix .

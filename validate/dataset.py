@@ -145,7 +145,9 @@ def _scan(folder: Path, classes: Sequence[ClassInfo], problems: _Problems, limit
         files = sorted(file for file in directory.iterdir() if file.is_file() and file.name[0] != ".")
         if not files:
             problems.add(f"{name}/{row.synset}: empty folder ({row.first_name})")
-        samples += [Sample(file, label) for file in (files[:limit] if limit else files)]
+        found = [Sample(file, label) for file in files]
+        # Not the first by name: these would all be of one style.
+        samples += [found[position] for position in few_shot(found, limit, seed=0)] if limit else found
     return samples
 
 

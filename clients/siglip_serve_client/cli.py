@@ -33,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ClientError as error:
         print(f"siglip-serve: {error}", file=sys.stderr)
         if isinstance(error, UnavailableError):
-            print("siglip-serve: start one with `siglip-serve serve`, or name it with --url", file=sys.stderr)
+            hint = "start a server with `siglip-serve serve`, or name its gRPC port with --url"
+            print(f"siglip-serve: {hint}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -94,7 +95,9 @@ def _embed(options: argparse.Namespace) -> int:
     failed = 0
     with Client(options.url, options.concurrency) as client:
         results = client.embed_images(options.images, options.normalized)
-        bar = tqdm(zip(options.images, results, strict=True), total=len(options.images), unit="image")
+        bar = tqdm(
+            zip(options.images, results, strict=True), total=len(options.images), unit="image", disable=None
+        )
         for path, result in bar:
             if isinstance(result, UnavailableError):
                 raise result

@@ -41,7 +41,9 @@ class Stage:
     def __init__(self, repository: Path, device: str) -> None:
         _sweep()
         if not repository.is_dir():
-            raise ServerStartError(f"model repository {str(repository)!r}: no such directory")
+            raise ServerStartError(
+                f"model repository {str(repository)!r}: no such directory; name it with --model-repository"
+            )
         self.repository = repository.resolve()
         self.device = device
         self.root = Path(tempfile.mkdtemp(prefix=f"{_NAME}{os.getpid()}-"))

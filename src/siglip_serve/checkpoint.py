@@ -120,7 +120,8 @@ def _download(name: str, revision: str | None) -> Path:
     except (HfHubHTTPError, OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"checkpoint {wanted!r}: not in the local cache, and the hub did not give it ({first_line})"
+            f"checkpoint {wanted!r}: no such directory, not in the local cache, "
+            f"and the hub did not give it ({first_line})"
         ) from error
 
 

@@ -28,6 +28,8 @@ __all__ = [
 ]
 
 PREFIX = "SIGLIP_SERVE_"
+# What Kubernetes puts into the environment of every pod beside a service that is named siglip-serve.
+_SERVICE_LINKS = re.compile(rf"{PREFIX}(SERVICE_HOST|SERVICE_PORT.*|PORT|PORT_\d+_.*)")
 # Marks, in the server's log, the line that tells why a model did not start.
 START_REFUSED = "siglip-serve cannot start: "
 
@@ -90,7 +92,7 @@ def load_settings(
     given = {
         key.removeprefix(PREFIX).lower(): (value, f"environment variable {key}")
         for key, value in environment.items()
-        if key.startswith(PREFIX)
+        if key.startswith(PREFIX) and not _SERVICE_LINKS.fullmatch(key)
     }
     given |= {key: (value, f"model parameter {key!r}") for key, value in (parameters or {}).items()}
     types = get_type_hints(Settings)

@@ -54,7 +54,7 @@ class ServeOptions:
         model_repository: the directory of the models.
         checkpoint: Hugging Face directory or hub id (`owner/name@revision`).
         device: `auto` takes CUDA GPUs if there are any.
-        host: address to bind.
+        host: IPv4 address to bind, or a name that has one.
         http_port, grpc_port, metrics_port: 0 chooses a free one.
         settings: further settings by name (`siglip_serve.config.Settings`), as strings.
         log_file: where the server's log goes; default: `~/.local/state/siglip-serve/<HTTP port>.log`.
@@ -86,9 +86,10 @@ class TritonServer:
 
     def __init__(self, options: ServeOptions) -> None:
         self.options = options
-        self.http_port = _port(options.host, options.http_port, "HTTP")
-        self.grpc_port = _port(options.host, options.grpc_port, "gRPC")
-        self.metrics_port = _port(options.host, options.metrics_port, "metrics")
+        self._host = _numeric(options.host)
+        self.http_port = _port(self._host, options.http_port, "HTTP")
+        self.grpc_port = _port(self._host, options.grpc_port, "gRPC")
+        self.metrics_port = _port(self._host, options.metrics_port, "metrics")
         self._key = secrets.token_urlsafe(24)
         self.models: list[str] = []
         self.device, self._gpu_capability = _device(options.device)
@@ -99,7 +100,7 @@ class TritonServer:
     @property
     def address(self) -> str:
         """The host to connect to from this machine."""
-        return "127.0.0.1" if self.options.host == "0.0.0.0" else self.options.host
+        return "127.0.0.1" if self._host == "0.0.0.0" else self._host
 
     @property
     def http_url(self) -> str:
@@ -182,7 +183,6 @@ class TritonServer:
         return self._process.wait()
 
     def _command(self, stage: Stage) -> list[str]:
-        options = self.options
         closed = f"{_CLOSED_APIS}:{_KEY_HEADER}={self._key}"
         command = [
             *stage.server_command(),
@@ -190,11 +190,11 @@ class TritonServer:
             "--model-control-mode=explicit",
             "--load-model=*",
             "--disable-auto-complete-config",  # the stage has done it, without starting each model twice
-            f"--http-address={options.host}",
+            f"--http-address={self._host}",
             f"--http-port={self.http_port}",
-            f"--grpc-address={options.host}",
+            f"--grpc-address={self._host}",
             f"--grpc-port={self.grpc_port}",
-            f"--metrics-address={options.host}",
+            f"--metrics-address={self._host}",
             f"--metrics-port={self.metrics_port}",
             f"--allow-gpu-metrics={'true' if stage.device == 'cuda' else 'false'}",
             f"--http-restricted-api={closed}",
@@ -265,9 +265,19 @@ class TritonServer:
             return bytes(response.read())
 
 
-def _port(host: str, port: int, what: str) -> int:
+def _numeric(host: str) -> str:
+    """The IPv4 address of `host`; Triton binds addresses, not names."""
     try:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        return str(socket.getaddrinfo(host, None, socket.AF_INET)[0][4][0])
+    except OSError as error:
+        raise ServerStartError(f"host {host!r}: expected an IPv4 address, or a name that has one") from error
+
+
+def _port(host: str, port: int, what: str) -> int:
+    if not 0 <= port < 2**16:
+        raise ServerStartError(f"{what} port {port}: expected 0 to {2**16 - 1}")
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
             return int(probe.getsockname()[1])

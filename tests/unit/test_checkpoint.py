@@ -129,7 +129,9 @@ def test_resolve(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve(str(checkpoint)) == checkpoint
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match="'owner/no-such-model@main': not in the local cache"):
+    with pytest.raises(
+        CheckpointError, match="'owner/no-such-model@main': no such directory, not in the local"
+    ):
         resolve("owner/no-such-model@main")
     for name in ("./nowhere", "no-slash", "a/b/c"):
         with pytest.raises(CheckpointError, match="no such directory"):

@@ -30,6 +30,12 @@ def test_what_is_refused(environment: dict[str, str], parameters: dict[str, str]
         load_settings(environment, parameters)
 
 
+def test_kubernetes_service_links_are_no_settings() -> None:
+    links = ["SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_8000_TCP_ADDR"]
+    environment = {f"SIGLIP_SERVE_{name}": "x" for name in links}
+    assert load_settings(environment, {"checkpoint": "a"}) == Settings(checkpoint="a")
+
+
 def test_fastest_dtype() -> None:
     assert fastest_dtype(9) == "bfloat16"
     assert fastest_dtype(7) == "float16"
