@@ -36,10 +36,13 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, str]], append: bool = Fals
     kept: list[Mapping[str, str]] = []
     if append and path.is_file():
         with path.open(newline="", encoding="utf-8") as file:
-            kept = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            if reader.fieldnames != list(rows[0]):
+                raise ValueError(f"{path}: its columns are {reader.fieldnames}, not {list(rows[0])}")
+            kept = list(reader)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n", extrasaction="ignore")
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows([*kept, *rows])
 

@@ -34,7 +34,7 @@ def client(options: argparse.Namespace, in_flight: int, begin: Any, results: Any
     def send() -> None:
         connection.async_infer(options.model, [tensor], callback=partial(done, time.perf_counter()))
 
-    begin.wait()
+    begin.wait(60)
     warm = time.perf_counter() + options.warmup
     end = warm + options.seconds
     for _ in range(in_flight):
@@ -44,9 +44,10 @@ def client(options: argparse.Namespace, in_flight: int, begin: Any, results: Any
         start, good = ended.get()
         now = time.perf_counter()
         waiting -= 1
-        if warm <= now < end:
+        if warm <= now < end and good:
             latencies.append(now - start)
-            errors += not good
+        elif warm <= now < end:
+            errors += 1
         if now < end:
             send()
             waiting += 1
@@ -62,11 +63,11 @@ def measure(options: argparse.Namespace, concurrency: int) -> dict[str, str]:
     workers = [context.Process(target=client, args=(options, share, begin, results)) for share in shares]
     for worker in workers:
         worker.start()
-    answers = [results.get() for _ in workers]
+    answers = [results.get(timeout=options.warmup + options.seconds + 120) for _ in workers]
     for worker in workers:
         worker.join()
     latencies = np.concatenate([np.array(found) for found, _ in answers])
-    p50, p95, p99 = np.percentile(latencies, [50, 95, 99]) * 1000
+    p50, p95, p99 = np.percentile(latencies if len(latencies) else [np.nan], [50, 95, 99]) * 1000
     return {
         **about(["tritonclient"], options.device),
         "label": options.label,

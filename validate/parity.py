@@ -104,7 +104,8 @@ def run(options: argparse.Namespace) -> bool:
     unpadded = Side(reference.valid, None, model.embed_texts(prompts, padded=False))
     dtype, tolerance = session.info.dtype, options.tolerance
     if tolerance is None:
-        tolerance = 0.0 if dtype == "float32" else _POINTS
+        exact = dtype == "float32" and session.info.preprocess == "pil"
+        tolerance = 0.0 if exact else _POINTS
     compared, cost = compare(dataset, server, reference), compare(dataset, unpadded, reference)[0]
     cosines = {
         "images": cosine_statistics(server.valid, reference.valid),

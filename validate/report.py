@@ -67,6 +67,7 @@ def _sentence(report: Report) -> str:
     server, data = report.server, report.dataset
     return (
         f"Checkpoint {server.checkpoint}, revision {server.revision}, dtype {server.dtype}, "
+        f"preprocessing {server.preprocess}, "
         f"served by Triton {server.version}.\n"
         f"{len(data.classes)} classes, {len(data.train)} training and {len(data.valid)} validation images."
     )

@@ -19,7 +19,12 @@ __all__ = ["UNKNOWN", "Server", "ServerInfo"]
 
 UNKNOWN = "unknown"
 _VISION_MODEL = "siglip_vision_model"
-_IDENTITY = {"checkpoint": "checkpoint_name", "revision": "checkpoint_revision", "dtype": "dtype"}
+_IDENTITY = {
+    "checkpoint": "checkpoint_name",
+    "revision": "checkpoint_revision",
+    "dtype": "dtype",
+    "preprocess": "preprocess",
+}
 _RETRY_AFTER_S = (0.2, 0.4, 0.8, 1.6, 3.2)
 _NO_SERVER = ("failed to connect", "errors resolving", "http/2", "socket closed", "connection re")
 
@@ -33,6 +38,7 @@ class ServerInfo:
     checkpoint: str
     revision: str
     dtype: str
+    preprocess: str
 
     def as_dict(self) -> dict[str, str]:
         """The fields by name."""
@@ -55,7 +61,7 @@ class Server:
         self._local = threading.local()
 
     def info(self) -> ServerInfo:
-        """Version of the server, and checkpoint, revision and dtype from the vision model's parameters."""
+        """Version of the server, and the checkpoint and settings that the vision model's parameters name."""
         version = self._call(lambda client: client.get_server_metadata(client_timeout=self._timeout)).version
         try:
             parameters = self._config(_VISION_MODEL).parameters

@@ -115,7 +115,7 @@ class Session:
     def _cache(self, model: str, probe: Callable[[], NDArray[np.float32]]) -> Cache:
         if model not in self._caches:
             said = self.info.as_dict()
-            identity = {name: said[name] for name in ("checkpoint", "revision", "dtype")}
+            identity = {name: said[name] for name in ("checkpoint", "revision", "dtype", "preprocess")}
             cache = Cache(self._root, {"model": model, **identity}, probe()[0])
             self._caches[model] = self._open.enter_context(cache)
         return self._caches[model]

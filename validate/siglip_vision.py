@@ -109,6 +109,7 @@ def run(options: argparse.Namespace) -> Report:
     Raises:
         ValidationError: the data set or the server does not allow it.
     """
+    listed = read_class_list(options.class_list) if options.class_list else set()
     models = ["embed_image", "embed_text"] if options.protocols else ["embed_image"]
     dataset, session = open_session(options, models)
     with session:
@@ -130,7 +131,7 @@ def run(options: argparse.Namespace) -> Report:
         dataset,
         rows,
         dataset.problems + session.problems,
-        _groups(dataset, options.styles, options.class_list),
+        _groups(dataset, options.styles, listed),
         options.baselines,
         {name: str(value) for name, value in vars(options).items()},
     )
@@ -143,18 +144,17 @@ def run(options: argparse.Namespace) -> Report:
     return report
 
 
-def _groups(dataset: Dataset, styles: bool, class_list: Path | None) -> dict[str, NDArray[np.bool_]]:
+def _groups(dataset: Dataset, styles: bool, listed: set[str]) -> dict[str, NDArray[np.bool_]]:
     """Validation images whose accuracy is also told apart, bool [n] by name."""
     groups = {}
     if styles:
         names = np.array([sample.style for sample in dataset.valid])
         groups = {str(name): names == name for name in np.unique(names)}
-    if class_list is not None:
-        listed = read_class_list(class_list)
+    if listed:
         inside = np.array([dataset.classes[sample.label].synset in listed for sample in dataset.valid])
         groups |= {f"{name}, classes not listed": chosen & ~inside for name, chosen in groups.items()}
         groups |= {"classes not listed": ~inside, "listed classes": inside}
-    return groups
+    return {name: chosen for name, chosen in groups.items() if chosen.any()}
 
 
 def _few_shot_rows(options: argparse.Namespace, dataset: Dataset, train: Floats, valid: Floats) -> list[Row]:

@@ -1,6 +1,19 @@
 """The client of SigLIP Serve: plain Python over gRPC, no torch."""
 
 from siglip_serve_client._client import Client
-from siglip_serve_client.errors import ClientError, InvalidInputError, ServerError, UnavailableError
+from siglip_serve_client.errors import (
+    ClientError,
+    InvalidInputError,
+    ServerError,
+    UnavailableError,
+    UnreachableError,
+)
 
-__all__ = ["Client", "ClientError", "InvalidInputError", "ServerError", "UnavailableError"]
+__all__ = [
+    "Client",
+    "ClientError",
+    "InvalidInputError",
+    "ServerError",
+    "UnavailableError",
+    "UnreachableError",
+]

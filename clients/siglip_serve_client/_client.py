@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,12 +17,18 @@ from numpy.typing import NDArray
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from siglip_serve_client.errors import ClientError, InvalidInputError, ServerError, UnavailableError
+from siglip_serve_client.errors import (
+    ClientError,
+    InvalidInputError,
+    ServerError,
+    UnavailableError,
+    UnreachableError,
+)
 
 __all__ = ["Client"]
 
-# gRPC's own limit of 4 MB is less than a photo from a phone.
-_MESSAGE_BYTES = 2**31 - 1
+# Seconds before an image is sent again that the server was too busy for.
+_BACK_OFF = (0.1, 0.3, 1.0, 3.0)
 
 
 class Client:
@@ -37,11 +44,7 @@ class Client:
         self.url = url
         self.concurrency = concurrency
         self.timeout = timeout
-        options = [
-            ("grpc.max_send_message_length", _MESSAGE_BYTES),
-            ("grpc.max_receive_message_length", _MESSAGE_BYTES),
-        ]
-        self._triton = triton.InferenceServerClient(url, channel_args=options)
+        self._triton = triton.InferenceServerClient(url)
 
     def __enter__(self) -> Self:
         return self
@@ -58,6 +61,8 @@ class Client:
     def embed_image(self, image: bytes | Path, normalized: bool = False) -> NDArray[np.float32]:
         """The embedding [D] float32 of one image, given as the bytes or the path of an image file.
 
+        A server that is too busy is asked again, a few times.
+
         Raises:
             InvalidInputError, UnavailableError, ServerError: as the server answers.
             OSError: the path cannot be read.
@@ -66,13 +71,19 @@ class Client:
         tensor = triton.InferInput("INPUT_IMAGE", [1, 1], "BYTES")
         tensor.set_data_from_numpy(np.array([[data]], dtype=np.object_))
         parameters = {"normalized": True} if normalized else None
-        try:
-            result = self._triton.infer(
-                "embed_image", [tensor], parameters=parameters, client_timeout=self.timeout
-            )
-        except InferenceServerException as error:
-            raise _translate(error, self.url) from error
-        return np.asarray(result.as_numpy("EMBEDDING")[0])
+        for pause in (*_BACK_OFF, None):
+            try:
+                result = self._triton.infer(
+                    "embed_image", [tensor], parameters=parameters, client_timeout=self.timeout
+                )
+            except InferenceServerException as error:
+                translated = _translate(error, self.url)
+                if pause is None or type(translated) is not UnavailableError:
+                    raise translated from error
+                time.sleep(pause)
+            else:
+                return np.asarray(result.as_numpy("EMBEDDING")[0])
+        raise AssertionError("the last attempt returns or raises")
 
     def embed_images(
         self, images: Iterable[bytes | Path], normalized: bool = False
@@ -122,8 +133,9 @@ def _translate(error: InferenceServerException, url: str) -> ClientError:
     if status.endswith("INVALID_ARGUMENT"):
         return InvalidInputError(message)
     if status.endswith("UNAVAILABLE"):
-        unreachable = "connect" in message.lower()
-        return UnavailableError(f"no server answers at {url}" if unreachable else message)
+        if "connect" in message.lower():
+            return UnreachableError(f"no server answers at {url}")
+        return UnavailableError(message)
     if status.endswith("DEADLINE_EXCEEDED"):
         return UnavailableError(f"{url} did not answer in time")
     return ServerError(f"{status or 'no status'}: {message}")

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from siglip_serve_client import Client, ClientError, UnavailableError
+from siglip_serve_client import Client, ClientError, UnavailableError, UnreachableError
 
 __all__ = ["main"]
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options))
     except ClientError as error:
         print(f"siglip-serve: {error}", file=sys.stderr)
-        if isinstance(error, UnavailableError):
+        if isinstance(error, UnreachableError):
             hint = "start a server with `siglip-serve serve`, or name its gRPC port with --url"
             print(f"siglip-serve: {hint}", file=sys.stderr)
         return 1
@@ -52,7 +53,7 @@ def _add_embed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("-o", "--output", type=Path, required=True, help="the .npz file to write")
     parser.add_argument("--normalized", action="store_true", help="scale every embedding to unit length")
     parser.add_argument(
-        "--concurrency", type=int, default=16, help="requests in flight (default: %(default)s)"
+        "--concurrency", type=_positive, default=16, help="requests in flight (default: %(default)s)"
     )
     _add_url(parser)
     parser.set_defaults(run=_embed)
@@ -87,32 +88,40 @@ def _serve(arguments: Sequence[str]) -> int:
 
 
 def _embed(options: argparse.Namespace) -> int:
-    if options.output.suffix != ".npz":
-        print(f"siglip-serve: {options.output}: expected a name that ends in .npz", file=sys.stderr)
+    if options.output.suffix != ".npz" or not options.output.parent.is_dir():
+        print(
+            f"siglip-serve: {options.output}: expected a .npz file in a folder that exists", file=sys.stderr
+        )
         return 2
     paths: list[str] = []
-    embeddings = []
+    embeddings: list[NDArray[np.float32]] = []
     failed = 0
-    with Client(options.url, options.concurrency) as client:
-        results = client.embed_images(options.images, options.normalized)
-        bar = tqdm(
-            zip(options.images, results, strict=True), total=len(options.images), unit="image", disable=None
-        )
-        for path, result in bar:
-            if isinstance(result, UnavailableError):
-                raise result
-            if isinstance(result, Exception):
-                failed += 1
-                bar.write(f"{path}: {result}", file=sys.stderr)
-            else:
-                paths.append(str(path))
-                embeddings.append(result)
-    if embeddings:
-        np.savez(options.output, paths=np.array(paths), embeddings=np.stack(embeddings))
-        print(f"{options.output}: {len(paths)} embeddings of width {embeddings[0].size}")
+    try:
+        with Client(options.url, options.concurrency) as client:
+            results = client.embed_images(options.images, options.normalized)
+            pairs = zip(options.images, results, strict=True)
+            for path, result in (bar := tqdm(pairs, total=len(options.images), unit="image", disable=None)):
+                if isinstance(result, UnavailableError):
+                    raise result
+                if isinstance(result, Exception):
+                    failed += 1
+                    bar.write(f"{path}: {result}", file=sys.stderr)
+                else:
+                    paths.append(str(path))
+                    embeddings.append(result)
+    finally:  # what was embedded before the server went away or Ctrl-C is kept
+        if embeddings:
+            np.savez(options.output, paths=np.array(paths), embeddings=np.stack(embeddings))
+            print(f"{options.output}: {len(paths)} embeddings of width {embeddings[0].size}")
     if failed:
         print(f"siglip-serve: {failed} of {len(options.images)} files were not embedded", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def _health(options: argparse.Namespace) -> int:

@@ -2,13 +2,14 @@
 
 ClientError
 ├── InvalidInputError    the server refused the input (INVALID_ARGUMENT); the message says which row and why
-├── UnavailableError     nobody answers at the address, or the server is too busy; a retry may help
+├── UnavailableError     the server is too busy, or did not answer in time; a retry may help
+│   └── UnreachableError nobody answers at the address
 └── ServerError          the server failed (any other status)
 """
 
 from __future__ import annotations
 
-__all__ = ["ClientError", "InvalidInputError", "ServerError", "UnavailableError"]
+__all__ = ["ClientError", "InvalidInputError", "ServerError", "UnavailableError", "UnreachableError"]
 
 
 class ClientError(Exception):
@@ -20,7 +21,11 @@ class InvalidInputError(ClientError):
 
 
 class UnavailableError(ClientError):
-    """No server answers, or it is too busy."""
+    """The server is too busy, or did not answer in time."""
+
+
+class UnreachableError(UnavailableError):
+    """Nobody answers at the address."""
 
 
 class ServerError(ClientError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -10,9 +11,10 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
-import psutil
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
@@ -23,6 +25,7 @@ __all__ = ["Stage"]
 
 _NAME = "siglip-serve-"
 _SHM = Path("/dev/shm")
+_MOST_PROCESSES = 32
 
 Dims = Mapping[str, Sequence[int]]
 
@@ -47,17 +50,19 @@ class Stage:
         self.repository = repository.resolve()
         self.device = device
         self.root = Path(tempfile.mkdtemp(prefix=f"{_NAME}{os.getpid()}-"))
+        self._lock = _try_lock(self.root)
         self.models = self.root / "models"
         self.empty = self.root / "cwd"
         self.shm_prefix = f"{self.root.name}-"
         self._backends = self.root / "backends"
 
-    def fill(self, identity: Mapping[str, str], dims: Dims) -> list[str]:
+    def fill(self, identity: Mapping[str, str], dims: Dims, decoders: int) -> list[str]:
         """Link every model of the repository and write its configuration.
 
         Args:
             identity: parameters that every Python model gets, unless its configuration has them.
             dims: dimensions by tensor name, where a configuration leaves them to the checkpoint.
+            decoders: processes of a CPU model with several of them; 0 fits them to the cores.
 
         Returns:
             The models' names.
@@ -66,7 +71,7 @@ class Stage:
         names = []
         for source in sorted(self.repository.iterdir()):
             if (source / "config.pbtxt").is_file():
-                self._stage_model(source, identity, dims)
+                self._stage_model(source, identity, dims, decoders)
                 names.append(source.name)
         if not names:
             raise ServerStartError(
@@ -77,12 +82,14 @@ class Stage:
     def change(self, model: str) -> None:
         """Make a model look changed: Triton does not load again what has not changed since."""
         for version in (self.models / model).iterdir():
-            if version.is_dir():
+            if version.name.isdigit():
                 (version / "loaded_again").write_text(str(time.time()), encoding="ascii")
 
     def remove(self) -> None:
         """Delete the directory, and shared memory that a killed model process has left."""
         _remove(self.root.name)
+        if self._lock is not None:
+            self._lock.close()
 
     def server_command(self) -> list[str]:
         """The `tritonserver` to run, with its backends."""
@@ -107,13 +114,16 @@ class Stage:
         present = [path for path in environment.get("LD_LIBRARY_PATH", "").split(os.pathsep) if path]
         return {"LD_LIBRARY_PATH": os.pathsep.join([*map(str, folders), *present])}
 
-    def _stage_model(self, source: Path, identity: Mapping[str, str], dims: Dims) -> None:
+    def _stage_model(self, source: Path, identity: Mapping[str, str], dims: Dims, decoders: int) -> None:
         target = self.models / source.name
-        for version in source.iterdir():
-            if version.name.isdigit():
-                (target / version.name).mkdir(parents=True)
-                for entry in version.iterdir():
-                    (target / version.name / entry.name).symlink_to(entry)
+        target.mkdir(parents=True)
+        for entry in source.iterdir():
+            if entry.name.isdigit():  # a folder of its own, for `change`
+                (target / entry.name).mkdir()
+                for file in entry.iterdir():
+                    (target / entry.name / file.name).symlink_to(file)
+            elif entry.name not in {"config.pbtxt", "configs"}:
+                (target / entry.name).symlink_to(entry)
         variant = source / "configs" / f"{self.device}.pbtxt"
         chosen = variant if variant.is_file() else source / "config.pbtxt"
         try:
@@ -130,13 +140,13 @@ class Stage:
                     config.parameters[name].string_value = value
             for group in config.instance_group:
                 if group.kind == model_config_pb2.ModelInstanceGroup.KIND_CPU and group.count > 1:
-                    group.count = self._processes()
+                    group.count = decoders or self._processes()
         (target / "config.pbtxt").write_text(text_format.MessageToString(config), encoding="utf-8")
 
     def _processes(self) -> int:
         cores = available_cores()
         # Beside a GPU, a quarter of the cores is left to the server and to its clients.
-        return max(1, cores * 3 // 4) if self.device == "cuda" else cores
+        return min(_MOST_PROCESSES, max(1, cores * 3 // 4) if self.device == "cuda" else cores)
 
     def _link_backend(self, server: Path) -> None:
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -174,15 +184,34 @@ def _libpython() -> Path:
 
 
 def _sweep() -> None:
-    """Remove what earlier runs left that were killed outright."""
-    left = [*Path(tempfile.gettempdir()).glob(f"{_NAME}*-*/"), *_SHM.glob(f"{_NAME}*-*")]
-    for path in left:
-        pid = path.name.removeprefix(_NAME).split("-")[0]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            _remove(path.name)
+    """Remove what earlier runs of this user left that were killed outright.
+
+    A run holds a lock on its directory: process ids would not do, they mean something else in another
+    container that shares /tmp.
+    """
+    for root in Path(tempfile.gettempdir()).glob(f"{_NAME}*/"):
+        with suppress(OSError):
+            status = root.stat()
+            # One that is being made has no lock yet.
+            old = status.st_uid == os.getuid() and time.time() - status.st_mtime > 10
+            if old and (lock := _try_lock(root)) is not None:
+                _remove(root.name)
+                lock.close()
+
+
+def _try_lock(root: Path) -> IO[bytes] | None:
+    """The open, locked lock file of a run's directory; None while another process holds it."""
+    lock = (root / "lock").open("ab")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        return None
+    return lock
 
 
 def _remove(name: str) -> None:
-    shutil.rmtree(Path(tempfile.gettempdir()) / name, ignore_errors=True)
     for leftover in _SHM.glob(f"{name}*"):
-        leftover.unlink(missing_ok=True)
+        with suppress(OSError):
+            leftover.unlink()
+    shutil.rmtree(Path(tempfile.gettempdir()) / name, ignore_errors=True)

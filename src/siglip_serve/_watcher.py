@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ __all__ = ["Watcher"]
 
 _STUB = "triton_python_backend_stub"
 _INTERVAL = 0.25
+_RETRY = 5.0
 
 
 class Watcher(threading.Thread):
@@ -36,35 +38,47 @@ class Watcher(threading.Thread):
         self._log_file = log_file
         self._stopping = threading.Event()
         self._replaced = False
+        self._first = self._processes()  # here, not in the thread: what dies from now on is noticed
 
-    def stop(self) -> bool:
-        """End the thread, waiting for a reload under way; whether any process was replaced."""
-        self._stopping.set()
-        self.join()
+    @property
+    def replaced(self) -> bool:
+        """Whether any process was replaced."""
         return self._replaced
 
-    def run(self) -> None:
-        known = self._processes()
-        while not self._stopping.wait(_INTERVAL):
-            if not psutil.pid_exists(self._server):
-                return
-            alive = self._processes()
-            for model in sorted({known[pid] for pid in known.keys() - alive.keys()}):
-                died = sorted(pid for pid in known.keys() - alive.keys() if known[pid] == model)
-                self._reload(model, died)
-                alive = self._processes()
-            known = alive
+    def stop(self) -> None:
+        """Ask the thread to end; it may still wait for a reload under way."""
+        self._stopping.set()
 
-    def _reload(self, model: str, died: Sequence[int]) -> None:
+    def run(self) -> None:
+        known = self._first  # the dead stay in it until their model is served again
+        retired: set[int] = set()  # of a model that was loaded again; Triton ends them by itself
+        pause = _INTERVAL
+        while not self._stopping.wait(pause) and _runs(self._server):
+            present = self._processes()
+            retired &= present.keys()
+            known |= {pid: model for pid, model in present.items() if pid not in retired}
+            pause = _INTERVAL
+            for model in sorted({known[pid] for pid in known.keys() - present.keys()}):
+                own = {pid for pid, of in known.items() if of == model}
+                if self._stopping.is_set():
+                    return
+                if not self._reload(model, sorted(own - present.keys())):
+                    pause = _RETRY
+                    continue
+                retired |= own
+                known = {pid: of for pid, of in known.items() if pid not in own}
+
+    def _reload(self, model: str, died: Sequence[int]) -> bool:
         self._say(f"{model}: model process {', '.join(map(str, died))} died; loading the model again")
         self._replaced = True
         start = time.monotonic()
         try:
             self._load(model)
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             self._say(f"{model}: loading again failed: {error}")
-        else:
-            self._say(f"{model}: served again after {time.monotonic() - start:.1f} s")
+            return False
+        self._say(f"{model}: served again after {time.monotonic() - start:.1f} s")
+        return True
 
     def _processes(self) -> dict[int, str]:
         """The model processes that run, and the model of each."""
@@ -86,6 +100,13 @@ class Watcher(threading.Thread):
         sys.stderr.write(line)
         with self._log_file.open("a", encoding="utf-8") as log:
             log.write(line)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _children(pid: int) -> list[psutil.Process]:

@@ -141,7 +141,8 @@ def load_config(path: Path) -> ModelConfig:
         )
     vision = {**defaults["vision_config"], **(config.get("vision_config") or {})}
     text = {**defaults["text_config"], **(config.get("text_config") or {})}
-    text.setdefault("projection_size", text["hidden_size"])
+    if text.get("projection_size") is None:
+        text["projection_size"] = text["hidden_size"]
     _check_supported(path, vision, text)
     return ModelConfig(
         path=path,
@@ -157,11 +158,16 @@ def _check_supported(path: Path, vision: Mapping[str, Any], text: Mapping[str, A
             raise CheckpointError(
                 f"{path}: {part}.hidden_act is {values['hidden_act']!r}, expected 'gelu_pytorch_tanh'"
             )
-        if values["hidden_size"] % values["num_attention_heads"]:
+        if not values["num_attention_heads"] or values["hidden_size"] % values["num_attention_heads"]:
             raise CheckpointError(
                 f"{path}: {part}.hidden_size {values['hidden_size']} does not divide into "
                 f"{values['num_attention_heads']} heads"
             )
+    if text["projection_size"] != vision["hidden_size"]:
+        raise CheckpointError(
+            f"{path}: text_config.projection_size is {text['projection_size']}, the image embeddings "
+            f"have {vision['hidden_size']}: they cannot be compared"
+        )
     if not vision["vision_use_head"]:
         raise CheckpointError(f"{path}: vision_config.vision_use_head is false: there is no pooled embedding")
     if vision["num_channels"] != 3:
@@ -183,18 +189,17 @@ def _image_config(path: Path, vision: Mapping[str, Any], defaults: Mapping[str, 
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if processor.get(step) is False:
             raise CheckpointError(f"{path}: the image processor sets {step} to false, which is not supported")
-    size = processor.get("size") or {}
-    height = size.get("height", vision["image_size"])
-    if height != size.get("width", height) or height != vision["image_size"]:
+    side = vision["image_size"]
+    size = processor.get("size") or {"height": side, "width": side}
+    if size != {"height": side, "width": side}:
         raise CheckpointError(
-            f"{path}: the image processor resizes to {size}, "
-            f"the vision tower takes a square of {vision['image_size']}"
+            f"{path}: the image processor resizes to {size}, the vision tower takes a square of {side}"
         )
     values = {**defaults, **{key: value for key, value in processor.items() if value is not None}}
     if values["resample"] not in _RESAMPLING:
         raise CheckpointError(f"{path}: resample is {values['resample']}, expected one of {_RESAMPLING}")
     return ImageConfig(
-        size=height,
+        size=side,
         resample=_RESAMPLING[values["resample"]],
         rescale=float(values["rescale_factor"]),
         mean=tuple(values["image_mean"]),

@@ -64,6 +64,10 @@ class Settings:
         default=0, metadata={"help": "rows in one pass of a tower; 0: fitted to the device"}
     )
     threads: int = field(default=0, metadata={"help": "CPU threads of one tower; 0: all cores"})
+    decoders: int = field(
+        default=0, metadata={"help": "processes that decode images; 0: fitted to the cores"}
+    )
+    max_text_bytes: int = field(default=65_536, metadata={"help": "largest text or label, in bytes"})
     text_cache_rows: int = field(
         default=32_768, metadata={"help": "texts whose tokens and embeddings are kept; 0: none"}
     )

@@ -64,6 +64,8 @@ def choose_dtype(name: str, device: str) -> torch.dtype:
     """
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise SettingsError(f"device {device}: this torch ({torch.__version__}) sees no CUDA GPU")
+    if name == "float16" and device == "cpu":
+        raise SettingsError("dtype float16: not for CPUs; float32 and bfloat16 are")
     if name == "auto":
         gpu = device.startswith("cuda")
         name = fastest_dtype(torch.cuda.get_device_capability(device)[0] if gpu else None)
@@ -196,6 +198,9 @@ class _PackedMLP(nn.Sequential):
 def _pack(module: nn.Module, rows: int) -> None:
     """Replace the linear layers below `module`; without oneDNN they stay as they are."""
     if not torch.backends.mkldnn.is_available():
+        return
+    bfloat16 = any(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
+    if bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return
     for name, child in module.named_children():
         if isinstance(child, MLP):

@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 # they wait take the cores from the other model processes: five times the throughput on two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+_LONGEST_KEY = 1024
+_MOST_PROMPTS = 65_536
+_MOST_PLACES = 4
+
 __all__ = [
     "ImageReader",
     "LabelPrompter",
@@ -97,9 +101,9 @@ class VisionEmbedder:
         with readable_start():
             dtype = _prepare_torch(context)
             tower = load_vision(config.path)
-        self._engine = VisionEngine(tower, config.image, context.device, dtype, settings.max_rows)
-        # The first pass allocates and chooses kernels: not at a caller's expense.
-        self._engine(np.zeros((1, *self._shape), dtype=np.uint8))
+            self._engine = VisionEngine(tower, config.image, context.device, dtype, settings.max_rows)
+            # The first pass allocates and chooses kernels: not at a caller's expense.
+            self._engine(np.zeros((1, *self._shape), dtype=np.uint8)).rows(0, 1)
         self._computed = RowCounter("siglip_vision_model")
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
@@ -125,6 +129,7 @@ class TextTokenizer:
         with readable_start():
             self._tokenizer = load_tokenizer(context.config)
         self._embed_models = context.settings.embed_text_models
+        self._max_bytes = context.settings.max_text_bytes
         self._known = _Cache(context.settings.text_cache_rows)
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
@@ -136,11 +141,12 @@ class TextTokenizer:
         truncation = request.flag("truncation")
 
         def ids(row: bytes) -> Row:
-            # Kept only if it fits: then truncation makes no difference.
+            # Kept only if it fits: then truncation makes no difference. And only if it is short: the key
+            # is the text itself.
             known = self._known.get(row)
             if known is None:
-                known = self._tokenizer(decode_text(row), truncation)
-                if not truncation:
+                known = self._tokenizer(decode_text(row, self._max_bytes), truncation)
+                if not truncation and len(row) <= _LONGEST_KEY:
                     self._known.put(row, known)
             return known
 
@@ -163,10 +169,10 @@ class TextEmbedder:
         with readable_start():
             dtype = _prepare_torch(context)
             tower = load_text(config.path)
-        self._engine = TextEngine(tower, context.device, dtype, settings.max_rows)
+            self._engine = TextEngine(tower, context.device, dtype, settings.max_rows)
+            self._engine(np.zeros((1, *self._shape), dtype=np.int64)).rows(0, 1)
         self._vocabulary, self._width = config.text.vocab_size, config.text.projection_size
         self._known = _Cache(settings.text_cache_rows)
-        self._engine(np.zeros((1, *self._shape), dtype=np.int64))
         self._computed = RowCounter("siglip_text_model")
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
@@ -187,37 +193,64 @@ class TextEmbedder:
         from siglip_serve.engine import Batch
 
         keys = [row.tobytes() for row in ids]
-        rows = [self._known.get(key) for key in keys]
-        new = [index for index, row in enumerate(rows) if row is None]
-        failed = np.zeros(len(ids), dtype=np.bool_)
+        rows = {key: row for key in keys if (row := self._known.get(key)) is not None}
+        new = {key: index for index, key in enumerate(keys) if key not in rows}
+        lost: set[bytes] = set()
         if new:
-            computed = self._engine(ids[new])
+            computed = self._engine(ids[list(new.values())])
             self._computed.add(len(new))
-            failed[new] = computed.failed
             nothing = np.zeros((len(new), self._width), dtype=np.float32)
             embeddings = computed.outputs.get("EMBEDDING", nothing)
-            for index, row, lost in zip(new, embeddings, computed.failed, strict=True):
-                rows[index] = row
-                if not lost:
-                    self._known.put(keys[index], row)
-        return Batch({"EMBEDDING": np.stack([row for row in rows if row is not None])}, failed)
+            for key, row, failed in zip(new, embeddings, computed.failed, strict=True):
+                rows[key] = row
+                if failed:
+                    lost.add(key)
+                else:
+                    self._known.put(key, row.copy())  # a view would keep the whole batch alive
+        return Batch(
+            {"EMBEDDING": np.stack([rows[key] for key in keys])},
+            np.array([key in lost for key in keys]),
+        )
 
 
 class LabelPrompter:
     """`label_prompts`: LABELS [L] and optional TEMPLATE [K] BYTES -> PROMPTS [L * K, 1], label by label."""
+
+    def __init__(self, context: Context) -> None:
+        self._max_bytes = context.settings.max_text_bytes
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request."""
         return respond_each(requests, self._prompts)
 
     def _prompts(self, request: Request) -> Outputs:
-        labels = map_rows("LABELS", request.strings("LABELS"), _label)
-        templates = map_rows("TEMPLATE", request.strings("TEMPLATE") or [b"{}"], _template)
+        labels = map_rows("LABELS", request.strings("LABELS"), self._label)
+        templates = map_rows("TEMPLATE", request.strings("TEMPLATE") or [b"{}"], self._template)
+        if len(labels) * len(templates) > _MOST_PROMPTS:
+            raise InvalidInputError(
+                f"LABELS: {len(labels)} labels with {len(templates)} templates, "
+                f"expected at most {_MOST_PROMPTS} prompts"
+            )
         prompts = [template.replace("{}", label).encode() for label in labels for template in templates]
         return {
             "PROMPTS": np.array(prompts, dtype=np.object_).reshape(-1, 1),
             "TEMPLATE_COUNT": np.array([len(templates)], dtype=np.int32),
         }
+
+    def _label(self, row: bytes) -> Any:
+        text = decode_text(row, self._max_bytes)
+        if not text.strip():
+            raise InvalidInputError("the label is empty")
+        return text
+
+    def _template(self, row: bytes) -> Any:
+        text = decode_text(row, self._max_bytes)
+        places = text.count("{}")
+        if not 1 <= places <= _MOST_PLACES:
+            raise InvalidInputError(
+                f"{text[:100]!r} has {places} times {{}} where the label goes, expected 1 to {_MOST_PLACES}"
+            )
+        return text
 
 
 class LabelScorer:
@@ -242,6 +275,10 @@ class LabelScorer:
         images = request.array("IMAGE_EMBEDDING", self._width, np.float32)
         prompts = request.array("PROMPT_EMBEDDING", self._width, np.float32)
         templates = int(request.array("TEMPLATE_COUNT", [], np.int32)[0])
+        if templates < 1 or len(prompts) % templates:
+            raise InvalidInputError(
+                f"TEMPLATE_COUNT: got {templates}, expected a divisor of the {len(prompts)} prompts"
+            )
         classes = zero_shot.build_class_embeddings(prompts.reshape(-1, templates, *self._width))
         logits = zero_shot.logits(zero_shot.cosine(images, classes), self._scale, self._bias)
         score = zero_shot.softmax if request.flag("softmax") else zero_shot.sigmoid
@@ -273,6 +310,7 @@ def _prepare_torch(context: Context) -> torch.dtype:
     from siglip_serve.engine import choose_dtype
 
     torch.set_num_threads(context.settings.threads or available_cores())
+    torch.backends.cudnn.allow_tf32 = False  # float32 is the exact mode, in the patch convolution too
     return choose_dtype(context.settings.dtype, context.device)
 
 
@@ -281,17 +319,3 @@ def _finish(request: Request, outputs: Outputs) -> Outputs:
     if request.flag("normalized"):
         asked = {name: l2_normalize(array) for name, array in asked.items()}
     return asked
-
-
-def _label(row: bytes) -> Any:
-    text = decode_text(row)
-    if not text.strip():
-        raise InvalidInputError("the label is empty")
-    return text
-
-
-def _template(row: bytes) -> Any:
-    text = decode_text(row)
-    if "{}" not in text:
-        raise InvalidInputError(f"{text!r} has no {{}} where the label goes")
-    return text

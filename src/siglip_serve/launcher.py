@@ -7,27 +7,32 @@ checkpoint into the model parameters, where clients can read it.
 
 Triton never restarts a model process that died: the launcher watches them and loads the model again.
 Loading needs explicit model control, whose endpoints are closed to all but the holder of a key made
-at start.
+at start. It is on the server's command line, so other users of the machine can read it from the
+process list unless /proc is mounted with hidepid.
 """
 
 from __future__ import annotations
 
 import ctypes
+import http.client
 import io
 import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
+from urllib.error import HTTPError
 
 import psutil
 from PIL import Image
@@ -35,13 +40,15 @@ from PIL import Image
 from siglip_serve import checkpoint
 from siglip_serve._staging import Stage
 from siglip_serve._watcher import Watcher
-from siglip_serve.config import PREFIX, START_REFUSED, Dtype, fastest_dtype, load_settings
+from siglip_serve.config import PREFIX, START_REFUSED, Settings, fastest_dtype, load_settings
 from siglip_serve.errors import ServerStartError
 
 __all__ = ["ServeOptions", "TritonServer"]
 
 _KEY_HEADER = "siglip-serve-key"
 _CLOSED_APIS = "model-repository,shared-memory,logging,trace"
+# A proxy that the environment names is not for addresses of this machine.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _CAPABILITY_MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
 _FORWARDED_HEADERS = "(?i)^(normalized|base64_encoded|embed_model|truncation)$"
 
@@ -95,6 +102,9 @@ class TritonServer:
         self.device, self._gpu_capability = _device(options.device)
         self._stage: Stage | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        # The kernel's signal at the launcher's death concerns the thread that made the server, not the
+        # process: one thread that lives as long as the server.
+        self._spawner = ThreadPoolExecutor(1, "siglip-serve-spawner")
         self._watcher: Watcher | None = None
 
     @property
@@ -134,6 +144,8 @@ class TritonServer:
             ServerStartError: the server did not start; the message tells the cause, or ends with
                 the log's last lines.
         """
+        if self._process is not None:
+            raise ServerStartError("the server runs already")
         options = self.options
         path = checkpoint.resolve(options.checkpoint)
         config = checkpoint.load_config(path)
@@ -141,46 +153,52 @@ class TritonServer:
         settings = load_settings(self._settings(path))  # a typo ends the start here, before anything runs
         self._stage = stage = Stage(options.model_repository, self.device)
         try:
-            self.models = stage.fill(self._identity(path, settings.dtype), checkpoint.tensor_dims(config))
-            self.log_file = options.log_file or _default_log(self.http_port)
-            self.log_file.parent.mkdir(parents=True, exist_ok=True)
-            self.log_file.write_bytes(b"")
-            with self.log_file.open("ab") as log:  # to append: the watcher writes there too
-                self._process = subprocess.Popen(
-                    self._command(stage),
-                    env=self._environment(stage, path),
-                    cwd=stage.empty,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,  # the terminal's Ctrl-C is for the launcher, which then stops it
-                )
+            self.models = stage.fill(
+                self._identity(settings), checkpoint.tensor_dims(config), settings.decoders
+            )
+            self.log_file = _open_log(options.log_file, self.http_port)
+            self._process = self._spawner.submit(self._spawn, stage, path).result()
             self._wait_until_ready()
             self._infer()
             self._watcher = Watcher(self._process.pid, self.models, self._load, self.log_file)
             self._watcher.start()
         except BaseException:
-            self.stop()
+            self.stop(timeout=2)  # nobody is served yet
             raise
 
     def stop(self, timeout: float = 35.0) -> None:
         """Let running requests complete, then end every process and remove every file of the start."""
-        replaced = False
-        if self._watcher is not None:
-            replaced = self._watcher.stop()
-            self._watcher = None
-        if self._process is not None:
-            _end(self._process, timeout, self.log_file if replaced else None)
-            self._process = None
-        if self._stage is not None:
-            self._stage.remove()
-            self._stage = None
+        watcher, self._watcher = self._watcher, None
+        process, self._process = self._process, None
+        stage, self._stage = self._stage, None
+        try:
+            if watcher is not None:
+                watcher.stop()
+            if process is not None:
+                replaced = watcher is not None and watcher.replaced
+                _end(process, timeout, self.log_file if replaced else None)
+        finally:
+            self._spawner.shutdown()
+            if stage is not None:
+                stage.remove()
 
     def wait(self) -> int:
         """Block until the server ends by itself; its exit status."""
         if self._process is None:
             raise ServerStartError("the server is not running")
         return self._process.wait()
+
+    def _spawn(self, stage: Stage, path: Path) -> subprocess.Popen[bytes]:
+        with self.log_file.open("ab") as log:  # to append: the watcher writes there too
+            return subprocess.Popen(
+                self._command(stage),
+                env=self._environment(stage, path),
+                cwd=stage.empty,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # the terminal's Ctrl-C is for the launcher, which then stops it
+            )
 
     def _command(self, stage: Stage) -> list[str]:
         closed = f"{_CLOSED_APIS}:{_KEY_HEADER}={self._key}"
@@ -213,12 +231,16 @@ class TritonServer:
         environment["PYTHONUNBUFFERED"] = "1"
         return environment | stage.library_path(environment)
 
-    def _identity(self, path: Path, dtype: Dtype) -> dict[str, str]:
+    def _identity(self, settings: Settings) -> dict[str, str]:
         """What is served, as clients can read it in the model configurations."""
+        path = Path(settings.checkpoint)
+        hub = path.parent.name == "snapshots"
+        dtype = settings.dtype
         return {
-            "checkpoint_name": self.options.checkpoint.partition("@")[0],
-            "checkpoint_revision": path.name if path.parent.name == "snapshots" else "local",
+            "checkpoint_name": self.options.checkpoint.partition("@")[0] if hub else path.name,
+            "checkpoint_revision": path.name if hub else "local",
             "dtype": fastest_dtype(self._gpu_capability) if dtype == "auto" else dtype,
+            "preprocess": settings.preprocess,
         }
 
     def _settings(self, path: Path) -> dict[str, str]:
@@ -232,7 +254,7 @@ class TritonServer:
                 raise ServerStartError(_cause(self.log_file))
             try:
                 self._call("/v2/health/ready", timeout=5)
-            except (OSError, urllib.error.URLError):
+            except (OSError, http.client.HTTPException):
                 time.sleep(0.05)
             else:
                 return
@@ -243,9 +265,9 @@ class TritonServer:
         Image.new("RGB", (16, 16), (90, 120, 60)).save(picture, "PNG")
         headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": "0"}
         try:
-            self._call("/v2/models/embed_image/infer", picture.getvalue(), headers, timeout=120)
-        except urllib.error.HTTPError as error:
-            reason = error.read().decode(errors="replace")
+            self._call("/v2/models/embed_image/infer", picture.getvalue(), headers, timeout=300)
+        except (OSError, http.client.HTTPException) as error:
+            reason = error.read().decode(errors="replace") if isinstance(error, HTTPError) else str(error)
             raise ServerStartError(f"the first inference failed: {reason}\n{_tail(self.log_file)}") from error
 
     def _load(self, model: str) -> None:
@@ -261,7 +283,7 @@ class TritonServer:
         timeout: float = 5,
     ) -> bytes:
         request = urllib.request.Request(f"http://{self.http_url}{path}", data, dict(headers or {}))
-        with urllib.request.urlopen(request, timeout=timeout) as response:
+        with _OPENER.open(request, timeout=timeout) as response:
             return bytes(response.read())
 
 
@@ -311,9 +333,16 @@ def _gpu_capabilities() -> list[int]:
     return found
 
 
-def _default_log(http_port: int) -> Path:
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state"
-    return Path(state) / "siglip-serve" / f"{http_port}.log"
+def _open_log(chosen: Path | None, http_port: int) -> Path:
+    """An empty log file: the chosen one, or one a port in the user's state directory."""
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")  # noqa: PTH111
+    file = chosen or Path(state) / "siglip-serve" / f"{http_port}.log"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"")
+    except OSError as error:
+        raise ServerStartError(f"log file {file}: {error.strerror}; name one with --log-file") from error
+    return file
 
 
 def _end(server: subprocess.Popen[bytes], timeout: float, log_file: Path | None) -> None:
@@ -336,10 +365,10 @@ def _end(server: subprocess.Popen[bytes], timeout: float, log_file: Path | None)
     if server.poll() is None:
         server.kill()
         server.wait()
-    _, alive = psutil.wait_procs(family, timeout=3)
-    for process in alive:
-        process.kill()
-    psutil.wait_procs(alive, timeout=3)
+    psutil.wait_procs(family, timeout=3)
+    with suppress(ProcessLookupError):  # the server's session is its own, orphans stay in its group
+        os.killpg(server.pid, signal.SIGKILL)
+    psutil.wait_procs(family, timeout=3)
 
 
 def _cause(log_file: Path) -> str:

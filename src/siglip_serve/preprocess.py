@@ -94,6 +94,7 @@ _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_SEQUENTIAL = (b"\xc0", b"\xc1", b"\xc9")
 # APP0 (JFIF) and APP14 (Adobe) say how the colours are coded; no other APPn changes a pixel.
 _JPEG_METADATA = frozenset({*range(0xE1, 0xEE), 0xEF, 0xFE})
+_MAX_SIDE = 65_535
 _MAX_JPEG_SEGMENTS = 10_000
 _MAX_JPEG_SCANS = 50
 
@@ -208,6 +209,9 @@ def _identify(data: bytes, limits: ImageLimits) -> str:
 def _check_size(width: int, height: int, limits: ImageLimits) -> None:
     if width < 1 or height < 1:
         raise ImageError(f"{width}x{height} pixels, expected at least 1x1")
+    # The resize's table of weights grows with the side: 29 kB of a 30,000,000 x 1 PNG would cost 1.3 GB.
+    if max(width, height) > _MAX_SIDE:
+        raise ImageTooLargeError(f"{width}x{height} pixels, at most {_MAX_SIDE} a side are allowed")
     if width * height > limits.max_pixels:
         raise ImageTooLargeError(f"{width}x{height} pixels, at most {limits.max_pixels} are allowed")
 

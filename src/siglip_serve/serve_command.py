@@ -18,6 +18,7 @@ from siglip_serve.launcher import ServeOptions, TritonServer
 
 __all__ = ["main"]
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Chosen by the launcher itself.
 _NOT_OPTIONS = {"checkpoint_name", "checkpoint_revision"}
 # Options of the command that go to the launcher as they are.
@@ -27,7 +28,8 @@ _OWN = {"model_repository", "device", "host", "http_port", "grpc_port", "metrics
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until Ctrl-C, SIGTERM or the server's own end; the exit status."""
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in _SIGNALS:
+        signal.signal(number, _interrupt)
     try:
         server = TritonServer(_serve_options(options))
         print(f"siglip-serve: starting {options.checkpoint} ...", flush=True)
@@ -49,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _interrupt(_signal: int, _frame: object) -> None:
+    for number in _SIGNALS:  # a second one must not stop the stopping
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

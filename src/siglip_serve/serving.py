@@ -8,9 +8,11 @@ its neighbours in a batch.
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,6 +42,10 @@ __all__ = [
 
 # One vocabulary for all models, since the steps of an ensemble all see the request's parameters.
 _PARAMETERS = frozenset({"base64_encoded", "embed_model", "normalized", "softmax", "truncation"})
+
+# An exception that reaches Triton fails every request of the batch and shows the caller a file path. So
+# everything is answered that numpy, torch and the decoders raise over one request's data.
+_ANSWERED = (SiglipServeError, MemoryError, RuntimeError, ValueError, TypeError, LookupError, OSError)
 
 Row = NDArray[Any]
 Outputs = Mapping[str, NDArray[Any]]
@@ -147,12 +153,14 @@ class Request:
 
     def array(self, name: str, shape: Sequence[int], dtype: Any) -> NDArray[Any]:
         """An input of `dtype` and shape [n, *shape]."""
-        array = pb_utils.get_input_tensor_by_name(self._request, name).as_numpy()
+        array: NDArray[Any] = pb_utils.get_input_tensor_by_name(self._request, name).as_numpy()
         if list(array.shape[1:]) != list(shape) or array.dtype != dtype:
             raise InvalidInputError(
                 f"{name}: got {array.dtype} {list(array.shape)}, "
                 f"expected {np.dtype(dtype)} {['rows', *shape]}"
             )
+        if not len(array):
+            raise InvalidInputError(f"{name}: no rows, expected at least one")
         return array
 
     def flag(self, name: str) -> bool:
@@ -203,13 +211,7 @@ def map_rows(name: str, rows: Sequence[bytes], function: Callable[[bytes], Row])
 
 def respond_each(requests: Sequence[Any], answer: Callable[[Request], Outputs]) -> list[Any]:
     """One response a request, each by a call of its own."""
-    responses = []
-    for request in requests:
-        try:
-            responses.append(_response(answer(Request(request))))
-        except SiglipServeError as error:
-            responses.append(_refusal(error))
-    return responses
+    return [_attempt(partial(_answer_one, answer, raw)) for raw in requests]
 
 
 def respond_together(
@@ -232,26 +234,40 @@ def respond_together(
         try:
             request = Request(raw)
             valid.append((index, request, read(request)))
-        except SiglipServeError as error:
+        except _ANSWERED as error:
             responses[index] = _refusal(error)
     if not valid:
         return responses
-    rows = valid[0][2] if len(valid) == 1 else np.concatenate([own for _, _, own in valid])
     try:
+        rows = valid[0][2] if len(valid) == 1 else np.concatenate([own for _, _, own in valid])
         batch = compute(rows, [request for _, request, _ in valid])
-    except RuntimeError as error:  # a fault of the device or of torch concerns every row
+    except _ANSWERED as error:  # a fault of the device or of torch concerns every row
         for index, _, _ in valid:
             responses[index] = _refusal(error)
         return responses
     start = 0
     for index, request, own in valid:
-        end = start + len(own)
-        try:
-            responses[index] = _response(finish(request, batch.rows(start, end)))
-        except SiglipServeError as error:
-            responses[index] = _refusal(error)
-        start = end
+        part = slice(start, start + len(own))
+        start = part.stop
+        responses[index] = _attempt(partial(_finish_one, finish, request, batch, part))
     return responses
+
+
+def _answer_one(answer: Callable[[Request], Outputs], raw: Any) -> Outputs:
+    return answer(Request(raw))
+
+
+def _finish_one(
+    finish: Callable[[Request, Outputs], Outputs], request: Request, batch: Batch, part: slice
+) -> Outputs:
+    return finish(request, batch.rows(part.start, part.stop))
+
+
+def _attempt(answer: Callable[[], Outputs]) -> Any:
+    try:
+        return _response(answer())
+    except _ANSWERED as error:
+        return _refusal(error)
 
 
 def _response(outputs: Outputs) -> Any:
@@ -260,11 +276,17 @@ def _response(outputs: Outputs) -> Any:
 
 
 def _refusal(error: Exception) -> Any:
-    code = pb_utils.TritonError.INTERNAL
+    codes = pb_utils.TritonError
     if isinstance(error, InvalidInputError):
-        code = pb_utils.TritonError.INVALID_ARG
-    elif isinstance(error, UnavailableError):
-        code = pb_utils.TritonError.UNAVAILABLE
-    else:
-        pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
+        return _error(str(error), codes.INVALID_ARG)
+    if isinstance(error, MemoryError):
+        error = UnavailableError("not enough memory for this request; try again later")
+    if isinstance(error, UnavailableError):
+        return _error(str(error), codes.UNAVAILABLE)
+    # The caller cannot help it, and the text may name files of this machine: it goes to the log.
+    pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
+    return _error(f"internal error ({type(error).__name__}), see the server's log", codes.INTERNAL)
+
+
+def _error(message: str, code: int) -> Any:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))

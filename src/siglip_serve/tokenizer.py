@@ -91,12 +91,14 @@ class Tokenizer:
         return ids
 
 
-def decode_text(data: bytes) -> str:
+def decode_text(data: bytes, max_bytes: int) -> str:
     """The text that `data` holds as UTF-8.
 
     Raises:
-        TextError: not UTF-8; the message names the first bad byte.
+        TextError: longer than `max_bytes`, or not UTF-8; the message names the first bad byte.
     """
+    if len(data) > max_bytes:
+        raise TextError(f"{len(data)} bytes, at most {max_bytes} are allowed")
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -196,7 +198,7 @@ class _Gemma:
         from tokenizers import normalizers
 
         self._tokenizer = _load_tokenizers(path / "tokenizer.json")
-        self.padding_side = (self._tokenizer.padding or {}).get("direction", "left")
+        self.padding_side = (self._tokenizer.padding or {}).get("direction", "right")
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         if settings.get("do_lower_case", True):

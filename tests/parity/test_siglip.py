@@ -20,7 +20,7 @@ GEOMETRIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "patch32-256": ({"image_size": 256, "patch_size": 32}, {"max_position_embeddings": 16}),
     "patch16-512, other text width": (
         {"image_size": 512, "patch_size": 16},
-        {"hidden_size": 32, "projection_size": 64},
+        {"hidden_size": 32, "num_hidden_layers": 2, "projection_size": 64},
     ),
 }
 

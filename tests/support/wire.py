@@ -14,8 +14,10 @@ import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 from numpy.typing import NDArray
 
-__all__ = ["ROOT", "TINY", "GrpcCaller", "HttpCaller", "post", "post_image", "raw_embedding"]
+__all__ = ["OPENER", "ROOT", "TINY", "GrpcCaller", "HttpCaller", "post", "post_image", "raw_embedding"]
 
+# A proxy that the environment names is not for addresses of this machine.
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "checkpoints" / "siglip-tiny"
 
@@ -65,7 +67,7 @@ def post(url: str, data: bytes, headers: Mapping[str, str]) -> tuple[int, bytes]
     """Status and body of a plain POST."""
     request = urllib.request.Request(url, data, dict(headers))
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with OPENER.open(request, timeout=60) as response:
             return response.status, response.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()

@@ -103,10 +103,13 @@ def test_metadata_names_the_checkpoints_dimensions(server: TritonServer) -> None
     assert outputs["EMBEDDING"] == [-1, config["hidden_size"]]
     assert outputs["PATCH_EMBEDDINGS"] == [-1, tokens, config["hidden_size"]]
     parameters = client.get_model_config("siglip_vision_model").config.parameters
-    told = {
-        name: parameters[name].string_value for name in ("checkpoint_name", "checkpoint_revision", "dtype")
+    expected = {
+        "checkpoint_name": TINY.name,
+        "checkpoint_revision": "local",
+        "dtype": "float32",
+        "preprocess": "fast",
     }
-    assert told == {"checkpoint_name": str(TINY), "checkpoint_revision": "local", "dtype": "float32"}
+    assert {name: parameters[name].string_value for name in expected} == expected
 
 
 def test_concurrent_requests_keep_their_own_rows(server: TritonServer) -> None:

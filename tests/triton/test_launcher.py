@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -12,7 +13,8 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ import psutil
 import pytest
 from images import encode, photo
 from tritonclient.utils import InferenceServerException
-from wire import ROOT, TINY, GrpcCaller, post
+from wire import OPENER, ROOT, TINY, GrpcCaller, post
 
 from siglip_serve.errors import CheckpointError, ServerStartError, SettingsError
 from siglip_serve.launcher import ServeOptions, TritonServer
@@ -64,19 +66,49 @@ def test_a_killed_model_process_is_replaced(log: Path) -> None:
             thread.start()
         try:
             for model in ("siglip_vision_model", "siglip_vision_process"):
-                for process in processes_of(server)[1:]:
-                    if any(f"/{model}/" in word for word in process.cmdline()):
-                        process.kill()
+                for process in processes_of_model(server, model):
+                    process.kill()
                 time.sleep(0.5)
                 wait_until_served(caller)
         finally:
             stop.set()
             for thread in asking:
                 thread.join()
-        text = log.read_text()
-        for model in ("siglip_vision_model", "siglip_vision_process"):
-            assert f"siglip-serve: {model}: model process" in text
-            assert f"siglip-serve: {model}: served again after" in text
+        wait_for_lines(log, "served again after", 2)
+
+
+def test_one_death_means_one_reload(log: Path) -> None:
+    """One of two decode processes dies: its sibling, which Triton then retires, is no second death."""
+    settings = {"decoders": "2"}
+    with TritonServer(ServeOptions(REPOSITORY, str(TINY), log_file=log, settings=settings)) as server:
+        next(processes_of_model(server, "siglip_vision_process")).kill()
+        wait_for_lines(log, "served again after", 1)
+        time.sleep(6)
+        assert GrpcCaller(server.grpc_url).embed([PICTURE]).shape[0] == 1
+        assert log.read_text().count("loading the model again") == 1
+
+
+def test_a_death_during_a_reload_is_not_forgotten(log: Path) -> None:
+    with TritonServer(ServeOptions(REPOSITORY, str(TINY), log_file=log)) as server:
+        for model in ("siglip_vision_process", "siglip_vision_model"):
+            for process in processes_of_model(server, model):
+                process.kill()
+            wait_for_lines(log, "loading the model again", 1)
+        wait_for_lines(log, "served again after", 2)
+        wait_until_served(GrpcCaller(server.grpc_url))
+
+
+def processes_of_model(server: TritonServer, model: str) -> Iterator[psutil.Process]:
+    for process in processes_of(server):
+        if any(f"/{model}/" in word for word in process.cmdline()):
+            yield process
+
+
+def wait_for_lines(log: Path, text: str, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while log.read_text().count(text) < count:
+        assert time.monotonic() < deadline, log.read_text()[-2000:]
+        time.sleep(0.1)
 
 
 def wait_until_served(caller: GrpcCaller) -> None:
@@ -105,6 +137,41 @@ def test_stop_leaves_nothing(log: Path) -> None:
     assert left_behind() == others
 
 
+def test_a_server_outlives_the_thread_that_started_it(log: Path) -> None:
+    server = TritonServer(ServeOptions(REPOSITORY, str(TINY), log_file=log))
+    thread = threading.Thread(target=server.start)
+    thread.start()
+    thread.join()
+    try:
+        time.sleep(2)
+        assert GrpcCaller(server.grpc_url).embed([PICTURE]).shape[0] == 1
+    finally:
+        server.stop()
+
+
+def test_overload_is_refused_and_nothing_is_lost(tmp_path: Path, log: Path) -> None:
+    """A queue of four: of many requests at once some are told to come back, the others are answered."""
+    repository = Path(shutil.copytree(REPOSITORY, tmp_path / "models"))
+    config = repository / "siglip_vision_process" / "config.pbtxt"
+    config.write_text(re.sub(r"max_queue_size: \d+", "max_queue_size: 4", config.read_text()))
+    large = encode(photo(3000, 2000), "JPEG")
+    with TritonServer(ServeOptions(repository, str(TINY), log_file=log)) as server:
+        caller = GrpcCaller(server.grpc_url)
+
+        def ask(_: int) -> str:
+            try:
+                caller.embed([large])
+            except InferenceServerException as error:
+                return str(error.status())
+            return "answered"
+
+        with ThreadPoolExecutor(40) as pool:
+            answers = list(pool.map(ask, range(40)))
+        assert set(answers) == {"answered", "StatusCode.UNAVAILABLE"}
+        assert caller.embed([PICTURE]).shape[0] == 1
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv of util-linux")
 def test_a_killed_launcher_takes_its_server_along(log: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from siglip_serve.launcher import *\n"
@@ -217,7 +284,5 @@ def test_administration_is_closed_to_others(server: TritonServer) -> None:
 
 def test_metrics_are_served(server: TritonServer) -> None:
     GrpcCaller(server.grpc_url).embed([PICTURE])
-    with urllib.request.urlopen(
-        f"http://{server.address}:{server.metrics_port}/metrics", timeout=5
-    ) as answer:
+    with OPENER.open(f"http://{server.address}:{server.metrics_port}/metrics", timeout=5) as answer:
         assert b'nv_inference_request_success{model="siglip_vision_model"' in answer.read()

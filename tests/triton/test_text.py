@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,7 +13,7 @@ from images import encode, photo
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, SiglipModel
 from tritonclient.utils import InferenceServerException
-from wire import TINY, GrpcCaller, HttpCaller
+from wire import OPENER, TINY, GrpcCaller, HttpCaller
 
 from siglip_serve.launcher import TritonServer
 
@@ -119,6 +118,7 @@ def test_concurrent_requests_keep_their_own_rows(server: TritonServer) -> None:
         (["  \t\n"], {}, "INPUT_TEXT[0]: the text is empty"),
         (["a dog", b"\xff\xfe"], {}, "INPUT_TEXT[1]: not UTF-8 text"),
         (["a dog", "dog " * 300], {}, "INPUT_TEXT[1]: the text has 301 tokens"),
+        ([" " * 70_000 + "dog"], {}, "INPUT_TEXT[0]: 70003 bytes, at most 65536 are allowed"),
         (["a dog"], {"truncate": True}, "parameter 'truncate': unknown"),
         (["a dog"], {"truncation": 1}, "parameter 'truncation': got 1"),
         (["a dog"], {"embed_model": "siglip_vision"}, "expected one of siglip_text"),
@@ -171,7 +171,7 @@ def test_templates_are_averaged(server: TritonServer) -> None:
 
 def tower_rows(server: TritonServer) -> float:
     url = f"http://{server.address}:{server.metrics_port}/metrics"
-    with urllib.request.urlopen(url, timeout=5) as answer:
+    with OPENER.open(url, timeout=5) as answer:
         for line in answer.read().decode().splitlines():
             if line.startswith('siglip_serve_tower_rows_total{model="siglip_text_model"'):
                 return float(line.split()[-1])
@@ -196,7 +196,10 @@ def test_known_labels_cost_the_text_tower_nothing(server: TritonServer) -> None:
         ([PICTURE], ["dog", ""], [], "LABELS[1]: the label is empty"),
         ([PICTURE], ["dog", b"\xff"], [], "LABELS[1]: not UTF-8"),
         ([PICTURE], [], [], "LABELS: no rows"),
-        ([PICTURE], ["dog"], ["a photo"], "TEMPLATE[0]: 'a photo' has no {}"),
+        ([PICTURE], ["dog"], ["a photo"], "TEMPLATE[0]: 'a photo' has 0 times {} where the label goes"),
+        ([PICTURE], ["dog"], ["{}" * 5], "expected 1 to 4"),
+        ([PICTURE], ["x" * 70_000], [], "LABELS[0]: 70000 bytes, at most 65536 are allowed"),
+        ([PICTURE], ["dog"] * 1000, ["{} " + str(n) for n in range(100)], "expected at most 65536 prompts"),
         ([PICTURE], ["dog " * 300], [], "the text has 301 tokens"),
         ([PICTURE, b"no image"], ["dog"], [], "INPUT_IMAGE[1]: not a decodable image"),
     ],

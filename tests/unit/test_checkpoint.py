@@ -67,6 +67,10 @@ def test_both_layouts_of_the_image_processor(checkpoint: Path) -> None:
         ("preprocessor_config.json", {"resample": 0}, "resample is 0"),
         ("preprocessor_config.json", {"size": {"height": 64, "width": 64}}, "takes a square of 32"),
         ("preprocessor_config.json", {"size": {"height": 32, "width": 64}}, "takes a square of 32"),
+        ("preprocessor_config.json", {"size": {"shortest_edge": 32}}, "takes a square of 32"),
+        ("preprocessor_config.json", {"size": 64}, "takes a square of 32"),
+        ("config.json", {"vision_config__num_attention_heads": 0}, "does not divide into 0 heads"),
+        ("config.json", {"text_config__projection_size": 32}, "projection_size is 32"),
     ],
 )
 def test_unusable_configurations_are_named(

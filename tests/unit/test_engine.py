@@ -133,6 +133,11 @@ def test_only_the_row_that_failed_is_refused(config: ModelConfig) -> None:
         batch.rows(0, 2)
 
 
+def test_float16_is_not_for_cpus() -> None:
+    with pytest.raises(SettingsError, match="not for CPUs"):
+        choose_dtype("float16", "cpu")
+
+
 def test_a_gpu_that_is_not_there_is_a_setting_error() -> None:
     if torch.cuda.is_available():
         assert choose_dtype("auto", "cuda:0") in {torch.bfloat16, torch.float16}

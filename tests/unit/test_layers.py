@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,11 +44,7 @@ def test_dependencies_point_one_way() -> None:
     assert {file.stem for file in files} == set(RANK)
     for file in files:
         for module in imported(file, "siglip_serve"):
-            if (file.stem, module) != ("serving", "engine"):  # for type checkers only
-                assert RANK[module] < RANK[file.stem] or module in LAYERS[RANK[file.stem]], (
-                    file.stem,
-                    module,
-                )
+            assert RANK[module] <= RANK[file.stem], (file.stem, module)
 
 
 def test_clients_and_validation_know_the_server_only_by_wire() -> None:
@@ -73,8 +70,7 @@ def test_no_size_of_a_checkpoint_is_typed_in_code() -> None:
     repository = ROOT / "model_repository"
     for file in [*SOURCE.glob("*.py"), *repository.rglob("*.py"), *repository.rglob("*.pbtxt")]:
         for number, line in enumerate(file.read_text().splitlines(), 1):
-            words = set(line.replace("[", " ").replace("]", " ").replace(",", " ").split())
-            assert words.isdisjoint({"224", "384", "768", "1152"}), f"{file}:{number}"
+            assert not re.search(r"(?<![\w.])(224|384|768|1152)(?![\w.])", line), f"{file}:{number}"
 
 
 def test_models_are_thin() -> None:

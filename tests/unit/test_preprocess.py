@@ -58,7 +58,7 @@ def test_few_rows_are_not_channels(mode: Mode, rows: int) -> None:
 
 
 @every_mode
-@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (1, 1_000_000), (1_000_000, 1)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (1, 65_535), (65_535, 1)])
 def test_extreme_shapes(mode: Mode, size: tuple[int, int]) -> None:
     assert (preprocessor(mode)(images.encode(flat((7, 8, 9), size=size), "PNG")) == (7, 8, 9)).all()
 

@@ -123,9 +123,9 @@ def test_a_token_beyond_the_embeddings_is_an_error(siglip2: Path) -> None:
 
 
 def test_decode_text() -> None:
-    assert decode_text("猫 🐈".encode()) == "猫 🐈"
+    assert decode_text("猫 🐈".encode(), 16) == "猫 🐈"
     with pytest.raises(TextError, match="byte 0xff at position 2"):
-        decode_text(b"ab\xff")
+        decode_text(b"ab\xff", 16)
 
 
 def test_the_kind_is_found_without_settings(siglip: Path) -> None:

@@ -28,7 +28,7 @@ def report() -> Report:
     classes = [ClassInfo("n00000001", "tench, Tinca tinca"), ClassInfo("n00000002", "goldfish")]
     valid = [Sample(Path(f"{style}_p0.png"), label) for label in (0, 1) for style in ("twemoji", "fluent")]
     return Report(
-        ServerInfo("127.0.0.1:8001", "2.51.0", "tiny", "unknown", "float32"),
+        ServerInfo("127.0.0.1:8001", "2.51.0", "tiny", "unknown", "float32", "fast"),
         Dataset(Path(), classes, [], valid),
         ROWS,
         ["valid/n00000002/bad.png: not a decodable image"],
@@ -49,7 +49,7 @@ def test_the_published_layout() -> None:
 def test_the_markdown_says_what_was_measured_and_left_out(report: Report) -> None:
     text = markdown(report)
     for part in (
-        "Checkpoint tiny, revision unknown, dtype float32, served by Triton 2.51.0.",
+        "Checkpoint tiny, revision unknown, dtype float32, preprocessing fast, served by Triton 2.51.0.",
         "2 classes, 0 training and 4 validation images.",
         "| 10-shot |  | 0.7500 | 0.3006 to 0.9544 | 1.0000 | 0.5101 to 1.0000 |  |",
         "| chance | | 0.5000 |",

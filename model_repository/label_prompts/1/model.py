@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from siglip_serve import handlers
+from siglip_serve import handlers, serving
 
 
 class TritonPythonModel:
@@ -14,8 +14,8 @@ class TritonPythonModel:
     def auto_complete_config(config: Any) -> Any:
         return config
 
-    def initialize(self, _args: dict[str, str]) -> None:
-        self.handler = handlers.LabelPrompter()
+    def initialize(self, args: dict[str, str]) -> None:
+        self.handler = handlers.LabelPrompter(serving.open_context(args))
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return self.handler.answer(requests)
