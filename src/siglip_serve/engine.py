@@ -5,6 +5,8 @@ The towers in `siglip.py` stay as they read; what makes them fast is done to the
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +24,8 @@ from siglip_serve.siglip import MLP, TextTower, VisionTower
 __all__ = ["OUTPUTS", "Batch", "TextEngine", "VisionEngine", "choose_dtype"]
 
 OUTPUTS = ("EMBEDDING", "MEAN_EMBEDDING", "PATCH_EMBEDDINGS")
+
+_SECONDS_TO_ANSWER = 0.5
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Beyond these a pass gains nothing: a GPU is full, and a CPU's caches hold less.
@@ -96,7 +100,10 @@ class _Engine:
             part = rows[start : start + size]
             try:
                 passes.append((start, run(part)))
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    _end_if_lost(self.device)
+                    raise
                 torch.cuda.empty_cache()
                 if len(part) > 1:
                     size = (len(part) + 1) // 2
@@ -112,6 +119,24 @@ class _Engine:
                 whole = outputs.setdefault(name, np.zeros((len(rows), *array.shape[1:]), dtype=np.float32))
                 whole[start : start + len(array)] = array
         return Batch(outputs, failed)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "_STATUS_ALLOC_FAILED" in str(error)
+
+
+def _end_if_lost(device: torch.device) -> None:
+    """End the process if the GPU's context is lost, once its last answers are out.
+
+    After a fault inside a kernel every further call fails, and only a new process serves again; the
+    launcher notices the death and loads the model again.
+    """
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        threading.Timer(_SECONDS_TO_ANSWER, os._exit, [1]).start()
 
 
 class VisionEngine(_Engine):
