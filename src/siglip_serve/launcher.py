@@ -28,7 +28,7 @@ import time
 import urllib.request
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
@@ -94,9 +94,8 @@ class TritonServer:
     def __init__(self, options: ServeOptions) -> None:
         self.options = options
         self._host = _numeric(options.host)
-        self.http_port = _port(self._host, options.http_port, "HTTP")
-        self.grpc_port = _port(self._host, options.grpc_port, "gRPC")
-        self.metrics_port = _port(self._host, options.metrics_port, "metrics")
+        wanted = {"HTTP": options.http_port, "gRPC": options.grpc_port, "metrics": options.metrics_port}
+        self.http_port, self.grpc_port, self.metrics_port = _ports(self._host, wanted)
         self._key = secrets.token_urlsafe(24)
         self.models: list[str] = []
         self.device, self._gpu_capability = _device(options.device)
@@ -295,16 +294,22 @@ def _numeric(host: str) -> str:
         raise ServerStartError(f"host {host!r}: expected an IPv4 address, or a name that has one") from error
 
 
-def _port(host: str, port: int, what: str) -> int:
-    if not 0 <= port < 2**16:
-        raise ServerStartError(f"{what} port {port}: expected 0 to {2**16 - 1}")
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+def _ports(host: str, wanted: Mapping[str, int]) -> list[int]:
+    """The wanted ports, each 0 replaced by a free one; all are held at once, so that no two are the same."""
+    with ExitStack() as held:
+        found = []
+        for what, port in wanted.items():
+            if not 0 <= port < 2**16:
+                raise ServerStartError(f"{what} port {port}: expected 0 to {2**16 - 1}")
+            probe = held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-            return int(probe.getsockname()[1])
-    except OSError as error:
-        raise ServerStartError(f"{what} port {port} on {host} cannot be bound: {error.strerror}") from error
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                reason = f"cannot be bound: {error.strerror}"
+                raise ServerStartError(f"{what} port {port} on {host} {reason}") from error
+            found.append(int(probe.getsockname()[1]))
+        return found
 
 
 def _device(device: str) -> tuple[str, int | None]:

@@ -22,8 +22,9 @@ import psutil
 import pytest
 from images import encode, photo
 from tritonclient.utils import InferenceServerException
-from wire import OPENER, ROOT, TINY, GrpcCaller, post
+from wire import OPENER, ROOT, TINY, GrpcCaller, post, post_image
 
+from siglip_serve._staging import Stage
 from siglip_serve.errors import CheckpointError, ServerStartError, SettingsError
 from siglip_serve.launcher import ServeOptions, TritonServer
 
@@ -261,6 +262,40 @@ def test_the_command_serves_and_stops_cleanly(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
         assert "stopped" in process.stdout.read()
+
+
+def test_a_plain_tritonserver_serves_the_repository(tmp_path: Path) -> None:
+    """Without the launcher: dimensions by auto-completion, settings from the environment."""
+    stage = Stage(REPOSITORY, "cpu")
+    http_port, log = free_port(), tmp_path / "log"
+    environment = {
+        **os.environ,
+        "SIGLIP_SERVE_CHECKPOINT": str(TINY),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    options = [
+        f"--model-repository={REPOSITORY}",
+        "--model-config-name=cpu",
+        f"--http-port={http_port}",
+        "--http-address=127.0.0.1",
+        "--allow-grpc=false",
+        "--allow-metrics=false",
+    ]
+    try:
+        command, libraries = stage.server_command(), stage.library_path(environment)
+        with (
+            log.open("wb") as output,
+            subprocess.Popen(
+                [*command, *options], env=environment | libraries, cwd=tmp_path, stdout=output, stderr=output
+            ) as server,
+        ):
+            try:
+                wait_for_lines(log, "Started HTTPService", 1)
+                assert post_image(f"127.0.0.1:{http_port}", PICTURE)[0] == 200
+            finally:
+                server.terminate()
+    finally:
+        stage.remove()
 
 
 def test_administration_is_closed_to_others(server: TritonServer) -> None:
