@@ -234,9 +234,14 @@ def _load_sentencepiece(file: Path) -> sentencepiece.SentencePieceProcessor:
 def _load_tokenizers(file: Path) -> tokenizers.Tokenizer:
     from tokenizers import Tokenizer as Backend
 
-    if "model" not in read_json(file):
-        raise CheckpointError(f"{file}: not a tokenizer, it has no 'model'")
-    return Backend.from_file(str(file))
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file")
+    try:
+        return Backend.from_file(str(file))
+    except Exception as error:
+        if type(error) is not Exception:  # the library raises nothing narrower for a malformed file
+            raise
+        raise CheckpointError(f"{file}: not a tokenizer ({error})") from error
 
 
 def _content(token: str | dict[str, Any]) -> str:

@@ -150,9 +150,11 @@ def test_unusable_settings_are_named(siglip: Path, settings: dict[str, Any], mes
 
 
 def test_unusable_files_are_named(siglip: Path, siglip2: Path) -> None:
-    (siglip2 / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a tokenizer"):
-        load_tokenizer(checkpoint(siglip2))
+    whole = (siglip2 / "tokenizer.json").read_text()
+    for content in ("{}", "", "[1]", whole[: len(whole) // 2]):
+        (siglip2 / "tokenizer.json").write_text(content)
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a tokenizer"):
+            load_tokenizer(checkpoint(siglip2))
     write_settings(siglip, tokenizer_class="SiglipTokenizer")
     (siglip / "spiece.model").write_bytes(b"broken")
     with pytest.raises(CheckpointError, match="not a sentencepiece model"):
