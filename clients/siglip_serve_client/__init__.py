@@ -3,6 +3,7 @@
 from siglip_serve_client._client import Client
 from siglip_serve_client.errors import (
     ClientError,
+    DeadlineError,
     InvalidInputError,
     ServerError,
     UnavailableError,
@@ -12,6 +13,7 @@ from siglip_serve_client.errors import (
 __all__ = [
     "Client",
     "ClientError",
+    "DeadlineError",
     "InvalidInputError",
     "ServerError",
     "UnavailableError",

@@ -19,6 +19,7 @@ from tritonclient.utils import InferenceServerException
 
 from siglip_serve_client.errors import (
     ClientError,
+    DeadlineError,
     InvalidInputError,
     ServerError,
     UnavailableError,
@@ -137,5 +138,5 @@ def _translate(error: InferenceServerException, url: str) -> ClientError:
             return UnreachableError(f"no server answers at {url}")
         return UnavailableError(message)
     if status.endswith("DEADLINE_EXCEEDED"):
-        return UnavailableError(f"{url} did not answer in time")
+        return DeadlineError(f"{url} did not answer in time")
     return ServerError(f"{status or 'no status'}: {message}")

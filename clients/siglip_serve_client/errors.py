@@ -2,14 +2,22 @@
 
 ClientError
 ├── InvalidInputError    the server refused the input (INVALID_ARGUMENT); the message says which row and why
-├── UnavailableError     the server is too busy, or did not answer in time; a retry may help
+├── UnavailableError     the server cannot serve it now; a retry may help
+│   ├── DeadlineError    it did not answer in time
 │   └── UnreachableError nobody answers at the address
 └── ServerError          the server failed (any other status)
 """
 
 from __future__ import annotations
 
-__all__ = ["ClientError", "InvalidInputError", "ServerError", "UnavailableError", "UnreachableError"]
+__all__ = [
+    "ClientError",
+    "DeadlineError",
+    "InvalidInputError",
+    "ServerError",
+    "UnavailableError",
+    "UnreachableError",
+]
 
 
 class ClientError(Exception):
@@ -21,7 +29,11 @@ class InvalidInputError(ClientError):
 
 
 class UnavailableError(ClientError):
-    """The server is too busy, or did not answer in time."""
+    """The server cannot serve it now, as when its queue is full."""
+
+
+class DeadlineError(UnavailableError):
+    """The server did not answer in time; the request may still run there."""
 
 
 class UnreachableError(UnavailableError):

@@ -1,4 +1,4 @@
-"""From tokens to one vector an image."""
+"""What is done to pooled embeddings."""
 
 from __future__ import annotations
 

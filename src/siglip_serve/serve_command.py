@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, _interrupt)
     try:
         server = TritonServer(_serve_options(options))
-        print(f"siglip-serve: starting {options.checkpoint} ...", flush=True)
+        print(f"siglip-serve: starting {server.options.checkpoint} ...", flush=True)
         begin = time.monotonic()
         with server:
             _announce(server, time.monotonic() - begin, options.sample_image)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from images import encode, photo
-from siglip_serve_client import Client, InvalidInputError, UnavailableError
+from siglip_serve_client import Client, DeadlineError, InvalidInputError, UnavailableError
 from wire import GrpcCaller
 
 from siglip_serve.launcher import TritonServer
@@ -49,6 +49,11 @@ def test_an_image_that_fails_yields_its_error_in_its_place(
     assert isinstance(got[4], InvalidInputError)
     assert isinstance(got[7], FileNotFoundError)
     assert sum(isinstance(result, np.ndarray) for result in got) == 28
+
+
+def test_a_late_answer_is_not_asked_for_again(server: TritonServer, pictures: list[Path]) -> None:
+    with Client(server.grpc_url, timeout=0.001) as client, pytest.raises(DeadlineError, match="in time"):
+        client.embed_image(pictures[0])
 
 
 def test_nobody_answers() -> None:

@@ -236,14 +236,16 @@ def test_the_command_serves_and_stops_cleanly(tmp_path: Path) -> None:
     command = [str(Path(sys.executable).parent / "siglip-serve"), "serve"]
     arguments = [
         f"--model-repository={REPOSITORY}",
-        f"--checkpoint={TINY}",
         f"--http-port={http_port}",
         f"--grpc-port={grpc_port}",
         "--metrics-port=0",
         f"--sample-image={next((TINY / 'samples').glob('*.jpg'))}",
         f"--log-file={tmp_path / 'log'}",
     ]
-    with subprocess.Popen([*command, *arguments], stdout=subprocess.PIPE, text=True) as process:
+    environment = {**os.environ, "SIGLIP_SERVE_CHECKPOINT": str(TINY)}
+    with subprocess.Popen(
+        [*command, *arguments], env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         output = ""
         for line in process.stdout:
@@ -256,6 +258,7 @@ def test_the_command_serves_and_stops_cleanly(tmp_path: Path) -> None:
         numbers = np.array(answer.stdout.split(), dtype=np.float32)
         assert numbers.shape == (width,)
         assert np.isfinite(numbers).all()
+        arguments.append(f"--checkpoint={TINY}")
         second = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
         assert second.returncode == 1
         assert f"HTTP port {http_port} on 127.0.0.1 cannot be bound" in second.stderr
