@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from benchmarks.common import about, write_csv
 from siglip_serve.checkpoint import ImageConfig, VisionConfig
-from siglip_serve.engine import VisionEngine
+from siglip_serve.config import Backend, Dtype
+from siglip_serve.engine import Plan, VisionEngine
 from siglip_serve.siglip import VisionTower
 
 GEOMETRIES = {
@@ -41,7 +43,7 @@ def reference(geometry: str) -> SiglipVisionModel:
     return SiglipVisionModel(SiglipVisionConfig(**GEOMETRIES[geometry])).eval()
 
 
-def engine(model: SiglipVisionModel, device: str, dtype: torch.dtype) -> VisionEngine:
+def engine(model: SiglipVisionModel, plan: Plan) -> VisionEngine:
     """Our engine with the same weights."""
     names = VisionConfig.__dataclass_fields__
     config = VisionConfig(**{name: getattr(model.config, name) for name in names})
@@ -49,7 +51,7 @@ def engine(model: SiglipVisionModel, device: str, dtype: torch.dtype) -> VisionE
     state = {name.removeprefix("vision_model."): value.clone() for name, value in model.state_dict().items()}
     tower.load_state_dict(state)
     image = ImageConfig(config.image_size, "bicubic", 1 / 255, (0.5,) * 3, (0.5,) * 3)
-    return VisionEngine(tower.eval().requires_grad_(False), image, device, dtype)
+    return VisionEngine(tower.eval().requires_grad_(False), image, plan)
 
 
 def in_turns(ways: dict[str, Callable[[], object]], seconds: float, device: str) -> dict[str, float]:
@@ -74,7 +76,7 @@ def scaled_error(ours: Tensor, theirs: Tensor) -> float:
 
 
 @torch.inference_mode()
-def measure(options: argparse.Namespace, dtype_name: str) -> dict[str, str]:
+def measure(options: argparse.Namespace, dtype_name: Dtype) -> dict[str, str]:
     """One row of the table."""
     dtype, device = getattr(torch, dtype_name), options.device
     model = reference(options.geometry)
@@ -83,7 +85,7 @@ def measure(options: argparse.Namespace, dtype_name: str) -> dict[str, str]:
     inputs = (torch.from_numpy(pixels).permute(0, 3, 1, 2) * (1 / 255) - 0.5) / 0.5
     model.to(device)
     exact = model(inputs.to(device))
-    ours = engine(model, device, dtype)
+    ours = engine(model, Plan(device, dtype_name, options.backend))
     model.to(dtype)
     got = ours(pixels, ["EMBEDDING", "PATCH_EMBEDDINGS"]).outputs
     pooled = torch.from_numpy(got["EMBEDDING"]).to(device)
@@ -101,6 +103,7 @@ def measure(options: argparse.Namespace, dtype_name: str) -> dict[str, str]:
         **about(["torch", "transformers", "numpy"], name),
         "geometry": options.geometry,
         "dtype": dtype_name,
+        "backend": ours.plan.backend,
         "rows": str(options.rows),
         "threads": str(torch.get_num_threads()),
         "images_per_second": f"{options.rows / times['ours']:.2f}",
@@ -118,6 +121,7 @@ def main() -> None:
     parser.add_argument("--geometry", choices=GEOMETRIES, default="base/16@224")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--backend", choices=get_args(Backend), default="auto")
     parser.add_argument("--rows", type=int, default=8, help="images in one batch, default %(default)s")
     parser.add_argument("--seconds", type=float, default=20, help="time for each dtype, default %(default)s")
     parser.add_argument("--output", type=Path, help="CSV file to append to")

@@ -19,6 +19,7 @@ from siglip_serve.errors import SettingsError
 __all__ = [
     "PREFIX",
     "START_REFUSED",
+    "Backend",
     "Dtype",
     "PreprocessMode",
     "Settings",
@@ -33,7 +34,8 @@ _SERVICE_LINKS = re.compile(rf"{PREFIX}(SERVICE_HOST|SERVICE_PORT.*|PORT|PORT_\d
 # Marks, in the server's log, the line that tells why a model did not start.
 START_REFUSED = "siglip-serve cannot start: "
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float8", "int8"]
+Backend = Literal["auto", "torch", "openvino", "fused"]
 PreprocessMode = Literal["fast", "pil"]
 
 
@@ -49,6 +51,15 @@ class Settings:
     dtype: Dtype = field(
         default="auto",
         metadata={"help": "arithmetic of the towers; auto: bfloat16 where the device is fast at it"},
+    )
+    backend: Backend = field(
+        default="auto",
+        metadata={"help": "what runs the towers; auto: fused on GPUs, openvino on CPUs, else torch"},
+    )
+    calibration: str = field(default="", metadata={"help": "folder of images that int8 is calibrated on"})
+    cache: str = field(
+        default="",
+        metadata={"help": "folder for converted models, kept between starts; default: ~/.cache/siglip-serve"},
     )
     preprocess: PreprocessMode = field(
         default="fast",

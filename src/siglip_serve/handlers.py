@@ -6,6 +6,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,9 +31,7 @@ from siglip_serve.serving import (
 from siglip_serve.tokenizer import decode_text, load_tokenizer
 
 if TYPE_CHECKING:
-    import torch
-
-    from siglip_serve.engine import Batch
+    from siglip_serve.engine import Batch, Plan
 
 # Read by torch's OpenMP when torch is first imported, which is later than here. Threads that spin while
 # they wait take the cores from the other model processes: five times the throughput on two cores.
@@ -96,12 +95,10 @@ class VisionEmbedder:
         from siglip_serve.engine import VisionEngine
         from siglip_serve.siglip import load_vision
 
-        settings, config = context.settings, context.config
+        config = context.config
         self._shape = tensor_dims(config)["PIXEL_VALUES"]
         with readable_start():
-            dtype = _prepare_torch(context)
-            tower = load_vision(config.path)
-            self._engine = VisionEngine(tower, config.image, context.device, dtype, settings.max_rows)
+            self._engine = VisionEngine(load_vision(config.path), config.image, _plan(context))
             # The first pass allocates and chooses kernels: not at a caller's expense.
             self._engine(np.zeros((1, *self._shape), dtype=np.uint8)).rows(0, 1)
         self._computed = RowCounter("siglip_vision_model")
@@ -167,9 +164,7 @@ class TextEmbedder:
         settings, config = context.settings, context.config
         self._shape = tensor_dims(config)["INPUT_IDS"]
         with readable_start():
-            dtype = _prepare_torch(context)
-            tower = load_text(config.path)
-            self._engine = TextEngine(tower, context.device, dtype, settings.max_rows)
+            self._engine = TextEngine(load_text(config.path), _plan(context))
             self._engine(np.zeros((1, *self._shape), dtype=np.int64)).rows(0, 1)
         self._vocabulary, self._width = config.text.vocab_size, config.text.projection_size
         self._known = _Cache(settings.text_cache_rows)
@@ -304,14 +299,24 @@ class _Cache:
             self._arrays.popitem(last=False)
 
 
-def _prepare_torch(context: Context) -> torch.dtype:
+def _plan(context: Context) -> Plan:
     import torch
 
-    from siglip_serve.engine import choose_dtype
+    from siglip_serve.engine import Plan
 
-    torch.set_num_threads(context.settings.threads or available_cores())
+    settings = context.settings
+    threads = settings.threads or available_cores()
+    torch.set_num_threads(threads)
     torch.backends.cudnn.allow_tf32 = False  # float32 is the exact mode, in the patch convolution too
-    return choose_dtype(context.settings.dtype, context.device)
+    return Plan(
+        device=context.device,
+        dtype=settings.dtype,
+        backend=settings.backend,
+        max_rows=settings.max_rows,
+        threads=threads,
+        cache=Path(settings.cache or Path.home() / ".cache" / "siglip-serve"),
+        calibration=Path(settings.calibration) if settings.calibration else None,
+    )
 
 
 def _finish(request: Request, outputs: Outputs) -> Outputs:

@@ -24,7 +24,7 @@ def test_a_model_parameter_wins_over_the_environment() -> None:
         ({"SIGLIP_SERVE_CHECKPOINT": ""}, {}, "'checkpoint' is not given"),
         ({"SIGLIP_SERVE_CHECKPONT": "a"}, {}, "variable SIGLIP_SERVE_CHECKPONT: no such setting"),
         ({}, {"checkpoint": "a", "dtipe": "x"}, "model parameter 'dtipe': no such setting"),
-        ({}, {"checkpoint": "a", "dtype": "int8"}, "got 'int8', expected one of auto, float32"),
+        ({}, {"checkpoint": "a", "dtype": "int4"}, "got 'int4', expected one of auto, float32"),
         ({}, {"checkpoint": "a", "max_image_bytes": "32MB"}, "got '32MB', expected a whole number"),
     ],
 )

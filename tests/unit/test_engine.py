@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from random_checkpoints import random_model, save_checkpoint
 
 from siglip_serve.checkpoint import ModelConfig, load_config
-from siglip_serve.engine import OUTPUTS, TextEngine, VisionEngine, choose_dtype
+from siglip_serve.config import Dtype
+from siglip_serve.engine import OUTPUTS, Plan, TextEngine, VisionEngine
+from siglip_serve.engine.passes import Arrays
+from siglip_serve.engine.plain import PlainVision
 from siglip_serve.errors import DeviceMemoryError, SettingsError
 from siglip_serve.siglip import load_text, load_vision
 
@@ -19,8 +25,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     return load_config(save_checkpoint(random_model({"image_size": 48, "patch_size": 16}), path))
 
 
-def vision(config: ModelConfig, dtype: torch.dtype = torch.float32, max_rows: int = 0) -> VisionEngine:
-    return VisionEngine(load_vision(config.path), config.image, "cpu", dtype, max_rows)
+def vision(config: ModelConfig, dtype: Dtype = "float32", max_rows: int = 0) -> VisionEngine:
+    plan = Plan("cpu", dtype, "torch", max_rows)
+    return VisionEngine(load_vision(config.path), config.image, plan)
 
 
 def pixels(rows: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
@@ -28,18 +35,17 @@ def pixels(rows: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
 
 
 class Scarce:
-    """A tower on a device with memory for so many rows: raises what torch raises beyond them."""
+    """A runner on a device with memory for so many rows: raises what torch raises beyond them."""
 
     def __init__(self, engine: VisionEngine, rows: int) -> None:
-        self.tower, self.rows = engine.tower, rows
-        self.head, self.config = engine.tower.head, engine.tower.config
+        self.runner, self.rows, self.max_rows = engine.runner, rows, engine.max_rows
         self.passes: list[int] = []
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        self.passes.append(len(x))
-        if len(x) > self.rows:
+    def __call__(self, part: Any, /, wanted: Sequence[str]) -> Arrays:
+        self.passes.append(len(part))
+        if len(part) > self.rows:
             raise torch.OutOfMemoryError("out of memory")
-        return self.tower(x)
+        return self.runner(part, wanted)
 
 
 def test_equals_the_tower(config: ModelConfig) -> None:
@@ -65,7 +71,8 @@ def test_outputs_are_computed_only_when_asked_for(config: ModelConfig) -> None:
     def forbidden(*_: object) -> None:
         raise AssertionError("the head ran")
 
-    engine.tower.head.register_forward_pre_hook(forbidden)
+    assert isinstance(engine.runner, PlainVision)
+    engine.runner.tower.head.register_forward_pre_hook(forbidden)
     assert list(engine(pixels(2), ["MEAN_EMBEDDING"]).outputs) == ["MEAN_EMBEDDING"]
     with pytest.raises(AssertionError, match="the head ran"):
         engine(pixels(2))
@@ -73,7 +80,7 @@ def test_outputs_are_computed_only_when_asked_for(config: ModelConfig) -> None:
 
 def test_bfloat16_is_close(config: ModelConfig) -> None:
     exact = vision(config)(pixels(5)).outputs["EMBEDDING"]
-    rough = vision(config, torch.bfloat16)(pixels(5)).outputs["EMBEDDING"]
+    rough = vision(config, "bfloat16")(pixels(5)).outputs["EMBEDDING"]
     cosine = (exact * rough).sum(1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(rough, axis=1)
     assert 0.999 < cosine.min() < 1
 
@@ -85,7 +92,7 @@ def test_text_equals_the_tower(config: ModelConfig) -> None:
     )
     with torch.inference_mode():
         expected = tower.pool(tower(torch.from_numpy(ids)))
-    got = TextEngine(load_text(config.path), "cpu", torch.float32)(ids).outputs["EMBEDDING"]
+    got = TextEngine(load_text(config.path), Plan("cpu", "float32", "torch"))(ids).outputs["EMBEDDING"]
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -96,7 +103,7 @@ def test_a_pass_that_does_not_fit_is_halved(config: ModelConfig, fits: int, pass
     engine = vision(config, max_rows=16)
     expected = engine(pixels(40)).outputs["EMBEDDING"]
     scarce = Scarce(engine, fits)
-    engine.tower = scarce  # type: ignore[assignment]
+    engine.runner = scarce
     batch = engine(pixels(40))
     assert scarce.passes == passes
     assert not batch.failed.any()
@@ -105,7 +112,7 @@ def test_a_pass_that_does_not_fit_is_halved(config: ModelConfig, fits: int, pass
 
 def test_what_never_fits_is_refused(config: ModelConfig) -> None:
     engine = vision(config)
-    engine.tower = Scarce(engine, 0)  # type: ignore[assignment]
+    engine.runner = Scarce(engine, 0)
     batch = engine(pixels(3))
     assert batch.failed.tolist() == [True, True, True]
     with pytest.raises(DeviceMemoryError, match="not enough free memory"):
@@ -114,18 +121,15 @@ def test_what_never_fits_is_refused(config: ModelConfig) -> None:
 
 def test_only_the_row_that_failed_is_refused(config: ModelConfig) -> None:
     """Memory returns after the first row: the others are served, at their own places."""
+
+    class Recovering(Scarce):
+        def __call__(self, part: Any, /, wanted: Sequence[str]) -> Arrays:
+            self.rows = 1 if self.passes else 0
+            return super().__call__(part, wanted)
+
     engine = vision(config, max_rows=1)
     expected = engine(pixels(4)).outputs["EMBEDDING"]
-    scarce = Scarce(engine, 0)
-    engine.tower = scarce  # type: ignore[assignment]
-    run = engine._run
-
-    def recovering(part: np.ndarray, wanted: list[str]) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
-        if scarce.passes:
-            scarce.rows = 1
-        return run(part, wanted)
-
-    engine._run = recovering  # type: ignore[assignment,method-assign]
+    engine.runner = Recovering(engine, 0)
     batch = engine(pixels(4))
     assert batch.failed.tolist() == [True, False, False, False]
     np.testing.assert_allclose(batch.rows(1, 4)["EMBEDDING"], expected[1:], rtol=1e-4, atol=1e-5)
@@ -133,14 +137,21 @@ def test_only_the_row_that_failed_is_refused(config: ModelConfig) -> None:
         batch.rows(0, 2)
 
 
-def test_float16_is_not_for_cpus() -> None:
-    with pytest.raises(SettingsError, match="not for CPUs"):
-        choose_dtype("float16", "cpu")
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (Plan("cpu", "float16"), "not for CPUs"),
+        (Plan("cpu", "float8"), "not for CPUs"),
+        (Plan("cpu", "float32", "fused"), "not for CPUs"),
+        (Plan("cpu", "int8", "torch"), "needs the backend openvino"),
+    ],
+)
+def test_what_a_cpu_cannot_run_is_a_setting_error(plan: Plan, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        plan.resolve()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_a_setting_error() -> None:
-    if torch.cuda.is_available():
-        assert choose_dtype("auto", "cuda:0") in {torch.bfloat16, torch.float16}
-    else:
-        with pytest.raises(SettingsError, match="sees no CUDA GPU"):
-            choose_dtype("auto", "cuda:0")
+    with pytest.raises(SettingsError, match="sees no CUDA GPU"):
+        Plan("cuda:0").resolve()

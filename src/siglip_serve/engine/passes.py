@@ -1,0 +1,111 @@
+"""Rows in passes that fit the device's memory, and what is left when it runs out."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from siglip_serve.errors import DeviceMemoryError
+
+__all__ = ["OUTPUTS", "Arrays", "Batch", "Runner", "in_passes"]
+
+OUTPUTS = ("EMBEDDING", "MEAN_EMBEDDING", "PATCH_EMBEDDINGS")
+
+_SECONDS_TO_ANSWER = 0.5
+
+Arrays = dict[str, NDArray[np.float32]]
+
+
+class Runner(Protocol):
+    """One way to run a tower on one device.
+
+    Attributes:
+        max_rows: most rows of one call; beyond these a pass gains nothing.
+    """
+
+    max_rows: int
+
+    def __call__(self, rows: NDArray[Any], /, wanted: Sequence[str]) -> Arrays:
+        """The wanted `OUTPUTS` of 1 to `max_rows` rows; a text tower has only EMBEDDING."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Outputs of N rows, some of which may have failed for want of memory.
+
+    Attributes:
+        outputs: float32 arrays [N, ...] by output name.
+        failed: [N] bool.
+    """
+
+    outputs: Arrays
+    failed: NDArray[np.bool_]
+
+    def rows(self, start: int, end: int) -> Arrays:
+        """The outputs of rows start to end.
+
+        Raises:
+            DeviceMemoryError: one of them did not fit into the device's memory.
+        """
+        if self.failed[start:end].any():
+            raise DeviceMemoryError("the device has not enough free memory for even one row; try again later")
+        return {name: array[start:end] for name, array in self.outputs.items()}
+
+
+def in_passes(rows: NDArray[Any], max_rows: int, run: Callable[[NDArray[Any]], Arrays]) -> Batch:
+    """`run` over all rows, at most `max_rows` at a time; a pass that runs out of memory is halved."""
+    failed = np.zeros(len(rows), dtype=np.bool_)
+    passes: list[tuple[int, Arrays]] = []
+    start, size = 0, max_rows
+    while start < len(rows):
+        part = rows[start : start + size]
+        try:
+            passes.append((start, run(part)))
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                _end_if_lost()
+                raise
+            torch.cuda.empty_cache()
+            if len(part) > 1:
+                size = (len(part) + 1) // 2
+                continue
+            failed[start] = True
+        start += len(part)
+    if not failed.any():
+        names = passes[0][1]
+        return Batch({name: _join([done[name] for _, done in passes]) for name in names}, failed)
+    outputs: Arrays = {}
+    for start, done in passes:
+        for name, array in done.items():
+            whole = outputs.setdefault(name, np.zeros((len(rows), *array.shape[1:]), dtype=np.float32))
+            whole[start : start + len(array)] = array
+    return Batch(outputs, failed)
+
+
+def _join(arrays: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "_STATUS_ALLOC_FAILED" in str(error)
+
+
+def _end_if_lost() -> None:
+    """End the process if the GPU's context is lost, once its last answers are out.
+
+    After a fault inside a kernel every further call fails, and only a new process serves again; the
+    launcher notices the death and loads the model again.
+    """
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        threading.Timer(_SECONDS_TO_ANSWER, os._exit, [1]).start()

@@ -1,0 +1,103 @@
+"""Towers as torch runs them, operation by operation; on CPUs with weights packed for oneDNN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from siglip_serve.checkpoint import ImageConfig
+from siglip_serve.engine.passes import Arrays
+from siglip_serve.siglip import MLP, TextTower, VisionTower
+
+__all__ = ["PlainText", "PlainVision"]
+
+# A GPU is full with so many rows, and a CPU's caches hold no more.
+_VISION_ROWS = {"cuda": 64, "cpu": 8}
+_TEXT_ROWS = {"cuda": 256, "cpu": 32}
+
+
+class PlainVision:
+    """uint8 pixels -> outputs; takes the tower over."""
+
+    def __init__(
+        self, tower: VisionTower, image: ImageConfig, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.max_rows = _VISION_ROWS[device.type]
+        self.tower, self.device, self.dtype = tower, device, dtype
+        _place(tower, device, dtype, self.max_rows * tower.context)
+        # x * rescale, then (x - mean) / std, in the reference's order, so that float32 rounds alike.
+        self._rescale = image.rescale
+        self._mean = torch.tensor(image.mean, device=device).view(3, 1, 1)
+        self._std = torch.tensor(image.std, device=device).view(3, 1, 1)
+
+    @torch.inference_mode()
+    def __call__(self, pixels: NDArray[np.uint8], /, wanted: Sequence[str]) -> Arrays:
+        """The wanted outputs of pixels [n, S, S, 3]."""
+        x = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)
+        x = ((x * self._rescale - self._mean) / self._std).to(self.dtype)
+        tokens = self.tower(x)
+        compute: dict[str, Callable[[], Tensor]] = {
+            "EMBEDDING": lambda: self.tower.head(tokens),
+            "MEAN_EMBEDDING": lambda: tokens.mean(dim=1, dtype=torch.float32),
+            "PATCH_EMBEDDINGS": lambda: tokens,
+        }
+        return {name: compute[name]().float().cpu().numpy() for name in wanted}
+
+
+class PlainText:
+    """Token ids -> EMBEDDING; takes the tower over."""
+
+    def __init__(self, tower: TextTower, device: torch.device, dtype: torch.dtype) -> None:
+        self.max_rows = _TEXT_ROWS[device.type]
+        self.tower, self.device = tower, device
+        _place(tower, device, dtype, self.max_rows * tower.context)
+
+    @torch.inference_mode()
+    def __call__(self, ids: NDArray[np.int64], /, wanted: Sequence[str]) -> Arrays:  # noqa: ARG002 - one output
+        """EMBEDDING [n, P] of ids [n, T]."""
+        tokens = self.tower(torch.from_numpy(ids).to(self.device))
+        return {"EMBEDDING": self.tower.pool(tokens).float().cpu().numpy()}
+
+
+def _place(tower: nn.Module, device: torch.device, dtype: torch.dtype, tokens: int) -> None:
+    tower.to(device, dtype)
+    if device.type == "cpu":
+        _pack(tower, tokens)
+
+
+class _PackedLinear(nn.Module):
+    """A linear layer whose weight lies as oneDNN's kernels read it; a GELU can be fused behind it."""
+
+    def __init__(self, linear: nn.Linear, rows: int, gelu: bool = False) -> None:
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
+        self.bias = linear.bias.detach()
+        self.activation: tuple[str, list[float], str] = ("gelu", [], "tanh") if gelu else ("none", [], "")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.activation)
+
+
+class _PackedMLP(nn.Sequential):
+    def __init__(self, mlp: MLP, rows: int) -> None:
+        super().__init__(_PackedLinear(mlp.fc1, rows, gelu=True), _PackedLinear(mlp.fc2, rows))
+
+
+def _pack(module: nn.Module, rows: int) -> None:
+    """Replace the linear layers below `module`; without oneDNN they stay as they are."""
+    if not torch.backends.mkldnn.is_available():
+        return
+    bfloat16 = any(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
+    if bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return
+    for name, child in module.named_children():
+        if isinstance(child, MLP):
+            setattr(module, name, _PackedMLP(child, rows))
+        elif isinstance(child, nn.Linear):
+            setattr(module, name, _PackedLinear(child, rows))
+        else:
+            _pack(child, rows)

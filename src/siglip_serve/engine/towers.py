@@ -1,0 +1,148 @@
+"""The engines: a runner for the device and the dtype, and passes that fit its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from siglip_serve.checkpoint import ImageConfig
+from siglip_serve.config import Backend, Dtype, fastest_dtype
+from siglip_serve.engine.passes import OUTPUTS, Batch, Runner, in_passes
+from siglip_serve.engine.plain import PlainText, PlainVision
+from siglip_serve.errors import SettingsError
+from siglip_serve.siglip import TextTower, VisionTower
+
+__all__ = ["Plan", "TextEngine", "VisionEngine"]
+
+_TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FLOAT8_CAPABILITY = (8, 9)
+_FUSED_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a tower is to be run.
+
+    Attributes:
+        device: `cpu` or `cuda:<index>`.
+        dtype: arithmetic of the tower; `auto`: the fastest that is close to float32.
+        backend: `torch`, `openvino` (CPUs), `fused` (GPUs); `auto`: the fastest that the device has.
+        max_rows: rows in one pass; 0 leaves the choice to the runner.
+        threads: CPU threads; 0: all cores.
+        cache: where converted models are kept between starts; None: nowhere.
+        calibration: folder of images to calibrate int8 on.
+    """
+
+    device: str = "cpu"
+    dtype: Dtype = "auto"
+    backend: Backend = "auto"
+    max_rows: int = 0
+    threads: int = 0
+    cache: Path | None = None
+    calibration: Path | None = None
+
+    def resolve(self) -> Plan:
+        """The same without `auto`.
+
+        Raises:
+            SettingsError: this device cannot run that.
+        """
+        return self._resolve_gpu() if self.device.startswith("cuda") else self._resolve_cpu()
+
+    def _resolve_cpu(self) -> Plan:
+        dtype = fastest_dtype(None) if self.dtype == "auto" else self.dtype
+        if dtype in ("float16", "float8"):
+            raise SettingsError(f"dtype {dtype}: not for CPUs; float32, bfloat16 and int8 are")
+        if self.backend == "fused":
+            raise SettingsError("backend fused: not for CPUs; torch and openvino are")
+        backend = self.backend
+        if backend == "auto":
+            backend = "openvino" if find_spec("openvino") else "torch"
+        if dtype == "int8" and backend != "openvino":
+            raise SettingsError("dtype int8: needs the backend openvino (pip install openvino nncf)")
+        return replace(self, dtype=dtype, backend=backend)
+
+    def _resolve_gpu(self) -> Plan:
+        if not torch.cuda.is_available():
+            raise SettingsError(f"device {self.device}: this torch ({torch.__version__}) sees no CUDA GPU")
+        capability = torch.cuda.get_device_capability(self.device)
+        dtype = fastest_dtype(capability[0]) if self.dtype == "auto" else self.dtype
+        if dtype == "int8":
+            raise SettingsError("dtype int8: not for GPUs; float32, bfloat16, float16 and float8 are")
+        if self.backend == "openvino":
+            raise SettingsError("backend openvino: not for GPUs; torch and fused are")
+        if dtype == "float8" and capability < _FLOAT8_CAPABILITY:
+            dtype = fastest_dtype(capability[0])
+        fusible = dtype != "float32" and capability >= _FUSED_CAPABILITY and find_spec("triton") is not None
+        if not fusible and (self.backend == "fused" or dtype == "float8"):
+            raise SettingsError(
+                f"backend {self.backend} with dtype {dtype}: needs 16 or 8 bits, a GPU of compute capability "
+                f"8.0 or newer (this one has {capability[0]}.{capability[1]}) and the package triton"
+            )
+        backend = self.backend
+        if backend == "auto":
+            backend = "fused" if fusible else "torch"
+        if dtype == "float8" and backend != "fused":
+            raise SettingsError("dtype float8: needs the backend fused")
+        return replace(self, dtype=dtype, backend=backend)
+
+
+class VisionEngine:
+    """uint8 pixels -> float32 embeddings.
+
+    Args:
+        tower: on the CPU, float32; the engine takes it over.
+        image: the checkpoint's normalisation, applied on the device.
+        plan: how to run it.
+
+    Attributes:
+        plan: without `auto`.
+        runner: what runs a pass.
+
+    Raises:
+        SettingsError: this device cannot run that.
+    """
+
+    def __init__(self, tower: VisionTower, image: ImageConfig, plan: Plan) -> None:
+        self.plan = plan.resolve()
+        self.runner = _vision_runner(tower, image, self.plan)
+        self.max_rows = plan.max_rows or self.runner.max_rows
+
+    def __call__(self, pixels: NDArray[np.uint8], outputs: Iterable[str] = ("EMBEDDING",)) -> Batch:
+        """Run the tower over all rows.
+
+        Args:
+            pixels: [N, S, S, 3] RGB, at least one row.
+            outputs: which of `OUTPUTS` to compute. EMBEDDING [N, D] is the reference's
+                `pooler_output`, MEAN_EMBEDDING [N, D] the mean over the patch tokens,
+                PATCH_EMBEDDINGS [N, T, D] the reference's `last_hidden_state`; none is normalised.
+        """
+        wanted = [name for name in OUTPUTS if name in set(outputs)]
+        return in_passes(pixels, self.max_rows, lambda part: self.runner(part, wanted))
+
+
+class TextEngine:
+    """Token ids -> float32 embeddings; arguments as for `VisionEngine`."""
+
+    def __init__(self, tower: TextTower, plan: Plan) -> None:
+        self.plan = plan.resolve()
+        self.runner = _text_runner(tower, self.plan)
+        self.max_rows = plan.max_rows or self.runner.max_rows
+
+    def __call__(self, ids: NDArray[np.int64]) -> Batch:
+        """EMBEDDING [N, P], the reference's `pooler_output`, of ids [N, T]; at least one row."""
+        return in_passes(ids, self.max_rows, lambda part: self.runner(part, ["EMBEDDING"]))
+
+
+def _vision_runner(tower: VisionTower, image: ImageConfig, plan: Plan) -> Runner:
+    return PlainVision(tower, image, torch.device(plan.device), _TORCH[plan.dtype])
+
+
+def _text_runner(tower: TextTower, plan: Plan) -> Runner:
+    return PlainText(tower, torch.device(plan.device), _TORCH[plan.dtype])
