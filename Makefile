@@ -49,9 +49,17 @@ validate: $(DEV) $(filter data/drawings/%,$(DATA)/LOC_synset_mapping.txt) ## Acc
 	  $(if $(wildcard $(DATA)/never_trained.txt),--styles --class-list $(DATA)/never_trained.txt) $(ARGS)
 	$(BIN)/python -m validate.parity --url $(URL) --data $(DATA) --checkpoint $(CHECKPOINT) --valid-per-class 4
 
-bench: $(DEV) ## Preprocessing and the vision tower against transformers, on this CPU
-	$(BIN)/python -m benchmarks.preprocess
-	$(BIN)/python -m benchmarks.vision_tower
+bench: $(DEV) ## Speed on this machine's CPU, small; figures and plots go to build/bench
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'
+	rm -rf build/bench
+	$(BIN)/python -m benchmarks.preprocess --seconds 2 --output build/bench/preprocess.csv
+	$(BIN)/python -m benchmarks.vision_tower --rows 4 --seconds 10 --output build/bench/vision_tower.csv
+	$(BIN)/python -m benchmarks.serve_load --checkpoint checkpoints/siglip-tiny --concurrency 1 4 8 --processes 1 \
+	  --seconds 5 --warmup 1 --output build/bench/serve_load.csv
+	$(BIN)/python -m benchmarks.peers --checkpoint checkpoints/siglip-tiny --device cpu --concurrency 8 --processes 1 \
+	  --seconds 8 --warmup 2 --output build/bench/peers.csv
+	$(BIN)/python -m benchmarks.plots --results build/bench
+	@echo "Figures are in $(CURDIR)/build/bench. On a busy or shared machine only the ratios mean something."
 
 format: $(DEV) ## Put the code into the project's style
 	$(BIN)/ruff check --fix .

@@ -47,9 +47,9 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, str]], append: bool = Fals
         writer.writerows([*kept, *rows])
 
 
-def synthetic_jpeg(width: int, height: int) -> bytes:
+def synthetic_jpeg(width: int, height: int, seed: int | None = None) -> bytes:
     """A JPEG of about the size that a photograph has: smooth colour, edges, and grain; 80 kB at 500x375."""
-    rng = np.random.default_rng(width)
+    rng = np.random.default_rng(width if seed is None else seed)
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
     colors = [127 + 100 * np.sin(5 * x + 3 * y * (channel + 1)) for channel in range(3)]
     image = Image.fromarray(np.stack(colors, axis=-1).astype(np.uint8))

@@ -1,108 +1,165 @@
-"""Load on a running server: single-image JPEG requests over gRPC from plain tritonclient processes.
+"""Load on a server, running or started for this: single-image JPEG requests over gRPC.
 
-Closed loop: each of `--processes` client processes keeps its share of `--concurrency` requests in flight.
+Closed loop: `--concurrency` requests are always in flight. Open loop: `--rate` requests a second are
+sent at drawn times, and latency counts from the time drawn.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import queue
-import time
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import tritonclient.grpc as triton
+from typing import get_args
 
 from benchmarks.common import about, synthetic_jpeg, write_csv
+from benchmarks.load import Arrivals, Load, Result, first_answers, run
+from benchmarks.load_clients import Kind, Target
+from benchmarks.machine import gpu_names
+from benchmarks.servers import run_ours
+
+__all__ = ["add_load_options", "device_name", "load_columns", "make_loads", "pictures", "print_result"]
 
 
-def client(options: argparse.Namespace, in_flight: int, begin: Any, results: Any) -> None:
-    """One client process: latencies in seconds, and errors, of what ended in the measured time."""
-    width, height = (int(side) for side in options.size.split("x"))
-    data = synthetic_jpeg(width, height)
-    connection = triton.InferenceServerClient(options.url)
-    tensor = triton.InferInput("INPUT_IMAGE", [1, 1], "BYTES")
-    tensor.set_data_from_numpy(np.array([[data]], dtype=np.object_))
-    ended: queue.SimpleQueue[tuple[float, bool]] = queue.SimpleQueue()
-
-    def done(start: float, result: Any, error: Any) -> None:  # noqa: ARG001 - the client's signature
-        ended.put((start, error is None))
-
-    def send() -> None:
-        connection.async_infer(options.model, [tensor], callback=partial(done, time.perf_counter()))
-
-    begin.wait(60)
-    warm = time.perf_counter() + options.warmup
-    end = warm + options.seconds
-    for _ in range(in_flight):
-        send()
-    latencies, errors, waiting = [], 0, in_flight
-    while waiting:
-        start, good = ended.get()
-        now = time.perf_counter()
-        waiting -= 1
-        if warm <= now < end and good:
-            latencies.append(now - start)
-        elif warm <= now < end:
-            errors += 1
-        if now < end:
-            send()
-            waiting += 1
-    results.put((latencies, errors))
-
-
-def measure(options: argparse.Namespace, concurrency: int) -> dict[str, str]:
-    """One row of the table."""
-    context = multiprocessing.get_context("spawn")
-    processes = min(options.processes, concurrency)
-    begin, results = context.Barrier(processes), context.Queue()
-    shares = [concurrency // processes + (n < concurrency % processes) for n in range(processes)]
-    workers = [context.Process(target=client, args=(options, share, begin, results)) for share in shares]
-    for worker in workers:
-        worker.start()
-    answers = [results.get(timeout=options.warmup + options.seconds + 120) for _ in workers]
-    for worker in workers:
-        worker.join()
-    latencies = np.concatenate([np.array(found) for found, _ in answers])
-    p50, p95, p99 = np.percentile(latencies if len(latencies) else [np.nan], [50, 95, 99]) * 1000
-    return {
-        **about(["tritonclient"], options.device),
-        "label": options.label,
-        "model": options.model,
-        "size": options.size,
-        "processes": str(processes),
-        "concurrency": str(concurrency),
-        "images_per_second": f"{len(latencies) / options.seconds:.1f}",
-        "p50_ms": f"{p50:.2f}",
-        "p95_ms": f"{p95:.2f}",
-        "p99_ms": f"{p99:.2f}",
-        "errors": str(sum(errors for _, errors in answers)),
-    }
-
-
-def main() -> None:
-    """Measure each concurrency, print the table, and append it to a CSV if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def add_load_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say what is sent."""
     add = parser.add_argument
-    add("--url", default="127.0.0.1:8001", help="host:port of the gRPC endpoint, default %(default)s")
-    add("--model", default="embed_image", help="default %(default)s")
-    add("--size", default="500x375", help="of the JPEG, default %(default)s")
+    add("--size", default="500x375", help="width x height of the JPEG, default %(default)s")
+    add("--pictures", type=int, default=16, help="different pictures, sent in turn, default %(default)s")
     add("--concurrency", type=int, nargs="+", default=[1, 8, 32], help="requests in flight, default 1 8 32")
     add("--processes", type=int, default=2, help="client processes, default %(default)s")
     add("--seconds", type=float, default=10, help="measured time, default %(default)s")
     add("--warmup", type=float, default=2, help="time before, default %(default)s")
-    add("--device", help="what the server runs on, for the table; default: this machine's CPU")
+    add("--rate", type=float, nargs="+", help="requests a second: the open loop, instead of --concurrency")
+    add(
+        "--arrivals",
+        choices=get_args(Arrivals),
+        default="poisson",
+        help="of the open loop, default %(default)s",
+    )
+    add(
+        "--limit",
+        type=int,
+        default=2048,
+        help="most requests in flight of the open loop, default %(default)s",
+    )
+    add("--seed", type=int, default=0, help="of the arrivals, default %(default)s")
+    add("--check", type=int, default=64, help="one answer of so many is checked in full, default %(default)s")
+
+
+def pictures(options: argparse.Namespace) -> list[bytes]:
+    """The JPEGs that are sent."""
+    width, height = (int(side) for side in options.size.split("x"))
+    return [synthetic_jpeg(width, height, seed) for seed in range(options.pictures)]
+
+
+def make_loads(
+    options: argparse.Namespace, target: Target, jpegs: list[bytes], server_pid: int | None
+) -> list[Load]:
+    """One load for each concurrency, or each rate."""
+    settings = [(options.limit, rate) for rate in options.rate] if options.rate else None
+    return [
+        Load(
+            target,
+            jpegs,
+            concurrency,
+            min(options.processes, concurrency),
+            options.seconds,
+            options.warmup,
+            rate,
+            options.arrivals,
+            options.seed,
+            options.check,
+            server_pid,
+        )
+        for concurrency, rate in settings or [(number, None) for number in options.concurrency]
+    ]
+
+
+def load_columns(result: Result, size: str) -> dict[str, str]:
+    """The columns that say what was sent, and what came of it."""
+    load = result.load
+    return {
+        "size": size,
+        "kilobytes": str(round(sum(map(len, load.pictures)) / len(load.pictures) / 1000)),
+        "pictures": str(len(load.pictures)),
+        "client": load.target.kind,
+        "loop": "open" if load.rate else "closed",
+        "rate": f"{load.rate:g}" if load.rate else "",
+        "arrivals": load.arrivals if load.rate else "",
+        "seconds": f"{load.seconds:g}",
+        "processes": str(load.processes),
+        "concurrency": str(load.concurrency),
+        **result.columns(),
+    }
+
+
+def device_name(given: str | None) -> str | None:
+    """What the table calls the device: what was given, else this machine's GPUs; None is its CPU."""
+    names = gpu_names()
+    return given or (f"{names[0]} x{len(names)}" if names else None)
+
+
+def print_result(name: str, row: dict[str, str]) -> None:
+    """One line of the printed table."""
+    sent = f"{row['rate']}/s {row['arrivals']}" if row["rate"] else f"{row['concurrency']} in flight"
+    print(
+        f"{name} {row['size']} {sent:>14}: {row['images_per_second']:>8} images/s  "
+        f"p50 {row['p50_ms']} p95 {row['p95_ms']} p99 {row['p99_ms']} ms  "
+        f"errors {row['errors']} {row['statuses']} late {row['late']} unsent {row['unsent']} "
+        f"checked {row['checked']}  busy cores {row['busy_cores']} of {row['cores']}, "
+        f"CPU ms an image: client {row['client_cpu_ms']} server {row['server_cpu_ms'] or '-'}",
+        flush=True,
+    )
+    if row["server_cpu_by_process"]:
+        print(f"    {row['server_cpu_by_process']}", flush=True)
+
+
+def measure(options: argparse.Namespace, target: Target) -> None:
+    """Measure each load, print the table, and append it to a CSV if asked to."""
+    jpegs = pictures(options)
+    expected = first_answers(target, jpegs)
+    device = device_name(options.device)
+    for load in make_loads(options, target, jpegs, options.server_pid):
+        row = {
+            **about(["tritonclient", "grpcio"], device),
+            "label": options.label,
+            "model": options.model,
+            **load_columns(run(load, expected), options.size),
+        }
+        print_result(options.model, row)
+        if options.output:
+            write_csv(options.output, [row], append=True)
+
+
+def main() -> None:
+    """Read the options, start the server if asked to, and measure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, help="start a server of this checkpoint, instead of --url")
+    add("--setting", nargs="+", default=[], metavar="NAME=VALUE", help="settings of that server")
+    add("--url", default="127.0.0.1:8001", help="host:port of the client's endpoint, default %(default)s")
+    add("--model", default="embed_image", help="default %(default)s")
+    clients = [kind for kind in get_args(Kind) if kind != "http"]
+    add(
+        "--client",
+        choices=clients,
+        default="grpc",
+        help="what sends; default %(default)s, the cheapest of gRPC",
+    )
+    add_load_options(parser)
+    add("--server-pid", type=int, help="process of a server on this machine, to account its CPU time")
+    add("--device", help="what the server runs on, for the table; default: this machine's GPUs, else its CPU")
     add("--label", default="", help="what is measured, for the table")
     add("--output", type=Path, help="CSV file to append to")
     options = parser.parse_args()
-    for concurrency in options.concurrency:
-        row = measure(options, concurrency)
-        print({key: row[key] for key in list(row)[-9:]}, flush=True)
-        if options.output:
-            write_csv(options.output, [row], append=True)
+    if not options.checkpoint:
+        measure(options, Target(options.client, options.url, options.model))
+        return
+    settings = dict(setting.split("=", 1) for setting in options.setting)
+    options.label = options.label or options.checkpoint.name
+    with run_ours(options.checkpoint, "auto", settings, 600) as server:
+        options.server_pid = server.pid
+        measure(options, replace(server.aimed_at(options.client), where=options.model))
 
 
 if __name__ == "__main__":

@@ -35,20 +35,20 @@ class Stage:
 
     Attributes:
         root: the directory, named after this process; `remove` deletes it.
-        device: `cpu` or `cuda`; `cpu` takes a model's `configs/cpu.pbtxt` where there is one.
+        variants: names of configurations; of a model's `configs/<variant>.pbtxt` the first one is taken.
         models: the staged model repository.
         empty: an empty working directory, since the model processes import from theirs.
         shm_prefix: of the shared-memory files that the backend makes.
     """
 
-    def __init__(self, repository: Path, device: str) -> None:
+    def __init__(self, repository: Path, *variants: str) -> None:
         _sweep()
         if not repository.is_dir():
             raise ServerStartError(
                 f"model repository {str(repository)!r}: no such directory; name it with --model-repository"
             )
         self.repository = repository.resolve()
-        self.device = device
+        self.variants = variants
         self.root = Path(tempfile.mkdtemp(prefix=f"{_NAME}{os.getpid()}-"))
         self._lock = _try_lock(self.root)
         self.models = self.root / "models"
@@ -124,8 +124,8 @@ class Stage:
                     (target / entry.name / file.name).symlink_to(file)
             elif entry.name not in {"config.pbtxt", "configs"}:
                 (target / entry.name).symlink_to(entry)
-        variant = source / "configs" / f"{self.device}.pbtxt"
-        chosen = variant if variant.is_file() else source / "config.pbtxt"
+        found = [file for name in self.variants if (file := source / "configs" / f"{name}.pbtxt").is_file()]
+        chosen = found[0] if found else source / "config.pbtxt"
         try:
             config = text_format.Parse(chosen.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
         except text_format.ParseError as error:
@@ -146,7 +146,7 @@ class Stage:
     def _processes(self) -> int:
         cores = available_cores()
         # Beside a GPU, a quarter of the cores is left to the server and to its clients.
-        return min(_MOST_PROCESSES, max(1, cores * 3 // 4) if self.device == "cuda" else cores)
+        return min(_MOST_PROCESSES, max(1, cores * 3 // 4) if "cuda" in self.variants else cores)
 
     def _link_backend(self, server: Path) -> None:
         version = f"{sys.version_info.major}.{sys.version_info.minor}"

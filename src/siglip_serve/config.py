@@ -36,7 +36,7 @@ START_REFUSED = "siglip-serve cannot start: "
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float8", "int8"]
 Backend = Literal["auto", "torch", "openvino", "fused"]
-PreprocessMode = Literal["fast", "pil"]
+PreprocessMode = Literal["fast", "pil", "gpu"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ class Settings:
     )
     preprocess: PreprocessMode = field(
         default="fast",
-        metadata={"help": "fast: libjpeg-turbo and torch; pil: pixel for pixel the published preprocessing"},
+        metadata={
+            "help": "fast: libjpeg-turbo; pil: exactly the published preprocessing; gpu: JPEG by the GPU"
+        },
     )
     max_image_bytes: int = field(
         default=32 * 1024 * 1024, metadata={"help": "largest encoded image, in bytes"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from siglip_serve.serving import (
     Outputs,
     Request,
     Row,
+    RowBuffer,
     RowCounter,
     map_rows,
     readable_start,
@@ -60,29 +61,68 @@ class ImageReader:
         from siglip_serve.preprocess import ImageLimits, Preprocessor, decode_base64
 
         settings = context.settings
-        if settings.preprocess == "fast":
+        if settings.preprocess != "pil":
             import torch
 
             torch.set_num_threads(1)  # the other cores belong to the other instances
         AvifImagePlugin.DEFAULT_MAX_THREADS = 1
         Image.MAX_IMAGE_PIXELS = None  # our own limit stands in its place, at the same point: the header
         limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
-        self._preprocess = Preprocessor(context.config.image, settings.preprocess, limits)
+        self._preprocess = Preprocessor(
+            context.config.image, "pil" if settings.preprocess == "pil" else "fast", limits
+        )
         self._decode_base64 = partial(decode_base64, limits=limits)
         self._embed_models = settings.embed_models
+        self._read_many: Callable[[Sequence[bytes]], Sequence[Row | None]] | None = None
+        if settings.preprocess == "gpu":
+            from siglip_serve.gpu_jpeg import GpuJpegReader
+
+            with readable_start():
+                self._read_many = GpuJpegReader(context.config.image, context.device, limits)
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request."""
-        return respond_each(requests, self._read)
+        if self._read_many is None:
+            return respond_each(requests, lambda request: self._pixels(request, self._files(request)))
+        return respond_together(requests, self._files, self._decode, self._finish)
 
-    def _read(self, request: Request) -> Outputs:
+    def _files(self, request: Request) -> Row:
         request.choice("embed_model", self._embed_models)
+        return _objects(request.strings("INPUT_IMAGE"))
+
+    def _decode(self, parts: Sequence[Row], requests: Sequence[Request]) -> Batch:
+        """What the GPU can decode; the rest of PIXELS is None."""
+        from siglip_serve.engine import Batch
+
+        files: list[bytes] = []
+        for request, part in zip(requests, parts, strict=True):
+            files += [b""] * len(part) if request.flag("base64_encoded") else list(part)
+        pixels = self._read_many(files) if self._read_many else [None] * len(files)
+        rows = {"FILES": _objects([file for part in parts for file in part]), "PIXELS": _objects(pixels)}
+        return Batch(rows, np.zeros(len(files), dtype=np.bool_))
+
+    def _finish(self, request: Request, rows: Outputs) -> Outputs:
+        return self._pixels(request, rows["FILES"], rows["PIXELS"])
+
+    def _pixels(self, request: Request, files: Row, decoded: Row | None = None) -> Outputs:
         encoded = request.flag("base64_encoded")
+        ready = iter(decoded) if decoded is not None else None
 
-        def pixels(row: bytes) -> Row:
-            return self._preprocess(self._decode_base64(row) if encoded else row)
+        def pixels(file: bytes) -> Row:
+            own: Row | None = next(ready) if ready else None
+            if own is not None:
+                return own
+            return self._preprocess(self._decode_base64(file) if encoded else file)
 
-        return {"PIXEL_VALUES": map_rows("INPUT_IMAGE", request.strings("INPUT_IMAGE"), pixels)}
+        return {"PIXEL_VALUES": map_rows("INPUT_IMAGE", files, pixels)}
+
+
+def _objects(items: Sequence[Any]) -> Row:
+    """[n] of any objects; numpy would make one array of items that are arrays themselves."""
+    array = np.empty(len(items), dtype=np.object_)
+    for index, item in enumerate(items):
+        array[index] = item
+    return array
 
 
 class VisionEmbedder:
@@ -101,6 +141,7 @@ class VisionEmbedder:
             self._engine = VisionEngine(load_vision(config.path), config.image, _plan(context))
             # The first pass allocates and chooses kernels: not at a caller's expense.
             self._engine(np.zeros((1, *self._shape), dtype=np.uint8)).rows(0, 1)
+        self._buffer = RowBuffer(self._engine.staging)
         self._computed = RowCounter("siglip_vision_model")
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
@@ -111,7 +152,8 @@ class VisionEmbedder:
         request.flag("normalized")
         return request.array("PIXEL_VALUES", self._shape, np.uint8)
 
-    def _compute(self, pixels: NDArray[Any], requests: Sequence[Request]) -> Batch:
+    def _compute(self, parts: Sequence[NDArray[Any]], requests: Sequence[Request]) -> Batch:
+        pixels = self._buffer.join(parts)
         self._computed.add(len(pixels))
         return self._engine(pixels, {name for request in requests for name in request.wanted()})
 
@@ -168,6 +210,7 @@ class TextEmbedder:
             self._engine(np.zeros((1, *self._shape), dtype=np.int64)).rows(0, 1)
         self._vocabulary, self._width = config.text.vocab_size, config.text.projection_size
         self._known = _Cache(settings.text_cache_rows)
+        self._buffer = RowBuffer()
         self._computed = RowCounter("siglip_text_model")
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
@@ -184,9 +227,10 @@ class TextEmbedder:
             )
         return ids
 
-    def _compute(self, ids: NDArray[Any], _requests: Sequence[Request]) -> Batch:
+    def _compute(self, parts: Sequence[NDArray[Any]], _requests: Sequence[Request]) -> Batch:
         from siglip_serve.engine import Batch
 
+        ids = self._buffer.join(parts)
         keys = [row.tobytes() for row in ids]
         rows = {key: row for key in keys if (row := self._known.get(key)) is not None}
         new = {key: index for index, key in enumerate(keys) if key not in rows}

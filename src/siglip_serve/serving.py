@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Context",
     "Request",
+    "RowBuffer",
     "RowCounter",
     "fill_dims",
     "map_rows",
@@ -42,6 +43,8 @@ __all__ = [
 
 # One vocabulary for all models, since the steps of an ensemble all see the request's parameters.
 _PARAMETERS = frozenset({"base64_encoded", "embed_model", "normalized", "softmax", "truncation"})
+
+_LONGEST_REMEMBERED = 256
 
 # An exception that reaches Triton fails every request of the batch and shows the caller a file path. So
 # everything is answered that numpy, torch and the decoders raise over one request's data.
@@ -128,18 +131,41 @@ class RowCounter:
         self._metric.increment(rows)
 
 
+class RowBuffer:
+    """Memory in which the rows of several requests become one batch.
+
+    It is kept, since fresh memory costs a page fault for every 4 kB, and it is overwritten by the next batch.
+
+    Args:
+        staging: [most rows, ...] that a device reads faster than other memory; larger batches lie elsewhere.
+    """
+
+    def __init__(self, staging: NDArray[Any] | None = None) -> None:
+        self._staging = staging
+        self._rows: NDArray[Any] = np.empty(0)
+
+    def join(self, parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        """The parts [n, ...], of one dtype and trailing shape, one after the other."""
+        count = sum(map(len, parts))
+        if self._staging is not None and count <= len(self._staging):
+            return np.concatenate(parts, out=self._staging[:count])
+        if len(parts) == 1:
+            return parts[0]
+        if count > len(self._rows):
+            self._rows = np.empty((count, *parts[0].shape[1:]), parts[0].dtype)
+        return np.concatenate(parts, out=self._rows[:count])
+
+
 class Request:
     """One request's inputs and parameters, checked."""
 
+    __slots__ = ("_parameters", "_request")
+
     def __init__(self, request: Any) -> None:
         self._request = request
-        # Parameters may come as HTTP headers, whose names have no case.
-        given: dict[str, Any] = json.loads(request.parameters() or "{}")
-        self._parameters = {name.lower(): value for name, value in given.items()}
-        for name in self._parameters:
-            if name not in _PARAMETERS and not name.startswith("triton_"):
-                known = ", ".join(sorted(_PARAMETERS))
-                raise InvalidInputError(f"parameter {name!r}: unknown; the parameters are {known}")
+        text = request.parameters() or ""
+        read = _read_parameters if len(text) <= _LONGEST_REMEMBERED else _read_parameters.__wrapped__
+        self._parameters = read(text)
 
     def strings(self, name: str) -> list[bytes]:
         """The rows of a BYTES input of shape [n] or [n, 1]; none if it is optional and was not sent."""
@@ -154,7 +180,7 @@ class Request:
     def array(self, name: str, shape: Sequence[int], dtype: Any) -> NDArray[Any]:
         """An input of `dtype` and shape [n, *shape]."""
         array: NDArray[Any] = pb_utils.get_input_tensor_by_name(self._request, name).as_numpy()
-        if list(array.shape[1:]) != list(shape) or array.dtype != dtype:
+        if array.shape[1:] != tuple(shape) or array.dtype != dtype:
             raise InvalidInputError(
                 f"{name}: got {array.dtype} {list(array.shape)}, "
                 f"expected {np.dtype(dtype)} {['rows', *shape]}"
@@ -174,7 +200,7 @@ class Request:
 
     def choice(self, name: str, choices: str) -> str:
         """A parameter that must be one of the comma-separated `choices`; the first one unless given."""
-        allowed = [choice.strip() for choice in choices.split(",")]
+        allowed = _split(choices)
         value = self._parameters.get(name, allowed[0])
         if value not in allowed:
             raise InvalidInputError(
@@ -187,7 +213,26 @@ class Request:
         return list(self._request.requested_output_names())
 
 
-def map_rows(name: str, rows: Sequence[bytes], function: Callable[[bytes], Row]) -> NDArray[Any]:
+@lru_cache(maxsize=256)
+def _read_parameters(text: str) -> Mapping[str, Any]:
+    """Parameters by name, from their JSON, which is the same for most requests."""
+    # They may come as HTTP headers, whose names have no case.
+    parameters = {name.lower(): value for name, value in json.loads(text or "{}").items()}
+    for name in parameters:
+        if name not in _PARAMETERS and not name.startswith("triton_"):
+            known = ", ".join(sorted(_PARAMETERS))
+            raise InvalidInputError(f"parameter {name!r}: unknown; the parameters are {known}")
+    return parameters
+
+
+@lru_cache(maxsize=16)
+def _split(choices: str) -> list[str]:
+    return [choice.strip() for choice in choices.split(",")]
+
+
+def map_rows(
+    name: str, rows: Sequence[bytes] | NDArray[Any], function: Callable[[bytes], Row]
+) -> NDArray[Any]:
     """`function` of every row, stacked.
 
     Raises:
@@ -195,7 +240,7 @@ def map_rows(name: str, rows: Sequence[bytes], function: Callable[[bytes], Row])
     """
     done: list[Row] = []
     refused: list[InvalidInputError] = []
-    if not rows:
+    if not len(rows):
         raise InvalidInputError(f"{name}: no rows, expected at least one")
     for index, row in enumerate(rows):
         try:
@@ -206,18 +251,18 @@ def map_rows(name: str, rows: Sequence[bytes], function: Callable[[bytes], Row])
         shown = "; ".join(str(error) for error in refused[:5])
         more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
         raise InvalidInputError(shown + more)
-    return np.stack(done)
+    return np.asarray(done[0])[np.newaxis] if len(done) == 1 else np.stack(done)
 
 
 def respond_each(requests: Sequence[Any], answer: Callable[[Request], Outputs]) -> list[Any]:
     """One response a request, each by a call of its own."""
-    return [_attempt(partial(_answer_one, answer, raw)) for raw in requests]
+    return [_answer_one(answer, raw) for raw in requests]
 
 
 def respond_together(
     requests: Sequence[Any],
     read: Callable[[Request], NDArray[Any]],
-    compute: Callable[[NDArray[Any], Sequence[Request]], Batch],
+    compute: Callable[[Sequence[NDArray[Any]], Sequence[Request]], Batch],
     finish: Callable[[Request, Outputs], Outputs],
 ) -> list[Any]:
     """One response a request; the rows of all valid requests are computed as one batch.
@@ -225,7 +270,7 @@ def respond_together(
     Args:
         requests: as Triton hands them to `execute`.
         read: a request -> its rows [n, ...], of one dtype and trailing shape, n its own.
-        compute: the rows [N, ...] of several requests, and the requests -> outputs of N rows.
+        compute: the rows of several requests, and the requests -> outputs of all rows, in this order.
         finish: a request and its own rows of the outputs -> what it is answered.
     """
     responses: list[Any] = [None] * len(requests)
@@ -239,33 +284,30 @@ def respond_together(
     if not valid:
         return responses
     try:
-        rows = valid[0][2] if len(valid) == 1 else np.concatenate([own for _, _, own in valid])
-        batch = compute(rows, [request for _, request, _ in valid])
+        batch = compute([own for _, _, own in valid], [request for _, request, _ in valid])
+        failures = bool(batch.failed.any())
     except _ANSWERED as error:  # a fault of the device or of torch concerns every row
         for index, _, _ in valid:
             responses[index] = _refusal(error)
         return responses
     start = 0
     for index, request, own in valid:
-        part = slice(start, start + len(own))
-        start = part.stop
-        responses[index] = _attempt(partial(_finish_one, finish, request, batch, part))
+        end = start + len(own)
+        try:
+            if failures:
+                outputs = batch.rows(start, end)
+            else:
+                outputs = {name: array[start:end] for name, array in batch.outputs.items()}
+            responses[index] = _response(finish(request, outputs))
+        except _ANSWERED as error:
+            responses[index] = _refusal(error)
+        start = end
     return responses
 
 
-def _answer_one(answer: Callable[[Request], Outputs], raw: Any) -> Outputs:
-    return answer(Request(raw))
-
-
-def _finish_one(
-    finish: Callable[[Request, Outputs], Outputs], request: Request, batch: Batch, part: slice
-) -> Outputs:
-    return finish(request, batch.rows(part.start, part.stop))
-
-
-def _attempt(answer: Callable[[], Outputs]) -> Any:
+def _answer_one(answer: Callable[[Request], Outputs], raw: Any) -> Any:
     try:
-        return _response(answer())
+        return _response(answer(Request(raw)))
     except _ANSWERED as error:
         return _refusal(error)
 

@@ -59,6 +59,7 @@ def test_malformed_file(name: str, exact_server: TritonServer) -> None:
             {"embed_model": "clip"},
             "parameter 'embed_model': got 'clip', expected one of siglip_vision",
         ),
+        ([GOOD], {"embed_model": "clip" * 100}, "parameter 'embed_model': got 'clipclip"),
         ([GOOD, bytes(2**20 + 1)], {}, "INPUT_IMAGE[1]: "),
         ([png(100_000, 1)], {}, "INPUT_IMAGE[0]: 100000x1 pixels, at most 65535 a side"),
         ([png(5000, 5000)], {}, "INPUT_IMAGE[0]: 5000x5000 pixels"),
@@ -141,6 +142,13 @@ def test_length_that_lies(exact_server: TritonServer) -> None:
     status, answer = post(url, body, {"Inference-Header-Content-Length": str(len(header))})
     assert (status, b"incomplete string" in answer) == (400, True)
     assert np.isfinite(GrpcCaller(exact_server.grpc_url).embed([GOOD])).all()
+
+
+def test_an_unknown_parameter_is_refused_each_time(exact_server: TritonServer) -> None:
+    caller = GrpcCaller(exact_server.grpc_url)
+    for _ in range(3):
+        error = refusal(lambda: caller.embed([GOOD], normalize=True))
+        assert "parameter 'normalize': unknown" in error.message()
 
 
 def test_a_batch_of_only_bad_requests(exact_server: TritonServer) -> None:

@@ -153,6 +153,8 @@ def test_probabilities_are_the_checkpoints(server: TritonServer) -> None:
     logits = (images @ texts.T * model.logit_scale.exp() + model.logit_bias).detach()
     pairs = classify(server, [PICTURE, PICTURE], labels)
     np.testing.assert_allclose(pairs, logits.sigmoid(), rtol=1e-3, atol=1e-6)
+    alone = classify(server, [PICTURE], labels[:1])
+    np.testing.assert_allclose(alone, pairs[:1, :1], rtol=1e-3, atol=1e-6)
     competing = classify(server, [PICTURE, PICTURE], labels, softmax=True)
     np.testing.assert_allclose(competing, logits.softmax(1), rtol=1e-3, atol=1e-6)
 

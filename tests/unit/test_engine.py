@@ -13,7 +13,7 @@ from random_checkpoints import random_model, save_checkpoint
 from siglip_serve.checkpoint import ModelConfig, load_config
 from siglip_serve.config import Dtype
 from siglip_serve.engine import OUTPUTS, Plan, TextEngine, VisionEngine
-from siglip_serve.engine.passes import Arrays
+from siglip_serve.engine.passes import Finish
 from siglip_serve.engine.plain import PlainVision
 from siglip_serve.errors import DeviceMemoryError, SettingsError
 from siglip_serve.siglip import load_text, load_vision
@@ -41,7 +41,7 @@ class Scarce:
         self.runner, self.rows, self.max_rows = engine.runner, rows, engine.max_rows
         self.passes: list[int] = []
 
-    def __call__(self, part: Any, /, wanted: Sequence[str]) -> Arrays:
+    def __call__(self, part: Any, /, wanted: Sequence[str]) -> Finish:
         self.passes.append(len(part))
         if len(part) > self.rows:
             raise torch.OutOfMemoryError("out of memory")
@@ -123,7 +123,7 @@ def test_only_the_row_that_failed_is_refused(config: ModelConfig) -> None:
     """Memory returns after the first row: the others are served, at their own places."""
 
     class Recovering(Scarce):
-        def __call__(self, part: Any, /, wanted: Sequence[str]) -> Arrays:
+        def __call__(self, part: Any, /, wanted: Sequence[str]) -> Finish:
             self.rows = 1 if self.passes else 0
             return super().__call__(part, wanted)
 

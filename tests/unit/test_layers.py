@@ -17,7 +17,7 @@ LAYERS = [
     {"preprocess", "tokenizer"},
     {"siglip", "pooling"},
     {"engine", "zero_shot"},
-    {"knn", "metrics"},
+    {"gpu_jpeg", "_jpeg_kernel", "knn", "metrics"},
     {"serving"},
     {"handlers"},
     {"_staging", "_watcher"},

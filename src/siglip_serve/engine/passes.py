@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from siglip_serve.errors import DeviceMemoryError
 
-__all__ = ["OUTPUTS", "Arrays", "Batch", "Runner", "in_passes"]
+__all__ = ["OUTPUTS", "Arrays", "Batch", "Finish", "Runner", "in_passes"]
 
 OUTPUTS = ("EMBEDDING", "MEAN_EMBEDDING", "PATCH_EMBEDDINGS")
 
 _SECONDS_TO_ANSWER = 0.5
 
 Arrays = dict[str, NDArray[np.float32]]
+Finish = Callable[[], Arrays]
 
 
 class Runner(Protocol):
@@ -32,8 +33,11 @@ class Runner(Protocol):
 
     max_rows: int
 
-    def __call__(self, rows: NDArray[Any], /, wanted: Sequence[str]) -> Arrays:
-        """The wanted `OUTPUTS` of 1 to `max_rows` rows; a text tower has only EMBEDDING."""
+    def __call__(self, rows: NDArray[Any], /, wanted: Sequence[str]) -> Finish:
+        """Start a pass of 1 to `max_rows` rows; what is returned waits for it and gives the wanted `OUTPUTS`.
+
+        A text tower has only EMBEDDING.
+        """
 
 
 @dataclass(frozen=True)
@@ -59,15 +63,21 @@ class Batch:
         return {name: array[start:end] for name, array in self.outputs.items()}
 
 
-def in_passes(rows: NDArray[Any], max_rows: int, run: Callable[[NDArray[Any]], Arrays]) -> Batch:
-    """`run` over all rows, at most `max_rows` at a time; a pass that runs out of memory is halved."""
+def in_passes(rows: NDArray[Any], max_rows: int, start: Callable[[NDArray[Any]], Finish]) -> Batch:
+    """`start` over all rows, at most `max_rows` at a time; a pass that runs out of memory is halved.
+
+    A pass is started before the one before it is waited for, so that its rows are copied to the device
+    while that one computes.
+    """
     failed = np.zeros(len(rows), dtype=np.bool_)
     passes: list[tuple[int, Arrays]] = []
-    start, size = 0, max_rows
-    while start < len(rows):
-        part = rows[start : start + size]
+    running: tuple[int, Finish] | None = None
+    first, size = 0, max_rows
+    while first < len(rows):
+        part = rows[first : first + size]
+        started = None
         try:
-            passes.append((start, run(part)))
+            started = first, start(part)
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 _end_if_lost()
@@ -76,17 +86,30 @@ def in_passes(rows: NDArray[Any], max_rows: int, run: Callable[[NDArray[Any]], A
             if len(part) > 1:
                 size = (len(part) + 1) // 2
                 continue
-            failed[start] = True
-        start += len(part)
+            failed[first] = True
+        if running:
+            passes.append((running[0], _finish(running[1])))
+        running = started
+        first += len(part)
+    if running:
+        passes.append((running[0], _finish(running[1])))
     if not failed.any():
         names = passes[0][1]
         return Batch({name: _join([done[name] for _, done in passes]) for name in names}, failed)
     outputs: Arrays = {}
-    for start, done in passes:
+    for first, done in passes:
         for name, array in done.items():
             whole = outputs.setdefault(name, np.zeros((len(rows), *array.shape[1:]), dtype=np.float32))
-            whole[start : start + len(array)] = array
+            whole[first : first + len(array)] = array
     return Batch(outputs, failed)
+
+
+def _finish(finish: Finish) -> Arrays:
+    try:
+        return finish()
+    except RuntimeError:
+        _end_if_lost()
+        raise
 
 
 def _join(arrays: list[NDArray[np.float32]]) -> NDArray[np.float32]:

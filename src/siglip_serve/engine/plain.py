@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from siglip_serve.checkpoint import ImageConfig
-from siglip_serve.engine.passes import Arrays
+from siglip_serve.engine.passes import Arrays, Finish
 from siglip_serve.siglip import MLP, TextTower, VisionTower
 
 __all__ = ["PlainText", "PlainVision"]
@@ -35,7 +35,7 @@ class PlainVision:
         self._std = torch.tensor(image.std, device=device).view(3, 1, 1)
 
     @torch.inference_mode()
-    def __call__(self, pixels: NDArray[np.uint8], /, wanted: Sequence[str]) -> Arrays:
+    def __call__(self, pixels: NDArray[np.uint8], /, wanted: Sequence[str]) -> Finish:
         """The wanted outputs of pixels [n, S, S, 3]."""
         x = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)
         x = ((x * self._rescale - self._mean) / self._std).to(self.dtype)
@@ -45,7 +45,7 @@ class PlainVision:
             "MEAN_EMBEDDING": lambda: tokens.mean(dim=1, dtype=torch.float32),
             "PATCH_EMBEDDINGS": lambda: tokens,
         }
-        return {name: compute[name]().float().cpu().numpy() for name in wanted}
+        return _done({name: compute[name]().float().cpu().numpy() for name in wanted})
 
 
 class PlainText:
@@ -57,10 +57,14 @@ class PlainText:
         _place(tower, device, dtype, self.max_rows * tower.context)
 
     @torch.inference_mode()
-    def __call__(self, ids: NDArray[np.int64], /, wanted: Sequence[str]) -> Arrays:  # noqa: ARG002 - one output
+    def __call__(self, ids: NDArray[np.int64], /, wanted: Sequence[str]) -> Finish:  # noqa: ARG002 - one output
         """EMBEDDING [n, P] of ids [n, T]."""
         tokens = self.tower(torch.from_numpy(ids).to(self.device))
-        return {"EMBEDDING": self.tower.pool(tokens).float().cpu().numpy()}
+        return _done({"EMBEDDING": self.tower.pool(tokens).float().cpu().numpy()})
+
+
+def _done(outputs: Arrays) -> Finish:
+    return lambda: outputs
 
 
 def _place(tower: nn.Module, device: torch.device, dtype: torch.dtype, tokens: int) -> None:

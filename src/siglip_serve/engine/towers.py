@@ -63,9 +63,13 @@ class Plan:
             raise SettingsError("backend fused: not for CPUs; torch and openvino are")
         backend = self.backend
         if backend == "auto":
+            # In float32 too: as exact as torch with packed weights, faster alone, and no slower beside busy
+            # neighbours (benchmarks/results/cpu_engine.csv).
             backend = "openvino" if find_spec("openvino") else "torch"
         if dtype == "int8" and backend != "openvino":
             raise SettingsError("dtype int8: needs the backend openvino (pip install openvino nncf)")
+        if backend == "openvino" and not find_spec("openvino"):
+            raise SettingsError("backend openvino: the package openvino is not installed")
         return replace(self, dtype=dtype, backend=backend)
 
     def _resolve_gpu(self) -> Plan:
@@ -114,6 +118,11 @@ class VisionEngine:
         self.runner = _vision_runner(tower, image, self.plan)
         self.max_rows = plan.max_rows or self.runner.max_rows
 
+    @property
+    def staging(self) -> NDArray[np.uint8] | None:
+        """Memory [rows, S, S, 3] in which pixels reach the device fastest, if there is such."""
+        return getattr(self.runner, "staging", None)
+
     def __call__(self, pixels: NDArray[np.uint8], outputs: Iterable[str] = ("EMBEDDING",)) -> Batch:
         """Run the tower over all rows.
 
@@ -141,8 +150,32 @@ class TextEngine:
 
 
 def _vision_runner(tower: VisionTower, image: ImageConfig, plan: Plan) -> Runner:
+    if plan.backend == "fused":
+        from siglip_serve.engine.blocks import Levers
+        from siglip_serve.engine.fused import FusedVision
+
+        float8 = plan.dtype == "float8"
+        dtype = torch.bfloat16 if float8 else _TORCH[plan.dtype]
+        return FusedVision(
+            tower, image, torch.device(plan.device), dtype, Levers(float8=float8), plan.max_rows
+        )
+    if plan.backend == "openvino":
+        from siglip_serve.engine.openvino import OpenVinoVision
+
+        return OpenVinoVision(tower, image, plan)
     return PlainVision(tower, image, torch.device(plan.device), _TORCH[plan.dtype])
 
 
 def _text_runner(tower: TextTower, plan: Plan) -> Runner:
+    if plan.backend == "fused":
+        from siglip_serve.engine.blocks import Levers
+        from siglip_serve.engine.fused import FusedText
+
+        float8 = plan.dtype == "float8"
+        dtype = torch.bfloat16 if float8 else _TORCH[plan.dtype]
+        return FusedText(tower, torch.device(plan.device), dtype, Levers(float8=float8), plan.max_rows)
+    if plan.backend == "openvino":
+        from siglip_serve.engine.openvino import OpenVinoText
+
+        return OpenVinoText(tower, plan)
     return PlainText(tower, torch.device(plan.device), _TORCH[plan.dtype])

@@ -1,0 +1,78 @@
+"""What a run costs in CPU time: the whole machine's, and each process's of a server."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+
+__all__ = ["cpu_of", "cpu_used", "gpu_names", "machine_cpu"]
+
+_TICKS_PER_SECOND = 100  # of /proc/stat, the same on every Linux
+_IDLE = (3, 4)  # idle and iowait
+_OURS = (
+    7  # user, nice, system, idle, iowait, irq, softirq; what follows belongs to other guests, or is counted
+)
+
+
+def machine_cpu() -> float:
+    """Seconds that all cores together have been busy since the machine's start; 0 where it is not told."""
+    fields = [
+        int(field) for field in Path("/proc/stat").read_text(encoding="ascii").split("\n")[0].split()[1:]
+    ]
+    return sum(value for n, value in enumerate(fields[:_OURS]) if n not in _IDLE) / _TICKS_PER_SECOND
+
+
+def cpu_of(root: int | None) -> dict[tuple[int, str], float]:
+    """CPU seconds so far of a process and all below it, as (process id, what it is) -> seconds."""
+    if root is None:
+        return {}
+    found = {}
+    try:
+        parent = psutil.Process(root)
+        family = [parent, *parent.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return {}
+    for process in family:
+        try:
+            times = process.cpu_times()
+            found[process.pid, _what(process.cmdline(), process.name())] = times.user + times.system
+        except psutil.NoSuchProcess:  # it ended meanwhile
+            continue
+    return found
+
+
+def cpu_used(
+    before: Mapping[tuple[int, str], float], after: Mapping[tuple[int, str], float]
+) -> dict[str, float]:
+    """CPU seconds between two calls of `cpu_of`, summed over the processes that are the same thing."""
+    used: defaultdict[str, float] = defaultdict(float)
+    for key, seconds in after.items():
+        used[key[1]] += seconds - before.get(key, 0.0)
+    return dict(sorted(used.items(), key=lambda pair: -pair[1]))
+
+
+def gpu_names() -> list[str]:
+    """The NVIDIA GPUs of this machine; asked of the driver's tool, since importing torch takes seconds."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        found = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return (
+        [line.strip() for line in found.stdout.splitlines() if line.strip()] if not found.returncode else []
+    )
+
+
+def _what(command: list[str], name: str) -> str:
+    """A model process is named by its model, which its command line tells; a module by its name."""
+    for argument in command:
+        if model := re.search(r"/([^/]+)/\d+/model\.py$", argument):
+            return model[1]
+    if "-m" in command[:-1]:
+        return command[command.index("-m") + 1]
+    return name

@@ -1,0 +1,228 @@
+"""Draws the results: `python -m benchmarks.plots` makes a PNG of each CSV that it knows and finds.
+
+serve_load.csv: requests in flight against images a second and latencies, closed loop, one device.
+vision_waterfall.csv: what each step gains, one bar a step, with its fidelity.
+peers.csv: this server beside its peer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")  # no screen is needed
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+__all__ = ["PLOTS", "draw", "peers", "serve_load", "waterfall"]
+
+Row = dict[str, str]
+
+WIDTH = 1000  # pixels
+_DPI = 100
+# Okabe and Ito's colours, which colour-blind readers can tell apart; the order is kept across figures.
+_COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"]
+_MARKERS = ["o", "s", "^", "D", "v", "P"]
+_OURS, _PEER, _BASE = _COLORS[0], _COLORS[1], "#8C8C8C"
+_STYLE: Any = {
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E3E3E3",
+    "figure.constrained_layout.use": True,
+}
+
+
+def serve_load(rows: Sequence[Row], device: str | None = None) -> Figure:
+    """Throughput and latencies of the closed loop; by default on the device of the last row."""
+    closed = [row for row in rows if row.get("loop", "closed") in ("closed", "")]
+    if not closed:
+        raise ValueError("no row of the closed loop")
+    device = device or closed[-1]["device"]
+    chosen = [row for row in closed if row["device"] == device]
+    series = _series(chosen)
+    figure, (left, right) = _figure(5.4, 1, 2)
+    for number, (name, points) in enumerate(series.items()):
+        color, marker = _COLORS[number % len(_COLORS)], _MARKERS[number % len(_MARKERS)]
+        x = sorted(points)
+        rates = [_value(points[n], "images_per_second") for n in x]
+        most = f"{name}: {_thousands(rates[-1])} at {x[-1]}"
+        left.plot(x, rates, color=color, marker=marker, label=most)
+        for column, line in (("p50_ms", "-"), ("p95_ms", "--"), ("p99_ms", ":")):
+            right.plot(
+                x, [_value(points[n], column) for n in x], line, color=color, marker=marker, markersize=4
+            )
+    top = 1.12 * max(_value(row, "images_per_second") for row in chosen)
+    left.set(ylabel="images per second", ylim=(0, top + 0.07 * top * len(series)))  # room for the legend
+    left.yaxis.set_major_formatter(FuncFormatter(_thousands))
+    left.legend(loc="upper left", frameon=False)
+    right.set(ylabel="latency, ms", yscale="log")
+    right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    right.yaxis.set_major_formatter(FuncFormatter(_thousands))
+    for line, name in (("-", "p50"), ("--", "p95"), (":", "p99")):
+        right.plot([], [], line, color="black", label=name)
+    right.legend(loc="upper left", frameon=False)
+    for axes in (left, right):
+        _concurrency_axis(axes, sorted({int(row["concurrency"]) for row in chosen}))
+    figure.suptitle(f"Server under load: {device}, {_dates(chosen)}")
+    return figure
+
+
+def waterfall(rows: Sequence[Row], device: str | None = None) -> Figure:
+    """One bar a step in the file's order, one panel a geometry and batch size."""
+    device = device or rows[-1]["device"]
+    chosen = [row for row in rows if row["device"] == device]
+    panels: dict[str, dict[str, Row]] = {}
+    for row in chosen:  # the last of several runs counts
+        panel = panels.setdefault(f"{row['geometry']}, {row['rows']} images a pass", {})
+        panel[f"{row['step']} ({row['dtype']})" if row.get("dtype") else row["step"]] = row
+    heights = [len(steps) for steps in panels.values()]
+    figure, grid = _figure(
+        1.0 + 0.36 * sum(heights) + 0.8 * len(panels), len(panels), 1, height_ratios=[n + 1 for n in heights]
+    )
+    for axes, (title, steps) in zip(grid, panels.items(), strict=True):
+        _bars(axes, steps)
+        axes.set_title(title, loc="left", fontsize=11)
+    grid[-1].set_xlabel("images per second")
+    figure.suptitle(f"Vision tower, step by step: {device}, {_dates(chosen)}")
+    return figure
+
+
+def peers(rows: Sequence[Row], device: str | None = None) -> Figure:
+    """Ours beside the peer's, one pair of bars a load."""
+    device = device or rows[-1]["device"]
+    chosen = [row for row in rows if row["device"] == device]
+    pairs: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in sorted(chosen, key=lambda row: _value(row, "images_per_second")):  # the best run counts
+        key = tuple(row[name] for name in ("label", "size", "rate", "concurrency"))
+        pairs.setdefault(key, {})[row["side"]] = row
+    complete = {key: pair for key, pair in pairs.items() if {"ours", "peer"} <= set(pair)}
+    if not complete:
+        raise ValueError(f"no load that both sides were measured with on {device}")
+    figure, (axes,) = _figure(1.7 + 0.95 * len(complete), 1, 1)
+    for place, pair in enumerate(complete.values()):
+        for side, offset, color in (("peer", -0.2, _PEER), ("ours", 0.2, _OURS)):
+            row, value = pair[side], _value(pair[side], "images_per_second")
+            axes.barh(place + offset, value, 0.38, color=color)
+            ratio = f", {value / _value(pair['peer'], 'images_per_second'):.2f} x" if side == "ours" else ""
+            text = f" {_thousands(value)} (p50 {_value(row, 'p50_ms'):,.0f} ms, {row['dtype']}){ratio}"
+            axes.text(value, place + offset, text, va="center", fontsize=10)
+    names = [
+        f"{key[0]}, {key[1]}\n" + (f"{key[2]} requests/s" if key[2] else f"{key[3]} in flight")
+        for key in complete
+    ]
+    axes.set_yticks(range(len(complete)), names)
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set(
+        xlabel="images per second", xlim=(0, 1.75 * max(_value(row, "images_per_second") for row in chosen))
+    )
+    for name, color in (("transformers + FastAPI", _PEER), ("SigLIP Serve", _OURS)):
+        axes.barh([0], [0], color=color, label=name)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
+    figure.suptitle(f"The same load on both: {device}, {_dates(chosen)}")
+    return figure
+
+
+PLOTS: dict[str, Callable[[Sequence[Row], str | None], Figure]] = {
+    "serve_load": serve_load,
+    "vision_waterfall": waterfall,
+    "peers": peers,
+}
+
+
+def draw(name: str, folder: Path, device: str | None = None, output: Path | None = None) -> Path:
+    """Draw `<name>.csv` of a folder to `<name>.png`; the PNG's path."""
+    with (folder / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        raise ValueError(f"{folder / name}.csv holds no row")
+    path = (output or folder) / f"{name}.png"
+    with plt.rc_context(_STYLE):
+        figure = PLOTS[name](rows, device)
+        figure.savefig(path, dpi=_DPI)
+        plt.close(figure)
+    return path
+
+
+def _figure(inches: float, rows: int, columns: int, **ratios: Any) -> tuple[Figure, list[Axes]]:
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(WIDTH / _DPI, inches), squeeze=False, gridspec_kw=ratios or None
+    )
+    return figure, list(grid.flat)
+
+
+def _series(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
+    """Lines of the figure: name -> concurrency -> its last row; named by label and what differs."""
+    differ = [name for name in ("size", "client") if len({row.get(name, "") for row in rows}) > 1]
+    found: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        name = ", ".join(row.get(column, "") for column in ("label", *differ))
+        found.setdefault(name, {})[int(row["concurrency"])] = row
+    return found
+
+
+def _bars(axes: Axes, steps: dict[str, Row]) -> None:
+    values = [_value(row, "images_per_second") for row in steps.values()]
+    colors = [_BASE, *[_OURS] * (len(steps) - 1)]
+    axes.barh(range(len(steps)), values, 0.72, color=colors)
+    for place, (row, value) in enumerate(zip(steps.values(), values, strict=True)):
+        gain = f"  {value / values[0]:.2f} x" if place else ""
+        text = f" {_thousands(value)}{gain}  cosine {row['cosine_min']}"
+        axes.text(value, place, text, va="center", fontsize=10)
+    axes.set_yticks(range(len(steps)), list(steps))
+    axes.invert_yaxis()  # the first step on top
+    axes.grid(visible=False, axis="y")
+    axes.set_xlim(0, 1.5 * max(values))
+    axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
+
+
+def _concurrency_axis(axes: Axes, ticks: list[int]) -> None:
+    axes.set(xlabel="requests in flight", xscale="log")
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.margins(x=0.14)
+
+
+def _thousands(value: float, _: object = None) -> str:
+    """12,651, and 26.3 where it is small; also as a tick formatter."""
+    return f"{value:,.{0 < value < 100 and value % 1 > 0:d}f}"
+
+
+def _value(row: Row, column: str) -> float:
+    return float(row[column])
+
+
+def _dates(rows: Sequence[Row]) -> str:
+    dates = sorted({row["date"] for row in rows})
+    return dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+
+
+def main() -> None:
+    """Draw what was asked for, or every CSV that is there."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help=f"of {', '.join(PLOTS)}; default: all that have a CSV")
+    add("--results", type=Path, default=Path(__file__).parent / "results", help="folder of the CSVs")
+    add("--output", type=Path, help="folder of the PNGs, default: the same")
+    add("--device", help="draw the rows of this device; default: that of the last row")
+    options = parser.parse_args()
+    names = options.names or [name for name in PLOTS if (options.results / f"{name}.csv").is_file()]
+    for name in names:
+        if name not in PLOTS:
+            parser.error(f"{name!r}: expected one of {', '.join(PLOTS)}")
+        print(draw(name, options.results, options.device, options.output))
+
+
+if __name__ == "__main__":
+    main()

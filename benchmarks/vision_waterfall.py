@@ -1,0 +1,209 @@
+"""What each of the fused runner's levers brings on a GPU: one lever a row, on top of those above it.
+
+Random weights at published geometries, or a checkpoint. `host`: pixels in main memory to embeddings in main
+memory, several passes on end; `device`: the tower alone, replayed on rows that lie on the GPU. The cosine is
+to our plain tower in float32. `--scale` multiplies the random weights, which makes them harsher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from tqdm import tqdm
+
+from benchmarks.common import about, write_csv
+from siglip_serve.checkpoint import ImageConfig, VisionConfig, load_config
+from siglip_serve.engine.blocks import Levers
+from siglip_serve.engine.fused import FusedVision
+from siglip_serve.engine.passes import in_passes
+from siglip_serve.engine.plain import PlainVision
+from siglip_serve.siglip import VisionTower, load_vision
+
+AnyRunner = PlainVision | FusedVision
+
+_OFF = Levers(kernels=False, gelu=False, attention="torch", fold=False, graphs=False, halves=False)
+_STEPS: dict[str, Levers | None] = {
+    "torch as it is": None,
+    "fused QKV, torch's own attention": _OFF,
+    "cuDNN attention": (cudnn := replace(_OFF, attention="cudnn")),
+    "GELU in the product": (gelu := replace(cudnn, gelu=True)),
+    "LayerNorm kernel, residual in the product": (kernels := replace(gelu, kernels=True)),
+    "folded patch embedding and pooling query": (fold := replace(kernels, fold=True)),
+    "CUDA graphs": (graphs := replace(fold, graphs=True)),
+    "two halves side by side": (halves := replace(graphs, halves=True)),
+    "float8": replace(halves, float8=True),
+}
+_GEOMETRIES = {
+    "base/16@224": VisionConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+        image_size=224, patch_size=16, layer_norm_eps=1e-6,
+    ),
+    "so400m/14@384": VisionConfig(
+        hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16,
+        image_size=384, patch_size=14, layer_norm_eps=1e-6,
+    ),
+}  # fmt: skip
+
+
+def make_tower(options: argparse.Namespace) -> tuple[VisionTower, ImageConfig]:
+    """A fresh tower on the CPU; the same weights every time."""
+    if options.checkpoint:
+        config = load_config(options.checkpoint)
+        return load_vision(options.checkpoint), config.image
+    vision = _GEOMETRIES[options.geometry]
+    torch.manual_seed(0)
+    tower = VisionTower(vision).eval().requires_grad_(False)
+    for module in tower.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=options.scale * module.in_features**-0.5)
+            nn.init.normal_(module.bias, std=0.1)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.normal_(module.weight, 1, 0.2)
+            nn.init.normal_(module.bias, std=0.2)
+    nn.init.normal_(tower.head.probe, std=1)
+    nn.init.trunc_normal_(tower.head.attention.in_proj_weight, std=options.scale * vision.hidden_size**-0.5)
+    nn.init.normal_(tower.embeddings.position_embedding.weight, std=0.5)
+    return tower, ImageConfig(vision.image_size, "bicubic", 1 / 255, (0.5,) * 3, (0.5,) * 3)
+
+
+def make_pixels(rows: int, size: int) -> NDArray[np.uint8]:
+    """Other pictures than float8 is corrected on: sharp rectangles on soft colours, with grain."""
+    rng = np.random.default_rng(1)
+    coarse = torch.from_numpy(rng.normal(128, 60, (rows, 3, 6, 6)).astype(np.float32))
+    pictures = (
+        nn.functional.interpolate(coarse, size=(size, size), mode="bicubic").permute(0, 2, 3, 1).numpy()
+    )
+    for picture in pictures:
+        for _ in range(6):
+            top, left = rng.integers(0, size, 2)
+            height, width = rng.integers(size // 16, size // 2, 2)
+            picture[top : top + height, left : left + width] = rng.uniform(0, 255, 3)
+    grain = rng.normal(0, 12, (rows, size, size, 1))
+    return np.clip(pictures + grain, 0, 255).astype(np.uint8)
+
+
+def host_seconds(runner: AnyRunner, pixels: NDArray[np.uint8], rows: int, seconds: float) -> float:
+    """Median seconds of a pass, when eight passes follow each other; one pass at a time for one row."""
+    passes = 8 if rows > 1 else 1
+    many = np.concatenate([pixels] * passes)
+
+    def run() -> None:
+        in_passes(many, rows, lambda part: runner(part, ["EMBEDDING"]))
+
+    return _median_seconds(run, seconds) / passes
+
+
+def device_seconds(runner: FusedVision, rows: int, seconds: float) -> float:
+    """Median seconds of a pass over rows that lie on the device."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    run = runner.replay_of(rows)
+    run()
+    times: list[float] = []
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until or len(times) < 5:
+        start.record()
+        for _ in range(4):
+            run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 4000)
+    return median(times)
+
+
+def _median_seconds(run: Callable[[], None], seconds: float) -> float:
+    run()
+    times: list[float] = []
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until or len(times) < 5:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
+def make_runner(options: argparse.Namespace, levers: Levers | None, dtype: torch.dtype) -> AnyRunner:
+    """The plain runner if there are no levers."""
+    tower, image = make_tower(options)
+    device = torch.device("cuda")
+    if levers is None:
+        return PlainVision(tower, image, device, dtype)
+    return FusedVision(tower, image, device, dtype, levers, max(options.rows))
+
+
+def run_all(runner: AnyRunner, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """The embeddings of all rows."""
+    rows = min(runner.max_rows, 32)
+    batch = in_passes(pixels, rows, lambda part: runner(part, ["EMBEDDING"]))
+    return batch.outputs["EMBEDDING"].astype(np.float64)
+
+
+def measure(
+    options: argparse.Namespace,
+    name: str,
+    levers: Levers | None,
+    pixels: NDArray[np.uint8],
+    expected: NDArray[np.float64],
+) -> Iterator[dict[str, str]]:
+    """A row for each number of rows of a pass."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    begin = time.perf_counter()
+    runner = make_runner(options, levers, torch.bfloat16)
+    start = time.perf_counter() - begin
+    got = run_all(runner, pixels[: len(expected)])
+    cosine = (got * expected).sum(1) / np.linalg.norm(got, axis=1) / np.linalg.norm(expected, axis=1)
+    for rows in options.rows:
+        host = host_seconds(runner, pixels[:rows], rows, options.seconds)
+        alone = device_seconds(runner, rows, options.seconds) if isinstance(runner, FusedVision) else None
+        yield {
+            **about(["torch", "triton", "numpy"], torch.cuda.get_device_name()),
+            "geometry": str(options.checkpoint or options.geometry),
+            "scale": "" if options.checkpoint else str(options.scale),
+            "dtype": "float8" if levers and levers.float8 else "bfloat16",
+            "rows": str(rows),
+            "step": name,
+            "images_per_second": f"{rows / host:.1f}",
+            "milliseconds": f"{host * 1000:.3f}",
+            "device_images_per_second": f"{rows / alone:.1f}" if alone else "",
+            "device_milliseconds": f"{alone * 1000:.3f}" if alone else "",
+            "cosine_min": f"{cosine.min():.7f}",
+            "cosine_mean": f"{cosine.mean():.7f}",
+            "peak_memory_mb": f"{torch.cuda.max_memory_allocated() / 2**20:.0f}",
+            "start_seconds": f"{start:.1f}",
+        }
+
+
+def main() -> None:
+    """Measure, print, and append to a CSV if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--geometry", choices=_GEOMETRIES, default="base/16@224")
+    parser.add_argument("--checkpoint", type=Path, help="a directory, instead of random weights")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the random weights, default 1")
+    parser.add_argument("--rows", type=int, nargs="+", default=[64], help="of a pass, default 64")
+    parser.add_argument("--seconds", type=float, default=2, help="for each figure, default %(default)s")
+    parser.add_argument("--only", nargs="+", help="words of which a step's name must have one")
+    parser.add_argument("--output", type=Path, help="CSV file to append to")
+    options = parser.parse_args()
+    size = make_tower(options)[1].size
+    pixels = make_pixels(max(64, *options.rows), size)
+    expected = run_all(make_runner(options, None, torch.float32), pixels[:64])
+    for name, levers in tqdm(_STEPS.items(), disable=None):
+        if options.only and not any(word in name for word in options.only):
+            continue
+        for row in measure(options, name, levers, pixels, expected):
+            tqdm.write(" ".join(f"{value:>12}" for value in list(row.values())[-11:]))
+            if options.output:
+                write_csv(options.output, [row], append=True)
+
+
+if __name__ == "__main__":
+    main()

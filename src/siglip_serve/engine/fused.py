@@ -1,0 +1,346 @@
+"""Towers on NVIDIA GPUs: recorded once for every batch size, then replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from siglip_serve.checkpoint import ImageConfig
+from siglip_serve.engine.blocks import Blocks, Levers, Stack
+from siglip_serve.engine.float8 import Float8Blocks, draw_pictures
+from siglip_serve.engine.passes import Arrays, Finish
+from siglip_serve.siglip import AttentionPooling, Block, Encoder, TextTower, VisionEmbeddings, VisionTower
+
+__all__ = ["FusedText", "FusedVision"]
+
+# The batch sizes that are recorded: at most a third of a pass is padding.
+_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_TOKENS_OF_A_PASS = 38_000  # a GPU is full with fewer; beyond, the caches hold less of a layer
+_CALIBRATION_TOKENS = 12_000
+_HALVES_FROM = 16  # rows
+_ALIGNMENT = 8  # elements: rows of a matrix product begin at multiples of 16 bytes
+
+
+class FusedVision:
+    """uint8 pixels -> outputs; takes the tower over.
+
+    Args:
+        tower: on the CPU, float32.
+        image: the checkpoint's normalisation.
+        device: a CUDA device.
+        dtype: bfloat16 or float16; of what is not float8.
+        levers: what is on.
+        max_rows: no larger batch is recorded; 0: as fits the device.
+
+    Attributes:
+        staging: uint8 [rows, S, S, 3] in memory that the device reads by itself: pixels that a caller puts
+            there are not copied on the way. To be left alone until their outputs have been waited for.
+    """
+
+    def __init__(
+        self,
+        tower: VisionTower,
+        image: ImageConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        levers: Levers,
+        max_rows: int = 0,
+    ) -> None:
+        tower.to(device)
+        self._levers = levers
+        self._tokens, self._width = tower.context, tower.config.hidden_size
+        self._embed = _PatchEmbedding(tower.embeddings, image, dtype, levers.fold)
+        self._blocks = _vision_stack(tower, image, dtype, levers)
+        self._head = _FoldedPooling(tower.head, dtype) if levers.fold else tower.head.to(dtype)
+        if device.type == "cuda":
+            self._side = torch.cuda.Stream(device)
+        size = tower.config.image_size
+        rows = torch.zeros(_largest(self._tokens, max_rows), size, size, 3, dtype=torch.uint8)
+        self._replays = _Replays(self._forward, rows, device, levers.graphs)
+        self.max_rows = self._replays.max_rows
+        if device.type == "cuda":
+            self.staging = torch.zeros(
+                2 * len(rows), *rows.shape[1:], dtype=rows.dtype, pin_memory=True
+            ).numpy()
+
+    @torch.inference_mode()
+    def __call__(self, pixels: NDArray[np.uint8], /, wanted: Sequence[str]) -> Finish:
+        """The wanted outputs of pixels [n, S, S, 3]."""
+        tokens, embedding = self._replays(pixels)
+        compute: dict[str, Callable[[], Tensor]] = {
+            "EMBEDDING": lambda: embedding,
+            "MEAN_EMBEDDING": lambda: tokens.mean(dim=1, dtype=torch.float32),
+            "PATCH_EMBEDDINGS": lambda: tokens,
+        }
+        return self._replays.fetch({name: compute[name]() for name in wanted})
+
+    def _run_blocks(self, x: Tensor, rows: int) -> Tensor:
+        if not self._levers.halves or rows < _HALVES_FROM or not x.is_cuda:
+            return self._blocks(x, rows)
+        half = rows // 2
+        here, there = torch.cuda.current_stream(), self._side
+        there.wait_stream(here)
+        first = self._blocks(x[: half * self._tokens], half)
+        with torch.cuda.stream(there):
+            second = self._blocks(x[half * self._tokens :], rows - half)
+        here.wait_stream(there)
+        return torch.cat([first, second])
+
+    def replay_of(self, rows: int) -> Callable[[], object]:
+        """What computes the embedding of `rows` rows that lie on the device already; for measurements."""
+        return torch.inference_mode()(self._replays.replay_of(rows))
+
+    def _forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """[n, S, S, 3] uint8 -> tokens [n, T, W], embedding [n, W] float32"""
+        x = self._embed(pixels)  # [n * T, W]
+        x = self._run_blocks(x, len(pixels))
+        tokens = x.view(len(pixels), self._tokens, self._width)
+        return tokens, self._head(tokens).float()
+
+
+class FusedText:
+    """Token ids -> EMBEDDING; arguments as for `FusedVision`."""
+
+    def __init__(
+        self, tower: TextTower, device: torch.device, dtype: torch.dtype, levers: Levers, max_rows: int = 0
+    ) -> None:
+        tower.to(device)
+        self._levers = levers
+        self._words = tower.embeddings.token_embedding.weight.to(dtype)
+        self._positions = tower.embeddings.position_embedding.weight.to(dtype)
+        self._blocks = Blocks(_layers(tower.encoder), tower.final_layer_norm, dtype, levers)
+        self._head = tower.head.to(dtype)
+        rows = torch.zeros(_largest(tower.context, max_rows), tower.context, dtype=torch.int64)
+        self._replays = _Replays(self._forward, rows, device, levers.graphs)
+        self.max_rows = self._replays.max_rows
+
+    @torch.inference_mode()
+    def __call__(self, ids: NDArray[np.int64], /, wanted: Sequence[str]) -> Finish:  # noqa: ARG002 - one output
+        """EMBEDDING [n, P] of ids [n, T]."""
+        (embedding,) = self._replays(ids)
+        return self._replays.fetch({"EMBEDDING": embedding})
+
+    def _forward(self, ids: Tensor) -> tuple[Tensor]:
+        """[n, T] int64 -> embedding [n, P] float32"""
+        x = F.embedding(ids, self._words) + self._positions  # [n, T, W]
+        x = self._blocks(x.view(-1, x.shape[-1]), len(ids))
+        return (self._head(x.view(len(ids), -1, x.shape[-1])[:, -1]).float(),)
+
+
+class _PatchEmbedding:
+    """uint8 pixels [n, S, S, 3] -> [n * T, W] of the tower's dtype, positions included."""
+
+    def __init__(
+        self, embeddings: VisionEmbeddings, image: ImageConfig, dtype: torch.dtype, fold: bool
+    ) -> None:
+        conv, positions = embeddings.patch_embedding, embeddings.position_embedding.weight.detach()
+        self._fold, self._dtype = fold, dtype
+        self._grid, self._patch = round(len(positions) ** 0.5), conv.kernel_size[0]
+        device = positions.device
+        self._rescale = image.rescale
+        self._mean, self._std = (torch.tensor(v, device=device) for v in (image.mean, image.std))
+        if not fold:
+            self._conv, self._positions = conv.to(dtype), positions.to(dtype)
+            return
+        # Whole numbers up to 255 are exact in 16 bits, and small when the middle is taken off.
+        self._centre = (self._mean / self._rescale).round()
+        factor, shift = self._rescale / self._std, (self._centre * self._rescale - self._mean) / self._std
+        weight = conv.weight.detach().permute(0, 2, 3, 1)  # [W, p, p, 3]
+        bias = (weight * shift).sum((1, 2, 3)) + (0 if conv.bias is None else conv.bias.detach())
+        self._positions = (positions + bias).to(dtype)
+        weight = (weight * factor).flatten(1)  # [W, p * p * 3]
+        self._inputs = weight.shape[1]
+        self._weight = F.pad(weight, (0, -self._inputs % _ALIGNMENT)).to(dtype).t()
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        n, grid, patch = len(pixels), self._grid, self._patch
+        if not self._fold:
+            x = pixels.permute(0, 3, 1, 2)
+            x = (x * self._rescale - self._mean.view(3, 1, 1)) / self._std.view(3, 1, 1)
+            return (self._conv(x.to(self._dtype)).flatten(2).transpose(1, 2) + self._positions).flatten(0, 1)
+        side = grid * patch  # what lies beyond the last whole patch is not seen
+        source = pixels[:, :side, :side].unflatten(1, (grid, patch)).unflatten(3, (grid, patch))
+        patches = torch.zeros(n * grid * grid, self._weight.shape[0], dtype=self._dtype, device=pixels.device)
+        view = patches[:, : self._inputs].view(n, grid, grid, patch, patch, 3)
+        torch.sub(source.permute(0, 1, 3, 2, 4, 5), self._centre.to(self._dtype), out=view)
+        x = self._positions.repeat(n, 1)
+        return x.addmm_(patches, self._weight)
+
+
+class _FoldedPooling:
+    """The MAP head. Its query is a constant, so the scores of all heads are one product with the tokens."""
+
+    def __init__(self, head: AttentionPooling, dtype: torch.dtype) -> None:
+        attention = head.attention
+        heads, depth = attention.num_heads, attention.head_dim
+        w_q, w_k, w_v = (w.detach() for w in attention.in_proj_weight.chunk(3))
+        b_q, _, b_v = (b.detach() for b in attention.in_proj_bias.chunk(3))  # b_k is the same for all tokens
+        query = F.linear(head.probe.detach()[0, 0], w_q, b_q).view(heads, depth) * depth**-0.5
+        keys = torch.einsum("hd,hdw->wh", query, w_k.view(heads, depth, -1))
+        self._keys = keys.to(dtype)  # [W, H]
+        self._values = w_v.view(heads, depth, -1).transpose(1, 2).to(dtype)  # [H, W, W/H]
+        self._bias = b_v.view(heads, 1, depth).to(dtype)
+        self._out = attention.out_proj.to(dtype)
+        self._norm = head.layernorm.to(dtype)
+        self._mlp = head.mlp.to(dtype)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """[n, T, W] -> [n, W], not normalised"""
+        scores = (tokens @ self._keys).transpose(1, 2)  # [n, H, T]
+        weights = scores.softmax(-1, dtype=torch.float32).to(tokens.dtype)
+        pooled = (weights @ tokens).transpose(0, 1)  # [H, n, W]
+        values = torch.baddbmm(self._bias, pooled, self._values)  # [H, n, W/H]
+        x = self._out(values.transpose(0, 1).flatten(1))  # [n, W]
+        return x + self._mlp(self._norm(x))
+
+
+def _vision_stack(tower: VisionTower, image: ImageConfig, dtype: torch.dtype, levers: Levers) -> Stack:
+    layers = _layers(tower.encoder)
+    if not levers.float8:
+        return Blocks(layers, tower.post_layernorm, dtype, levers)
+    rows = -(-_CALIBRATION_TOKENS // tower.context)
+    pixels = torch.from_numpy(draw_pictures(rows, tower.config.image_size))
+    embed = _PatchEmbedding(tower.embeddings, image, torch.float32, fold=True)
+    tokens = embed(pixels.to(tower.post_layernorm.weight.device)).view(rows, tower.context, -1)
+    return Float8Blocks(layers, tower.post_layernorm, levers, tokens)
+
+
+def _layers(encoder: Encoder) -> list[Block]:
+    return cast("list[Block]", list(encoder.layers))
+
+
+def _largest(tokens: int, max_rows: int) -> int:
+    """Rows of the largest batch that is worth recording."""
+    most = max(1, _TOKENS_OF_A_PASS // tokens)
+    return min(max_rows, most) if max_rows else max(size for size in _BUCKETS if size <= most)
+
+
+class _Slot:
+    """Where rows wait on their way to the device."""
+
+    def __init__(self, rows: Tensor, device: torch.device) -> None:
+        # Copies from pageable memory go through a buffer of the driver's and block the caller.
+        self.host = rows.pin_memory()
+        self.device = self.host.to(device)
+        self.copied, self.read = torch.cuda.Event(), torch.cuda.Event()
+
+
+class _Replays:
+    """A computation on a GPU, recorded for several numbers of rows.
+
+    Args:
+        compute: rows on the device -> tensors with as many rows; runs the same kernels every time.
+        rows: as many as will ever come in one call.
+        device: where.
+        graphs: whether to record.
+
+    Attributes:
+        max_rows: of one call; fewer than `rows` if there is no memory for more.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[Tensor], tuple[Tensor, ...]],
+        rows: Tensor,
+        device: torch.device,
+        graphs: bool,
+    ) -> None:
+        self._compute, self._device = compute, device
+        self._input = rows.to(device)
+        self._recorded: dict[int, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
+        self.max_rows = len(rows)
+        if device.type == "cuda":
+            # Two, so that one is filled while the other one's rows are computed.
+            self._slots = [_Slot(rows, device), _Slot(rows, device)]
+            self._copies = torch.cuda.Stream(device)
+        if graphs:
+            self._record_all()
+
+    def __call__(self, rows: NDArray[Any]) -> tuple[Tensor, ...]:
+        """The computed tensors of n <= max_rows rows, on the device; the next call overwrites them."""
+        n = len(rows)
+        self._send(rows)
+        return tuple(output[:n] for output in self.replay_of(n)())
+
+    def replay_of(self, n: int) -> Callable[[], tuple[Tensor, ...]]:
+        """What computes the first n rows, and perhaps some more, of what lies in the input."""
+        if not self._recorded:
+            return lambda: self._compute(self._input[:n])
+        graph, outputs = self._recorded[min(size for size in self._recorded if size >= n)]
+
+        def replay() -> tuple[Tensor, ...]:
+            graph.replay()
+            return outputs
+
+        return replay
+
+    def fetch(self, tensors: dict[str, Tensor]) -> Finish:
+        """Start to copy tensors to the host; the returned function waits for them, float32."""
+        if self._device.type != "cuda":
+            arrays = {name: tensor.float().numpy() for name, tensor in tensors.items()}
+            return lambda: arrays
+        hosts = {}
+        for name, tensor in tensors.items():
+            hosts[name] = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=True)
+            hosts[name].copy_(tensor.float(), non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+
+        def finish() -> Arrays:
+            done.synchronize()
+            return {name: host.numpy() for name, host in hosts.items()}
+
+        return finish
+
+    def _send(self, rows: NDArray[Any]) -> None:
+        """The rows into the input: a full batch by a stream of its own, while the call before computes."""
+        n, source = len(rows), torch.from_numpy(rows)
+        if self._device.type != "cuda":
+            self._input[:n].copy_(source)
+            return
+        slot = self._slots[0]
+        self._slots.reverse()
+        slot.copied.synchronize()
+        if not source.is_pinned():
+            source = slot.host[:n].copy_(source)
+        compute = torch.cuda.current_stream(self._device)
+        if n < self.max_rows:  # alone, as a rule: fewer calls count more than overlap
+            self._input[:n].copy_(source, non_blocking=True)
+            slot.copied.record(compute)
+            return
+        with torch.cuda.stream(self._copies):
+            self._copies.wait_event(slot.read)
+            slot.device[:n].copy_(source, non_blocking=True)
+            slot.copied.record()
+        compute.wait_event(slot.copied)
+        self._input[:n].copy_(slot.device[:n])
+        slot.read.record(compute)
+
+    @torch.inference_mode()
+    def _record_all(self) -> None:
+        pool = torch.cuda.graph_pool_handle()
+        sizes = {size for size in _BUCKETS if size < self.max_rows} | {self.max_rows}
+        for rows in sorted(sizes, reverse=True):  # the largest first: the others fit into its memory
+            try:
+                self._recorded[rows] = self._record(rows, pool)
+            except torch.OutOfMemoryError:
+                if rows == 1:
+                    raise
+        self.max_rows = max(self._recorded)
+
+    def _record(self, rows: int, pool: Any) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles, allocates and chooses, which a recording must not
+            self._compute(self._input[:rows])
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            outputs = self._compute(self._input[:rows])
+        return graph, outputs

@@ -1,0 +1,186 @@
+"""GPU kernels of our own, in Triton's language: what torch has no single fast operation for.
+
+Each is one pass over memory: a program holds one row of activations, in two parts whose lengths are powers
+of two (4304 = 4096 + 208), because a single block of the next power would leave up to half of the lanes idle.
+Importing this module needs the package triton; `TRITON_INTERPRET=1` runs the kernels on a CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+__all__ = ["FLOAT8", "Branch", "gelu_quantize", "largest_norm_scale", "layer_norm", "normalize_quantize"]
+
+FLOAT8 = torch.float8_e4m3fn
+Branch = tuple[Tensor, Tensor]
+
+_LARGEST = torch.finfo(FLOAT8).max
+_SMALLEST_AMAX = 1e-12  # a row of zeros has a scale too
+_ON_GPU = not os.environ.get("TRITON_INTERPRET")
+
+
+def largest_norm_scale(width: int) -> float:
+    """What a normalised row may be multiplied by: its entries are at most sqrt(width), so none saturates."""
+    return _LARGEST / math.sqrt(width)
+
+
+def layer_norm(x: Tensor, offset: Tensor, norm: nn.LayerNorm, branch: Branch | None = None) -> Tensor:
+    """LayerNorm(x + offset), after x += branch.
+
+    Args:
+        x: [M, W], 16 bits; overwritten if there is a branch.
+        offset: [W] float32.
+        norm: its weight and bias are float32.
+        branch: [M, W] of 16 bits, and [M] float32 that its rows are multiplied by.
+
+    Returns:
+        [M, W] of x's dtype.
+    """
+    return _normalize(x, offset, norm.eps, branch, norm)
+
+
+def normalize_quantize(x: Tensor, offset: Tensor, eps: float, branch: Branch | None = None) -> Tensor:
+    """As `layer_norm` without weight and bias, times `largest_norm_scale(W)`, in float8."""
+    return _normalize(x, offset, eps, branch, None)
+
+
+def _normalize(
+    x: Tensor, offset: Tensor, eps: float, branch: Branch | None, affine: nn.LayerNorm | None
+) -> Tensor:
+    rows, width = x.shape
+    out = torch.empty_like(x, dtype=x.dtype if affine else FLOAT8)
+    weight, bias = (affine.weight, affine.bias) if affine else (offset, offset)
+    added, row_scale = branch or (x, offset)
+    scale = 1.0 if affine else largest_norm_scale(width)
+    first, second = _parts(width)
+    _norm[(rows,)](
+        x, added, row_scale, offset, weight, bias, out, eps, scale, width,
+        branch is not None, affine is not None, first, second, num_warps=1,
+    )  # fmt: skip
+    return out
+
+
+def gelu_quantize(x: Tensor, scale: Tensor) -> Branch:
+    """gelu(x * scale), the tanh form, row by row in float8.
+
+    Args:
+        x: [M, W] float8.
+        scale: float32.
+
+    Returns:
+        [M, W] float8, and [M] float32: what each row is to be multiplied by.
+    """
+    rows, width = x.shape
+    out = torch.empty_like(x, dtype=FLOAT8)
+    scales = torch.empty(rows, dtype=torch.float32, device=x.device)
+    first, second = _parts(width)
+    _gelu_quantize[(rows,)](
+        x, scale, out, scales, _LARGEST, _SMALLEST_AMAX, width, _ON_GPU, first, second,
+        num_warps=4,
+    )  # fmt: skip
+    return out, scales
+
+
+def _parts(width: int) -> tuple[int, int]:
+    """Two powers of two that cover `width`; the second is 0 if one is enough."""
+    first = 1 << (width.bit_length() - 1)
+    rest = width - first
+    return first, 1 << (rest - 1).bit_length() if rest else 0
+
+
+@triton.jit
+def _load(pointer, start, block: tl.constexpr, width):
+    """`block` values from `start`, float32, zero beyond `width`."""
+    column = start + tl.arange(0, block)
+    return tl.load(pointer + column, mask=column < width, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(pointer, values, start, block: tl.constexpr, width):
+    column = start + tl.arange(0, block)
+    tl.store(pointer + column, values.to(pointer.dtype.element_ty), mask=column < width)
+
+
+@triton.jit
+def _stream(x, branch, row_scale, offset, start, width, BRANCH: tl.constexpr, block: tl.constexpr):
+    """A part of the residual stream with its offset; a branch is added to it in memory."""
+    values = _load(x, start, block, width)
+    if BRANCH:
+        values += _load(branch, start, block, width) * row_scale
+        _store(x, values, start, block, width)
+    return values + _load(offset, start, block, width)
+
+
+@triton.jit
+def _centred(values, mean, start, block: tl.constexpr, width):
+    column = start + tl.arange(0, block)
+    return tl.where(column < width, values - mean, 0.0)
+
+
+@triton.jit
+def _finish(values, weight, bias, out, start, width, AFFINE: tl.constexpr, block: tl.constexpr):
+    if AFFINE:
+        values = values * _load(weight, start, block, width) + _load(bias, start, block, width)
+    _store(out, values, start, block, width)
+
+
+@triton.jit
+def _norm(
+    x, branch, row_scales, offset, weight, bias, out, eps, scale, width,
+    BRANCH: tl.constexpr, AFFINE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * width
+    row_scale = tl.load(row_scales + tl.program_id(0)) if BRANCH else 0.0
+    a = _stream(x + row, branch + row, row_scale, offset, 0, width, BRANCH, FIRST)
+    total = tl.sum(a)
+    if SECOND:
+        b = _stream(x + row, branch + row, row_scale, offset, FIRST, width, BRANCH, SECOND)
+        total += tl.sum(b)
+    mean = total / width
+    a = _centred(a, mean, 0, FIRST, width)
+    squares = tl.sum(a * a)
+    if SECOND:
+        b = _centred(b, mean, FIRST, SECOND, width)
+        squares += tl.sum(b * b)
+    factor = tl.rsqrt(squares / width + eps) * scale
+    _finish(a * factor, weight, bias, out + row, 0, width, AFFINE, FIRST)
+    if SECOND:
+        _finish(b * factor, weight, bias, out + row, FIRST, width, AFFINE, SECOND)
+
+
+@triton.jit
+def _gelu(x, ON_GPU: tl.constexpr):
+    u = x * (0.7978845608028654 + 0.035677408136300125 * x * x)
+    if ON_GPU:
+        # One instruction, exact to 2^-11: finer than what the result is rounded to.
+        t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [u], tl.float32, True, 1)
+    else:
+        t = 2 * tl.sigmoid(2 * u) - 1
+    half = 0.5 * x
+    return half + half * t
+
+
+@triton.jit
+def _gelu_quantize(
+    x, scale, out, scales, largest, smallest_amax, width,
+    ON_GPU: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * width
+    scale = tl.load(scale)
+    a = _gelu(_load(x + row, 0, FIRST, width) * scale, ON_GPU)
+    amax = tl.max(tl.abs(a))
+    if SECOND:
+        b = _gelu(_load(x + row, FIRST, SECOND, width) * scale, ON_GPU)
+        amax = tl.maximum(amax, tl.max(tl.abs(b)))
+    amax = tl.maximum(amax, smallest_amax)
+    tl.store(scales + tl.program_id(0), amax / largest)
+    factor = largest / amax
+    _store(out + row, a * factor, 0, FIRST, width)
+    if SECOND:
+        _store(out + row, b * factor, FIRST, SECOND, width)

@@ -1,0 +1,130 @@
+"""Towers on CPUs with OpenVINO: kernels for float32, bfloat16 and int8, and threads that yield to neighbours.
+
+Nothing converted is kept on disk except what int8 costs minutes to make (`openvino_int8`): graph and kernels
+of a base-sized tower are ready in about half a second, and reading a compiled copy back takes as long, before
+it is proven to belong to the same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import openvino as ov
+import torch
+from numpy.typing import NDArray
+
+from siglip_serve.checkpoint import ImageConfig
+from siglip_serve.config import available_cores, fastest_dtype
+from siglip_serve.engine.openvino_graph import build_head, build_text, build_vision
+from siglip_serve.engine.passes import Arrays, Finish
+from siglip_serve.siglip import TextTower, VisionTower
+
+if TYPE_CHECKING:
+    from siglip_serve.engine.towers import Plan
+
+__all__ = ["Compiled", "OpenVinoText", "OpenVinoVision"]
+
+# Beyond these a pass gains nothing: the caches of a CPU hold no more.
+_VISION_ROWS = 8
+_TEXT_ROWS = 32
+
+_HINTS = {"float32": "f32", "bfloat16": "bf16"}
+
+
+class OpenVinoVision:
+    """uint8 pixels -> outputs; one call at a time.
+
+    Args:
+        tower: on the CPU, float32; its tensors are shared, not copied.
+        image: the checkpoint's normalisation.
+        plan: without `auto`. With int8 the blocks are quantised, and the pooling head keeps the fastest
+            dtype that is close to float32.
+
+    Raises:
+        SettingsError: int8 without images to calibrate on.
+    """
+
+    def __init__(self, tower: VisionTower, image: ImageConfig, plan: Plan) -> None:
+        self.max_rows = _VISION_ROWS
+        if plan.dtype == "int8":
+            from siglip_serve.engine.openvino_int8 import quantize
+
+            model = quantize(tower, image, plan)
+        else:
+            model = build_vision(tower, image)
+        # The head apart, so that it runs only when it is asked for.
+        self._tower, self._head = Compiled(model, plan), Compiled(build_head(tower), plan)
+
+    def __call__(self, pixels: NDArray[np.uint8], /, wanted: Sequence[str]) -> Finish:
+        """The wanted outputs of pixels [n, S, S, 3], already computed.
+
+        Raises:
+            torch.OutOfMemoryError: not enough memory for so many rows.
+        """
+        tokens = self._tower(pixels)
+        outputs: Arrays = {}
+        for name in wanted:
+            if name == "EMBEDDING":
+                outputs[name] = self._head(tokens)
+            elif name == "MEAN_EMBEDDING":
+                outputs[name] = tokens.mean(axis=1, dtype=np.float32)
+            else:
+                outputs[name] = tokens
+        return lambda: outputs
+
+
+class OpenVinoText:
+    """Token ids -> EMBEDDING; one call at a time. Texts are not quantised: int8 is calibrated on images."""
+
+    def __init__(self, tower: TextTower, plan: Plan) -> None:
+        self.max_rows = _TEXT_ROWS
+        self._tower = Compiled(build_text(tower), plan)
+
+    def __call__(self, ids: NDArray[np.int64], /, wanted: Sequence[str]) -> Finish:  # noqa: ARG002 - one output
+        """EMBEDDING [n, P] of ids [n, T], already computed.
+
+        Raises:
+            torch.OutOfMemoryError: not enough memory for so many rows.
+        """
+        outputs = {"EMBEDDING": self._tower(ids)}
+        return lambda: outputs
+
+
+class Compiled:
+    """A graph with one input and one float32 output, compiled for this CPU.
+
+    Attributes:
+        precision: of the arithmetic, `f32` or `bf16`; a CPU without bfloat16 computes that in float32.
+    """
+
+    def __init__(self, model: ov.Model, plan: Plan) -> None:
+        dtype = fastest_dtype(None) if plan.dtype == "int8" else plan.dtype
+        settings = {
+            # Without this float32 would become bfloat16 wherever the processor has it.
+            "INFERENCE_PRECISION_HINT": _HINTS[dtype],
+            "INFERENCE_NUM_THREADS": plan.threads or available_cores(),
+            "NUM_STREAMS": 1,
+            # Threads bound to cores cannot move away from a neighbour that computes there.
+            "ENABLE_CPU_PINNING": False,
+        }
+        compiled = ov.Core().compile_model(model, "CPU", settings)
+        self.precision: str = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        self._request = compiled.create_infer_request()
+
+    def __call__(self, rows: NDArray[Any]) -> NDArray[np.float32]:
+        """The output of `rows`, of any number.
+
+        Raises:
+            torch.OutOfMemoryError: not enough memory for so many rows.
+        """
+        try:
+            outputs = self._request.infer([np.ascontiguousarray(rows)], share_inputs=True)
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, MemoryError) or "Failed to allocate" in str(error):
+                # As torch says it: whoever divides rows into passes knows this one.
+                raise torch.OutOfMemoryError(f"OpenVINO: no memory for {len(rows)} rows") from error
+            raise
+        result: NDArray[np.float32] = outputs[0]
+        return result
