@@ -63,7 +63,8 @@ def _store(pointer, values, inside):
     tl.store(pointer, tl.minimum(tl.maximum(values, 0), 255).to(tl.float32), mask=inside)
 
 
-@triton.jit
+# Not compiled anew for every kind of size: somebody would wait for that.
+@triton.jit(do_not_specialize=["size", "height", "width", "chroma_height", "chroma_width"])
 def _to_rgb(
     planes, out, size, height, width, chroma_height, chroma_width,
     GRAY: tl.constexpr, ACROSS: tl.constexpr, DOWN: tl.constexpr, BLOCK: tl.constexpr,

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
@@ -25,6 +25,7 @@ __all__ = ["Stage"]
 
 _NAME = "siglip-serve-"
 _SHM = Path("/dev/shm")
+_FILES = "INPUT_IMAGE"
 _MOST_PROCESSES = 32
 
 Dims = Mapping[str, Sequence[int]]
@@ -62,7 +63,8 @@ class Stage:
         Args:
             identity: parameters that every Python model gets, unless its configuration has them.
             dims: dimensions by tensor name, where a configuration leaves them to the checkpoint.
-            decoders: processes of a CPU model with several of them; 0 fits them to the cores.
+            decoders: processes that decode images; 0 fits them to the cores, or leaves the configuration's
+                number where they run on GPUs.
 
         Returns:
             The models' names.
@@ -138,10 +140,16 @@ class Stage:
             for name, value in identity.items():
                 if name not in config.parameters:
                     config.parameters[name].string_value = value
-            for group in config.instance_group:
-                if group.kind == model_config_pb2.ModelInstanceGroup.KIND_CPU and group.count > 1:
-                    group.count = decoders or self._processes()
+            self._set_decoders(config, decoders)
         (target / "config.pbtxt").write_text(text_format.MessageToString(config), encoding="utf-8")
+
+    def _set_decoders(self, config: Any, decoders: int) -> None:
+        decodes = any(tensor.name == _FILES for tensor in config.input)
+        for group in config.instance_group:
+            if group.kind == model_config_pb2.ModelInstanceGroup.KIND_CPU and group.count > 1:
+                group.count = decoders or self._processes()
+            elif decoders and decodes:
+                group.count = decoders
 
     def _processes(self) -> int:
         cores = available_cores()

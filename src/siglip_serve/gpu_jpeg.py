@@ -9,7 +9,8 @@ hardware does not take, and what has to be judged (rotated, progressive, truncat
 from __future__ import annotations
 
 import ctypes
-from collections import defaultdict
+import io
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
@@ -19,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from siglip_serve.checkpoint import ImageConfig
@@ -31,12 +33,19 @@ _HARDWARE = 3  # NVJPEG_BACKEND_HARDWARE
 _PLANES = 1  # NVJPEG_OUTPUT_YUV
 _MOST_PIXELS = 8_000_000  # of a file; larger ones go to the CPU
 _PIXELS_AT_ONCE = 16_000_000
+_SMALLEST = 64  # pixels a side; of a picture to warm up with
 _BATCHES = (32, 16, 8, 4, 2, 1)
+_STATES = 4  # for a number of files: decodings that may be under way
 _SIZES_KEPT = 256
 
 
-class _Image(ctypes.Structure):
+class _Planes(ctypes.Structure):
     _fields_ = (("channel", ctypes.c_void_p * 4), ("pitch", ctypes.c_size_t * 4))
+
+
+class _State(NamedTuple):
+    pointer: ctypes.c_void_p
+    done: torch.cuda.Event
 
 
 class Layout(NamedTuple):
@@ -79,8 +88,9 @@ class GpuJpegReader:
                 f"preprocess gpu: {torch.cuda.get_device_name(self._device)} has no JPEG decoder that nvJPEG "
                 f"can use (status {status}); fast and pil do without"
             )
-        self._states: dict[int, ctypes.c_void_p] = {}
+        self._states: dict[int, deque[_State]] = defaultdict(deque)
         self._size, self._resample, self._limits = image.size, image.resample, limits
+        self._warm_up()
 
     @torch.inference_mode()
     def __call__(self, files: Sequence[bytes]) -> list[Pixels | None]:
@@ -107,6 +117,18 @@ class GpuJpegReader:
                 pixels[index] = row
         return pixels
 
+    def _warm_up(self) -> None:
+        """Compile, and prepare decoders for all numbers of files: not at a caller's expense."""
+        picture = Image.new("RGB", (_SMALLEST, _SMALLEST))
+        for sampling in range(3):
+            file = io.BytesIO()
+            picture.save(file, "JPEG", subsampling=sampling)
+            for _ in range(_STATES):
+                self([file.getvalue()] * sum(_BATCHES))
+        file = io.BytesIO()
+        picture.convert("L").save(file, "JPEG")
+        self([file.getvalue()])
+
     def _layout(self, data: bytes) -> Layout | None:
         try:
             frame = plain_jpeg(data, self._limits)
@@ -120,34 +142,43 @@ class GpuJpegReader:
         """uint8 [n, bytes]: the planes of each file one after the other; None if one cannot be decoded."""
         luma, chroma = layout.height * layout.width, layout.chroma[0] * layout.chroma[1]
         planes = torch.empty(len(files), luma + 2 * chroma, dtype=torch.uint8, device=self._device)
-        images = (_Image * len(files))()
+        images = (_Planes * len(files))()
         for image, row in zip(images, planes, strict=True):
             start = row.data_ptr()
             image.channel[0], image.pitch[0] = start, layout.width
             if layout.sampling != "gray":
                 image.channel[1], image.pitch[1] = start + luma, layout.chroma[1]
                 image.channel[2], image.pitch[2] = start + luma + chroma, layout.chroma[1]
+        stream = torch.cuda.current_stream(self._device)
+        state = self._state(len(files))
         status = self._nvjpeg.nvjpegDecodeBatched(
             self._handle,
-            self._state(len(files)),
+            state.pointer,
             (ctypes.c_char_p * len(files))(*files),
             (ctypes.c_size_t * len(files))(*map(len, files)),
             images,
-            ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream),
+            ctypes.c_void_p(stream.cuda_stream),
         )
+        state.done.record(stream)
         return None if status else planes
 
-    def _state(self, batch: int) -> ctypes.c_void_p:
-        if batch not in self._states:
-            state = ctypes.c_void_p()
-            status = self._nvjpeg.nvjpegJpegStateCreate(self._handle, ctypes.byref(state))
+    def _state(self, batch: int) -> _State:
+        """A state that no decoding under way uses: its buffers hold the files."""
+        states = self._states[batch]
+        if len(states) == _STATES and not states[0].done.query():
+            states[0].done.synchronize()
+        if len(states) == _STATES or (states and states[0].done.query()):
+            state = states.popleft()
+        else:
+            state = _State(ctypes.c_void_p(), torch.cuda.Event())
+            status = self._nvjpeg.nvjpegJpegStateCreate(self._handle, ctypes.byref(state.pointer))
             status = status or self._nvjpeg.nvjpegDecodeBatchedInitialize(
-                self._handle, state, batch, 1, _PLANES
+                self._handle, state.pointer, batch, 1, _PLANES
             )
             if status:
                 raise RuntimeError(f"nvJPEG cannot prepare a batch of {batch}: status {status}")
-            self._states[batch] = state
-        return self._states[batch]
+        states.append(state)
+        return state
 
 
 def _load_nvjpeg() -> Any:

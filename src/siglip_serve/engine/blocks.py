@@ -32,7 +32,6 @@ class Levers:
         fold: pixels are normalised by the weights of the patch embedding, which is a matrix product; and the
             pooling head multiplies its constant query into its key projection, so that it projects no token.
         graphs: a CUDA graph for every batch size, so that launches cost nothing.
-        halves: of a large batch run side by side, so that one fills the gaps that the other one leaves.
         float8: three of the four products of a block take 8-bit operands; see `float8.py`.
     """
 
@@ -41,7 +40,6 @@ class Levers:
     attention: Literal["torch", "cudnn"] = "cudnn"
     fold: bool = True
     graphs: bool = True
-    halves: bool = True
     float8: bool = False
 
 

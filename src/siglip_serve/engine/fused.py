@@ -23,7 +23,6 @@ __all__ = ["FusedText", "FusedVision"]
 _BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _TOKENS_OF_A_PASS = 38_000  # a GPU is full with fewer; beyond, the caches hold less of a layer
 _CALIBRATION_TOKENS = 12_000
-_HALVES_FROM = 16  # rows
 _ALIGNMENT = 8  # elements: rows of a matrix product begin at multiples of 16 bytes
 
 
@@ -58,8 +57,6 @@ class FusedVision:
         self._embed = _PatchEmbedding(tower.embeddings, image, dtype, levers.fold)
         self._blocks = _vision_stack(tower, image, dtype, levers)
         self._head = _FoldedPooling(tower.head, dtype) if levers.fold else tower.head.to(dtype)
-        if device.type == "cuda":
-            self._side = torch.cuda.Stream(device)
         size = tower.config.image_size
         rows = torch.zeros(_largest(self._tokens, max_rows), size, size, 3, dtype=torch.uint8)
         self._replays = _Replays(self._forward, rows, device, levers.graphs)
@@ -80,18 +77,6 @@ class FusedVision:
         }
         return self._replays.fetch({name: compute[name]() for name in wanted})
 
-    def _run_blocks(self, x: Tensor, rows: int) -> Tensor:
-        if not self._levers.halves or rows < _HALVES_FROM or not x.is_cuda:
-            return self._blocks(x, rows)
-        half = rows // 2
-        here, there = torch.cuda.current_stream(), self._side
-        there.wait_stream(here)
-        first = self._blocks(x[: half * self._tokens], half)
-        with torch.cuda.stream(there):
-            second = self._blocks(x[half * self._tokens :], rows - half)
-        here.wait_stream(there)
-        return torch.cat([first, second])
-
     def replay_of(self, rows: int) -> Callable[[], object]:
         """What computes the embedding of `rows` rows that lie on the device already; for measurements."""
         return torch.inference_mode()(self._replays.replay_of(rows))
@@ -99,7 +84,7 @@ class FusedVision:
     def _forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """[n, S, S, 3] uint8 -> tokens [n, T, W], embedding [n, W] float32"""
         x = self._embed(pixels)  # [n * T, W]
-        x = self._run_blocks(x, len(pixels))
+        x = self._blocks(x, len(pixels))
         tokens = x.view(len(pixels), self._tokens, self._width)
         return tokens, self._head(tokens).float()
 

@@ -53,7 +53,7 @@ def build_head(tower: VisionTower) -> Model:
     """Patch tokens [B, T, D] -> the pooled embedding [B, D], both float32."""
     head, width = tower.head, tower.config.hidden_size
     tokens = op.parameter(PartialShape([-1, tower.context, width]), Type.f32, "tokens")
-    x = _pool(tokens, head, tower.context)
+    x = _pool(tokens, head)
     x = op.add(x, _mlp(_layer_norm(x, head.layernorm), head.mlp))
     return Model([x], [tokens], "head")
 
@@ -93,16 +93,24 @@ def _attention(x: Node, attention: Attention, tokens: int) -> Node:
     return _linear(y, attention.out_proj.weight, attention.out_proj.bias)
 
 
-def _pool(tokens: Node, head: AttentionPooling, context: int) -> Node:
-    """[B, T, D] -> [B, D]: the probe attends over all tokens."""
+def _pool(tokens: Node, head: AttentionPooling) -> Node:
+    """[B, T, D] -> [B, D]: the probe attends over all tokens.
+
+    The probe is the same for all images. So its product with the key projection is a constant, and each
+    head's mean of the tokens is taken before the value projection, on one row instead of on every token.
+    The keys' bias adds the same to all scores of a head, which softmax ignores.
+    """
     attention, heads = head.attention, head.attention.num_heads
-    w_q, w_k, w_v = attention.in_proj_weight.chunk(3)
-    b_q, b_k, b_v = attention.in_proj_bias.chunk(3)
-    q = F.linear(head.probe, w_q, b_q).unflatten(-1, (heads, -1)).transpose(1, 2)  # [1, H, 1, D/H]
-    k = _heads(_linear(tokens, w_k, b_k), heads, context)
-    v = _heads(_linear(tokens, w_v, b_v), heads, context)
-    y = _weighted_sum(_constant(q), k, v, q.shape[-1])  # [B, H, 1, D/H]
-    y = op.reshape(y, _ints(-1, w_q.shape[0]), False)
+    w_q, w_k, w_v = attention.in_proj_weight.detach().double().chunk(3)
+    b_q, _, b_v = attention.in_proj_bias.detach().double().chunk(3)
+    width = w_q.shape[0] // heads
+    q = F.linear(head.probe.detach().double(), w_q, b_q).reshape(heads, width) * width**-0.5
+    keys = torch.einsum("hd,hdx->hx", q, w_k.unflatten(0, (heads, width)))  # [H, D]
+    values = w_v.unflatten(0, (heads, width))  # [H, D/H, D]
+    scores = op.matmul(tokens, _constant(keys.float()), False, True)  # [B, T, H]
+    means = op.matmul(op.softmax(scores, 1), tokens, True, False)  # [B, H, D]
+    y = op.matmul(op.unsqueeze(means, _ints(2)), _constant(values.float()), False, True)  # [B, H, 1, D/H]
+    y = op.add(op.reshape(y, _ints(-1, w_q.shape[0]), False), _constant(b_v.float()))
     return _linear(y, attention.out_proj.weight, attention.out_proj.bias)
 
 
