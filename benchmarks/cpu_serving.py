@@ -25,7 +25,7 @@ from benchmarks.common import about, synthetic_jpeg, write_csv
 from benchmarks.load import Load, Result, first_answers, run
 from benchmarks.servers import Running, run_ours
 from siglip_serve.checkpoint import load_config
-from siglip_serve.config import Dtype, available_cores
+from siglip_serve.config import Backend, Dtype, available_cores
 from siglip_serve.engine import Plan, VisionEngine
 from siglip_serve.preprocess import Preprocessor
 from siglip_serve.siglip import load_vision
@@ -42,7 +42,14 @@ def in_process(options: argparse.Namespace, jpegs: list[bytes]) -> list[Callable
     """Embeds `--rows` pictures: from decoded pixels, and from files."""
     config = load_config(options.checkpoint)
     settings = dict(setting.split("=", 1) for setting in options.setting)
-    plan = Plan("cpu", cast(Dtype, settings.get("dtype", "auto")), threads=available_cores())
+    plan = Plan(
+        "cpu",
+        cast(Dtype, settings.get("dtype", "auto")),
+        cast(Backend, settings.get("backend", "auto")),
+        threads=available_cores(),
+        cache=Path(settings.get("cache", Path.home() / ".cache" / "siglip-serve")),
+        calibration=Path(settings["calibration"]) if "calibration" in settings else None,
+    )
     engine, preprocess = (
         VisionEngine(load_vision(options.checkpoint), config.image, plan),
         Preprocessor(config.image),

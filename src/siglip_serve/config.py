@@ -64,7 +64,7 @@ class Settings:
     preprocess: PreprocessMode = field(
         default="fast",
         metadata={
-            "help": "fast: libjpeg-turbo; pil: exactly the published preprocessing; gpu: JPEG by the GPU"
+            "help": "fast: libjpeg-turbo; pil: exactly as published; gpu: JPEG by the GPU, experimental"
         },
     )
     max_image_bytes: int = field(

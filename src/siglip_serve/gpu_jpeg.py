@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import io
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -101,20 +101,22 @@ class GpuJpegReader:
             if layout is not None:
                 groups[layout].append(index)
         pixels: list[Pixels | None] = [None] * len(files)
-        done: list[tuple[list[int], Tensor]] = []
+        decoded: list[tuple[Sequence[int], Tensor, Layout]] = []
+        # All are decoded before the first kernel runs: the decoder, a unit of its own, need not wait for
+        # kernels that still read memory which has been handed out again.
         for layout, indices in groups.items():
-            most = max(1, _PIXELS_AT_ONCE // (layout.height * layout.width))
-            start = 0
-            while start < len(indices):
-                count = next(size for size in _BATCHES if size <= min(most, len(indices) - start))
-                part = indices[start : start + count]
-                start += count
+            for part in _batches(indices, _PIXELS_AT_ONCE // (layout.height * layout.width)):
                 planes = self._decode([files[index] for index in part], layout)
                 if planes is not None:
-                    done.append((part, resize(to_rgb(planes, layout), self._size, self._resample)))
-        for part, tensor in done:
+                    decoded.append((part, planes, layout))
+        resized = [
+            (part, resize(to_rgb(planes, layout), self._size, self._resample))
+            for part, planes, layout in decoded
+        ]
+        for part, tensor in resized:
             for index, row in zip(part, tensor.cpu().numpy(), strict=True):
                 pixels[index] = row
+        torch.cuda.current_stream(self._device).synchronize()
         return pixels
 
     def _warm_up(self) -> None:
@@ -179,6 +181,15 @@ class GpuJpegReader:
                 raise RuntimeError(f"nvJPEG cannot prepare a batch of {batch}: status {status}")
         states.append(state)
         return state
+
+
+def _batches(indices: Sequence[int], most: int) -> Iterator[Sequence[int]]:
+    """Parts whose lengths are among `_BATCHES`, at most `most`, the longest first."""
+    start = 0
+    while start < len(indices):
+        count = next(size for size in _BATCHES if size <= max(1, min(most, len(indices) - start)))
+        yield indices[start : start + count]
+        start += count
 
 
 def _load_nvjpeg() -> Any:

@@ -28,6 +28,7 @@ from siglip_serve.serving import (
     readable_start,
     respond_each,
     respond_together,
+    warn,
 )
 from siglip_serve.tokenizer import decode_text, load_tokenizer
 
@@ -77,6 +78,7 @@ class ImageReader:
         if settings.preprocess == "gpu":
             from siglip_serve.gpu_jpeg import GpuJpegReader
 
+            warn("preprocess gpu is experimental: answers under load have not been verified")
             with readable_start():
                 self._read_many = GpuJpegReader(context.config.image, context.device, limits)
 

@@ -38,6 +38,7 @@ __all__ = [
     "readable_start",
     "respond_each",
     "respond_together",
+    "warn",
 ]
 
 
@@ -112,6 +113,11 @@ def readable_start() -> Iterator[None]:
         yield
     except SiglipServeError as error:
         raise pb_utils.TritonModelException(f"{START_REFUSED}{error}") from None
+
+
+def warn(message: str) -> None:
+    """A warning in the server's log."""
+    pb_utils.Logger.log_warn(message)
 
 
 class RowCounter:
