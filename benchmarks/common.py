@@ -16,7 +16,27 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-__all__ = ["about", "synthetic_jpeg", "write_csv"]
+__all__ = ["GEOMETRIES", "about", "synthetic_jpeg", "write_csv"]
+
+# Names and values as in a Hugging Face config.json.
+GEOMETRIES = {
+    "base/16@224": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "image_size": 224,
+        "patch_size": 16,
+    },
+    "so400m/14@384": {
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "image_size": 384,
+        "patch_size": 14,
+    },
+}
 
 
 def about(packages: Sequence[str], device: str | None = None) -> dict[str, str]:

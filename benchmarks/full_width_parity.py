@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from transformers import SiglipConfig, SiglipModel
 
-from benchmarks.common import about, write_csv
-from benchmarks.vision_tower import GEOMETRIES, scaled_error
+from benchmarks.common import GEOMETRIES, about, write_csv
+from benchmarks.vision_tower import scaled_error
 from siglip_serve.siglip import load_text, load_vision
 
 

@@ -18,23 +18,11 @@ import torch
 from torch import Tensor
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from benchmarks.common import about, write_csv
+from benchmarks.common import GEOMETRIES, about, write_csv
 from siglip_serve.checkpoint import ImageConfig, VisionConfig
 from siglip_serve.config import Backend, Dtype
 from siglip_serve.engine import Plan, VisionEngine
 from siglip_serve.siglip import VisionTower
-
-GEOMETRIES = {
-    "base/16@224": {},
-    "so400m/14@384": {
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_hidden_layers": 27,
-        "num_attention_heads": 16,
-        "image_size": 384,
-        "patch_size": 14,
-    },
-}
 
 
 def reference(geometry: str) -> SiglipVisionModel:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
@@ -25,7 +25,6 @@ __all__ = ["Stage"]
 
 _NAME = "siglip-serve-"
 _SHM = Path("/dev/shm")
-_FILES = "INPUT_IMAGE"
 _MOST_PROCESSES = 32
 
 Dims = Mapping[str, Sequence[int]]
@@ -36,20 +35,20 @@ class Stage:
 
     Attributes:
         root: the directory, named after this process; `remove` deletes it.
-        variants: names of configurations; of a model's `configs/<variant>.pbtxt` the first one is taken.
+        device: `cpu` or `cuda`; `cpu` takes a model's `configs/cpu.pbtxt` where there is one.
         models: the staged model repository.
         empty: an empty working directory, since the model processes import from theirs.
         shm_prefix: of the shared-memory files that the backend makes.
     """
 
-    def __init__(self, repository: Path, *variants: str) -> None:
+    def __init__(self, repository: Path, device: str) -> None:
         _sweep()
         if not repository.is_dir():
             raise ServerStartError(
                 f"model repository {str(repository)!r}: no such directory; name it with --model-repository"
             )
         self.repository = repository.resolve()
-        self.variants = variants
+        self.device = device
         self.root = Path(tempfile.mkdtemp(prefix=f"{_NAME}{os.getpid()}-"))
         self._lock = _try_lock(self.root)
         self.models = self.root / "models"
@@ -63,8 +62,7 @@ class Stage:
         Args:
             identity: parameters that every Python model gets, unless its configuration has them.
             dims: dimensions by tensor name, where a configuration leaves them to the checkpoint.
-            decoders: processes that decode images; 0 fits them to the cores, or leaves the configuration's
-                number where they run on GPUs.
+            decoders: processes of a CPU model with several of them; 0 fits them to the cores.
 
         Returns:
             The models' names.
@@ -126,8 +124,8 @@ class Stage:
                     (target / entry.name / file.name).symlink_to(file)
             elif entry.name not in {"config.pbtxt", "configs"}:
                 (target / entry.name).symlink_to(entry)
-        found = [file for name in self.variants if (file := source / "configs" / f"{name}.pbtxt").is_file()]
-        chosen = found[0] if found else source / "config.pbtxt"
+        variant = source / "configs" / f"{self.device}.pbtxt"
+        chosen = variant if variant.is_file() else source / "config.pbtxt"
         try:
             config = text_format.Parse(chosen.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
         except text_format.ParseError as error:
@@ -140,21 +138,15 @@ class Stage:
             for name, value in identity.items():
                 if name not in config.parameters:
                     config.parameters[name].string_value = value
-            self._set_decoders(config, decoders)
+            for group in config.instance_group:
+                if group.kind == model_config_pb2.ModelInstanceGroup.KIND_CPU and group.count > 1:
+                    group.count = decoders or self._processes()
         (target / "config.pbtxt").write_text(text_format.MessageToString(config), encoding="utf-8")
-
-    def _set_decoders(self, config: Any, decoders: int) -> None:
-        decodes = any(tensor.name == _FILES for tensor in config.input)
-        for group in config.instance_group:
-            if group.kind == model_config_pb2.ModelInstanceGroup.KIND_CPU and group.count > 1:
-                group.count = decoders or self._processes()
-            elif decoders and decodes:
-                group.count = decoders
 
     def _processes(self) -> int:
         cores = available_cores()
         # Beside a GPU, a quarter of the cores is left to the server and to its clients.
-        return min(_MOST_PROCESSES, max(1, cores * 3 // 4) if "cuda" in self.variants else cores)
+        return min(_MOST_PROCESSES, max(1, cores * 3 // 4) if self.device == "cuda" else cores)
 
     def _link_backend(self, server: Path) -> None:
         version = f"{sys.version_info.major}.{sys.version_info.minor}"

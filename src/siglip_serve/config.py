@@ -36,7 +36,7 @@ START_REFUSED = "siglip-serve cannot start: "
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float8", "int8"]
 Backend = Literal["auto", "torch", "openvino", "fused"]
-PreprocessMode = Literal["fast", "pil", "gpu"]
+PreprocessMode = Literal["fast", "pil"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Settings:
     checkpoint_revision: str = field(default="", metadata={"help": "its revision as clients see it"})
     dtype: Dtype = field(
         default="auto",
-        metadata={"help": "arithmetic of the towers; auto: bfloat16 where the device is fast at it"},
+        metadata={"help": "arithmetic of the towers; auto: bfloat16 where fast; float8, int8: images only"},
     )
     backend: Backend = field(
         default="auto",
@@ -59,13 +59,11 @@ class Settings:
     calibration: str = field(default="", metadata={"help": "folder of images that int8 is calibrated on"})
     cache: str = field(
         default="",
-        metadata={"help": "folder for converted models, kept between starts; default: ~/.cache/siglip-serve"},
+        metadata={"help": "folder that keeps the int8 model between starts; default: ~/.cache/siglip-serve"},
     )
     preprocess: PreprocessMode = field(
         default="fast",
-        metadata={
-            "help": "fast: libjpeg-turbo; pil: exactly as published; gpu: JPEG by the GPU, experimental"
-        },
+        metadata={"help": "fast: libjpeg-turbo and torch; pil: pixel for pixel the published preprocessing"},
     )
     max_image_bytes: int = field(
         default=32 * 1024 * 1024, metadata={"help": "largest encoded image, in bytes"}

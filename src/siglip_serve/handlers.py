@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,6 @@ from siglip_serve.serving import (
     readable_start,
     respond_each,
     respond_together,
-    warn,
 )
 from siglip_serve.tokenizer import decode_text, load_tokenizer
 
@@ -62,69 +61,29 @@ class ImageReader:
         from siglip_serve.preprocess import ImageLimits, Preprocessor, decode_base64
 
         settings = context.settings
-        if settings.preprocess != "pil":
+        if settings.preprocess == "fast":
             import torch
 
             torch.set_num_threads(1)  # the other cores belong to the other instances
         AvifImagePlugin.DEFAULT_MAX_THREADS = 1
         Image.MAX_IMAGE_PIXELS = None  # our own limit stands in its place, at the same point: the header
         limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
-        self._preprocess = Preprocessor(
-            context.config.image, "pil" if settings.preprocess == "pil" else "fast", limits
-        )
+        self._preprocess = Preprocessor(context.config.image, settings.preprocess, limits)
         self._decode_base64 = partial(decode_base64, limits=limits)
         self._embed_models = settings.embed_models
-        self._read_many: Callable[[Sequence[bytes]], Sequence[Row | None]] | None = None
-        if settings.preprocess == "gpu":
-            from siglip_serve.gpu_jpeg import GpuJpegReader
-
-            warn("preprocess gpu is experimental: answers under load have not been verified")
-            with readable_start():
-                self._read_many = GpuJpegReader(context.config.image, context.device, limits)
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request."""
-        if self._read_many is None:
-            return respond_each(requests, lambda request: self._pixels(request, self._files(request)))
-        return respond_together(requests, self._files, self._decode, self._finish)
+        return respond_each(requests, self._read)
 
-    def _files(self, request: Request) -> Row:
+    def _read(self, request: Request) -> Outputs:
         request.choice("embed_model", self._embed_models)
-        return _objects(request.strings("INPUT_IMAGE"))
-
-    def _decode(self, parts: Sequence[Row], requests: Sequence[Request]) -> Batch:
-        """What the GPU can decode; the rest of PIXELS is None."""
-        from siglip_serve.engine import Batch
-
-        files: list[bytes] = []
-        for request, part in zip(requests, parts, strict=True):
-            files += [b""] * len(part) if request.flag("base64_encoded") else list(part)
-        pixels = self._read_many(files) if self._read_many else [None] * len(files)
-        rows = {"FILES": _objects([file for part in parts for file in part]), "PIXELS": _objects(pixels)}
-        return Batch(rows, np.zeros(len(files), dtype=np.bool_))
-
-    def _finish(self, request: Request, rows: Outputs) -> Outputs:
-        return self._pixels(request, rows["FILES"], rows["PIXELS"])
-
-    def _pixels(self, request: Request, files: Row, decoded: Row | None = None) -> Outputs:
         encoded = request.flag("base64_encoded")
-        ready = iter(decoded) if decoded is not None else None
 
-        def pixels(file: bytes) -> Row:
-            own: Row | None = next(ready) if ready else None
-            if own is not None:
-                return own
-            return self._preprocess(self._decode_base64(file) if encoded else file)
+        def pixels(row: bytes) -> Row:
+            return self._preprocess(self._decode_base64(row) if encoded else row)
 
-        return {"PIXEL_VALUES": map_rows("INPUT_IMAGE", files, pixels)}
-
-
-def _objects(items: Sequence[Any]) -> Row:
-    """[n] of any objects; numpy would make one array of items that are arrays themselves."""
-    array = np.empty(len(items), dtype=np.object_)
-    for index, item in enumerate(items):
-        array[index] = item
-    return array
+        return {"PIXEL_VALUES": map_rows("INPUT_IMAGE", request.strings("INPUT_IMAGE"), pixels)}
 
 
 class VisionEmbedder:
@@ -360,7 +319,7 @@ def _plan(context: Context) -> Plan:
         backend=settings.backend,
         max_rows=settings.max_rows,
         threads=threads,
-        cache=Path(settings.cache or Path.home() / ".cache" / "siglip-serve"),
+        cache=Path(settings.cache or os.path.expanduser("~/.cache/siglip-serve")),  # noqa: PTH111 - no HOME is fine
         calibration=Path(settings.calibration) if settings.calibration else None,
     )
 

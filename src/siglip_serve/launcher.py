@@ -57,6 +57,7 @@ _KEEP_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20),
     "MALLOC_TOP_PAD_": str(4 * 2**20),
 }
+_FOLDERS = (f"{PREFIX}CACHE", f"{PREFIX}CALIBRATION")
 _FORWARDED_HEADERS = "(?i)^(normalized|base64_encoded|embed_model|truncation)$"
 
 
@@ -157,10 +158,7 @@ class TritonServer:
         config = checkpoint.load_config(path)
         self.width = config.vision.hidden_size
         settings = load_settings(self._settings(path))  # a typo ends the start here, before anything runs
-        if settings.preprocess == "gpu" and self.device != "cuda":
-            raise ServerStartError("preprocess gpu: needs a GPU; fast and pil do without")
-        variants = ["decode_on_gpu"] if settings.preprocess == "gpu" else []
-        self._stage = stage = Stage(options.model_repository, *variants, self.device)
+        self._stage = stage = Stage(options.model_repository, self.device)
         try:
             self.models = stage.fill(
                 self._identity(settings), checkpoint.tensor_dims(config), settings.decoders
@@ -254,7 +252,11 @@ class TritonServer:
 
     def _settings(self, path: Path) -> dict[str, str]:
         given = {f"{PREFIX}{name.upper()}": value for name, value in self.options.settings.items()}
-        return {**os.environ, **given, f"{PREFIX}CHECKPOINT": str(path)}
+        given = {**os.environ, **given, f"{PREFIX}CHECKPOINT": str(path)}
+        for name in _FOLDERS:  # the models run in a folder of their own
+            if given.get(name):
+                given[name] = str(Path(given[name]).absolute())
+        return given
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self.options.start_timeout

@@ -37,7 +37,7 @@ from PIL import (
 from siglip_serve.checkpoint import ImageConfig
 from siglip_serve.errors import ImageError, ImageTooLargeError, InvalidInputError, SettingsError
 
-__all__ = ["ImageLimits", "Mode", "Pixels", "PlainFrame", "Preprocessor", "decode_base64", "plain_jpeg"]
+__all__ = ["ImageLimits", "Mode", "Preprocessor", "decode_base64"]
 
 Mode = Literal["fast", "pil"]
 Pixels = NDArray[np.uint8]
@@ -94,17 +94,6 @@ _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_SEQUENTIAL = (b"\xc0", b"\xc1", b"\xc9")
 # APP0 (JFIF) and APP14 (Adobe) say how the colours are coded; no other APPn changes a pixel.
 _JPEG_METADATA = frozenset({*range(0xE1, 0xEE), 0xEF, 0xFE})
-_JPEG_BASELINE = 0xC0
-_ADOBE = 0xEE
-_SHORTEST_FRAME = 13
-_SMALLEST_PLAIN = 16  # pixels a side; libjpeg treats very narrow pictures in its own way
-# Component ids, then horizontal and vertical sampling factors of each.
-_SAMPLINGS: dict[bytes, Literal["gray", "4:4:4", "4:2:2", "4:2:0"]] = {
-    b"\1\x11": "gray",
-    b"\1\2\3\x11\x11\x11": "4:4:4",
-    b"\1\2\3\x21\x11\x11": "4:2:2",
-    b"\1\2\3\x22\x11\x11": "4:2:0",
-}
 _MAX_SIDE = 65_535
 _MAX_JPEG_SEGMENTS = 10_000
 _MAX_JPEG_SCANS = 50
@@ -196,43 +185,6 @@ def decode_base64(data: bytes, limits: ImageLimits = _DEFAULT_LIMITS) -> bytes:
             f"not base64: {len(text)} characters, {str(error).lower()}; "
             "expected a multiple of 4, padded with ="
         ) from error
-
-
-@dataclass(frozen=True)
-class PlainFrame:
-    """Size in pixels, and how colour is subsampled."""
-
-    height: int
-    width: int
-    sampling: Literal["gray", "4:4:4", "4:2:2", "4:2:0"]
-
-
-def plain_jpeg(data: bytes, limits: ImageLimits = _DEFAULT_LIMITS) -> PlainFrame | None:
-    """What a decoder has to know of a JPEG that holds no surprises: baseline, 8 bits, upright, one scan.
-
-    None of any other file, and of one that does not end as it should.
-
-    Raises:
-        ImageError, ImageTooLargeError: as for `Preprocessor`.
-    """
-    if _identify(data, limits) != "JPEG" or not data.endswith(b"\xff\xd9"):
-        return None
-    header = _read_jpeg_header(data)
-    frame = header.frame
-    if len(frame) < _SHORTEST_FRAME or frame[1] != _JPEG_BASELINE or frame[4] != 8:
-        return None
-    height, width, components = int.from_bytes(frame[5:7]), int.from_bytes(frame[7:9]), frame[9]
-    sampling = _SAMPLINGS.get(frame[10 : 10 + 3 * components : 3] + frame[11 : 10 + 3 * components : 3])
-    if sampling is None or data[header.scan + 4] != components:
-        return None
-    _check_size(width, height, limits)
-    if min(height, width) < _SMALLEST_PLAIN or _orientation(header.exif, header.xmp) != 1:
-        return None
-    if any(
-        data[start + 1] == _ADOBE and data[start + 15 : start + 16] != b"\x01" for start, _ in header.needed
-    ):
-        return None
-    return PlainFrame(height, width, sampling)
 
 
 def _identify(data: bytes, limits: ImageLimits) -> str:
@@ -378,7 +330,6 @@ class _JpegHeader:
     exif: bytes
     xmp: bytes
     needed: tuple[tuple[int, int], ...]
-    frame: bytes
     scan: int
 
     def without_metadata(self, data: bytes) -> bytes:
@@ -398,10 +349,10 @@ def _read_jpeg_header(data: bytes) -> _JpegHeader:
     frame = b""
     for marker, start, end in _jpeg_segments(data):
         if marker in _JPEG_FRAMES:
-            frame = data[start:end]
+            frame = data[start : start + 10]
         if marker == _JPEG_START_OF_SCAN:
             _check_scans(data, frame, start)
-            return _JpegHeader(b"".join(exif), xmp, tuple(needed), frame, start)
+            return _JpegHeader(b"".join(exif), xmp, tuple(needed), start)
         if marker not in _JPEG_METADATA:
             needed.append((start, end))
         elif marker == 0xE1:

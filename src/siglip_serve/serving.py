@@ -38,7 +38,6 @@ __all__ = [
     "readable_start",
     "respond_each",
     "respond_together",
-    "warn",
 ]
 
 
@@ -113,11 +112,6 @@ def readable_start() -> Iterator[None]:
         yield
     except SiglipServeError as error:
         raise pb_utils.TritonModelException(f"{START_REFUSED}{error}") from None
-
-
-def warn(message: str) -> None:
-    """A warning in the server's log."""
-    pb_utils.Logger.log_warn(message)
 
 
 class RowCounter:
@@ -236,9 +230,7 @@ def _split(choices: str) -> list[str]:
     return [choice.strip() for choice in choices.split(",")]
 
 
-def map_rows(
-    name: str, rows: Sequence[bytes] | NDArray[Any], function: Callable[[bytes], Row]
-) -> NDArray[Any]:
+def map_rows(name: str, rows: Sequence[bytes], function: Callable[[bytes], Row]) -> NDArray[Any]:
     """`function` of every row, stacked.
 
     Raises:
@@ -246,7 +238,7 @@ def map_rows(
     """
     done: list[Row] = []
     refused: list[InvalidInputError] = []
-    if not len(rows):
+    if not rows:
         raise InvalidInputError(f"{name}: no rows, expected at least one")
     for index, row in enumerate(rows):
         try:

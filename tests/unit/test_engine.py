@@ -13,7 +13,7 @@ from random_checkpoints import random_model, save_checkpoint
 from siglip_serve.checkpoint import ModelConfig, load_config
 from siglip_serve.config import Dtype
 from siglip_serve.engine import OUTPUTS, Plan, TextEngine, VisionEngine
-from siglip_serve.engine.passes import Finish
+from siglip_serve.engine.passes import Arrays, Finish
 from siglip_serve.engine.plain import PlainVision
 from siglip_serve.errors import DeviceMemoryError, SettingsError
 from siglip_serve.siglip import load_text, load_vision
@@ -135,6 +135,67 @@ def test_only_the_row_that_failed_is_refused(config: ModelConfig) -> None:
     np.testing.assert_allclose(batch.rows(1, 4)["EMBEDDING"], expected[1:], rtol=1e-4, atol=1e-5)
     with pytest.raises(DeviceMemoryError):
         batch.rows(0, 2)
+
+
+def test_memory_of_a_pass_under_way_comes_back_first(config: ModelConfig) -> None:
+    """There is room for one row at a time, and a started pass holds its room until it is waited for."""
+    engine = vision(config, max_rows=2)
+    expected = engine(pixels(5)).outputs["EMBEDDING"]
+    plain, held = engine.runner, [0]
+
+    class OneAtATime:
+        max_rows = 2
+
+        def __call__(self, part: Any, /, wanted: Sequence[str]) -> Finish:
+            if held[0] + len(part) > 1:
+                raise torch.OutOfMemoryError("out of memory")
+            held[0] += 1
+            outputs = plain(part, wanted)()
+
+            def finish() -> Arrays:
+                held[0] -= 1
+                return outputs
+
+            return finish
+
+    engine.runner = OneAtATime()
+    batch = engine(pixels(5))
+    assert not batch.failed.any()
+    np.testing.assert_allclose(batch.outputs["EMBEDDING"], expected, rtol=1e-3, atol=1e-4)
+
+
+GPUS = {"7.5": (7, 5), "8.0": (8, 0), "8.9": (8, 9), "9.0": (9, 0)}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "plan", "expected"),
+    [
+        ("9.0", Plan("cuda:0"), ("bfloat16", "fused")),
+        ("9.0", Plan("cuda:0", "float32"), ("float32", "torch")),
+        ("9.0", Plan("cuda:0", "float8"), ("float8", "fused")),
+        ("8.9", Plan("cuda:0", "float8", "fused"), ("float8", "fused")),
+        ("8.0", Plan("cuda:0", "float16", "torch"), ("float16", "torch")),
+        ("7.5", Plan("cuda:0"), ("float16", "torch")),
+        ("8.0", Plan("cuda:0", "float8"), "8.9 or newer .this one has 8.0"),
+        ("9.0", Plan("cuda:0", "float8", "torch"), "needs the backend fused"),
+        ("9.0", Plan("cuda:0", "float32", "fused"), "needs 16 or 8 bits"),
+        ("7.5", Plan("cuda:0", "float16", "fused"), "this one has 7.5"),
+        ("9.0", Plan("cuda:0", "int8"), "not for GPUs"),
+        ("9.0", Plan("cuda:0", "auto", "openvino"), "not for GPUs"),
+    ],
+    ids=str,
+)
+def test_what_a_gpu_runs(
+    gpu: str, plan: Plan, expected: tuple[str, str] | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: GPUS[gpu])
+    if isinstance(expected, str):
+        with pytest.raises(SettingsError, match=expected):
+            plan.resolve()
+    else:
+        resolved = plan.resolve()
+        assert (resolved.dtype, resolved.backend) == expected
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ What needs a GPU (graphs, float8's kernels, cuDNN) is not run here.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +15,13 @@ import torch
 from random_checkpoints import random_model, save_checkpoint
 
 from siglip_serve.checkpoint import ModelConfig, load_config
-from siglip_serve.engine import OUTPUTS, kernels
+from siglip_serve.engine import OUTPUTS, Plan, VisionEngine, kernels, towers
 from siglip_serve.engine.blocks import Levers
 from siglip_serve.engine.float8 import draw_pictures, round_weight
 from siglip_serve.engine.fused import FusedText, FusedVision
 from siglip_serve.engine.passes import Arrays, in_passes
 from siglip_serve.engine.plain import PlainText, PlainVision
+from siglip_serve.errors import SettingsError
 from siglip_serve.siglip import load_text, load_vision
 
 CPU = torch.device("cpu")
@@ -76,7 +79,7 @@ def test_text_keeps_its_embedding(config: ModelConfig) -> None:
     ids = np.random.default_rng(0).integers(0, config.text.vocab_size, (3, length))
     expected = PlainText(load_text(config.path), CPU, torch.float32)(ids, ["EMBEDDING"])()["EMBEDDING"]
     levers = Levers(gelu=False, attention="torch", graphs=False)
-    runner = FusedText(load_text(config.path), CPU, torch.float32, levers, max_rows=4)
+    runner = FusedText(load_text(config.path), CPU, torch.float32, 4, levers)
     got = runner(ids, ["EMBEDDING"])()["EMBEDDING"]
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
@@ -131,6 +134,25 @@ def test_a_pass_starts_before_the_one_before_it_is_waited_for() -> None:
     batch = in_passes(np.arange(5), 2, start)  # type: ignore[arg-type]
     assert events == ["start 0", "start 2", "finish 0", "start 4", "finish 2", "finish 4"]
     assert batch.outputs["EMBEDDING"].ravel().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_float8_refuses_what_its_products_cannot_take(tmp_path: Path) -> None:
+    model = random_model({"image_size": 32, "patch_size": 16, "intermediate_size": 90})
+    narrow = load_config(save_checkpoint(model, tmp_path))
+    with pytest.raises(SettingsError, match="intermediate_size 90 have to be multiples of 16"):
+        fused(narrow, Levers(attention="torch", graphs=False, float8=True))
+
+
+def test_more_rows_than_recorded_are_cut(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def small(tower: Any, image: Any, plan: Plan) -> FusedVision:  # noqa: ARG001
+        return fused(config, PLAIN)
+
+    monkeypatch.setattr(towers, "_vision_runner", small)
+    monkeypatch.setattr(Plan, "resolve", lambda plan: replace(plan, dtype="float32", backend="fused"))
+    engine = VisionEngine(load_vision(config.path), config.image, Plan(max_rows=100))
+    got = engine(pixels(9)).outputs["EMBEDDING"]
+    assert engine.max_rows == 4
+    np.testing.assert_allclose(got, plain(config, pixels(9))["EMBEDDING"], rtol=1e-3, atol=1e-4)
 
 
 def test_float8_weights_hold_the_layer_norm(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ LAYERS = [
     {"preprocess", "tokenizer"},
     {"siglip", "pooling"},
     {"engine", "zero_shot"},
-    {"gpu_jpeg", "_jpeg_kernel", "knn", "metrics"},
+    {"knn", "metrics"},
     {"serving"},
     {"handlers"},
     {"_staging", "_watcher"},

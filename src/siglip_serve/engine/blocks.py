@@ -20,6 +20,15 @@ from siglip_serve.siglip import Block
 __all__ = ["Blocks", "Levers", "Stack", "attend", "columns"]
 
 
+# By speed; the later ones take what the earlier ones refuse.
+_ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
 @dataclass(frozen=True)
 class Levers:
     """What makes the fused runner fast.
@@ -113,7 +122,7 @@ def attend(qkv: Tensor, rows: int, heads: int, levers: Levers) -> Tensor:
     """Self-attention of [rows * T, 3 * W] -> [rows * T, W], without a copy of either."""
     q, k, v = qkv.view(rows, -1, 3, heads, qkv.shape[1] // 3 // heads).permute(2, 0, 3, 1, 4)
     if levers.attention == "cudnn":
-        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        with sdpa_kernel(_ATTENTION, set_priority=True):
             y = F.scaled_dot_product_attention(q, k, v)  # [rows, H, T, W/H]
     else:
         y = F.scaled_dot_product_attention(q, k, v)

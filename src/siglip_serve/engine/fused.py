@@ -14,7 +14,8 @@ from torch import Tensor
 from siglip_serve.checkpoint import ImageConfig
 from siglip_serve.engine.blocks import Blocks, Levers, Stack
 from siglip_serve.engine.float8 import Float8Blocks, draw_pictures
-from siglip_serve.engine.passes import Arrays, Finish
+from siglip_serve.engine.passes import Arrays, Finish, is_out_of_memory
+from siglip_serve.errors import SettingsError
 from siglip_serve.siglip import AttentionPooling, Block, Encoder, TextTower, VisionEmbeddings, VisionTower
 
 __all__ = ["FusedText", "FusedVision"]
@@ -23,7 +24,11 @@ __all__ = ["FusedText", "FusedVision"]
 _BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _TOKENS_OF_A_PASS = 38_000  # a GPU is full with fewer; beyond, the caches hold less of a layer
 _CALIBRATION_TOKENS = 12_000
+_FLOAT8_MULTIPLE = 16  # of the sides of a matrix of 8 bits
 _ALIGNMENT = 8  # elements: rows of a matrix product begin at multiples of 16 bytes
+
+
+_ALL_LEVERS = Levers()
 
 
 class FusedVision:
@@ -38,8 +43,9 @@ class FusedVision:
         max_rows: no larger batch is recorded; 0: as fits the device.
 
     Attributes:
-        staging: uint8 [rows, S, S, 3] in memory that the device reads by itself: pixels that a caller puts
-            there are not copied on the way. To be left alone until their outputs have been waited for.
+        staging: on GPUs, uint8 [rows, S, S, 3] in memory that the device reads by itself: pixels that a
+            caller puts there are not copied on the way. To be left alone until their outputs have been
+            waited for.
     """
 
     def __init__(
@@ -52,7 +58,6 @@ class FusedVision:
         max_rows: int = 0,
     ) -> None:
         tower.to(device)
-        self._levers = levers
         self._tokens, self._width = tower.context, tower.config.hidden_size
         self._embed = _PatchEmbedding(tower.embeddings, image, dtype, levers.fold)
         self._blocks = _vision_stack(tower, image, dtype, levers)
@@ -61,10 +66,9 @@ class FusedVision:
         rows = torch.zeros(_largest(self._tokens, max_rows), size, size, 3, dtype=torch.uint8)
         self._replays = _Replays(self._forward, rows, device, levers.graphs)
         self.max_rows = self._replays.max_rows
+        self.staging: NDArray[np.uint8] | None = None
         if device.type == "cuda":
-            self.staging = torch.zeros(
-                2 * len(rows), *rows.shape[1:], dtype=rows.dtype, pin_memory=True
-            ).numpy()
+            self.staging = torch.cat([rows, rows]).pin_memory().numpy()
 
     @torch.inference_mode()
     def __call__(self, pixels: NDArray[np.uint8], /, wanted: Sequence[str]) -> Finish:
@@ -90,13 +94,17 @@ class FusedVision:
 
 
 class FusedText:
-    """Token ids -> EMBEDDING; arguments as for `FusedVision`."""
+    """Token ids -> EMBEDDING; arguments as for `FusedVision`. Its products stay in 16 bits."""
 
     def __init__(
-        self, tower: TextTower, device: torch.device, dtype: torch.dtype, levers: Levers, max_rows: int = 0
+        self,
+        tower: TextTower,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_rows: int = 0,
+        levers: Levers = _ALL_LEVERS,
     ) -> None:
         tower.to(device)
-        self._levers = levers
         self._words = tower.embeddings.token_embedding.weight.to(dtype)
         self._positions = tower.embeddings.position_embedding.weight.to(dtype)
         self._blocks = Blocks(_layers(tower.encoder), tower.final_layer_norm, dtype, levers)
@@ -189,6 +197,12 @@ def _vision_stack(tower: VisionTower, image: ImageConfig, dtype: torch.dtype, le
     layers = _layers(tower.encoder)
     if not levers.float8:
         return Blocks(layers, tower.post_layernorm, dtype, levers)
+    config = tower.config
+    if config.hidden_size % _FLOAT8_MULTIPLE or config.intermediate_size % _FLOAT8_MULTIPLE:
+        raise SettingsError(
+            f"dtype float8: hidden_size {config.hidden_size} and intermediate_size "
+            f"{config.intermediate_size} have to be multiples of {_FLOAT8_MULTIPLE}; use bfloat16"
+        )
     rows = -(-_CALIBRATION_TOKENS // tower.context)
     pixels = torch.from_numpy(draw_pictures(rows, tower.config.image_size))
     embed = _PatchEmbedding(tower.embeddings, image, torch.float32, fold=True)
@@ -203,7 +217,8 @@ def _layers(encoder: Encoder) -> list[Block]:
 def _largest(tokens: int, max_rows: int) -> int:
     """Rows of the largest batch that is worth recording."""
     most = max(1, _TOKENS_OF_A_PASS // tokens)
-    return min(max_rows, most) if max_rows else max(size for size in _BUCKETS if size <= most)
+    fitting = max(size for size in _BUCKETS if size <= most)
+    return min(max_rows, most, _BUCKETS[-1]) if max_rows else fitting
 
 
 class _Slot:
@@ -314,8 +329,8 @@ class _Replays:
         for rows in sorted(sizes, reverse=True):  # the largest first: the others fit into its memory
             try:
                 self._recorded[rows] = self._record(rows, pool)
-            except torch.OutOfMemoryError:
-                if rows == 1:
+            except RuntimeError as error:
+                if rows == 1 or not is_out_of_memory(error):
                     raise
         self.max_rows = max(self._recorded)
 

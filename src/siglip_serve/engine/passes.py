@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from siglip_serve.errors import DeviceMemoryError
 
-__all__ = ["OUTPUTS", "Arrays", "Batch", "Finish", "Runner", "in_passes"]
+__all__ = ["OUTPUTS", "Arrays", "Batch", "Finish", "Runner", "in_passes", "is_out_of_memory"]
 
 OUTPUTS = ("EMBEDDING", "MEAN_EMBEDDING", "PATCH_EMBEDDINGS")
 
@@ -79,10 +79,14 @@ def in_passes(rows: NDArray[Any], max_rows: int, start: Callable[[NDArray[Any]],
         try:
             started = first, start(part)
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 _end_if_lost()
                 raise
             torch.cuda.empty_cache()
+            if running:  # its memory comes back first
+                passes.append((running[0], _finish(running[1])))
+                running = None
+                continue
             if len(part) > 1:
                 size = (len(part) + 1) // 2
                 continue
@@ -116,8 +120,10 @@ def _join(arrays: list[NDArray[np.float32]]) -> NDArray[np.float32]:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "_STATUS_ALLOC_FAILED" in str(error)
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a smaller pass, or a later one, may succeed."""
+    text = str(error)  # of cuBLAS, and of memory that the driver pins, there is only the text
+    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in text or "out of memory" in text
 
 
 def _end_if_lost() -> None:

@@ -31,7 +31,8 @@ class Plan:
 
     Attributes:
         device: `cpu` or `cuda:<index>`.
-        dtype: arithmetic of the tower; `auto`: the fastest that is close to float32.
+        dtype: arithmetic of the tower; `auto`: the fastest that is close to float32. A text tower runs in
+            16 bits where this is float8 or int8.
         backend: `torch`, `openvino` (CPUs), `fused` (GPUs); `auto`: the fastest that the device has.
         max_rows: rows in one pass; 0 leaves the choice to the runner.
         threads: CPU threads; 0: all cores.
@@ -63,11 +64,10 @@ class Plan:
             raise SettingsError("backend fused: not for CPUs; torch and openvino are")
         backend = self.backend
         if backend == "auto":
-            # In float32 too: as exact as torch with packed weights, faster alone, and no slower beside busy
-            # neighbours (benchmarks/results/cpu_engine.csv).
+            # In float32 too: as exact as torch with packed weights, and faster (results/cpu_engine.csv).
             backend = "openvino" if find_spec("openvino") else "torch"
         if dtype == "int8" and backend != "openvino":
-            raise SettingsError("dtype int8: needs the backend openvino (pip install openvino nncf)")
+            raise SettingsError("dtype int8: needs the backend openvino (pip install 'siglip-serve[int8]')")
         if backend == "openvino" and not find_spec("openvino"):
             raise SettingsError("backend openvino: the package openvino is not installed")
         return replace(self, dtype=dtype, backend=backend)
@@ -82,7 +82,10 @@ class Plan:
         if self.backend == "openvino":
             raise SettingsError("backend openvino: not for GPUs; torch and fused are")
         if dtype == "float8" and capability < _FLOAT8_CAPABILITY:
-            dtype = fastest_dtype(capability[0])
+            raise SettingsError(
+                "dtype float8: needs a GPU of compute capability 8.9 or newer "
+                f"(this one has {capability[0]}.{capability[1]}); bfloat16 and float16 do without"
+            )
         fusible = dtype != "float32" and capability >= _FUSED_CAPABILITY and find_spec("triton") is not None
         if not fusible and (self.backend == "fused" or dtype == "float8"):
             raise SettingsError(
@@ -114,9 +117,9 @@ class VisionEngine:
     """
 
     def __init__(self, tower: VisionTower, image: ImageConfig, plan: Plan) -> None:
-        self.plan = plan.resolve()
+        self.plan = _prepare(plan)
         self.runner = _vision_runner(tower, image, self.plan)
-        self.max_rows = plan.max_rows or self.runner.max_rows
+        self.max_rows = _rows(self.plan, self.runner)
 
     @property
     def staging(self) -> NDArray[np.uint8] | None:
@@ -140,9 +143,9 @@ class TextEngine:
     """Token ids -> float32 embeddings; arguments as for `VisionEngine`."""
 
     def __init__(self, tower: TextTower, plan: Plan) -> None:
-        self.plan = plan.resolve()
+        self.plan = _prepare(plan)
         self.runner = _text_runner(tower, self.plan)
-        self.max_rows = plan.max_rows or self.runner.max_rows
+        self.max_rows = _rows(self.plan, self.runner)
 
     def __call__(self, ids: NDArray[np.int64]) -> Batch:
         """EMBEDDING [N, P], the reference's `pooler_output`, of ids [N, T]; at least one row."""
@@ -154,28 +157,41 @@ def _vision_runner(tower: VisionTower, image: ImageConfig, plan: Plan) -> Runner
         from siglip_serve.engine.blocks import Levers
         from siglip_serve.engine.fused import FusedVision
 
-        float8 = plan.dtype == "float8"
-        dtype = torch.bfloat16 if float8 else _TORCH[plan.dtype]
-        return FusedVision(
-            tower, image, torch.device(plan.device), dtype, Levers(float8=float8), plan.max_rows
-        )
+        levers = Levers(float8=plan.dtype == "float8")
+        return FusedVision(tower, image, torch.device(plan.device), _dtype(plan), levers, plan.max_rows)
     if plan.backend == "openvino":
         from siglip_serve.engine.openvino import OpenVinoVision
 
         return OpenVinoVision(tower, image, plan)
-    return PlainVision(tower, image, torch.device(plan.device), _TORCH[plan.dtype])
+    return PlainVision(tower, image, torch.device(plan.device), _dtype(plan))
 
 
 def _text_runner(tower: TextTower, plan: Plan) -> Runner:
     if plan.backend == "fused":
-        from siglip_serve.engine.blocks import Levers
         from siglip_serve.engine.fused import FusedText
 
-        float8 = plan.dtype == "float8"
-        dtype = torch.bfloat16 if float8 else _TORCH[plan.dtype]
-        return FusedText(tower, torch.device(plan.device), dtype, Levers(float8=float8), plan.max_rows)
+        return FusedText(tower, torch.device(plan.device), _dtype(plan), plan.max_rows)
     if plan.backend == "openvino":
         from siglip_serve.engine.openvino import OpenVinoText
 
         return OpenVinoText(tower, plan)
-    return PlainText(tower, torch.device(plan.device), _TORCH[plan.dtype])
+    return PlainText(tower, torch.device(plan.device), _dtype(plan))
+
+
+def _dtype(plan: Plan) -> torch.dtype:
+    """Of what is not in 8 bits."""
+    return _TORCH.get(plan.dtype, torch.bfloat16)
+
+
+def _prepare(plan: Plan) -> Plan:
+    """The plan without `auto`, with its GPU as the current one: streams, graphs and kernels are its."""
+    plan = plan.resolve()
+    if plan.device != "cpu":
+        torch.cuda.set_device(plan.device)
+    return plan
+
+
+def _rows(plan: Plan, runner: Runner) -> int:
+    """Of a pass; more than was recorded cannot be replayed."""
+    wanted = plan.max_rows or runner.max_rows
+    return min(wanted, runner.max_rows) if plan.backend == "fused" else wanted
