@@ -214,7 +214,10 @@ class TextEmbedder:
 
 
 class LabelPrompter:
-    """`label_prompts`: LABELS [L] and optional TEMPLATE [K] BYTES -> PROMPTS [L * K, 1], label by label."""
+    """`label_prompts`: LABELS [L] and optional TEMPLATE [K] BYTES -> PROMPTS [L * K, 1], label by label.
+
+    A third input, the image's embedding, is not read: it makes the step wait.
+    """
 
     def __init__(self, context: Context) -> None:
         self._max_bytes = context.settings.max_text_bytes

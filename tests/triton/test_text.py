@@ -211,3 +211,16 @@ def test_refused_classification(
 ) -> None:
     assert expected in refusal(lambda: classify(server, images, labels, templates))
     assert classify(server, [PICTURE], ["dog"]).shape == (1, 1)
+
+
+def test_many_refusals_leave_the_server_alive(server: TritonServer) -> None:
+    """Steps that ran side by side made Triton hang, or end, after some hundred refusals of one of them."""
+    caller = GrpcCaller(server.grpc_url)
+    inputs = [
+        strings(caller.module, "INPUT_IMAGE", [PICTURE, b"no image"], (2, 1)),
+        strings(caller.module, "LABELS", ["dog"], (1,)),
+    ]
+    for _ in range(400):
+        with pytest.raises(InferenceServerException, match=r"INPUT_IMAGE\[1\]: not a decodable image"):
+            caller.client.infer("classify_image", inputs, client_timeout=30)
+    assert classify(server, [PICTURE], ["dog"]).shape == (1, 1)
