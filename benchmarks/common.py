@@ -12,11 +12,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-__all__ = ["GEOMETRIES", "about", "synthetic_jpeg", "write_csv"]
+__all__ = ["GEOMETRIES", "about", "cosine", "parse_settings", "synthetic_jpeg", "write_csv"]
 
 # Names and values as in a Hugging Face config.json.
 GEOMETRIES = {
@@ -65,6 +67,20 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, str]], append: bool = Fals
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows([*kept, *rows])
+
+
+def cosine(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
+    """Cosine of each row of one array with the same row of the other."""
+    product: NDArray[Any] = (a * b).sum(-1)
+    return product / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
+
+
+def parse_settings(given: Sequence[str]) -> dict[str, str]:
+    """Settings from NAME=VALUE, as a command line has them; exits with a message on anything else."""
+    for text in given:
+        if "=" not in text:
+            sys.exit(f"--setting: got {text!r}, expected NAME=VALUE")
+    return dict(text.split("=", 1) for text in given)
 
 
 def synthetic_jpeg(width: int, height: int, seed: int | None = None) -> bytes:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.common import about, write_csv
+from benchmarks.common import about, cosine, write_csv
 from benchmarks.vision_tower import engine, reference
 from siglip_serve import zero_shot
 from siglip_serve.checkpoint import ImageConfig, load_config, resolve
@@ -58,13 +58,6 @@ def pictures(folder: Path, image: ImageConfig, most: int) -> tuple[Pixels, list[
     preprocess = Preprocessor(image)
     read = [preprocess(file.read_bytes()) for file in tqdm(files, desc=folder.name, unit="picture")]
     return np.stack(read), [file.parent.name for file in files]
-
-
-def cosines(ours: NDArray[np.float32], exact: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Cosine of each row with its counterpart."""
-    norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(exact, axis=1)
-    found: NDArray[np.float32] = (ours * exact).sum(axis=1) / norms
-    return found
 
 
 Times = list[tuple[float, float]]
@@ -126,7 +119,7 @@ def speed(options: argparse.Namespace, cache: Path) -> list[dict[str, str]]:
             **{name: partial(embed, ours, pixels[:rows]) for name, ours in engines.items()},
         }
         exact = ways["transformers float32"]()
-        near = {name: cosines(way(), exact) for name, way in ways.items()}
+        near = {name: cosine(way(), exact) for name, way in ways.items()}
         table += compare(in_turns(ways, options.seconds), rows, near, loads)
     return table
 
@@ -194,7 +187,7 @@ def accuracy(options: argparse.Namespace, cache: Path) -> list[dict[str, str]]:
         exact = embeddings if exact is None else exact
         best = zero_shot.top_k(zero_shot.cosine(embeddings, classes), 1)[:, 0]
         top1[dtype] = float((best == labels).mean())
-        near = cosines(embeddings, exact)
+        near = cosine(embeddings, exact)
         table.append(
             {
                 **about(PACKAGES),

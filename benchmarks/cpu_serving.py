@@ -21,7 +21,7 @@ from typing import cast
 
 import numpy as np
 
-from benchmarks.common import about, synthetic_jpeg, write_csv
+from benchmarks.common import about, parse_settings, synthetic_jpeg, write_csv
 from benchmarks.load import Load, Result, first_answers, run
 from benchmarks.servers import Running, run_ours
 from siglip_serve.checkpoint import load_config
@@ -41,7 +41,7 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no pro
 def in_process(options: argparse.Namespace, jpegs: list[bytes]) -> list[Callable[[], object]]:
     """Embeds `--rows` pictures: from decoded pixels, and from files."""
     config = load_config(options.checkpoint)
-    settings = dict(setting.split("=", 1) for setting in options.setting)
+    settings = parse_settings(options.setting)
     plan = Plan(
         "cpu",
         cast(Dtype, settings.get("dtype", "auto")),
@@ -115,7 +115,7 @@ def measure(options: argparse.Namespace) -> dict[str, str]:
     width, height = (int(side) for side in options.size.split("x"))
     jpegs = [synthetic_jpeg(width, height, seed) for seed in range(options.pictures)]
     pixels, files = in_process(options, jpegs)
-    settings = dict(setting.split("=", 1) for setting in options.setting)
+    settings = parse_settings(options.setting)
     rounds = []
     with run_ours(options.checkpoint, "cpu", settings, 600) as server:
         expected = first_answers(server.target, jpegs)

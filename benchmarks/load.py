@@ -18,10 +18,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.common import cosine
 from benchmarks.load_clients import Client, Target, connect
 from benchmarks.machine import cpu_of, cpu_used, machine_cpu
 
-__all__ = ["Arrivals", "Load", "Record", "Result", "cosine", "first_answers", "run", "send_times", "wrong"]
+__all__ = ["Arrivals", "Load", "Record", "Result", "first_answers", "run", "send_times", "wrong"]
 
 Arrivals = Literal["poisson", "fixed"]
 
@@ -146,12 +147,6 @@ def send_times(load: Load, process: int) -> NDArray[np.float64]:
     gaps = rng.exponential(1 / share, int(until * share + 10 * np.sqrt(until * share) + 10))
     times = np.cumsum(gaps)
     return times[times < until]
-
-
-def cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Cosine of each row of one array with the same row of the other."""
-    product: NDArray[np.float32] = (a * b).sum(-1)
-    return product / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
 
 
 def wrong(answer: NDArray[np.float32] | None, expected: NDArray[np.float32]) -> bool:

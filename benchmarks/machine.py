@@ -14,9 +14,8 @@ __all__ = ["cpu_of", "cpu_used", "gpu_names", "machine_cpu"]
 
 _TICKS_PER_SECOND = 100  # of /proc/stat, the same on every Linux
 _IDLE = (3, 4)  # idle and iowait
-_OURS = (
-    7  # user, nice, system, idle, iowait, irq, softirq; what follows belongs to other guests, or is counted
-)
+# user, nice, system, idle, iowait, irq, softirq; what follows belongs to other guests, or is counted already
+_OURS = 7
 
 
 def machine_cpu() -> float:

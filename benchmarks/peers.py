@@ -19,8 +19,8 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common import about, write_csv
-from benchmarks.load import cosine, first_answers, run
+from benchmarks.common import about, cosine, parse_settings, write_csv
+from benchmarks.load import first_answers, run
 from benchmarks.load_clients import Kind
 from benchmarks.machine import gpu_names
 from benchmarks.serve_load import (
@@ -39,7 +39,7 @@ _ROOT = Path(__file__).parents[1]
 def ours(options: argparse.Namespace) -> AbstractContextManager[Running]:
     """This repository's server."""
     settings = {} if options.dtype == "auto" else {"dtype": options.dtype}
-    settings |= dict(setting.split("=", 1) for setting in options.setting)
+    settings |= parse_settings(options.setting)
     return run_ours(options.checkpoint, options.device, settings, options.start_timeout)
 
 

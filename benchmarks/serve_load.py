@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
-from benchmarks.common import about, synthetic_jpeg, write_csv
+from benchmarks.common import about, parse_settings, synthetic_jpeg, write_csv
 from benchmarks.load import Arrivals, Load, Result, first_answers, run
 from benchmarks.load_clients import Kind, Target
 from benchmarks.machine import gpu_names
@@ -155,7 +155,7 @@ def main() -> None:
     if not options.checkpoint:
         measure(options, Target(options.client, options.url, options.model))
         return
-    settings = dict(setting.split("=", 1) for setting in options.setting)
+    settings = parse_settings(options.setting)
     options.label = options.label or options.checkpoint.name
     with run_ours(options.checkpoint, "auto", settings, 600) as server:
         options.server_pid = server.pid

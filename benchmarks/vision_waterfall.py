@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks.common import GEOMETRIES, about, write_csv
+from benchmarks.common import GEOMETRIES, about, cosine, write_csv
 from siglip_serve.checkpoint import ImageConfig, VisionConfig, load_config
 from siglip_serve.engine.blocks import Levers
 from siglip_serve.engine.fused import FusedVision
@@ -163,7 +163,7 @@ def measure(
     start = time.perf_counter() - begin
     judged, expected = fidelity
     got = run_all(runner, judged)
-    cosine = (got * expected).sum(1) / np.linalg.norm(got, axis=1) / np.linalg.norm(expected, axis=1)
+    near = cosine(got, expected)
     for rows in options.rows:
         host = host_seconds(runner, pixels[:rows], rows, options.seconds)
         alone = device_seconds(runner, rows, options.seconds) if isinstance(runner, FusedVision) else None
@@ -178,8 +178,8 @@ def measure(
             "milliseconds": f"{host * 1000:.3f}",
             "device_images_per_second": f"{rows / alone:.1f}" if alone else "",
             "device_milliseconds": f"{alone * 1000:.3f}" if alone else "",
-            "cosine_min": f"{cosine.min():.7f}",
-            "cosine_mean": f"{cosine.mean():.7f}",
+            "cosine_min": f"{near.min():.7f}",
+            "cosine_mean": f"{near.mean():.7f}",
             "peak_memory_mb": f"{torch.cuda.max_memory_allocated() / 2**20:.0f}",
             "start_seconds": f"{start:.1f}",
         }

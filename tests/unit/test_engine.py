@@ -38,7 +38,7 @@ class Scarce:
     """A runner on a device with memory for so many rows: raises what torch raises beyond them."""
 
     def __init__(self, engine: VisionEngine, rows: int) -> None:
-        self.runner, self.rows, self.max_rows = engine.runner, rows, engine.max_rows
+        self.runner, self.rows, self.max_rows = engine.runner, rows, engine.runner.max_rows
         self.passes: list[int] = []
 
     def __call__(self, part: Any, /, wanted: Sequence[str]) -> Finish:

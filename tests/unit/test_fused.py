@@ -151,7 +151,7 @@ def test_more_rows_than_recorded_are_cut(config: ModelConfig, monkeypatch: pytes
     monkeypatch.setattr(Plan, "resolve", lambda plan: replace(plan, dtype="float32", backend="fused"))
     engine = VisionEngine(load_vision(config.path), config.image, Plan(max_rows=100))
     got = engine(pixels(9)).outputs["EMBEDDING"]
-    assert engine.max_rows == 4
+    assert engine.runner.max_rows == 4
     np.testing.assert_allclose(got, plain(config, pixels(9))["EMBEDDING"], rtol=1e-3, atol=1e-4)
 
 

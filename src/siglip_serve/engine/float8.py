@@ -17,6 +17,7 @@ Source: "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Tr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -50,10 +51,10 @@ class Float8Blocks:
         self.levers, self.final = levers, final
         self.offset = torch.zeros_like(final.weight)
         self.layers: list[_Layer] = []
-        for layer in layers:
-            self.layers.append(_Layer(layer, tokens, self.offset))
-            self.offset = self.layers[-1].offset_after
-            tokens = layer(tokens)
+        for block in layers:
+            layer, tokens = _quantize(block, tokens, self.offset)
+            self.layers.append(layer)
+            self.offset = layer.offset_after
         self._one = torch.ones((), device=final.weight.device)
         self._norm_scale = self._one / kernels.largest_norm_scale(len(final.weight))
 
@@ -71,24 +72,48 @@ class Float8Blocks:
         return kernels.layer_norm(x, self.offset, self.final, branch)
 
 
+@dataclass(frozen=True)
 class _Layer:
-    """The weights of one block; what the stream lacks before it is `offset1`."""
+    """The weights of one block; the offsets are what the stream lacks before its halves, and after it."""
 
-    def __init__(self, block: Block, tokens: Tensor, offset1: Tensor) -> None:
-        attention, mlp = block.self_attn, block.mlp
-        self.heads, self.eps = attention.heads, block.layer_norm1.eps
-        self.qkv = _Weight(attention.qkv_proj, _normalized(tokens, block.layer_norm1), block.layer_norm1)
-        self.w_out, _ = columns(attention.out_proj, torch.bfloat16)
-        tokens = tokens + attention(block.layer_norm1(tokens))
-        middle = mlp.fc1(block.layer_norm2(tokens)).flatten(0, 1)
-        self.middle_scale = middle.abs().max() * _HEADROOM / _LARGEST
-        self.fc1 = _Weight(mlp.fc1, _normalized(tokens, block.layer_norm2), block.layer_norm2)
-        self.fc1.divide_by(self.middle_scale)
-        self.fc2 = _Weight(mlp.fc2, F.gelu(middle, approximate="tanh"))
-        self.offset1 = offset1
-        self.offset2 = offset1 + attention.out_proj.bias
-        self.offset_after = self.offset2 + mlp.fc2.bias
-        self.fc2.bias = None  # comes with the next offset
+    heads: int
+    eps: float
+    qkv: _Weight
+    w_out: Tensor
+    fc1: _Weight
+    middle_scale: Tensor
+    fc2: _Weight
+    offset1: Tensor
+    offset2: Tensor
+    offset_after: Tensor
+
+
+def _quantize(block: Block, tokens: Tensor, offset: Tensor) -> tuple[_Layer, Tensor]:
+    """A block's weights, rounded for tokens [B, T, W] such as these; and the exact block's tokens."""
+    attention, mlp = block.self_attn, block.mlp
+    qkv = _Weight(attention.qkv_proj, _normalized(tokens, block.layer_norm1), block.layer_norm1)
+    tokens = tokens + attention(block.layer_norm1(tokens))
+    middle = mlp.fc1(block.layer_norm2(tokens))
+    middle_scale = middle.abs().max() * _HEADROOM / _LARGEST
+    fc1 = _Weight(mlp.fc1, _normalized(tokens, block.layer_norm2), block.layer_norm2)
+    fc1.divide_by(middle_scale)
+    middle = F.gelu(middle, approximate="tanh")
+    fc2 = _Weight(mlp.fc2, middle.flatten(0, 1))
+    fc2.bias = None  # comes with the next offset
+    offset2 = offset + attention.out_proj.bias
+    layer = _Layer(
+        heads=attention.heads,
+        eps=block.layer_norm1.eps,
+        qkv=qkv,
+        w_out=columns(attention.out_proj, torch.bfloat16)[0],
+        fc1=fc1,
+        middle_scale=middle_scale,
+        fc2=fc2,
+        offset1=offset,
+        offset2=offset2,
+        offset_after=offset2 + mlp.fc2.bias,
+    )
+    return layer, tokens + mlp.fc2(middle)
 
 
 class _Weight:
@@ -131,9 +156,8 @@ def round_weight(weight: Tensor, gram: Tensor) -> Tensor:
     gram = gram.double()
     gram.diagonal().add_(_DAMPING * gram.diagonal().mean() + 1e-12)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-    factor = torch.linalg.cholesky(
-        inverse, upper=True
-    ).float()  # of a column's error, what later ones take over
+    # Of a column's error, what the later ones take over.
+    factor = torch.linalg.cholesky(inverse, upper=True).float()
     factor = factor / factor.diagonal()[:, None]
     for start in range(0, weight.shape[1], _COLUMNS_AT_ONCE):
         end = min(start + _COLUMNS_AT_ONCE, weight.shape[1])
@@ -172,9 +196,8 @@ def draw_pictures(rows: int, size: int) -> NDArray[np.uint8]:
             center, half = random.uniform(0, 1, 2), random.uniform(0.03, 0.35, 2)
             down, across = np.abs(y - center[0]) / half[0], np.abs(x - center[1]) / half[1]
             disc = random.random() < 0.5
-            picture[(down**2 + across**2 < 1) if disc else (np.maximum(down, across) < 1)] = random.uniform(
-                0, 255, 3
-            )
+            inside = down**2 + across**2 < 1 if disc else np.maximum(down, across) < 1
+            picture[inside] = random.uniform(0, 255, 3)
         grain = random.normal(0, random.choice([0, 6, 15]), (size, size, 1))
         pictures[row] = np.clip(picture + grain, 0, 255)
     return pictures

@@ -47,7 +47,7 @@ class OpenVinoVision:
     """
 
     def __init__(self, tower: VisionTower, image: ImageConfig, plan: Plan) -> None:
-        self.max_rows = _VISION_ROWS
+        self.max_rows = plan.max_rows or _VISION_ROWS
         if plan.dtype == "int8":
             from siglip_serve.engine.openvino_int8 import quantize
 
@@ -79,7 +79,7 @@ class OpenVinoText:
     """Token ids -> EMBEDDING; one call at a time. Texts are not quantised: int8 is calibrated on images."""
 
     def __init__(self, tower: TextTower, plan: Plan) -> None:
-        self.max_rows = _TEXT_ROWS
+        self.max_rows = plan.max_rows or _TEXT_ROWS
         self._tower = Compiled(build_text(tower), plan)
 
     def __call__(self, ids: NDArray[np.int64], /, wanted: Sequence[str]) -> Finish:  # noqa: ARG002 - one output

@@ -24,9 +24,14 @@ class PlainVision:
     """uint8 pixels -> outputs; takes the tower over."""
 
     def __init__(
-        self, tower: VisionTower, image: ImageConfig, device: torch.device, dtype: torch.dtype
+        self,
+        tower: VisionTower,
+        image: ImageConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_rows: int = 0,
     ) -> None:
-        self.max_rows = _VISION_ROWS[device.type]
+        self.max_rows = max_rows or _VISION_ROWS[device.type]
         self.tower, self.device, self.dtype = tower, device, dtype
         _place(tower, device, dtype, self.max_rows * tower.context)
         # x * rescale, then (x - mean) / std, in the reference's order, so that float32 rounds alike.
@@ -51,8 +56,8 @@ class PlainVision:
 class PlainText:
     """Token ids -> EMBEDDING; takes the tower over."""
 
-    def __init__(self, tower: TextTower, device: torch.device, dtype: torch.dtype) -> None:
-        self.max_rows = _TEXT_ROWS[device.type]
+    def __init__(self, tower: TextTower, device: torch.device, dtype: torch.dtype, max_rows: int = 0) -> None:
+        self.max_rows = max_rows or _TEXT_ROWS[device.type]
         self.tower, self.device = tower, device
         _place(tower, device, dtype, self.max_rows * tower.context)
 

@@ -119,7 +119,6 @@ class VisionEngine:
     def __init__(self, tower: VisionTower, image: ImageConfig, plan: Plan) -> None:
         self.plan = _prepare(plan)
         self.runner = _vision_runner(tower, image, self.plan)
-        self.max_rows = _rows(self.plan, self.runner)
 
     @property
     def staging(self) -> NDArray[np.uint8] | None:
@@ -136,7 +135,7 @@ class VisionEngine:
                 PATCH_EMBEDDINGS [N, T, D] the reference's `last_hidden_state`; none is normalised.
         """
         wanted = [name for name in OUTPUTS if name in set(outputs)]
-        return in_passes(pixels, self.max_rows, lambda part: self.runner(part, wanted))
+        return in_passes(pixels, self.runner.max_rows, lambda part: self.runner(part, wanted))
 
 
 class TextEngine:
@@ -145,11 +144,10 @@ class TextEngine:
     def __init__(self, tower: TextTower, plan: Plan) -> None:
         self.plan = _prepare(plan)
         self.runner = _text_runner(tower, self.plan)
-        self.max_rows = _rows(self.plan, self.runner)
 
     def __call__(self, ids: NDArray[np.int64]) -> Batch:
         """EMBEDDING [N, P], the reference's `pooler_output`, of ids [N, T]; at least one row."""
-        return in_passes(ids, self.max_rows, lambda part: self.runner(part, ["EMBEDDING"]))
+        return in_passes(ids, self.runner.max_rows, lambda part: self.runner(part, ["EMBEDDING"]))
 
 
 def _vision_runner(tower: VisionTower, image: ImageConfig, plan: Plan) -> Runner:
@@ -163,7 +161,7 @@ def _vision_runner(tower: VisionTower, image: ImageConfig, plan: Plan) -> Runner
         from siglip_serve.engine.openvino import OpenVinoVision
 
         return OpenVinoVision(tower, image, plan)
-    return PlainVision(tower, image, torch.device(plan.device), _dtype(plan))
+    return PlainVision(tower, image, torch.device(plan.device), _dtype(plan), plan.max_rows)
 
 
 def _text_runner(tower: TextTower, plan: Plan) -> Runner:
@@ -175,7 +173,7 @@ def _text_runner(tower: TextTower, plan: Plan) -> Runner:
         from siglip_serve.engine.openvino import OpenVinoText
 
         return OpenVinoText(tower, plan)
-    return PlainText(tower, torch.device(plan.device), _dtype(plan))
+    return PlainText(tower, torch.device(plan.device), _dtype(plan), plan.max_rows)
 
 
 def _dtype(plan: Plan) -> torch.dtype:
@@ -189,9 +187,3 @@ def _prepare(plan: Plan) -> Plan:
     if plan.device != "cpu":
         torch.cuda.set_device(plan.device)
     return plan
-
-
-def _rows(plan: Plan, runner: Runner) -> int:
-    """Of a pass; more than was recorded cannot be replayed."""
-    wanted = plan.max_rows or runner.max_rows
-    return min(wanted, runner.max_rows) if plan.backend == "fused" else wanted
