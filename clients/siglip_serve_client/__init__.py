@@ -1,11 +1,14 @@
 """The client of SigLIP Serve: plain Python over gRPC, no torch."""
 
 from siglip_serve_client._client import Client
+from siglip_serve_client._team_tracker import TeamTracker, resolve_goalkeepers
+from siglip_serve_client._teams import TeamFit, Teams
 from siglip_serve_client.errors import (
     ClientError,
     DeadlineError,
     InvalidInputError,
     ServerError,
+    SharedMemoryError,
     UnavailableError,
     UnreachableError,
 )
@@ -16,6 +19,11 @@ __all__ = [
     "DeadlineError",
     "InvalidInputError",
     "ServerError",
+    "SharedMemoryError",
+    "TeamFit",
+    "TeamTracker",
+    "Teams",
     "UnavailableError",
     "UnreachableError",
+    "resolve_goalkeepers",
 ]

@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import io
-import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, Unpack
 
 import numpy as np
 import tritonclient.grpc as triton
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
-from tritonclient.utils import InferenceServerException
 
-from siglip_serve_client.errors import (
-    ClientError,
-    DeadlineError,
-    InvalidInputError,
-    ServerError,
-    UnavailableError,
-    UnreachableError,
-)
+from siglip_serve_client._shared_memory import Regions
+from siglip_serve_client._teams import Link, TeamFit, TeamImages, Teams, ask_fit, ask_teams, hint_inputs
+from siglip_serve_client._wire import Wire
+from siglip_serve_client.errors import ClientError, ServerError
 
 __all__ = ["Client"]
-
-# Seconds before an image is sent again that the server was too busy for.
-_BACK_OFF = (0.1, 0.3, 1.0, 3.0)
 
 
 class Client:
@@ -39,13 +30,21 @@ class Client:
         url: `host:port` of the gRPC endpoint.
         concurrency: requests in flight; the server batches what arrives together.
         timeout: seconds for one request.
+        shared_memory: hand raw frames over through /dev/shm; the server runs on this machine, as the same
+            user, and was started with `--shared-memory`.
     """
 
-    def __init__(self, url: str = "127.0.0.1:8001", concurrency: int = 16, timeout: float = 120.0) -> None:
-        self.url = url
+    def __init__(
+        self,
+        url: str = "127.0.0.1:8001",
+        concurrency: int = 16,
+        timeout: float = 120.0,
+        *,
+        shared_memory: bool = False,
+    ) -> None:
         self.concurrency = concurrency
-        self.timeout = timeout
-        self._triton = triton.InferenceServerClient(url)
+        wire = Wire(url, timeout)
+        self._link = Link(wire, Regions(wire) if shared_memory else None)
 
     def __enter__(self) -> Self:
         return self
@@ -56,8 +55,8 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connection."""
-        self._triton.close()
+        """Remove what lies in shared memory, and close the connection."""
+        self._link.close()
 
     def embed_image(self, image: bytes | Path, normalized: bool = False) -> NDArray[np.float32]:
         """The embedding [D] float32 of one image, given as the bytes or the path of an image file.
@@ -72,19 +71,8 @@ class Client:
         tensor = triton.InferInput("INPUT_IMAGE", [1, 1], "BYTES")
         tensor.set_data_from_numpy(np.array([[data]], dtype=np.object_))
         parameters = {"normalized": True} if normalized else None
-        for pause in (*_BACK_OFF, None):
-            try:
-                result = self._triton.infer(
-                    "embed_image", [tensor], parameters=parameters, client_timeout=self.timeout
-                )
-            except InferenceServerException as error:
-                translated = _translate(error, self.url)
-                if pause is None or type(translated) is not UnavailableError:
-                    raise translated from error
-                time.sleep(pause)
-            else:
-                return np.asarray(result.as_numpy("EMBEDDING")[0])
-        raise AssertionError("the last attempt returns or raises")
+        result = self._link.wire.infer("embed_image", [tensor], parameters)
+        return np.asarray(result.as_numpy("EMBEDDING")[0])
 
     def embed_images(
         self, images: Iterable[bytes | Path], normalized: bool = False
@@ -105,6 +93,55 @@ class Client:
             finally:
                 for waiting in window:
                     waiting.cancel()
+
+    def fit_teams(
+        self,
+        *,
+        track_ids: ArrayLike | None = None,
+        roles: Sequence[str] | None = None,
+        anchors: ArrayLike | None = None,
+        prev_state: bytes | None = None,
+        k: int = 2,
+        **images: Unpack[TeamImages],
+    ) -> TeamFit:
+        """Find the teams in N pictures of football players.
+
+        60 crops of 10 players or more, over several frames, make a good fit; 8 are the least.
+
+        Args:
+            track_ids: [N] whole numbers; crops of one number show one player, negative ones are unknown.
+                They improve a fit much.
+            roles: [N] of "player", "goalkeeper", "referee"; "" is a player. Only players are clustered.
+            anchors: [N], the team that a crop is known to be, -1 where it is not: decides the teams' ids.
+            prev_state: of an earlier fit, whose teams keep their ids.
+            k: how many teams.
+            **images: `crops=`, a sequence of N encoded images (bytes), `pathlib.Path`s, PIL images or uint8
+                arrays [H, W] or [H, W, 1, 3 or 4]; or `frame=`, one such image, and `boxes=`, [N, 4] of
+                x0, y0, x1, y1 in its pixels. With arrays of colours also `color_order=`, "RGB" or "BGR"
+                (OpenCV).
+                PIL images and arrays reach the server without loss.
+
+        Raises:
+            InvalidInputError: what the server refuses; its message names the crop.
+            UnavailableError, ServerError: as the server answers.
+            SharedMemoryError: the frame cannot go through shared memory as `shared_memory=True` asks.
+            OSError: a path cannot be read.
+            TypeError, ValueError: arguments that do not belong together, or of the wrong kind.
+        """
+        hints = hint_inputs(track_ids=track_ids, roles=roles, anchors=anchors, prev_state=prev_state, k=k)
+        return ask_fit(self._link, images, hints)
+
+    def classify_teams(self, *, state: bytes, **images: Unpack[TeamImages]) -> Teams:
+        """The teams of N pictures of football players; N may be 0.
+
+        Args:
+            state: of a fit.
+            **images: `crops=`, or `frame=` and `boxes=`, and `color_order=`, as for `fit_teams`.
+
+        Raises:
+            ClientError, OSError, TypeError, ValueError: as for `fit_teams`.
+        """
+        return ask_teams(self._link, images, state)
 
     def check_health(self) -> int:
         """Embed a small picture; the width of the embedding.
@@ -127,16 +164,3 @@ def _outcome(future: Future[NDArray[np.float32]]) -> NDArray[np.float32] | Clien
         return future.result()
     except (ClientError, OSError) as error:
         return error
-
-
-def _translate(error: InferenceServerException, url: str) -> ClientError:
-    status, message = str(error.status() or ""), str(error.message() or error)
-    if status.endswith("INVALID_ARGUMENT"):
-        return InvalidInputError(message)
-    if status.endswith("UNAVAILABLE"):
-        if "connect" in message.lower():
-            return UnreachableError(f"no server answers at {url}")
-        return UnavailableError(message)
-    if status.endswith("DEADLINE_EXCEEDED"):
-        return DeadlineError(f"{url} did not answer in time")
-    return ServerError(f"{status or 'no status'}: {message}")

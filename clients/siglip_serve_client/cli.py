@@ -1,4 +1,4 @@
-"""The command `siglip-serve`: serve, embed, health."""
+"""The command `siglip-serve`: serve, embed, teams, health."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from siglip_serve_client import Client, ClientError, UnavailableError, UnreachableError
+from siglip_serve_client._teams_command import add_teams
 
 __all__ = ["main"]
 
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("serve", help="run the server")  # its options are the server's own, see below
     _add_embed(commands)
+    _add_url(add_teams(commands))
     _add_health(commands)
     words = sys.argv[1:] if arguments is None else list(arguments)
     if words[:1] == ["serve"]:

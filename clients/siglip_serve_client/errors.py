@@ -5,7 +5,8 @@ ClientError
 ├── UnavailableError     the server cannot serve it now; a retry may help
 │   ├── DeadlineError    it did not answer in time
 │   └── UnreachableError nobody answers at the address
-└── ServerError          the server failed (any other status)
+├── ServerError          the server failed (any other status)
+└── SharedMemoryError    a frame cannot reach the server through shared memory; the message says why
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ __all__ = [
     "DeadlineError",
     "InvalidInputError",
     "ServerError",
+    "SharedMemoryError",
     "UnavailableError",
     "UnreachableError",
 ]
@@ -42,3 +44,7 @@ class UnreachableError(UnavailableError):
 
 class ServerError(ClientError):
     """The server failed."""
+
+
+class SharedMemoryError(ClientError):
+    """A frame cannot reach the server through shared memory."""

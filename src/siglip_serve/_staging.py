@@ -12,8 +12,9 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
@@ -21,13 +22,26 @@ from tritonclient.grpc import model_config_pb2
 from siglip_serve.config import available_cores
 from siglip_serve.errors import ServerStartError
 
-__all__ = ["Stage"]
+__all__ = ["Stage", "Tower"]
 
 _NAME = "siglip-serve-"
 _SHM = Path("/dev/shm")
 _MOST_PROCESSES = 32
 
-Dims = Mapping[str, Sequence[int]]
+Config = Any  # model_config_pb2.ModelConfig, whose module has no types
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A checkpoint as the configurations of its models show it.
+
+    Attributes:
+        identity: parameters that a Python model gets, unless its configuration has them.
+        dims: dimensions by tensor name, where a configuration leaves them to the checkpoint.
+    """
+
+    identity: Mapping[str, str]
+    dims: Mapping[str, Sequence[int]]
 
 
 class Stage:
@@ -56,27 +70,28 @@ class Stage:
         self.shm_prefix = f"{self.root.name}-"
         self._backends = self.root / "backends"
 
-    def fill(self, identity: Mapping[str, str], dims: Dims, decoders: int) -> list[str]:
+    def fill(self, towers: Mapping[str, Tower], decoders: int, wanted: Sequence[str] = ()) -> list[str]:
         """Link every model of the repository and write its configuration.
 
         Args:
-            identity: parameters that every Python model gets, unless its configuration has them.
-            dims: dimensions by tensor name, where a configuration leaves them to the checkpoint.
+            towers: by the value of a model's parameter `tower`; `main` is for those that have none.
             decoders: processes of a CPU model with several of them; 0 fits them to the cores.
+            wanted: models to serve, with the steps that they are made of; all, if none is named.
 
         Returns:
             The models' names.
         """
         self.empty.mkdir()
-        names = []
-        for source in sorted(self.repository.iterdir()):
-            if (source / "config.pbtxt").is_file():
-                self._stage_model(source, identity, dims, decoders)
-                names.append(source.name)
-        if not names:
+        configs = {
+            file.parent.name: self._read(file.parent) for file in self.repository.glob("*/config.pbtxt")
+        }
+        if not configs:
             raise ServerStartError(
                 f"model repository {str(self.repository)!r}: no <model>/config.pbtxt in it"
             )
+        names = _with_steps(configs, wanted or list(configs))
+        for name in names:
+            self._stage_model(self.repository / name, configs[name], towers, decoders)
         return names
 
     def change(self, model: str) -> None:
@@ -114,7 +129,19 @@ class Stage:
         present = [path for path in environment.get("LD_LIBRARY_PATH", "").split(os.pathsep) if path]
         return {"LD_LIBRARY_PATH": os.pathsep.join([*map(str, folders), *present])}
 
-    def _stage_model(self, source: Path, identity: Mapping[str, str], dims: Dims, decoders: int) -> None:
+    def _read(self, source: Path) -> Config:
+        """A model's configuration: its variant for the device, if it has one."""
+        variant = source / "configs" / f"{self.device}.pbtxt"
+        chosen = variant if variant.is_file() else source / "config.pbtxt"
+        try:
+            config: Config = text_format.Parse(
+                chosen.read_text(encoding="utf-8"), model_config_pb2.ModelConfig()
+            )
+        except text_format.ParseError as error:
+            raise ServerStartError(f"{chosen}: {error}") from error
+        return config
+
+    def _stage_model(self, source: Path, config: Config, towers: Mapping[str, Tower], decoders: int) -> None:
         target = self.models / source.name
         target.mkdir(parents=True)
         for entry in source.iterdir():
@@ -124,18 +151,13 @@ class Stage:
                     (target / entry.name / file.name).symlink_to(file)
             elif entry.name not in {"config.pbtxt", "configs"}:
                 (target / entry.name).symlink_to(entry)
-        variant = source / "configs" / f"{self.device}.pbtxt"
-        chosen = variant if variant.is_file() else source / "config.pbtxt"
-        try:
-            config = text_format.Parse(chosen.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
-        except text_format.ParseError as error:
-            raise ServerStartError(f"{chosen}: {error}") from error
         config.name = source.name
+        tower = towers[config.parameters["tower"].string_value if "tower" in config.parameters else "main"]
         if config.max_batch_size:
             for tensor in [*config.input, *config.output]:
-                tensor.dims[:] = dims.get(tensor.name, tensor.dims)
+                tensor.dims[:] = tower.dims.get(tensor.name, tensor.dims)
         if config.backend == "python":
-            for name, value in identity.items():
+            for name, value in tower.identity.items():
                 if name not in config.parameters:
                     config.parameters[name].string_value = value
             for group in config.instance_group:
@@ -161,6 +183,22 @@ class Stage:
         for entry in [*(server / "backends/python").iterdir(), stub]:
             if entry.name != "__pycache__":
                 (target / entry.name).symlink_to(entry)
+
+
+def _with_steps(configs: Mapping[str, Config], wanted: Sequence[str]) -> list[str]:
+    """The wanted models and all that they are made of, in order of their names."""
+    found: set[str] = set()
+    left = list(wanted)
+    while left:
+        name = left.pop()
+        if name not in configs:
+            raise ServerStartError(
+                f"model {name!r}: not in the repository; it has {', '.join(sorted(configs))}"
+            )
+        if name not in found:
+            found.add(name)
+            left += [step.model_name for step in configs[name].ensemble_scheduling.step]
+    return sorted(found)
 
 
 def _pytriton() -> Path | None:

@@ -7,6 +7,7 @@ JSON files. Values that a `config.json` leaves out are the reference's own defau
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ __all__ = [
     "ModelConfig",
     "TextConfig",
     "VisionConfig",
+    "fingerprint",
     "load_config",
     "load_tensors",
     "read_json",
@@ -33,6 +35,8 @@ __all__ = [
 
 _T = TypeVar("_T")
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt"]
+# Of each weight file, for its fingerprint: the header, and blocks spread over the rest.
+_SAMPLES, _SAMPLE_BYTES = 64, 16_384
 _RESAMPLING: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}
 
 
@@ -237,6 +241,23 @@ def load_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from error
     return tensors
+
+
+def fingerprint(path: Path) -> str:
+    """16 hexadecimal digits that tell a checkpoint's weights from others, from samples of its files.
+
+    Raises:
+        CheckpointError: there is no weight file.
+    """
+    found = hashlib.sha256()
+    for file in _weight_files(path):
+        size = file.stat().st_size
+        found.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as weights:
+            for part in range(_SAMPLES):
+                weights.seek(part * max(size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))
+                found.update(weights.read(_SAMPLE_BYTES))
+    return found.hexdigest()[:16]
 
 
 def _weight_files(path: Path) -> list[Path]:

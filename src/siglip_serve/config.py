@@ -23,6 +23,8 @@ __all__ = [
     "Dtype",
     "PreprocessMode",
     "Settings",
+    "TeamReducer",
+    "Tower",
     "available_cores",
     "fastest_dtype",
     "load_settings",
@@ -37,6 +39,8 @@ START_REFUSED = "siglip-serve cannot start: "
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float8", "int8"]
 Backend = Literal["auto", "torch", "openvino", "fused"]
 PreprocessMode = Literal["fast", "pil"]
+TeamReducer = Literal["pca", "none", "umap"]
+Tower = Literal["main", "teams"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,9 @@ class Settings:
 
     checkpoint: str = field(
         metadata={"help": "Hugging Face directory or hub id; owner/name@revision pins the revision"}
+    )
+    tower: Tower = field(
+        default="main", metadata={"help": "which checkpoint a model takes; only its config.pbtxt says so"}
     )
     checkpoint_name: str = field(default="", metadata={"help": "the checkpoint's name as clients see it"})
     checkpoint_revision: str = field(default="", metadata={"help": "its revision as clients see it"})
@@ -60,6 +67,17 @@ class Settings:
     cache: str = field(
         default="",
         metadata={"help": "folder that keeps the int8 model between starts; default: ~/.cache/siglip-serve"},
+    )
+    teams_checkpoint: str = field(
+        default="",
+        metadata={"help": "checkpoint whose image tower tells teams apart; default: the one of --checkpoint"},
+    )
+    jersey_region: str = field(
+        default="0.25,0.2,0.75,0.5",
+        metadata={"help": "left, top, right, bottom of the jersey, as parts of a player's box"},
+    )
+    team_reducer: TeamReducer = field(
+        default="pca", metadata={"help": "in which coordinates teams are looked for; umap: needs umap-learn"}
     )
     preprocess: PreprocessMode = field(
         default="fast",
@@ -88,6 +106,11 @@ class Settings:
     embed_models: str = field(
         default="siglip_vision", metadata={"help": "values that the request parameter embed_model may take"}
     )
+
+    @property
+    def own_checkpoint(self) -> str:
+        """The checkpoint that the model with these settings takes."""
+        return (self.tower == "teams" and self.teams_checkpoint) or self.checkpoint
 
 
 def load_settings(

@@ -7,6 +7,7 @@
     ├── InvalidInputError        the request is at fault: INVALID_ARGUMENT / 400
     │   ├── ImageError           not a decodable image
     │   ├── ImageTooLargeError   more bytes or pixels than the limits allow
+    │   ├── StateError           not a team state, or one of other embeddings
     │   └── TextError            not a usable text
     └── UnavailableError         the server cannot serve it now, a retry may help: UNAVAILABLE / 503
         └── DeviceMemoryError    not even one row fits into the device's memory
@@ -27,6 +28,7 @@ __all__ = [
     "ServerStartError",
     "SettingsError",
     "SiglipServeError",
+    "StateError",
     "TextError",
     "UnavailableError",
 ]
@@ -63,6 +65,10 @@ class ImageError(InvalidInputError):
 
 class ImageTooLargeError(InvalidInputError):
     """The image has more bytes or pixels than the limits allow."""
+
+
+class StateError(InvalidInputError):
+    """The bytes are not a team state, or one that was fitted to other embeddings."""
 
 
 class TextError(InvalidInputError):

@@ -33,6 +33,7 @@ from siglip_serve.tokenizer import decode_text, load_tokenizer
 
 if TYPE_CHECKING:
     from siglip_serve.engine import Batch, Plan
+    from siglip_serve.preprocess import ImageLimits, Preprocessor
 
 # Read by torch's OpenMP when torch is first imported, which is later than here. Threads that spin while
 # they wait take the cores from the other model processes: five times the throughput on two cores.
@@ -49,6 +50,7 @@ __all__ = [
     "TextEmbedder",
     "TextTokenizer",
     "VisionEmbedder",
+    "image_reader",
 ]
 
 
@@ -56,21 +58,11 @@ class ImageReader:
     """`siglip_vision_process`: INPUT_IMAGE [n, 1] BYTES -> PIXEL_VALUES [n, S, S, 3] UINT8."""
 
     def __init__(self, context: Context) -> None:
-        from PIL import AvifImagePlugin, Image
+        from siglip_serve.preprocess import decode_base64
 
-        from siglip_serve.preprocess import ImageLimits, Preprocessor, decode_base64
-
-        settings = context.settings
-        if settings.preprocess == "fast":
-            import torch
-
-            torch.set_num_threads(1)  # the other cores belong to the other instances
-        AvifImagePlugin.DEFAULT_MAX_THREADS = 1
-        Image.MAX_IMAGE_PIXELS = None  # our own limit stands in its place, at the same point: the header
-        limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
-        self._preprocess = Preprocessor(context.config.image, settings.preprocess, limits)
+        self._preprocess, limits = image_reader(context)
         self._decode_base64 = partial(decode_base64, limits=limits)
-        self._embed_models = settings.embed_models
+        self._embed_models = context.settings.embed_models
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request."""
@@ -86,8 +78,25 @@ class ImageReader:
         return {"PIXEL_VALUES": map_rows("INPUT_IMAGE", request.strings("INPUT_IMAGE"), pixels)}
 
 
+def image_reader(context: Context) -> tuple[Preprocessor, ImageLimits]:
+    """What reads images in a model process of its own, and within which limits."""
+    from PIL import AvifImagePlugin, Image
+
+    from siglip_serve.preprocess import ImageLimits, Preprocessor
+
+    settings = context.settings
+    if settings.preprocess == "fast":
+        import torch
+
+        torch.set_num_threads(1)  # the other cores belong to the other instances
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+    Image.MAX_IMAGE_PIXELS = None  # our own limit stands in its place, at the same point: the header
+    limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
+    return Preprocessor(context.config.image, settings.preprocess, limits), limits
+
+
 class VisionEmbedder:
-    """`siglip_vision_model`: PIXEL_VALUES -> the outputs that each request asks for.
+    """`siglip_vision_model`, `siglip_base_model`: PIXEL_VALUES -> the outputs that each request asks for.
 
     With the parameter `normalized`, vectors have unit length.
     """
@@ -103,7 +112,7 @@ class VisionEmbedder:
             # The first pass allocates and chooses kernels: not at a caller's expense.
             self._engine(np.zeros((1, *self._shape), dtype=np.uint8)).rows(0, 1)
         self._buffer = RowBuffer(self._engine.staging)
-        self._computed = RowCounter("siglip_vision_model")
+        self._computed = RowCounter(context.model)
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request; their rows are computed together."""
@@ -172,7 +181,7 @@ class TextEmbedder:
         self._vocabulary, self._width = config.text.vocab_size, config.text.projection_size
         self._known = _Cache(settings.text_cache_rows)
         self._buffer = RowBuffer()
-        self._computed = RowCounter("siglip_text_model")
+        self._computed = RowCounter(context.model)
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request; their rows are computed together."""

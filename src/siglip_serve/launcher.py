@@ -38,7 +38,7 @@ import psutil
 from PIL import Image
 
 from siglip_serve import checkpoint
-from siglip_serve._staging import Stage
+from siglip_serve._staging import Stage, Tower
 from siglip_serve._watcher import Watcher
 from siglip_serve.config import PREFIX, START_REFUSED, Settings, fastest_dtype, load_settings
 from siglip_serve.errors import ServerStartError
@@ -46,7 +46,8 @@ from siglip_serve.errors import ServerStartError
 __all__ = ["ServeOptions", "TritonServer"]
 
 _KEY_HEADER = "siglip-serve-key"
-_CLOSED_APIS = "model-repository,shared-memory,logging,trace"
+_FRONT = "embed_image"  # tells whether a start was one
+_CLOSED_APIS = ("model-repository", "shared-memory", "logging", "trace")
 # A proxy that the environment names is not for addresses of this machine.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _CAPABILITY_MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
@@ -57,8 +58,9 @@ _KEEP_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20),
     "MALLOC_TOP_PAD_": str(4 * 2**20),
 }
+_CHECKPOINTS = (f"{PREFIX}CHECKPOINT", f"{PREFIX}TEAMS_CHECKPOINT")
 _FOLDERS = (f"{PREFIX}CACHE", f"{PREFIX}CALIBRATION")
-_FORWARDED_HEADERS = "(?i)^(normalized|base64_encoded|embed_model|truncation)$"
+_FORWARDED_HEADERS = "(?i)^(normalized|base64_encoded|color_order|embed_model|truncation)$"
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ class ServeOptions:
         device: `auto` takes CUDA GPUs if there are any.
         host: IPv4 address to bind, or a name that has one.
         http_port, grpc_port, metrics_port: 0 chooses a free one.
+        models: what to serve, with the steps of each; all of the repository, if none is named.
         settings: further settings by name (`siglip_serve.config.Settings`), as strings.
+        shared_memory: let clients on this machine pass tensors through system shared memory.
         log_file: where the server's log goes; default: `~/.local/state/siglip-serve/<HTTP port>.log`.
         start_timeout: seconds until a start counts as failed.
     """
@@ -83,6 +87,8 @@ class ServeOptions:
     http_port: int = 0
     grpc_port: int = 0
     metrics_port: int = 0
+    models: tuple[str, ...] = ()
+    shared_memory: bool = False
     settings: Mapping[str, str] = field(default_factory=dict)
     log_file: Path | None = None
     start_timeout: float = 600.0
@@ -154,19 +160,19 @@ class TritonServer:
         if self._process is not None:
             raise ServerStartError("the server runs already")
         options = self.options
-        path = checkpoint.resolve(options.checkpoint)
-        config = checkpoint.load_config(path)
-        self.width = config.vision.hidden_size
-        settings = load_settings(self._settings(path))  # a typo ends the start here, before anything runs
+        given = self._given()
+        settings = load_settings(given)  # a typo ends the start here, before anything runs
+        towers = {"main": self._tower(settings, settings.checkpoint)}
+        towers["teams"] = self._tower(settings, settings.teams_checkpoint or settings.checkpoint)
+        self.width = towers["main"].dims["EMBEDDING"][0]
         self._stage = stage = Stage(options.model_repository, self.device)
         try:
-            self.models = stage.fill(
-                self._identity(settings), checkpoint.tensor_dims(config), settings.decoders
-            )
+            self.models = stage.fill(towers, settings.decoders, options.models)
             self.log_file = _open_log(options.log_file, self.http_port)
-            self._process = self._spawner.submit(self._spawn, stage, path).result()
+            self._process = self._spawner.submit(self._spawn, stage, _resolved(given)).result()
             self._wait_until_ready()
-            self._infer()
+            if _FRONT in self.models:
+                self._infer()
             self._watcher = Watcher(self._process.pid, self.models, self._load, self.log_file)
             self._watcher.start()
         except BaseException:
@@ -195,11 +201,11 @@ class TritonServer:
             raise ServerStartError("the server is not running")
         return self._process.wait()
 
-    def _spawn(self, stage: Stage, path: Path) -> subprocess.Popen[bytes]:
+    def _spawn(self, stage: Stage, settings: Mapping[str, str]) -> subprocess.Popen[bytes]:
         with self.log_file.open("ab") as log:  # to append: the watcher writes there too
             return subprocess.Popen(
                 self._command(stage),
-                env=self._environment(stage, path),
+                env=self._environment(stage, settings),
                 cwd=stage.empty,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -208,7 +214,8 @@ class TritonServer:
             )
 
     def _command(self, stage: Stage) -> list[str]:
-        closed = f"{_CLOSED_APIS}:{_KEY_HEADER}={self._key}"
+        apis = [api for api in _CLOSED_APIS if api != "shared-memory" or not self.options.shared_memory]
+        closed = f"{','.join(apis)}:{_KEY_HEADER}={self._key}"
         command = [
             *stage.server_command(),
             f"--model-repository={stage.models}",
@@ -232,31 +239,29 @@ class TritonServer:
         # If the launcher is killed outright, the kernel asks the server to stop.
         return [setpriv, "--pdeathsig", "TERM", "--", *command] if setpriv else command
 
-    def _environment(self, stage: Stage, path: Path) -> dict[str, str]:
-        environment = {**_KEEP_MEMORY, **self._settings(path)}
+    def _environment(self, stage: Stage, settings: Mapping[str, str]) -> dict[str, str]:
+        environment = {**_KEEP_MEMORY, **settings}
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
         environment["PYTHONUNBUFFERED"] = "1"
         return environment | stage.library_path(environment)
 
-    def _identity(self, settings: Settings) -> dict[str, str]:
-        """What is served, as clients can read it in the model configurations."""
-        path = Path(settings.checkpoint)
+    def _tower(self, settings: Settings, named: str) -> Tower:
+        """A checkpoint, as named by the operator, as clients can read it in the model configurations."""
+        path = checkpoint.resolve(named)
         hub = path.parent.name == "snapshots"
         dtype = settings.dtype
-        return {
-            "checkpoint_name": self.options.checkpoint.partition("@")[0] if hub else path.name,
+        identity = {
+            "checkpoint_name": named.partition("@")[0] if hub else path.name,
             "checkpoint_revision": path.name if hub else "local",
             "dtype": fastest_dtype(self._gpu_capability) if dtype == "auto" else dtype,
             "preprocess": settings.preprocess,
         }
+        return Tower(identity, checkpoint.tensor_dims(checkpoint.load_config(path)))
 
-    def _settings(self, path: Path) -> dict[str, str]:
+    def _given(self) -> dict[str, str]:
+        """The environment, and over it the settings of this start."""
         given = {f"{PREFIX}{name.upper()}": value for name, value in self.options.settings.items()}
-        given = {**os.environ, **given, f"{PREFIX}CHECKPOINT": str(path)}
-        for name in _FOLDERS:  # the models run in a folder of their own
-            if given.get(name):
-                given[name] = str(Path(given[name]).absolute())
-        return given
+        return {**os.environ, **given, f"{PREFIX}CHECKPOINT": self.options.checkpoint}
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self.options.start_timeout
@@ -276,7 +281,7 @@ class TritonServer:
         Image.new("RGB", (16, 16), (90, 120, 60)).save(picture, "PNG")
         headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": "0"}
         try:
-            self._call("/v2/models/embed_image/infer", picture.getvalue(), headers, timeout=300)
+            self._call(f"/v2/models/{_FRONT}/infer", picture.getvalue(), headers, timeout=300)
         except (OSError, http.client.HTTPException) as error:
             reason = error.read().decode(errors="replace") if isinstance(error, HTTPError) else str(error)
             raise ServerStartError(f"the first inference failed: {reason}\n{_tail(self.log_file)}") from error
@@ -296,6 +301,18 @@ class TritonServer:
         request = urllib.request.Request(f"http://{self.http_url}{path}", data, dict(headers or {}))
         with _OPENER.open(request, timeout=timeout) as response:
             return bytes(response.read())
+
+
+def _resolved(settings: Mapping[str, str]) -> dict[str, str]:
+    """The same with directories for checkpoints, and whole paths: the models run in a folder of their own."""
+    resolved = dict(settings)
+    for name in _CHECKPOINTS:
+        if resolved.get(name):
+            resolved[name] = str(checkpoint.resolve(resolved[name]))
+    for name in _FOLDERS:
+        if resolved.get(name):
+            resolved[name] = str(Path(resolved[name]).absolute())
+    return resolved
 
 
 def _numeric(host: str) -> str:

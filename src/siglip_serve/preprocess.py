@@ -37,7 +37,7 @@ from PIL import (
 from siglip_serve.checkpoint import ImageConfig
 from siglip_serve.errors import ImageError, ImageTooLargeError, InvalidInputError, SettingsError
 
-__all__ = ["ImageLimits", "Mode", "Preprocessor", "decode_base64"]
+__all__ = ["ImageLimits", "Mode", "Pixels", "Preprocessor", "decode_base64"]
 
 Mode = Literal["fast", "pil"]
 Pixels = NDArray[np.uint8]
@@ -122,6 +122,9 @@ class Preprocessor:
 
     Safe to call from several threads. `fast` mode needs torch and simplejpeg, `pil` mode neither.
 
+    Attributes:
+        size: S, the side of the pixels.
+
     Raises:
         SettingsError: `mode` is neither `fast` nor `pil`.
     """
@@ -135,7 +138,7 @@ class Preprocessor:
             # Here, and not with the first image: torch takes seconds, and what is missing stops the start.
             import_module("simplejpeg")
             import_module("torch")
-        self._size = image.size
+        self.size = image.size
         self._resample = image.resample
         self._mode = mode
         self._limits = limits
@@ -153,10 +156,20 @@ class Preprocessor:
             ImageError: not a decodable image.
             ImageTooLargeError: more bytes or pixels than the limits allow.
         """
+        return self.resize(self.decode(data))
+
+    def decode(self, data: bytes) -> Pixels:
+        """The file's first frame, upright, on white: uint8 RGB `[H, W, 3]`; errors as for a call."""
         kind = _identify(data, self._limits)
         if self._mode == "pil":
-            return _resize_with_pil(_decode_with_pil(data, kind, self._limits), self._size, self._resample)
-        return _resize_with_torch(_decode_fast(data, kind, self._limits), self._size, self._resample)
+            return np.array(_decode_with_pil(data, kind, self._limits))
+        return _decode_fast(data, kind, self._limits)
+
+    def resize(self, pixels: Pixels) -> Pixels:
+        """uint8 RGB `[H, W, 3]` -> `[S, S, 3]`, contiguous, whatever the aspect."""
+        if self._mode == "pil":
+            return _resize_with_pil(pixels, self.size, self._resample)
+        return _resize_with_torch(pixels, self.size, self._resample)
 
 
 def decode_base64(data: bytes, limits: ImageLimits = _DEFAULT_LIMITS) -> bytes:
@@ -300,9 +313,9 @@ def _scale_to_8_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey)
 
 
-def _resize_with_pil(image: Image.Image, size: int, resample: Literal["bilinear", "bicubic"]) -> Pixels:
-    """uint8 `[size, size, 3]` of an RGB image, by the resize that transformers' PIL processor uses."""
-    return np.array(image.resize((size, size), Image.Resampling[resample.upper()]))
+def _resize_with_pil(pixels: Pixels, size: int, resample: Literal["bilinear", "bicubic"]) -> Pixels:
+    """uint8 `[size, size, 3]` of uint8 `[H, W, 3]`, by the resize that transformers' PIL processor uses."""
+    return np.array(Image.fromarray(pixels).resize((size, size), Image.Resampling[resample.upper()]))
 
 
 def _resize_with_torch(pixels: Pixels, size: int, resample: Literal["bilinear", "bicubic"]) -> Pixels:

@@ -20,9 +20,19 @@ __all__ = ["main"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Chosen by the launcher itself.
-_NOT_OPTIONS = {"checkpoint_name", "checkpoint_revision"}
+_NOT_OPTIONS = {"tower", "checkpoint_name", "checkpoint_revision"}
 # Options of the command that go to the launcher as they are.
-_OWN = {"model_repository", "device", "host", "http_port", "grpc_port", "metrics_port", "log_file"}
+_OWN = {
+    "model_repository",
+    "device",
+    "models",
+    "shared_memory",
+    "host",
+    "http_port",
+    "grpc_port",
+    "metrics_port",
+    "log_file",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,6 +91,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--metrics-port", type=int, default=8002, help="default: %(default)s; 0: any free one")
     add("--log-file", type=Path, default=None, help="default: ~/.local/state/siglip-serve/<HTTP port>.log")
     add("--sample-image", type=Path, default=Path("photo.jpg"), help="picture named in the printed example")
+    add(
+        "--models",
+        type=lambda text: tuple(name.strip() for name in text.split(",") if name.strip()),
+        default=(),
+        metavar="NAME,...",
+        help="serve only these, with the steps of each; default: all of the repository",
+    )
+    add(
+        "--shared-memory",
+        action="store_true",
+        help="let clients on this machine pass tensors through system shared memory",
+    )
     settings = parser.add_argument_group("settings")
     for setting in fields(Settings):
         if setting.name not in _NOT_OPTIONS:
@@ -121,10 +143,16 @@ def _announce(server: TritonServer, seconds: float, sample: Path) -> None:
   metrics  http://{server.address}:{server.metrics_port}/metrics
   log      {server.log_file}
   models   {", ".join(server.models)}
-Try it:
+{_example(server, sample)}Ctrl-C stops it.""",
+        flush=True,
+    )
+
+
+def _example(server: TritonServer, sample: Path) -> str:
+    if "embed_image" not in server.models:
+        return ""
+    return f"""Try it:
   curl -s --data-binary @{sample} -H 'Content-Type: application/octet-stream' \\
     -H 'Inference-Header-Content-Length: 0' http://{server.http_url}/v2/models/embed_image/infer \\
     | tail -c {4 * server.width} | od -v -A n -t f4
-Ctrl-C stops it.""",
-        flush=True,
-    )
+"""

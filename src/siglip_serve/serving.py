@@ -42,7 +42,9 @@ __all__ = [
 
 
 # One vocabulary for all models, since the steps of an ensemble all see the request's parameters.
-_PARAMETERS = frozenset({"base64_encoded", "embed_model", "normalized", "softmax", "truncation"})
+_PARAMETERS = frozenset(
+    {"base64_encoded", "color_order", "embed_model", "normalized", "softmax", "truncation"}
+)
 
 _LONGEST_REMEMBERED = 256
 
@@ -60,13 +62,15 @@ class Context:
 
     Attributes:
         settings: from the environment and the model's parameters.
-        config: the checkpoint's JSON files.
+        config: the JSON files of the checkpoint that this model takes.
         device: `cpu`, or `cuda:<index>` as Triton placed the instance.
+        model: its name in the repository.
     """
 
     settings: Settings
     config: ModelConfig
     device: str
+    model: str
 
 
 def open_context(args: Mapping[str, str]) -> Context:
@@ -77,7 +81,8 @@ def open_context(args: Mapping[str, str]) -> Context:
     """
     settings, config = _read(json.loads(args["model_config"]))
     gpu = args["model_instance_kind"] == "GPU"
-    return Context(settings, config, f"cuda:{args['model_instance_device_id']}" if gpu else "cpu")
+    device = f"cuda:{args['model_instance_device_id']}" if gpu else "cpu"
+    return Context(settings, config, device, args["model_name"])
 
 
 def fill_dims(model: Any) -> Any:
@@ -102,7 +107,7 @@ def _read(model_config: Mapping[str, Any]) -> tuple[Settings, ModelConfig]:
     parameters = {key: value["string_value"] for key, value in model_config.get("parameters", {}).items()}
     with readable_start():
         settings = load_settings(parameters=parameters)
-        return settings, checkpoint.load_config(checkpoint.resolve(settings.checkpoint))
+        return settings, checkpoint.load_config(checkpoint.resolve(settings.own_checkpoint))
 
 
 @contextmanager
@@ -177,15 +182,35 @@ class Request:
             raise InvalidInputError(f"{name}: got shape {list(array.shape)}, expected [rows, 1]")
         return [bytes(row) for row in array.reshape(-1)]
 
-    def array(self, name: str, shape: Sequence[int], dtype: Any) -> NDArray[Any]:
-        """An input of `dtype` and shape [n, *shape]."""
+    def has(self, name: str) -> bool:
+        """Whether an optional input was sent."""
+        return pb_utils.get_input_tensor_by_name(self._request, name) is not None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of an input that was sent."""
+        return tuple(pb_utils.get_input_tensor_by_name(self._request, name).shape())
+
+    def optional(self, name: str, rows: int, dtype: Any) -> NDArray[Any] | None:
+        """An optional input of `dtype` and shape [rows]; None if it was not sent."""
+        tensor = pb_utils.get_input_tensor_by_name(self._request, name)
+        if tensor is None:
+            return None
+        array: NDArray[Any] = tensor.as_numpy()
+        if array.shape != (rows,) or array.dtype != dtype:
+            raise InvalidInputError(
+                f"{name}: got {array.dtype} {list(array.shape)}, expected {np.dtype(dtype)} [{rows}]"
+            )
+        return array
+
+    def array(self, name: str, shape: Sequence[int], dtype: Any, least: int = 1) -> NDArray[Any]:
+        """An input of `dtype` and shape [n, *shape]; n is at least `least`."""
         array: NDArray[Any] = pb_utils.get_input_tensor_by_name(self._request, name).as_numpy()
         if array.shape[1:] != tuple(shape) or array.dtype != dtype:
             raise InvalidInputError(
                 f"{name}: got {array.dtype} {list(array.shape)}, "
                 f"expected {np.dtype(dtype)} {['rows', *shape]}"
             )
-        if not len(array):
+        if len(array) < least:
             raise InvalidInputError(f"{name}: no rows, expected at least one")
         return array
 
@@ -207,6 +232,10 @@ class Request:
                 f"parameter {name!r}: got {value!r}, expected one of {', '.join(allowed)}"
             )
         return str(value)
+
+    def has_parameter(self, name: str) -> bool:
+        """Whether a parameter was sent."""
+        return name in self._parameters
 
     def wanted(self) -> list[str]:
         """The outputs that the caller asked for."""
@@ -238,7 +267,7 @@ def map_rows(name: str, rows: Sequence[bytes], function: Callable[[bytes], Row])
     """
     done: list[Row] = []
     refused: list[InvalidInputError] = []
-    if not rows:
+    if not len(rows):
         raise InvalidInputError(f"{name}: no rows, expected at least one")
     for index, row in enumerate(rows):
         try:

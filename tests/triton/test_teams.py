@@ -1,0 +1,277 @@
+"""The models of the teams, through the real server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton_grpc
+import tritonclient.http as triton_http
+from images import encode
+from numpy.typing import NDArray
+from PIL import Image
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+
+from siglip_serve.launcher import TritonServer
+
+Arrays = dict[str, NDArray[Any]]
+SHIRTS = ((200, 30, 40), (240, 240, 240), (230, 210, 60), (20, 30, 60))
+
+
+def player(shirt: tuple[int, int, int], seed: int, height: int = 96) -> NDArray[np.uint8]:
+    """A figure on grass: uint8 [height, height / 2, 3]."""
+    rng = np.random.default_rng(seed)
+    crop = np.full((height, height // 2, 3), (60, 140, 60), dtype=np.float64)
+    crop[height // 20 : height // 6, height // 5 : height * 3 // 10] = (210, 170, 140)
+    crop[height // 6 : height // 2, height // 8 : height * 3 // 8] = shirt
+    if max(shirt) > 235:  # siglip-tiny reads shapes rather than colours
+        for top in range(height // 5, height // 2, 12):
+            crop[top : top + 6, height // 8 : height * 3 // 8] = (20, 20, 20)
+    crop[height // 2 : height * 9 // 10, height // 6 : height // 3] = (30, 30, 40)
+    crop = crop + rng.normal(0, 6, crop.shape)
+    return np.asarray(crop.clip(0, 255), dtype=np.uint8)
+
+
+def png(pixels: NDArray[np.uint8]) -> bytes:
+    return encode(Image.fromarray(pixels), "PNG")
+
+
+def players(count: int, shirts: tuple[int, int] = (0, 1), seed: int = 0) -> list[bytes]:
+    """Crops of two teams in turns."""
+    return [png(player(SHIRTS[shirts[i % 2]], 1000 * seed + i)) for i in range(count)]
+
+
+def strings(values: list[bytes]) -> NDArray[Any]:
+    return np.array([*values, None], dtype=np.object_)[:-1]  # an array of objects even if it is empty
+
+
+class Caller:
+    """Any model of the server over gRPC."""
+
+    module: Any = triton_grpc
+
+    def __init__(self, server: TritonServer) -> None:
+        self.client = self.module.InferenceServerClient(self.url(server))
+
+    @staticmethod
+    def url(server: TritonServer) -> str:
+        return server.grpc_url
+
+    def __call__(self, model: str, inputs: Mapping[str, Any], parameters: Any = None) -> Arrays:
+        tensors = []
+        for name, array in inputs.items():
+            kind = "BYTES" if array.dtype == np.object_ else np_to_triton_dtype(array.dtype)
+            tensors.append(self.module.InferInput(name, list(array.shape), kind))
+            tensors[-1].set_data_from_numpy(array)
+        result = self.client.infer(model, tensors, parameters=parameters)
+        answer = result.get_response()
+        named = answer["outputs"] if isinstance(answer, dict) else answer.outputs
+        names = [output["name"] if isinstance(output, dict) else output.name for output in named]
+        return {name: result.as_numpy(name) for name in names}
+
+    def fit(self, crops: list[bytes], **hints: Any) -> Arrays:
+        return self("fit_teams", {"CROPS": strings(crops), **hints})
+
+    def classify(self, crops: list[bytes], state: bytes) -> Arrays:
+        return self("classify_teams", {"CROPS": strings(crops), "STATE": strings([state])})
+
+
+class HttpCaller(Caller):
+    """The same over HTTP."""
+
+    module: Any = triton_http
+
+    @staticmethod
+    def url(server: TritonServer) -> str:
+        return server.http_url
+
+
+@pytest.fixture(scope="module")
+def caller(server: TritonServer) -> Caller:
+    return Caller(server)
+
+
+@pytest.fixture(scope="module")
+def state(caller: Caller) -> bytes:
+    """Fitted to `players(40)`."""
+    return bytes(caller.fit(players(40))["STATE"][0])
+
+
+@pytest.mark.parametrize("kind", [Caller, HttpCaller])
+def test_teams_are_found_and_found_again(server: TritonServer, kind: type[Caller]) -> None:
+    caller = kind(server)
+    fitted = caller.fit(players(40))
+    truth = np.arange(40) % 2
+    labels = fitted["LABELS"]
+    assert (labels == truth).all() or (labels == 1 - truth).all()
+    assert labels.dtype == np.int32
+    assert list(fitted["STATUS"]) == [b"OK"]
+    said = caller.classify(players(22, seed=7), fitted["STATE"][0])
+    assert (said["LABELS"] == labels[:22]).all()
+    assert said["MARGIN"].min() > 0.3
+    assert not said["REGION_FALLBACK"].any()
+    assert said["COORDINATES"].shape == (22, 2)
+
+
+def test_ids_do_not_depend_on_the_order(caller: Caller) -> None:
+    crops = players(40)
+    labels = caller.fit(crops)["LABELS"]
+    for seed in range(3):
+        order = np.random.default_rng(seed).permutation(40)
+        assert (caller.fit([crops[i] for i in order])["LABELS"] == labels[order]).all()
+
+
+def test_refits_keep_ids_and_named_crops_give_them(caller: Caller) -> None:
+    crops = players(40)
+    truth = np.arange(40, dtype=np.int32) % 2
+    for wanted in (truth, 1 - truth):
+        anchors = np.where(np.arange(40) < 6, wanted, -1).astype(np.int32)
+        state = strings([caller.fit(crops, ANCHOR=anchors)["STATE"][0]])
+        for seed in range(3):
+            refit = caller.fit(players(40, seed=seed + 1), PREV_STATE=state)
+            assert (refit["LABELS"] == wanted).all()
+            state = strings([refit["STATE"][0]])
+
+
+def test_tracks_and_roles(caller: Caller) -> None:
+    crops = [*players(40), *(png(player(SHIRTS[2], i)) for i in range(4))]
+    roles = strings([b"player"] * 38 + [b""] * 2 + [b"referee"] * 2 + [b"goalkeeper"] * 2)
+    tracks = np.concatenate([np.arange(40) % 10, [20, 20, 21, 21]]).astype(np.int64)
+    fitted = caller.fit(crops, ROLE=roles, TRACK_ID=tracks, K=np.array([2], np.int32))
+    assert (fitted["LABELS"][40:] == -1).all()
+    assert (fitted["LABELS"][:40] == fitted["LABELS"][np.arange(40) % 2]).all()
+
+
+def test_a_frame_with_boxes_is_its_crops(caller: Caller, state: bytes) -> None:
+    figures = [player(SHIRTS[i % 2], i) for i in range(6)]
+    frame = np.full((200, 400, 3), 90, np.uint8)
+    boxes = np.array([[60 * i + 5, 50, 60 * i + 53, 146] for i in range(6)], np.float32)
+    for box, figure in zip(boxes.astype(int), figures, strict=True):
+        frame[box[1] : box[3], box[0] : box[2]] = figure
+    expected = caller.classify([png(figure) for figure in figures], state)
+    rest = {"BOXES": boxes, "STATE": strings([state])}
+    ways = [
+        caller("classify_teams", {"FRAME": strings([png(frame)]), **rest}),
+        caller("classify_teams", {"RAW_FRAME": frame, **rest}, {"color_order": "RGB"}),
+        caller("classify_teams", {"RAW_FRAME": frame[:, :, ::-1].copy(), **rest}, {"color_order": "BGR"}),
+    ]
+    for way in ways:
+        for name, array in expected.items():
+            assert np.allclose(way[name], array, atol=1e-4), name
+
+
+def test_no_crops_have_no_teams(caller: Caller, state: bytes) -> None:
+    said = caller.classify([], state)
+    assert said["LABELS"].dtype == np.int32
+    assert said["LABELS"].shape == (0,)
+    assert said["COORDINATES"].shape == (0, 2)
+
+
+def test_a_crop_of_one_row_is_flagged(caller: Caller, state: bytes) -> None:
+    crops = [png(np.full((1, 8, 3), 90, np.uint8)), *players(2)]
+    assert list(caller.classify(crops, state)["REGION_FALLBACK"]) == [True, False, False]
+
+
+def test_crops_that_look_the_same_are_no_teams(caller: Caller) -> None:
+    fitted = caller.fit(players(1) * 20)
+    assert list(fitted["STATUS"]) == [b"DEGENERATE"]
+    assert (fitted["LABELS"] == -1).all()
+    assert fitted["STATE"][0] == b""
+
+
+def test_hundreds_of_crops_in_one_request(caller: Caller) -> None:
+    crops = players(40) * 15
+    labels = caller.fit(crops)["LABELS"]
+    assert (labels.reshape(15, 40) == labels[:40]).all()
+
+
+def test_a_hundred_matches_at_once_do_not_mix(server: TritonServer) -> None:
+    """Sixteen clients, each request another match; every answer equals that of the match alone."""
+    pairs = [(0, 1), (1, 2), (2, 3), (0, 2), (1, 3)]
+    caller = Caller(server)
+    matches = []
+    for number in range(100):
+        crops = players(8 + number % 5, pairs[number % 5], seed=number)
+        matches.append((crops, bytes(caller.fit(crops)["STATE"][0])))
+    alone = [caller.classify(crops, state) for crops, state in matches]
+    callers = [Caller(server) for _ in range(16)]
+
+    def ask(number: int) -> bool:
+        crops, state = matches[number]
+        said = callers[number % 16].classify(crops, state)
+        return bool((said["LABELS"] == alone[number]["LABELS"]).all())
+
+    order = np.random.default_rng(0).permutation(100)
+    with ThreadPoolExecutor(16) as pool:
+        assert all(pool.map(ask, order.tolist()))
+
+
+CROPS = players(12)
+FRAME = np.zeros((20, 30, 3), np.uint8)
+BOXES = np.array([[1, 1, 9, 9]], np.float32)
+MALFORMED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "nothing": ({}, {}, "got none"),
+    "crops and a frame": ({"CROPS": strings(CROPS), "FRAME": strings(CROPS[:1])}, {}, "got CROPS and FRAME"),
+    "crops and boxes": ({"CROPS": strings(CROPS), "BOXES": BOXES}, {}, "BOXES: got them with CROPS"),
+    "a broken crop": ({"CROPS": strings([*CROPS, b"x"])}, {}, "CROPS[12]: not a decodable image"),
+    "an empty crop": ({"CROPS": strings([CROPS[0], b""])}, {}, "CROPS[1]: empty"),
+    "a frame without boxes": ({"FRAME": strings(CROPS[:1])}, {}, "BOXES: missing"),
+    "a broken frame": ({"FRAME": strings([b"x"]), "BOXES": BOXES}, {}, "FRAME[0]: not a decodable image"),
+    "a box outside": ({"FRAME": strings(CROPS[:1]), "BOXES": BOXES + 500}, {}, "BOXES[0]: got 501"),
+    "a box turned round": ({"FRAME": strings(CROPS[:1]), "BOXES": BOXES[:, ::-1].copy()}, {}, "BOXES[0]: "),
+    "no colour order": ({"RAW_FRAME": FRAME, "BOXES": BOXES}, {}, "'color_order': expected RGB or BGR"),
+    "another colour order": ({"RAW_FRAME": FRAME, "BOXES": BOXES}, {"color_order": "RBG"}, "got 'RBG'"),
+    "colour order of files": ({"CROPS": strings(CROPS)}, {"color_order": "BGR"}, "files and grey frames"),
+    "two channels": (
+        {"RAW_FRAME": FRAME[:, :, :2].copy(), "BOXES": BOXES},
+        {"color_order": "RGB"},
+        "RAW_FRAME: ",
+    ),
+    "seven crops": ({"CROPS": strings(CROPS[:7])}, {}, "7 usable crops of players, expected at least 8"),
+    "one team": ({"CROPS": strings(CROPS), "K": np.array([1], np.int32)}, {}, "K: got 1, expected 2 to 8"),
+    "short tracks": ({"CROPS": strings(CROPS), "TRACK_ID": np.arange(5)}, {}, "TRACK_ID: got int64 [5]"),
+    "an unknown role": ({"CROPS": strings(CROPS), "ROLE": strings([b"fan"] * 12)}, {}, "ROLE[0]: got 'fan'"),
+    "an anchor outside": (
+        {"CROPS": strings(CROPS), "ANCHOR": np.full(12, 2, np.int32)},
+        {},
+        "ANCHOR[0]: got 2, expected -1 (unknown) to 1",
+    ),
+    "a broken state": ({"CROPS": strings(CROPS), "PREV_STATE": strings([b"PK"])}, {}, "PREV_STATE: 2 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_requests_are_refused(caller: Caller, name: str) -> None:
+    inputs, parameters, message = MALFORMED[name]
+    with pytest.raises(InferenceServerException) as refused:
+        caller("fit_teams", inputs, parameters)
+    assert refused.value.status() == "StatusCode.INVALID_ARGUMENT"
+    assert message in str(refused.value.message())
+    assert caller.fit(CROPS)["LABELS"].shape == (12,)
+
+
+def test_states_that_are_none_are_refused(caller: Caller, state: bytes) -> None:
+    other = state.replace(b'"mean"', b'"head"')  # of equal length; the checksum tells
+    for broken in (b"", b"x", state[:-30], state[100:], other, bytes(2**21)):
+        with pytest.raises(InferenceServerException, match="STATE: ") as refused:
+            caller.classify(CROPS, broken)
+        assert refused.value.status() == "StatusCode.INVALID_ARGUMENT"
+    assert caller.classify(CROPS, state)["LABELS"].shape == (12,)
+
+
+def test_embeddings_can_be_sent_by_themselves(caller: Caller, state: bytes) -> None:
+    pixels = caller("jersey_process", {"CROPS": strings(CROPS)})["PIXEL_VALUES"]
+    embeddings = caller("siglip_base_model", {"PIXEL_VALUES": pixels})["MEAN_EMBEDDING"]
+    embeddings = np.array(embeddings)
+    embeddings[3] = np.nan
+    said = caller("team_predict", {"EMBEDDING": embeddings, "STATE": strings([state])})
+    expected = caller.classify(CROPS, state)["LABELS"]
+    assert said["LABELS"][3] == -1
+    assert (np.delete(said["LABELS"], 3) == np.delete(expected, 3)).all()
+    none = caller("team_predict", {"EMBEDDING": embeddings[:0], "STATE": strings([state])})
+    assert none["LABELS"].shape == (0,)
+    with pytest.raises(InferenceServerException, match=r"EMBEDDING: got float32 \[12, 5\]"):
+        caller("team_predict", {"EMBEDDING": embeddings[:, :5].copy(), "STATE": strings([state])})
