@@ -11,7 +11,7 @@ follow the clusters' positions, or the crops that the caller names, or an earlie
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,7 +93,7 @@ class Fit:
 
     state: TeamState | None
     teams: Teams
-    status: tuple[str, ...] = field(default=("OK",))
+    status: tuple[str, ...]
 
 
 def fit(embeddings: Rows, hints: Hints, stamp: Mapping[str, str], reducer: TeamReducer = "pca") -> Fit:
@@ -168,8 +168,7 @@ def predict(state: TeamState, embeddings: Rows) -> Teams:
     nearest = np.take_along_axis(distance, order[:, :2], axis=1)  # [n, 2]
     teams.labels[rows] = order[:, 0]
     total = nearest.sum(axis=1)
-    if len(state.scales) > 1:
-        teams.margin[rows] = (nearest[:, -1] - nearest[:, 0]) / np.where(total == 0, 1, total)
+    teams.margin[rows] = (nearest[:, -1] - nearest[:, 0]) / np.where(total == 0, 1, total)
     teams.outlier_score[rows] = np.hypot(nearest[:, 0], rest) / state.scales[order[:, 0]]
     teams.coordinates[rows] = inner @ state.view.T
     return teams

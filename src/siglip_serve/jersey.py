@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from siglip_serve.errors import ImageError, ImageTooLargeError, InvalidInputError, SettingsError
 from siglip_serve.preprocess import ImageLimits, Pixels
 
-__all__ = ["ColorOrder", "Region", "cut_box", "jersey_roi", "parse_region", "rgb_frame"]
+__all__ = ["COLOR_ORDERS", "ColorOrder", "Region", "cut_box", "jersey_roi", "parse_region", "rgb_frame"]
 
 ColorOrder = Literal["RGB", "BGR"]
 
+COLOR_ORDERS: tuple[ColorOrder, ...] = get_args(ColorOrder)
 _CHANNELS = (1, 3, 4)
 
 
@@ -112,6 +113,3 @@ def cut_box(frame: Pixels, box: NDArray[np.float32]) -> Pixels:
     columns = slice(max(0, int(np.floor(left))), min(width, int(np.ceil(right))))
     rows = slice(max(0, int(np.floor(top))), min(height, int(np.ceil(bottom))))
     return frame[rows, columns]
-
-
-COLOR_ORDERS: tuple[ColorOrder, ...] = get_args(ColorOrder)

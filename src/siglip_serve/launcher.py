@@ -58,7 +58,7 @@ _KEEP_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20),
     "MALLOC_TOP_PAD_": str(4 * 2**20),
 }
-_CHECKPOINTS = (f"{PREFIX}CHECKPOINT", f"{PREFIX}TEAMS_CHECKPOINT")
+_MAIN, _TEAMS = f"{PREFIX}CHECKPOINT", f"{PREFIX}TEAMS_CHECKPOINT"
 _FOLDERS = (f"{PREFIX}CACHE", f"{PREFIX}CALIBRATION")
 _FORWARDED_HEADERS = "(?i)^(normalized|base64_encoded|color_order|embed_model|truncation)$"
 
@@ -162,14 +162,17 @@ class TritonServer:
         options = self.options
         given = self._given()
         settings = load_settings(given)  # a typo ends the start here, before anything runs
-        towers = {"main": self._tower(settings, settings.checkpoint)}
-        towers["teams"] = self._tower(settings, settings.teams_checkpoint or settings.checkpoint)
+        resolved = _resolved(given)
+        towers = {"main": self._tower(settings, given[_MAIN], resolved[_MAIN])}
+        towers["teams"] = towers["main"]
+        if settings.teams_checkpoint:
+            towers["teams"] = self._tower(settings, given[_TEAMS], resolved[_TEAMS])
         self.width = towers["main"].dims["EMBEDDING"][0]
         self._stage = stage = Stage(options.model_repository, self.device)
         try:
             self.models = stage.fill(towers, settings.decoders, options.models)
             self.log_file = _open_log(options.log_file, self.http_port)
-            self._process = self._spawner.submit(self._spawn, stage, _resolved(given)).result()
+            self._process = self._spawner.submit(self._spawn, stage, resolved).result()
             self._wait_until_ready()
             if _FRONT in self.models:
                 self._infer()
@@ -245,9 +248,9 @@ class TritonServer:
         environment["PYTHONUNBUFFERED"] = "1"
         return environment | stage.library_path(environment)
 
-    def _tower(self, settings: Settings, named: str) -> Tower:
+    def _tower(self, settings: Settings, named: str, directory: str) -> Tower:
         """A checkpoint, as named by the operator, as clients can read it in the model configurations."""
-        path = checkpoint.resolve(named)
+        path = Path(directory)
         hub = path.parent.name == "snapshots"
         dtype = settings.dtype
         identity = {
@@ -261,7 +264,7 @@ class TritonServer:
     def _given(self) -> dict[str, str]:
         """The environment, and over it the settings of this start."""
         given = {f"{PREFIX}{name.upper()}": value for name, value in self.options.settings.items()}
-        return {**os.environ, **given, f"{PREFIX}CHECKPOINT": self.options.checkpoint}
+        return {**os.environ, **given, _MAIN: self.options.checkpoint}
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self.options.start_timeout
@@ -306,7 +309,7 @@ class TritonServer:
 def _resolved(settings: Mapping[str, str]) -> dict[str, str]:
     """The same with directories for checkpoints, and whole paths: the models run in a folder of their own."""
     resolved = dict(settings)
-    for name in _CHECKPOINTS:
+    for name in (_MAIN, _TEAMS):
         if resolved.get(name):
             resolved[name] = str(checkpoint.resolve(resolved[name]))
     for name in _FOLDERS:
