@@ -135,13 +135,17 @@ class _Vision(nn.Module):
         self.post_layernorm = nn.LayerNorm(shape.width, eps=EPS)
         self.head = _PoolingHead(shape.width, shape.heads)
 
-    def forward(self, pixels: Tensor, kept_tokens: float, drop_path: float) -> Tensor:
+    def tokens(self, pixels: Tensor, kept_tokens: float, drop_path: float) -> Tensor:
         x: Tensor = self.embeddings(pixels)
         if kept_tokens < 1:
             count = int(x.shape[1] * kept_tokens)
             chosen = torch.rand(x.shape[:2], device=x.device).topk(count, dim=1).indices
             x = x.gather(1, chosen[..., None].expand(-1, -1, x.shape[2]))  # [B, count, D]
-        out: Tensor = self.head(self.post_layernorm(self.encoder(x, drop_path)))
+        out: Tensor = self.post_layernorm(self.encoder(x, drop_path))
+        return out
+
+    def forward(self, pixels: Tensor, kept_tokens: float, drop_path: float) -> Tensor:
+        out: Tensor = self.head(self.tokens(pixels, kept_tokens, drop_path))
         return out
 
 
@@ -175,6 +179,11 @@ class Siglip(nn.Module):
         """[B, 3, S, S] in -1..1 -> [B, width], not normalised; only a part `kept_tokens` is seen."""
         out: Tensor = self.vision_model(pixels, kept_tokens, drop_path)
         return out
+
+    def image_means(self, pixels: Tensor, drop_path: float = 0.0) -> tuple[Tensor, Tensor]:
+        """[B, 3, S, S] in -1..1 -> the mean of the patch tokens, and `image`; both [B, width]."""
+        tokens = self.vision_model.tokens(pixels, 1.0, drop_path)
+        return tokens.mean(1), self.vision_model.head(tokens)
 
     def text(self, ids: Tensor) -> Tensor:
         """int64 [B, context] -> [B, width], not normalised."""

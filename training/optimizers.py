@@ -1,17 +1,24 @@
-"""AdamW, and for the matrices of the residual blocks Muon: momentum made orthogonal.
+"""What turns gradients into weights: AdamW and Muon, the learning rate over time, and a moving average.
 
-Muon is Keller Jordan's method (2024), with the scaling of Moonshot AI's "Muon is scalable" (2025) that gives
+Muon takes the matrices of the residual blocks: momentum made orthogonal.
+It is Keller Jordan's method (2024), with the scaling of Moonshot AI's "Muon is scalable" (2025) that gives
 its updates the size of AdamW's, so that one learning rate serves both.
 """
 
+import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-__all__ = ["Muon", "optimizers", "orthogonal"]
+__all__ = ["MovingAverage", "Muon", "optimizers", "orthogonal", "set_rate"]
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 
@@ -86,3 +93,37 @@ def optimizers(modules: Sequence[nn.Module], lr: float, weight_decay: float, muo
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     adam = AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=others[0].is_cuda)
     return [adam, Muon(blocks, lr, weight_decay)] if blocks else [adam]
+
+
+def set_rate(optimizers: Iterable[Optimizer], most: float, progress: float) -> None:
+    """Set the learning rate at a progress of 0..1: up to `most` in the first 3%, then a cosine to nothing."""
+    warm_up = 0.03
+    rate = progress / warm_up
+    if progress >= warm_up:
+        rate = 0.5 * (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up)))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = most * rate
+
+
+class MovingAverage(Generic[_Model]):
+    """Moving average of a model's parameters, itself a `model`."""
+
+    def __init__(self, live: _Model, decay: float) -> None:
+        self.model = copy.deepcopy(live)
+        self.decay, self.steps = decay, 0
+
+    @torch.no_grad()
+    def update(self, live: _Model) -> None:
+        """Take in the live model's parameters; early on the average forgets faster."""
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(list(self.model.parameters()), list(live.parameters()), 1 - decay)
+
+    def save(self, path: Path, prefix: str = "") -> None:
+        """Write the parameters whose names begin with `prefix`, in float32."""
+        values = self.model.state_dict().items()
+        save_file(
+            {name: value.float().cpu().contiguous() for name, value in values if name.startswith(prefix)},
+            path,
+        )

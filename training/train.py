@@ -19,13 +19,12 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from training.evaluate import class_embeddings, report, zero_shot
 from training.model import Shape, Siglip
-from training.optimizers import optimizers
+from training.optimizers import MovingAverage, optimizers, set_rate
 from training.pack import Pack, load_pack, premultiplied
 from training.scenes import (
     Random,
@@ -173,32 +172,7 @@ def _loss(
     return sigmoid + head_weight * F.cross_entropy(head(image), target, label_smoothing=0.1)
 
 
-def _rate(progress: float) -> float:
-    """Warm up over the first 3%, then a cosine to nothing."""
-    if progress < 0.03:
-        return progress / 0.03
-    return float(0.5 * (1 + np.cos(np.pi * (progress - 0.03) / 0.97)))
-
-
-@dataclass
-class _Average:
-    """Moving average of a model's parameters."""
-
-    model: Siglip
-    decay: float
-    steps: int = 0
-
-    @torch.no_grad()
-    def update(self, live: Siglip) -> None:
-        self.steps += 1
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(list(self.model.parameters()), list(live.parameters()), 1 - decay)
-
-    def save(self, path: Path) -> None:
-        save_file({name: value.float().cpu() for name, value in self.model.state_dict().items()}, path)
-
-
-def _choose_score(average: _Average, pack: Pack, tokenizer: Tokenizer) -> float:
+def _choose_score(average: MovingAverage[Siglip], pack: Pack, tokenizer: Tokenizer) -> float:
     """Zero-shot top-1 on the drawings that are only for choosing between runs."""
     average.model.eval()
     text = class_embeddings(average.model, tokenizer, [pack.concepts[c]["label"] for c in pack.classes])
@@ -214,8 +188,7 @@ class _Run:
         self.settings, self.source = settings, source
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = Siglip(settings.shape).to(self.device)
-        self.average = _Average(Siglip(settings.shape).to(self.device), settings.ema)
-        self.average.model.load_state_dict(self.model.state_dict())
+        self.average = MovingAverage(self.model, settings.ema)
         trained = np.setdiff1d(np.unique(pack.concept[pack.of_role("train")]), pack.never_trained)
         self.trained = torch.from_numpy(trained).to(self.device)
         self.head = nn.Linear(settings.shape.width, len(trained)).to(self.device)
@@ -230,9 +203,7 @@ class _Run:
     def step(self, progress: float) -> Tensor:
         """One update; `progress` is 0..1. Returns the loss, unread."""
         settings = self.settings
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * _rate(progress)
+        set_rate(self.optimizers, settings.learning_rate, progress)
         count = settings.concepts_a_step or len(self.trained)
         shown = torch.randperm(len(self.trained), device=self.device)[:count]
         target = torch.arange(count, device=self.device).repeat(settings.views)
