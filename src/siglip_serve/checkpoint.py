@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
+_VISION_ONLY = "siglip_vision_model"
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt"]
 # Of each weight file, for its fingerprint: the header, and blocks spread over the rest.
 _SAMPLES, _SAMPLE_BYTES = 64, 16_384
@@ -89,8 +90,26 @@ class ModelConfig:
 
     path: Path
     vision: VisionConfig
-    text: TextConfig
     image: ImageConfig
+    _text: TextConfig | None
+
+    @property
+    def vision_only(self) -> bool:
+        """There is no text tower."""
+        return self._text is None
+
+    @property
+    def text(self) -> TextConfig:
+        """Shape of the text tower.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        if self._text is None:
+            raise CheckpointError(
+                f"{self.path}: an image tower alone (model_type {_VISION_ONLY!r}), without a text tower"
+            )
+        return self._text
 
 
 def resolve(checkpoint: str) -> Path:
@@ -138,44 +157,60 @@ def load_config(path: Path) -> ModelConfig:
     """
     defaults = json.loads(resources.files("siglip_serve").joinpath("siglip_defaults.json").read_text())
     config = read_json(path / "config.json")
-    if config.get("model_type") != "siglip":
+    kind = config.get("model_type")
+    if kind not in ("siglip", _VISION_ONLY):
         raise CheckpointError(
-            f"{path / 'config.json'}: model_type is {config.get('model_type')!r}, expected 'siglip' "
-            "(fixed-resolution SigLIP and SigLIP 2 checkpoints)"
+            f"{path / 'config.json'}: model_type is {kind!r}, expected 'siglip' (fixed-resolution SigLIP "
+            f"and SigLIP 2 checkpoints) or {_VISION_ONLY!r} (their image towers alone)"
         )
-    vision = {**defaults["vision_config"], **(config.get("vision_config") or {})}
-    text = {**defaults["text_config"], **(config.get("text_config") or {})}
-    if text.get("projection_size") is None:
-        text["projection_size"] = text["hidden_size"]
-    _check_supported(path, vision, text)
+    vision_only = kind == _VISION_ONLY
+    vision = {
+        **defaults["vision_config"],
+        **(config if vision_only else config.get("vision_config") or {}),
+    }
+    _check_vision(path, vision)
+    text = None
+    if not vision_only:
+        values = {**defaults["text_config"], **(config.get("text_config") or {})}
+        if values.get("projection_size") is None:
+            values["projection_size"] = values["hidden_size"]
+        _check_text(path, values, vision)
+        text = _pick(TextConfig, values, path)
     return ModelConfig(
         path=path,
         vision=_pick(VisionConfig, vision, path),
-        text=_pick(TextConfig, text, path),
         image=_image_config(path, vision, defaults["image_processor"]),
+        _text=text,
     )
 
 
-def _check_supported(path: Path, vision: Mapping[str, Any], text: Mapping[str, Any]) -> None:
-    for part, values in (("vision_config", vision), ("text_config", text)):
-        if values["hidden_act"] != "gelu_pytorch_tanh":
-            raise CheckpointError(
-                f"{path}: {part}.hidden_act is {values['hidden_act']!r}, expected 'gelu_pytorch_tanh'"
-            )
-        if not values["num_attention_heads"] or values["hidden_size"] % values["num_attention_heads"]:
-            raise CheckpointError(
-                f"{path}: {part}.hidden_size {values['hidden_size']} does not divide into "
-                f"{values['num_attention_heads']} heads"
-            )
+def _check_blocks(path: Path, part: str, values: Mapping[str, Any]) -> None:
+    if values["hidden_act"] != "gelu_pytorch_tanh":
+        raise CheckpointError(
+            f"{path}: {part}.hidden_act is {values['hidden_act']!r}, expected 'gelu_pytorch_tanh'"
+        )
+    if not values["num_attention_heads"] or values["hidden_size"] % values["num_attention_heads"]:
+        raise CheckpointError(
+            f"{path}: {part}.hidden_size {values['hidden_size']} does not divide into "
+            f"{values['num_attention_heads']} heads"
+        )
+
+
+def _check_vision(path: Path, vision: Mapping[str, Any]) -> None:
+    _check_blocks(path, "vision_config", vision)
+    if not vision["vision_use_head"]:
+        raise CheckpointError(f"{path}: vision_config.vision_use_head is false: there is no pooled embedding")
+    if vision["num_channels"] != 3:
+        raise CheckpointError(f"{path}: vision_config.num_channels is {vision['num_channels']}, expected 3")
+
+
+def _check_text(path: Path, text: Mapping[str, Any], vision: Mapping[str, Any]) -> None:
+    _check_blocks(path, "text_config", text)
     if text["projection_size"] != vision["hidden_size"]:
         raise CheckpointError(
             f"{path}: text_config.projection_size is {text['projection_size']}, the image embeddings "
             f"have {vision['hidden_size']}: they cannot be compared"
         )
-    if not vision["vision_use_head"]:
-        raise CheckpointError(f"{path}: vision_config.vision_use_head is false: there is no pooled embedding")
-    if vision["num_channels"] != 3:
-        raise CheckpointError(f"{path}: vision_config.num_channels is {vision['num_channels']}, expected 3")
 
 
 def _pick(kind: type[_T], values: Mapping[str, Any], path: Path) -> _T:
@@ -214,13 +249,13 @@ def _image_config(path: Path, vision: Mapping[str, Any], defaults: Mapping[str, 
 def tensor_dims(model: ModelConfig) -> dict[str, list[int]]:
     """Dimensions of the Triton tensors that follow from the checkpoint, without the rows."""
     size, width, tokens = model.image.size, model.vision.hidden_size, model.vision.grid_size**2
-    return {
+    dims = {
         "PIXEL_VALUES": [size, size, 3],
-        "INPUT_IDS": [model.text.max_position_embeddings],
         "EMBEDDING": [width],
         "MEAN_EMBEDDING": [width],
         "PATCH_EMBEDDINGS": [tokens, width],
     }
+    return dims if model.vision_only else dims | {"INPUT_IDS": [model.text.max_position_embeddings]}
 
 
 def load_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
