@@ -3,6 +3,7 @@
 Jerseys of one team form a cluster. What blurs the clusters are single crops (folds, overlap, blur) and the
 light that falls on one player. Where tracks are known, the mean of a track is therefore clustered instead
 of its crops, and the directions in which crops of one track differ most are removed from all embeddings.
+A quarter of the samples may be of no team (`trimmed_kmeans`): roles are often unknown.
 
 The same crops give the same ids in any order: rows are put into an order of their own first, and ids
 follow the clusters' positions, or the crops that the caller names, or an earlier state.
@@ -20,6 +21,7 @@ from siglip_serve.config import TeamReducer
 from siglip_serve.errors import InvalidInputError, SettingsError
 from siglip_serve.pooling import l2_normalize
 from siglip_serve.team_state import TeamState
+from siglip_serve.trimmed_kmeans import trimmed_kmeans
 
 __all__ = ["MOST_TEAMS", "Fit", "Hints", "Teams", "fit", "predict", "warm_up"]
 
@@ -126,23 +128,28 @@ def _fit(embeddings: Rows, hints: Hints, stamp: Mapping[str, str], reducer: Team
     components = samples[:0] if reducer == "none" else _principal(samples)
     inner = _project(samples, components)  # [tracks, p]
     seen = _umap(samples) if reducer == "umap" else inner
-    clusters = _clusters(seen, hints.teams, _seeds(seen, crops, hints.teams))
-    centroids = np.stack([inner[clusters == number].mean(axis=0) for number in range(hints.teams)])
+    found = trimmed_kmeans(seen, hints.teams, _seeds(seen, crops, hints.teams))
+    clusters, kept = found.labels, found.kept
+    centroids = np.stack([inner[kept & (clusters == number)].mean(axis=0) for number in range(hints.teams)])
     view = _view(inner, centroids, components)
-    names, conflict = _names(clusters, centroids @ view[0], embeddings, crops, hints)
+    of_crop = _of_crops(
+        _project(_without(crops.unit - origin, nuisances), components), centroids, clusters, crops
+    )
+    names, conflict = _names(of_crop, centroids @ view[0], embeddings, crops, hints)
     centroids = centroids[np.argsort(names)]
     state = TeamState(stamp, origin, nuisances, components, centroids, np.ones(hints.teams, np.float32), view)
-    labels = names[clusters][crops.track]
+    labels = names[of_crop]
     state = replace(state, scales=_scales(state, crops.unit, labels))
     said = predict(state, embeddings)
     of_all = np.full(len(embeddings), -1, dtype=np.int32)
     of_all[crops.rows] = labels
-    found = {
+    seen_apart = _separation(inner[kept], clusters[kept])
+    notes = {
         "LOW_SUPPORT": len(crops.rows) < _SUPPORT,
-        "LOW_SEPARATION": _separation(inner, clusters) < _separation_by_chance(samples, hints.teams),
+        "LOW_SEPARATION": seen_apart < _separation_by_chance(samples[kept], hints.teams),
         "ANCHOR_CONFLICT": conflict,
     }
-    status = tuple(name for name, holds in found.items() if holds)
+    status = tuple(name for name, holds in notes.items() if holds)
     # A crop that looks like another team than its track has no margin.
     margin = np.where(said.labels == of_all, said.margin, 0).astype(np.float32)
     return Fit(state, replace(said, labels=of_all, margin=margin), status or ("OK",))
@@ -249,9 +256,14 @@ def _unassigned(count: int) -> Teams:
 
 def _nuisances(residuals: Rows) -> Rows:
     """The directions [m, D] in which crops of one track differ most; none where too few are known."""
-    moved = residuals[np.linalg.norm(residuals, axis=1) > 0]
+    length = np.linalg.norm(residuals, axis=1, keepdims=True)
+    moved = residuals[length[:, 0] > 0]
     if len(moved) < _LEAST_RESIDUALS:
         return residuals[:0]
+    # Where a tracker has swapped two players, a crop differs from its track as much as the teams do from
+    # each other: no crop counts for more than the median one.
+    length = length[length > 0][:, None]
+    moved = moved * np.minimum(1, np.median(length) / length)
     return np.asarray(np.linalg.svd(moved, full_matrices=False)[2][:_NUISANCES])
 
 
@@ -303,13 +315,19 @@ def _seeds(seen: Rows, crops: _Crops, teams: int) -> Rows | None:
     return np.stack([seen[crops.track[crops.anchors == team]].mean(axis=0) for team in range(teams)])
 
 
-def _clusters(seen: Rows, teams: int, seeds: Rows | None, starts: int = 10) -> NDArray[np.intp]:
-    """The cluster of each sample."""
-    from sklearn.cluster import KMeans
+def _of_crops(inner: Rows, centroids: Rows, clusters: NDArray[np.int64], crops: _Crops) -> NDArray[np.int64]:
+    """The cluster [n] of each crop's track: what most of its crops are, or what its mean is in a tie.
 
-    if seeds is not None:
-        return np.asarray(KMeans(teams, init=seeds, n_init=1).fit_predict(seen))
-    return np.asarray(KMeans(teams, n_init=starts, random_state=_SEED).fit_predict(seen))
+    Args:
+        inner: [n, p], the crops' places.
+        centroids: [k, p].
+        clusters: [tracks], of the means.
+        crops: whose tracks these are.
+    """
+    votes = np.zeros((len(clusters), len(centroids)))
+    np.add.at(votes, (crops.track, _distances(inner, centroids).argmin(axis=1)), 1)
+    votes[np.arange(len(clusters)), clusters] += 0.5
+    return np.asarray(votes.argmax(axis=1)[crops.track])
 
 
 def _view(inner: Rows, centroids: Rows, components: Rows) -> Rows:
@@ -323,7 +341,7 @@ def _view(inner: Rows, centroids: Rows, components: Rows) -> Rows:
 
 
 def _names(
-    clusters: NDArray[np.intp], positions: Rows, embeddings: Rows, crops: _Crops, hints: Hints
+    of_crop: NDArray[np.int64], positions: Rows, embeddings: Rows, crops: _Crops, hints: Hints
 ) -> tuple[Ids, bool]:
     """The id of each cluster, and whether crops that were named as of one team are not in its cluster.
 
@@ -331,7 +349,7 @@ def _names(
     """
     from scipy.optimize import linear_sum_assignment
 
-    teams, of_crop = hints.teams, clusters[crops.track]
+    teams = hints.teams
     votes = np.zeros((teams, teams))  # [cluster, id]
     votes[np.argsort(positions), np.arange(teams)] += 0.5 / len(crops.rows)
     if hints.previous is not None:
@@ -369,7 +387,8 @@ def _separation_by_chance(samples: Rows, teams: int) -> float:
     for _ in range(_DRAWS):
         drawn = (rng.normal(size=(count, len(spread))) * spread).astype(np.float32)
         inner = _project(drawn, _principal(drawn))
-        found.append(_separation(inner, _clusters(inner, teams, None, starts=2)))
+        clusters = trimmed_kmeans(inner, teams, thorough=False)
+        found.append(_separation(inner[clusters.kept], clusters.labels[clusters.kept]))
     return float(np.quantile(found, 0.95))
 
 
