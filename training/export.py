@@ -1,8 +1,9 @@
 """Turn a training run into a Hugging Face checkpoint folder.
 
     python -m training.export RUN --tokenizer spiece.model --out checkpoints/siglip-tiny
+    python -m training.export RUN --vision-only --out checkpoints/siglip-tiny-jersey
 
-The folder loads unchanged in transformers 4.57 and 5.x.
+The folder loads unchanged in transformers 4.57 and 5.x, as `SiglipModel` or as `SiglipVisionModel`.
 """
 
 import json
@@ -16,14 +17,31 @@ from safetensors.torch import load_file, save_file
 
 from training.model import Shape
 
-__all__ = ["export", "main"]
+__all__ = ["export", "export_vision", "main"]
 
 PAD = "</s>"
 
 
+COMMON = {"attention_dropout": 0.0, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-06}
+
+
+def _vision_config(shape: Shape) -> dict[str, Any]:
+    return {
+        **COMMON,
+        "hidden_size": shape.width,
+        "image_size": shape.image_size,
+        "intermediate_size": 4 * shape.width,
+        "model_type": "siglip_vision_model",
+        "num_attention_heads": shape.heads,
+        "num_channels": 3,
+        "num_hidden_layers": shape.layers,
+        "patch_size": shape.patch,
+    }
+
+
 def _config(shape: Shape) -> dict[str, Any]:
-    common = {"attention_dropout": 0.0, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-06}
     text = {
+        **COMMON,
         "hidden_size": shape.text_width,
         "intermediate_size": 4 * shape.text_width,
         "max_position_embeddings": shape.context,
@@ -36,23 +54,13 @@ def _config(shape: Shape) -> dict[str, Any]:
         "eos_token_id": 1,
         "bos_token_id": None,
     }
-    vision = {
-        "hidden_size": shape.width,
-        "image_size": shape.image_size,
-        "intermediate_size": 4 * shape.width,
-        "model_type": "siglip_vision_model",
-        "num_attention_heads": shape.heads,
-        "num_channels": 3,
-        "num_hidden_layers": shape.layers,
-        "patch_size": shape.patch,
-    }
     return {
         "architectures": ["SiglipModel"],
         "initializer_factor": 1.0,
         "model_type": "siglip",
-        "text_config": common | text,
+        "text_config": text,
         "torch_dtype": "float32",
-        "vision_config": common | vision,
+        "vision_config": _vision_config(shape),
     }
 
 
@@ -94,18 +102,40 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
+def _weights(run: Path, out: Path) -> Shape:
+    """Put the run's weights into the folder, and say its shape."""
+    shape = Shape(**json.loads((run / "settings.json").read_text())["shape"])
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(load_file(run / "model.safetensors"), out / "model.safetensors", metadata={"format": "pt"})
+    return shape
+
+
+def _readable(out: Path) -> None:
+    """Let every user read the files: safetensors writes 0600, and a server may run as another one."""
+    for path in out.iterdir():
+        if path.is_file():
+            path.chmod(0o644)
+
+
+def export_vision(run: Path, out: Path) -> None:
+    """Write the checkpoint folder of an image tower alone; other files in `out` stay."""
+    shape = _weights(run, out)
+    head = {"architectures": ["SiglipVisionModel"], "torch_dtype": "float32"}
+    _write(out / "config.json", head | _vision_config(shape))
+    processor = {name: value for name, value in _processor(shape).items() if name != "processor_class"}
+    _write(out / "preprocessor_config.json", processor)
+    _readable(out)
+
+
 def export(run: Path, tokenizer: Path, out: Path) -> None:
-    """Write the checkpoint folder.
+    """Write the checkpoint folder of both towers.
 
     Args:
         run: folder of a training run, with `model.safetensors` and `settings.json`.
         tokenizer: the sentencepiece model it was trained with.
         out: folder to write to; other files in it stay.
     """
-    shape = Shape(**json.loads((run / "settings.json").read_text())["shape"])
-    out.mkdir(parents=True, exist_ok=True)
-    weights = out / "model.safetensors"
-    save_file(load_file(run / "model.safetensors"), weights, metadata={"format": "pt"})
+    shape = _weights(run, out)
     if tokenizer.resolve() != (out / "spiece.model").resolve():
         shutil.copyfile(tokenizer, out / "spiece.model")
     image_processor = _processor(shape)
@@ -117,19 +147,21 @@ def export(run: Path, tokenizer: Path, out: Path) -> None:
     special = {"content": PAD, "lstrip": True, "normalized": False, "rstrip": True, "single_word": False}
     tokens = {"eos_token": special, "pad_token": special, "unk_token": {**special, "content": "<unk>"}}
     _write(out / "special_tokens_map.json", tokens)
-    for path in out.iterdir():
-        if path.is_file():
-            path.chmod(0o644)  # safetensors writes 0600, which a server run by another user cannot read
+    _readable(out)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line; see --help."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder that training.train wrote")
+    parser.add_argument("run", type=Path, help="folder that training.train or .train_jerseys wrote")
     parser.add_argument("--tokenizer", type=Path, default=Path("checkpoints/siglip-tiny/spiece.model"))
     parser.add_argument("--out", type=Path, default=Path("checkpoints/siglip-tiny"))
+    parser.add_argument("--vision-only", action="store_true", help="the run has no text tower")
     args = parser.parse_args(argv)
-    export(args.run, args.tokenizer, args.out)
+    if args.vision_only:
+        export_vision(args.run, args.out)
+    else:
+        export(args.run, args.tokenizer, args.out)
     print(f"wrote {args.out}")
 
 
