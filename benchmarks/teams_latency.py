@@ -51,7 +51,7 @@ def measure(options: argparse.Namespace, server: TritonServer) -> list[dict[str,
     statistics = triton.InferenceServerClient(server.grpc_url)
     rows = []
     with Client(server.grpc_url) as client:
-        state = client.fit_teams(crops=crops[:FITTED]).state
+        state = options.state.read_bytes() if options.state else client.fit_teams(crops=crops[:FITTED]).state
 
         def ask(some: list[bytes]) -> Teams:
             return client.classify_teams(crops=some, state=state)
@@ -88,12 +88,15 @@ def main() -> None:
     """Command line; see --help."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/siglip-tiny"))
+    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/siglip-tiny-jersey"))
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument(
+        "--state", type=Path, help="a fit's state for this checkpoint; default: fit one first"
+    )
     parser.add_argument("--seconds", type=float, default=5.0, help="of each way (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="the .csv file to write")
     options = parser.parse_args()
-    models = ("fit_teams", "classify_teams")
+    models = ("classify_teams",) if options.state else ("fit_teams", "classify_teams")
     repository = Path(__file__).parents[1] / "model_repository"
     with TritonServer(
         ServeOptions(repository, str(options.checkpoint), device=options.device, models=models)
