@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -259,21 +260,26 @@ def _split(choices: str) -> list[str]:
     return [choice.strip() for choice in choices.split(",")]
 
 
-def map_rows(name: str, rows: Sequence[bytes], function: Callable[[bytes], Row]) -> NDArray[Any]:
-    """`function` of every row, stacked.
+def map_rows(
+    name: str, rows: Sequence[Any], function: Callable[[Any], Row], pool: ThreadPoolExecutor | None = None
+) -> NDArray[Any]:
+    """`function` of every row, stacked; in the pool's threads if there is one.
 
     Raises:
         InvalidInputError: names each row that was refused, by its index.
     """
-    done: list[Row] = []
-    refused: list[InvalidInputError] = []
     if not len(rows):
         raise InvalidInputError(f"{name}: no rows, expected at least one")
-    for index, row in enumerate(rows):
+
+    def attempt(row: Any) -> Row | InvalidInputError:
         try:
-            done.append(function(row))
+            return function(row)
         except InvalidInputError as error:
-            refused.append(error.at(name, index))
+            return error
+
+    outcomes = list((pool.map if pool else map)(attempt, rows))
+    done = [row for row in outcomes if not isinstance(row, InvalidInputError)]
+    refused = [e.at(name, index) for index, e in enumerate(outcomes) if isinstance(e, InvalidInputError)]
     if refused:
         shown = "; ".join(str(error) for error in refused[:5])
         more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
