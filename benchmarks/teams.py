@@ -17,8 +17,8 @@ and outfield players are what counts. Ways:
 majority) at the fit, of held-out crops, and the adjusted Rand index at the fit, all under the better of the
 two ways to name the teams, which stays for the held-out half; the share of held-out tracks whose voted team
 (`TeamTracker`) is another than at the fit, per thousand frames; whether a second fit, on the held-out half
-and with PREV_STATE, names the teams the other way; and the area under the curve of the outlier score for
-goalkeepers and referees against players.
+and with PREV_STATE, names the teams the other way; the area under the curve of the outlier score for
+goalkeepers and referees against players; and the share of fits that say LOW_SEPARATION (T7 has one team).
 """
 
 from __future__ import annotations
@@ -68,11 +68,13 @@ class Found:
         labels: [N], 0 or 1; -1 for none.
         outlier_score: [N], if the way has one.
         refitted: [N], by a second fit on the held-out half that was told the first.
+        doubted: whether the fit itself says that there may be one team only.
     """
 
     labels: Ids
     outlier_score: Rows | None = None
     refitted: Ids | None = None
+    doubted: bool | None = None
 
 
 Way = Callable[[Rows, Clip], Found]
@@ -119,7 +121,7 @@ def ours(features: Rows, made: Clip, tracks: bool = True) -> Found:
     again = clustering.fit(features[made.held_out], hints, STAMP)
     refitted = np.full(len(features), -1, dtype=np.int64)
     refitted[made.held_out] = again.teams.labels
-    return Found(labels, scores, refitted)
+    return Found(labels, scores, refitted, "LOW_SEPARATION" in fitted.status)
 
 
 def _some(hints: Hints, rows: NDArray[np.bool_]) -> Hints:
@@ -180,6 +182,7 @@ def judge(found: Found, made: Clip) -> dict[str, float]:
         "flips": _flips(labels, made, voted),
         "renamed": float("nan"),
         "outliers": float("nan"),
+        "doubted": float("nan" if found.doubted is None else found.doubted),
     }
     if one_team:
         numbers |= dict.fromkeys(("crops", "tracks", "ari", "held_out", "flips"), float("nan"))
@@ -305,7 +308,7 @@ def main() -> None:
             if options.sheets and seed == options.seeds[0]:
                 options.sheets.mkdir(parents=True, exist_ok=True)
                 contact_sheet(made).save(options.sheets / f"{tier}.png")
-    for column in ("tracks", "crops", "ari", "held_out", "flips", "renamed", "outliers"):
+    for column in ("tracks", "crops", "ari", "held_out", "flips", "renamed", "outliers", "doubted"):
         print(summary(rows, options.tiers, column), end="\n\n")
     if options.output:
         said = about(PACKAGES)
