@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 CHECKPOINT ?= checkpoints/siglip-tiny
+TEAMS_CHECKPOINT ?= checkpoints/siglip-tiny-jersey
 DEVICE ?= auto
 HOST ?= 127.0.0.1
 HTTP_PORT ?= 8000
@@ -24,14 +25,16 @@ help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "Variables of serve: CHECKPOINT (a directory, or a hub id such as google/siglip-so400m-patch14-384,"
-	@echo "owner/name@revision), DEVICE (auto, cpu, cuda), HOST, HTTP_PORT, GRPC_PORT, METRICS_PORT, and ARGS for"
-	@echo "any further option of siglip-serve serve. PYTHON chooses the interpreter (3.11 or 3.12)."
+	@echo "owner/name@revision), TEAMS_CHECKPOINT (what looks at jerseys; likewise), DEVICE (auto, cpu, cuda), HOST,"
+	@echo "HTTP_PORT, GRPC_PORT, METRICS_PORT, and ARGS for any further option of siglip-serve serve. PYTHON chooses"
+	@echo "the interpreter (3.11 or 3.12)."
 	@echo "Variables of validate: URL (host:port of gRPC), DATA (an ImageNet-shaped folder), CHECKPOINT."
 
 install: $(SERVER) ## A virtual environment in .venv with all that serving needs
 
 serve: $(SERVER) ## Run the server on 127.0.0.1, HTTP 8000, gRPC 8001, metrics 8002; Ctrl-C stops it
 	@exec $(BIN)/siglip-serve serve --checkpoint $(CHECKPOINT) --device $(DEVICE) --host $(HOST) \
+	  --teams-checkpoint $(TEAMS_CHECKPOINT) \
 	  --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT) \
 	  --sample-image "$(SAMPLE)" $(ARGS)
 

@@ -107,7 +107,8 @@ class ModelConfig:
         """
         if self._text is None:
             raise CheckpointError(
-                f"{self.path}: an image tower alone (model_type {_VISION_ONLY!r}), without a text tower"
+                f"{self.path}: an image tower alone (model_type {_VISION_ONLY!r}), without a text tower; "
+                "it can serve --models siglip_vision fit_teams classify_teams, or be the --teams-checkpoint"
             )
         return self._text
 

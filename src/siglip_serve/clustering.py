@@ -3,7 +3,7 @@
 Jerseys of one team form a cluster. What blurs the clusters are single crops (folds, overlap, blur) and the
 light that falls on one player. Where tracks are known, the mean of a track is therefore clustered instead
 of its crops, and the directions in which crops of one track differ most are removed from all embeddings.
-A quarter of the samples may be of no team (`trimmed_kmeans`): roles are often unknown.
+Where roles are unknown, a quarter of the samples may be of no team (`trimmed_kmeans`).
 
 The same crops give the same ids in any order: rows are put into an order of their own first, and ids
 follow the clusters' positions, or the crops that the caller names, or an earlier state.
@@ -36,6 +36,9 @@ _COMPONENTS = 8
 _UMAP_COMPONENTS = 3
 _NUISANCES = 3
 _LEAST_RESIDUALS = 10
+# Samples that may be of no team. Two goalkeepers, a referee and two assistants beside twenty players are a fifth
+# of the people on a pitch; where roles are told, few of them are wrong.
+_STRAYS, _FEW_STRAYS = 0.25, 0.1
 # Unit vectors of one picture differ by what 16-bit arithmetic leaves: 2e-3.
 _SAME = 0.005
 # Clusters count as separate if of this many single Gaussians of the same spread, cut in two, at most one in
@@ -128,7 +131,8 @@ def _fit(embeddings: Rows, hints: Hints, stamp: Mapping[str, str], reducer: Team
     components = samples[:0] if reducer == "none" else _principal(samples)
     inner = _project(samples, components)  # [tracks, p]
     seen = _umap(samples) if reducer == "umap" else inner
-    found = trimmed_kmeans(seen, hints.teams, _seeds(seen, crops, hints.teams))
+    trimmed = _STRAYS if hints.players is None else _FEW_STRAYS
+    found = trimmed_kmeans(seen, hints.teams, trimmed, _seeds(seen, crops, hints.teams))
     clusters, kept = found.labels, found.kept
     centroids = np.stack([inner[kept & (clusters == number)].mean(axis=0) for number in range(hints.teams)])
     view = _view(inner, centroids, components)
@@ -146,7 +150,7 @@ def _fit(embeddings: Rows, hints: Hints, stamp: Mapping[str, str], reducer: Team
     seen_apart = _separation(inner[kept], clusters[kept])
     notes = {
         "LOW_SUPPORT": len(crops.rows) < _SUPPORT,
-        "LOW_SEPARATION": seen_apart < _separation_by_chance(samples[kept], hints.teams),
+        "LOW_SEPARATION": seen_apart < _separation_by_chance(samples[kept], hints.teams, trimmed),
         "ANCHOR_CONFLICT": conflict,
     }
     status = tuple(name for name, holds in notes.items() if holds)
@@ -378,7 +382,7 @@ def _scales(state: TeamState, unit: Rows, labels: Ids) -> Rows:
     return np.maximum(np.array(medians, dtype=np.float32), 1e-6)
 
 
-def _separation_by_chance(samples: Rows, teams: int) -> float:
+def _separation_by_chance(samples: Rows, teams: int, trimmed: float) -> float:
     """What `_separation` reaches in 19 of 20 draws from one Gaussian with the samples' main spreads."""
     rng = np.random.default_rng(_SEED)
     count = min(len(samples), _MOST_DRAWN)  # more would only look less separate
@@ -387,7 +391,7 @@ def _separation_by_chance(samples: Rows, teams: int) -> float:
     for _ in range(_DRAWS):
         drawn = (rng.normal(size=(count, len(spread))) * spread).astype(np.float32)
         inner = _project(drawn, _principal(drawn))
-        clusters = trimmed_kmeans(inner, teams, thorough=False)
+        clusters = trimmed_kmeans(inner, teams, trimmed, thorough=False)
         found.append(_separation(inner[clusters.kept], clusters.labels[clusters.kept]))
     return float(np.quantile(found, 0.95))
 

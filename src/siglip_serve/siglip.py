@@ -235,8 +235,9 @@ def load_scale(path: Path) -> tuple[float, float]:
     """`(logit_scale, logit_bias)` of a checkpoint: probability = sigmoid(exp(scale) * cosine + bias).
 
     Raises:
-        CheckpointError: the checkpoint has neither, or not exactly one value each.
+        CheckpointError: the checkpoint has neither, or not exactly one value each, or no text tower.
     """
+    _ = load_config(path).text
     tensors = load_tensors(path, "logit_")
     if sorted(tensors) != ["logit_bias", "logit_scale"] or any(t.numel() != 1 for t in tensors.values()):
         shapes = {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}

@@ -20,8 +20,6 @@ __all__ = ["Clusters", "trimmed_kmeans"]
 
 Rows = NDArray[np.float32]
 
-# Two goalkeepers, a referee and two assistants beside twenty players are a fifth of the people on a pitch.
-_TRIMMED = 0.25
 # A cluster of fewer of the kept samples than this, times a team's fair share, is no team.
 _LEAST_SHARE = 0.6
 _FINER = 3
@@ -42,8 +40,10 @@ class Clusters:
     kept: NDArray[np.bool_]
 
 
-def trimmed_kmeans(rows: Rows, k: int, start: Rows | None = None, thorough: bool = True) -> Clusters:
-    """Find k clusters among n samples, of which a quarter may belong to none.
+def trimmed_kmeans(
+    rows: Rows, k: int, trimmed: float, start: Rows | None = None, thorough: bool = True
+) -> Clusters:
+    """Find k clusters among n samples, of which some may belong to none.
 
     Starts are all choices of k among the centroids of plain KMeans with k, k + 1 .. clusters; of the results
     the one with the smallest sum of squared distances wins, among those in which every cluster is large
@@ -52,11 +52,13 @@ def trimmed_kmeans(rows: Rows, k: int, start: Rows | None = None, thorough: bool
     Args:
         rows: [n, d], n at least k.
         k: number of clusters.
+        trimmed: share of the samples that is left out of account, 0 to 1. A cluster smaller than that may be
+            left out as a whole.
         start: centroids [k, d] to start at instead.
         thorough: try KMeans with up to three more clusters; else with k alone.
     """
     starts = [start] if start is not None else _starts(rows, k, _FINER if thorough else 0)
-    kept = max(math.ceil(len(rows) * (1 - _TRIMMED)), min(2 * k, len(rows)))
+    kept = max(math.ceil(len(rows) * (1 - trimmed)), min(2 * k, len(rows)))
     found = [_descend(rows, centroids, kept) for centroids in starts]
     best = min(found, key=lambda one: (one.least < _LEAST_SHARE * kept / k, one.cost))
     if best.least == 0:  # too few samples to leave any out

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from random_checkpoints import random_model, save_checkpoint
-from transformers import SiglipModel
+from transformers import SiglipModel, SiglipVisionModel
 
 from siglip_serve.siglip import load_scale, load_text, load_vision
 
 TINY = Path(__file__).parents[2] / "checkpoints" / "siglip-tiny"
+JERSEY = TINY.with_name("siglip-tiny-jersey")
 
 GEOMETRIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "patch16-224": ({"image_size": 224, "patch_size": 16}, {}),
@@ -64,3 +65,14 @@ def test_bundled_checkpoint() -> None:
     model = SiglipModel.from_pretrained(TINY).eval()
     assert_equal_towers(model, TINY)
     assert load_scale(TINY) == (model.logit_scale.item(), model.logit_bias.item())
+
+
+def test_bundled_image_tower() -> None:
+    vision = load_vision(JERSEY)
+    size = vision.config.image_size
+    pixels = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.inference_mode():
+        reference = SiglipVisionModel.from_pretrained(JERSEY).eval()(pixel_values=pixels)
+        tokens = vision(pixels)
+        assert relative_error(tokens, reference.last_hidden_state) <= 1e-5
+        assert relative_error(vision.head(tokens), reference.pooler_output) <= 1e-5

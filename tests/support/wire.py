@@ -14,12 +14,23 @@ import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 from numpy.typing import NDArray
 
-__all__ = ["OPENER", "ROOT", "TINY", "GrpcCaller", "HttpCaller", "post", "post_image", "raw_embedding"]
+__all__ = [
+    "JERSEY",
+    "OPENER",
+    "ROOT",
+    "TINY",
+    "GrpcCaller",
+    "HttpCaller",
+    "post",
+    "post_image",
+    "raw_embedding",
+]
 
 # A proxy that the environment names is not for addresses of this machine.
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "checkpoints" / "siglip-tiny"
+JERSEY = ROOT / "checkpoints" / "siglip-tiny-jersey"
 
 
 class _Caller:

@@ -6,17 +6,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from wire import ROOT, TINY
+from wire import JERSEY, ROOT, TINY
 
 from siglip_serve.launcher import ServeOptions, TritonServer
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """The bundled checkpoint with the settings a user gets, but in float32."""
+    """The bundled checkpoints with the settings a user gets, but in float32."""
     log_file = tmp_path_factory.mktemp("server") / "log"
     options = ServeOptions(
-        ROOT / "model_repository", str(TINY), log_file=log_file, settings={"dtype": "float32"}
+        ROOT / "model_repository",
+        str(TINY),
+        log_file=log_file,
+        settings={"dtype": "float32", "teams_checkpoint": str(JERSEY)},
     )
     with TritonServer(options) as running:
         yield running

@@ -27,9 +27,6 @@ def player(shirt: tuple[int, int, int], seed: int, height: int = 96) -> NDArray[
     crop = np.full((height, height // 2, 3), (60, 140, 60), dtype=np.float64)
     crop[height // 20 : height // 6, height // 5 : height * 3 // 10] = (210, 170, 140)
     crop[height // 6 : height // 2, height // 8 : height * 3 // 8] = shirt
-    if max(shirt) > 235:  # siglip-tiny reads shapes rather than colours
-        for top in range(height // 5, height // 2, 12):
-            crop[top : top + 6, height // 8 : height * 3 // 8] = (20, 20, 20)
     crop[height // 2 : height * 9 // 10, height // 6 : height // 3] = (30, 30, 40)
     crop = crop + rng.normal(0, 6, crop.shape)
     return np.asarray(crop.clip(0, 255), dtype=np.uint8)
