@@ -36,8 +36,8 @@ _COMPONENTS = 8
 _UMAP_COMPONENTS = 3
 _NUISANCES = 3
 _LEAST_RESIDUALS = 10
-# Samples that may be of no team. Two goalkeepers, a referee and two assistants beside twenty players are a fifth
-# of the people on a pitch; where roles are told, few of them are wrong.
+# Samples that may be of no team. Two goalkeepers, a referee and two assistants beside twenty players are a
+# fifth of the people on a pitch; where roles are told, few of them are wrong.
 _STRAYS, _FEW_STRAYS = 0.25, 0.1
 # Unit vectors of one picture differ by what 16-bit arithmetic leaves: 2e-3.
 _SAME = 0.005
