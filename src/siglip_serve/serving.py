@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -260,26 +259,21 @@ def _split(choices: str) -> list[str]:
     return [choice.strip() for choice in choices.split(",")]
 
 
-def map_rows(
-    name: str, rows: Sequence[Any], function: Callable[[Any], Row], pool: ThreadPoolExecutor | None = None
-) -> NDArray[Any]:
-    """`function` of every row, stacked; in the pool's threads if there is one.
+def map_rows(name: str, rows: Sequence[bytes], function: Callable[[bytes], Row]) -> NDArray[Any]:
+    """`function` of every row, stacked.
 
     Raises:
         InvalidInputError: names each row that was refused, by its index.
     """
+    done: list[Row] = []
+    refused: list[InvalidInputError] = []
     if not len(rows):
         raise InvalidInputError(f"{name}: no rows, expected at least one")
-
-    def attempt(row: Any) -> Row | InvalidInputError:
+    for index, row in enumerate(rows):
         try:
-            return function(row)
+            done.append(function(row))
         except InvalidInputError as error:
-            return error
-
-    outcomes = list((pool.map if pool else map)(attempt, rows))
-    done = [row for row in outcomes if not isinstance(row, InvalidInputError)]
-    refused = [e.at(name, index) for index, e in enumerate(outcomes) if isinstance(e, InvalidInputError)]
+            refused.append(error.at(name, index))
     if refused:
         shown = "; ".join(str(error) for error in refused[:5])
         more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, cast
 
@@ -12,7 +11,6 @@ from numpy.typing import NDArray
 
 from siglip_serve import clustering
 from siglip_serve.checkpoint import fingerprint
-from siglip_serve.config import available_cores
 from siglip_serve.errors import InvalidInputError
 from siglip_serve.handlers import image_reader
 from siglip_serve.jersey import COLOR_ORDERS, ColorOrder, cut_box, jersey_roi, parse_region, rgb_frame
@@ -23,8 +21,6 @@ from siglip_serve.team_state import TeamState
 __all__ = ["JerseyReader", "TeamClassifier", "TeamFitter"]
 
 _MOST_CROPS = 4096
-# A frame is one request: its crops are read side by side. Few are read sooner by one thread.
-_MOST_THREADS, _FEW = 8, 4
 _STATES_KEPT = 64
 _SOURCES = ("CROPS", "FRAME", "RAW_FRAME")
 _ROLES = (b"player", b"goalkeeper", b"referee")
@@ -41,13 +37,19 @@ class JerseyReader:
         with readable_start():
             self._region = parse_region(context.settings.jersey_region)
         self._preprocess, self._limits = image_reader(context)
-        self._pool = ThreadPoolExecutor(min(_MOST_THREADS, available_cores()))
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request."""
         return respond_each(requests, self._read)
 
     def _read(self, request: Request) -> Outputs:
+        fallbacks: list[bool] = []
+
+        def jersey(crop: Pixels) -> Row:
+            roi, whole = jersey_roi(crop, self._region)
+            fallbacks.append(whole)
+            return self._preprocess.resize(np.array(roi))  # a copy: contiguous, and writable for torch
+
         given = [name for name in _SOURCES if request.has(name)]
         if len(given) != 1:
             got = " and ".join(given) or "none"
@@ -59,15 +61,14 @@ class JerseyReader:
                 raise InvalidInputError("BOXES: got them with CROPS, expected FRAME or RAW_FRAME with them")
             _color_order(request, raw=False)
             crops: Sequence[Any] = _bounded("CROPS", request.strings("CROPS"))
-            decode = self._decoder(request)
-            pixels, fallbacks = self._jerseys("CROPS", crops, decode)
+            pixels = self._stack("CROPS", crops, lambda data: jersey(self._decode(request, data)))
         else:
             frame = self._frame(request, given[0])
             crops = _bounded("BOXES", request.array("BOXES", [4], np.float32, least=0))
-            pixels, fallbacks = self._jerseys("BOXES", crops, lambda box: cut_box(frame, box))
+            pixels = self._stack("BOXES", crops, lambda box: jersey(cut_box(frame, box)))
         return {
             "PIXEL_VALUES": pixels,
-            "REGION_FALLBACK": fallbacks,
+            "REGION_FALLBACK": np.array(fallbacks, dtype=np.bool_),
             "CROP_COUNT": np.array([len(crops)], dtype=np.int32),
         }
 
@@ -80,7 +81,7 @@ class JerseyReader:
             if len(files) != 1:
                 raise InvalidInputError(f"FRAME: got {len(files)} frames, expected one")
             try:
-                return self._decoder(request)(files[0])
+                return self._decode(request, files[0])
             except InvalidInputError as error:
                 raise error.at("FRAME", 0) from error
         frame = request.array("RAW_FRAME", request.shape("RAW_FRAME")[1:], np.uint8)
@@ -90,24 +91,15 @@ class JerseyReader:
         except InvalidInputError as error:
             raise error.at("RAW_FRAME") from error
 
-    def _decoder(self, request: Request) -> Callable[[bytes], Pixels]:
-        if not request.flag("base64_encoded"):
-            return self._preprocess.decode
-        return lambda data: self._preprocess.decode(decode_base64(data, self._limits))
+    def _decode(self, request: Request, data: bytes) -> Pixels:
+        encoded = request.flag("base64_encoded")
+        return self._preprocess.decode(decode_base64(data, self._limits) if encoded else data)
 
-    def _jerseys(
-        self, name: str, crops: Sequence[Any], pixels_of: Callable[[Any], Pixels]
-    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        size = self._preprocess.size
-        fallbacks = np.zeros(len(crops), dtype=np.bool_)
-        if not len(crops):
-            return np.zeros((1, size, size, 3), dtype=np.uint8), fallbacks
-
-        def jersey(index: int) -> Row:
-            roi, fallbacks[index] = jersey_roi(pixels_of(crops[index]), self._region)
-            return self._preprocess.resize(np.array(roi))  # a copy: contiguous, and writable for torch
-
-        return map_rows(name, range(len(crops)), jersey, self._pool if len(crops) > _FEW else None), fallbacks
+    def _stack(self, name: str, rows: Sequence[Any], function: Any) -> NDArray[np.uint8]:
+        if not len(rows):
+            size = self._preprocess.size
+            return np.zeros((1, size, size, 3), dtype=np.uint8)
+        return map_rows(name, rows, function)
 
 
 class TeamFitter:
