@@ -6,12 +6,13 @@ Every clip follows from its tier and seed (`training.jerseys.clips` says what ea
 its frames is fitted on, the second held out; goalkeepers and referees are among the crops, unannounced,
 and outfield players are what counts. Ways:
 
-    ours             track means, within-track directions removed, PCA(8) and KMeans, as `fit_teams` does it
+    ours             track means, within-track directions removed, PCA(8), trimmed KMeans: as `fit_teams` does it
     ours, no tracks  the same without TRACK_ID
     recipe           UMAP(3) and KMeans(2) on single crops, whole, as published; needs umap-learn
     recipe, region   the same on the jersey's region
     hsv              a histogram of hue, saturation and value over the region, KMeans(2) on single crops
     hsv, tracks      the same on the mean of each track's histograms
+    hsv, our fit     these histograms instead of embeddings in our pipeline
 
 `ours` and `recipe` are run with every checkpoint. Numbers: accuracy of crops and of tracks (each track's
 majority) at the fit, of held-out crops, and the adjusted Rand index at the fit, all under the better of the
@@ -245,6 +246,7 @@ def contenders(encoders: Sequence[Encoder], with_recipe: bool) -> list[Contender
         *found,
         Contender("hsv", "", histograms, True, plain),
         Contender("hsv, tracks", "", histograms, True, plain_tracks),
+        Contender("hsv, our fit", "", histograms, True, ours),
     ]
 
 
@@ -268,14 +270,14 @@ def measure(made: Clip, everyone: Sequence[Contender]) -> list[dict[str, Any]]:
 def summary(rows: Sequence[dict[str, Any]], tiers: Sequence[str], column: str) -> str:
     """A table: a row a contender, a column a tier, the mean over seeds."""
     names = list(dict.fromkeys((row["way"], row["checkpoint"]) for row in rows))
-    lines = [f"{column:24s}{'':24s}" + "".join(f"{tier:>7s}" for tier in tiers)]
+    lines = [f"{column:24s}{'':24s}" + "".join(f"{tier:>9s}" for tier in tiers)]
     for way, checkpoint in names:
         cells = []
         for tier in tiers:
             mine = [
                 r[column] for r in rows if (r["way"], r["checkpoint"], r["tier"]) == (way, checkpoint, tier)
             ]
-            cells.append(f"{np.mean(mine):7.3f}" if np.isfinite(mine).all() else f"{'-':>7s}")
+            cells.append(f"{np.mean(mine):9.3f}" if np.isfinite(mine).all() else f"{'-':>9s}")
         lines.append(f"{way:24s}{checkpoint:24s}" + "".join(cells))
     return "\n".join(lines)
 
@@ -291,7 +293,7 @@ def main() -> None:
         help="directories or hub ids (default: %(default)s)",
     )
     parser.add_argument("--tiers", nargs="+", choices=list(TIERS), default=list(TIERS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(15)), metavar="SEED")
     parser.add_argument("--device", default="cpu", help="cpu or cuda:0 (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="the .csv file to write")
     parser.add_argument("--sheets", type=Path, help="folder for a picture of every tier's first clip")

@@ -14,7 +14,7 @@ SOURCE = ROOT / "src" / "siglip_serve"
 LAYERS = [
     {"errors", "config"},
     {"checkpoint"},
-    {"preprocess", "tokenizer", "team_state"},
+    {"preprocess", "tokenizer", "team_state", "trimmed_kmeans"},
     {"siglip", "pooling", "jersey"},
     {"engine", "zero_shot", "clustering"},
     {"knn", "metrics"},
