@@ -6,7 +6,7 @@ Every clip follows from its tier and seed (`training.jerseys.clips` says what ea
 its frames is fitted on, the second held out; goalkeepers and referees are among the crops, unannounced,
 and outfield players are what counts. Ways:
 
-    ours             track means, within-track directions removed, PCA(8), trimmed KMeans: as `fit_teams` does it
+    ours             as `fit_teams`: track means, within-track directions removed, PCA(8), trimmed KMeans
     ours, no tracks  the same without TRACK_ID
     recipe           UMAP(3) and KMeans(2) on single crops, whole, as published; needs umap-learn
     recipe, region   the same on the jersey's region

@@ -153,6 +153,9 @@ class TeamClassifier:
     """`team_predict`: EMBEDDING [n, D] and STATE -> their teams."""
 
     def __init__(self, context: Context) -> None:
+        from threadpoolctl import threadpool_limits
+
+        threadpool_limits(1)  # from here on: waking threads takes longer than these products
         with readable_start():
             stamp = _stamp(context)
         # Few matches are played at a time, and each sends the same state with every frame.

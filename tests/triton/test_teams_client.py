@@ -23,7 +23,7 @@ from siglip_serve_client import (
     Teams,
     UnavailableError,
 )
-from wire import ROOT, TINY
+from wire import JERSEY, ROOT, TINY
 
 from siglip_serve.launcher import ServeOptions, TritonServer
 
@@ -247,7 +247,7 @@ def regions() -> list[str]:
 @pytest.fixture(scope="module")
 def sharing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     log = tmp_path_factory.mktemp("sharing") / "log"
-    settings = {"dtype": "float32"}
+    settings = {"dtype": "float32", "teams_checkpoint": str(JERSEY)}
     options = ServeOptions(
         ROOT / "model_repository", str(TINY), log_file=log, settings=settings, shared_memory=True
     )
