@@ -2,8 +2,8 @@
 
     python -m training.jerseys T3 crops --seed 1
 
-Files are named after frame and track: `siglip-serve teams crops --track-from-name 'track(\\d+)'` then knows the
-tracks. `crops.truth.csv` beside the folder says team and role of each.
+Files are named after frame and track, which `siglip-serve teams crops --track-from-name 'track(\\d+)'`
+understands. `crops.truth.csv` beside the folder says team and role of each.
 """
 
 import csv
