@@ -322,6 +322,8 @@ def _seeds(seen: Rows, crops: _Crops, teams: int) -> Rows | None:
 def _of_crops(inner: Rows, centroids: Rows, clusters: NDArray[np.int64], crops: _Crops) -> NDArray[np.int64]:
     """The cluster [n] of each crop's track: what most of its crops are, or what its mean is in a tie.
 
+    It is what the means are throughout if a cluster would be left without a track.
+
     Args:
         inner: [n, p], the crops' places.
         centroids: [k, p].
@@ -331,7 +333,10 @@ def _of_crops(inner: Rows, centroids: Rows, clusters: NDArray[np.int64], crops: 
     votes = np.zeros((len(clusters), len(centroids)))
     np.add.at(votes, (crops.track, _distances(inner, centroids).argmin(axis=1)), 1)
     votes[np.arange(len(clusters)), clusters] += 0.5
-    return np.asarray(votes.argmax(axis=1)[crops.track])
+    voted = votes.argmax(axis=1)
+    if len(np.unique(voted)) < len(centroids):
+        voted = clusters
+    return np.asarray(voted[crops.track])
 
 
 def _view(inner: Rows, centroids: Rows, components: Rows) -> Rows:

@@ -196,3 +196,16 @@ def test_embeddings_of_another_width_are_refused() -> None:
 def test_a_missing_umap_says_how_to_get_it() -> None:
     with pytest.raises(SettingsError, match=r"pip install 'siglip-serve\[umap\]'"):
         fit(match().embeddings, Hints(), STAMP, "umap")
+
+
+@pytest.mark.parametrize("seed", [1903, 2934])
+def test_votes_do_not_leave_a_team_without_crops(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    tracks = int(rng.integers(4, 26))
+    count, width = tracks * int(rng.integers(2, 7)), int(rng.choice([4, 16, 64]))
+    track = rng.integers(0, tracks, count)
+    crops = np.abs(rng.standard_t(1.5, size=(count, width))) * rng.choice([0.1, 1, 3])
+    crops += rng.standard_t(1.5, size=(tracks, width))[track] * rng.choice([0, 0.1, 0.5])
+    found = fit(crops.astype(np.float32), Hints(tracks=track), STAMP)
+    assert set(found.teams.labels) == {0, 1}
+    assert np.isfinite(found.teams.outlier_score).all()
