@@ -11,6 +11,7 @@ follow the clusters' positions, or the crops that the caller names, or an earlie
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -302,14 +303,18 @@ def _distances(rows: Rows, centroids: Rows) -> Rows:
 def _umap(samples: Rows) -> Rows:
     """Three coordinates by UMAP; seeded, in one thread."""
     try:
-        from umap import UMAP
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TensorFlow is not there, and not needed
+            from umap import UMAP
     except ModuleNotFoundError as error:
         raise SettingsError(
             "team_reducer umap: the package umap-learn is not installed (pip install 'siglip-serve[umap]')"
         ) from error
     neighbours = min(15, len(samples) - 1)
     reducer = UMAP(n_components=_UMAP_COMPONENTS, n_neighbors=neighbours, random_state=_SEED, n_jobs=1)
-    return np.asarray(reducer.fit_transform(samples), dtype=np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a few samples are fewer than it likes
+        return np.asarray(reducer.fit_transform(samples), dtype=np.float32)
 
 
 def _seeds(seen: Rows, crops: _Crops, teams: int) -> Rows | None:

@@ -192,6 +192,19 @@ def test_embeddings_of_another_width_are_refused() -> None:
         predict(state, np.ones((2, 5), dtype=np.float32))
 
 
+@pytest.mark.skipif(find_spec("umap") is None, reason="umap-learn is not installed")
+def test_umap_finds_the_teams_in_any_order() -> None:
+    known = match()
+    hints = Hints(tracks=known.track)
+    found = fit(known.embeddings, hints, STAMP, "umap")
+    assert accuracy(found.teams.labels, known.team) == 1
+    order = np.random.default_rng(0).permutation(len(known.team))
+    again = fit(known.embeddings[order], Hints(tracks=known.track[order]), STAMP, "umap")
+    assert (again.teams.labels == found.teams.labels[order]).all()
+    assert found.state is not None
+    assert (predict(found.state, known.embeddings).labels == found.teams.labels).all()
+
+
 @pytest.mark.skipif(find_spec("umap") is not None, reason="umap-learn is installed")
 def test_a_missing_umap_says_how_to_get_it() -> None:
     with pytest.raises(SettingsError, match=r"pip install 'siglip-serve\[umap\]'"):
