@@ -8,7 +8,6 @@ learning rate falls with time, not with steps, so that a run ends when it must; 
 """
 
 import json
-import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,9 +19,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from training.evaluate import class_embeddings, report, zero_shot
+from training.loop import descend, run_for
 from training.model import Shape, Siglip
 from training.optimizers import MovingAverage, optimizers, set_rate
 from training.pack import Pack, load_pack, premultiplied
@@ -216,12 +215,7 @@ class _Run:
         weight, bias = self.head.weight[shown], self.head.bias[shown]
         head = partial(F.linear, weight=weight, bias=bias)
         loss = _loss(self.model, head, image.float(), text.float(), target, settings.head_weight)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_([*self.model.parameters(), *self.head.parameters()], 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
+        descend(loss, [self.model, self.head], self.optimizers)
         self.average.update(self.model)
         return loss.detach()
 
@@ -229,24 +223,12 @@ class _Run:
 def train(pack: Pack, tokenizer: Tokenizer, settings: Settings, source: ImageSource, out: Path) -> Siglip:
     """Train for `settings.minutes` and return the averaged model; `out` gets it now and then as well."""
     run = _Run(pack, tokenizer, settings, source)
-    start = time.monotonic()
-    duration, next_save, next_note, steps = settings.minutes * 60, 90.0, 10.0, 0
-    bar = tqdm(total=round(duration), unit="s", desc=out.name, mininterval=30)
-    while (elapsed := time.monotonic() - start) < duration:
-        loss = run.step(elapsed / duration)
-        steps += 1
-        if elapsed > next_note:
-            next_note += 20
-            bar.update(round(elapsed) - bar.n)
-            print(f"{out.name} {elapsed:6.0f} s, step {steps}, loss {loss.item():.3f}", flush=True)
-        if elapsed > next_save:
-            next_save += 120
-            run.average.save(out / "model.safetensors")
-            score = _choose_score(run.average, pack, tokenizer)
-            print(f"{out.name} {elapsed:6.0f} s, step {steps}, choosing set {score:.4f}", flush=True)
-    bar.close()
-    run.average.save(out / "model.safetensors")
-    print(f"{out.name} {steps} steps", flush=True)
+
+    def save() -> str:
+        run.average.save(out / "model.safetensors")
+        return f"choosing set {_choose_score(run.average, pack, tokenizer):.4f}"
+
+    run_for(settings.minutes, out.name, run.step, save)
     return run.average.model
 
 

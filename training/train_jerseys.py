@@ -9,7 +9,6 @@ falls with time, not with steps, so that a run ends when it must; a moving avera
 """
 
 import json
-import time
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,9 +17,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from training.jerseys import WIDE, training_batch
+from training.loop import descend, run_for
 from training.model import Shape, Siglip
 from training.optimizers import MovingAverage, optimizers, set_rate
 from training.scenes import Random
@@ -87,12 +86,7 @@ class _Run:
             mean, pooled = self.model.image_means(pixels.float() * 2 - 1, settings.drop_path)
         loss = contrastive(mean.float(), kit, settings.temperature)
         loss = loss + settings.head_weight * contrastive(pooled.float(), kit, settings.temperature)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.vision_model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
+        descend(loss, [self.model.vision_model], self.optimizers)
         self.average.update(self.model)
         return loss.detach()
 
@@ -100,25 +94,14 @@ class _Run:
 def train(settings: Settings, out: Path) -> Siglip:
     """Train for `settings.minutes` and return the averaged model; `out` gets its image tower now and then."""
     run = _Run(settings)
-    weights = out / "model.safetensors"
-    start = time.monotonic()
-    duration, next_save, next_note, steps = settings.minutes * 60, 90.0, 10.0, 0
-    bar = tqdm(total=round(duration), unit="s", desc=out.name, mininterval=30)
-    while (elapsed := time.monotonic() - start) < duration:
-        loss = run.step(elapsed / duration)
-        steps += 1
-        if elapsed > next_note:
-            next_note += 20
-            bar.update(round(elapsed) - bar.n)
-            print(f"{out.name} {elapsed:6.0f} s, step {steps}, loss {loss.item():.3f}", flush=True)
-        if elapsed > next_save:
-            next_save += 120
-            run.average.save(weights, TOWER)
-    bar.close()
-    run.average.save(weights, TOWER)
+
+    def save() -> str:
+        run.average.save(out / "model.safetensors", TOWER)
+        return ""
+
+    steps = run_for(settings.minutes, out.name, run.step, save)
     crops = steps * settings.kits * settings.views
     (out / "run.json").write_text(json.dumps({"steps": steps, "crops": crops}) + "\n")
-    print(f"{out.name} {steps} steps, {crops} crops", flush=True)
     return run.average.model
 
 

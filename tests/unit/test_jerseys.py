@@ -2,12 +2,17 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from siglip_serve.checkpoint import load_config
+from siglip_serve.siglip import load_vision
+from training import train_jerseys
+from training.export import export_vision
 from training.jerseys import (
     BENCHMARK,
     DIFFERENCES,
@@ -35,7 +40,9 @@ from training.jerseys import (
     textures,
     training_batch,
 )
+from training.jerseys.__main__ import main as write_clip
 from training.scenes import Random
+from training.train_jerseys import contrastive
 
 SMALL = Cast(players=2, keepers=1, referees=1, frames=2)
 
@@ -188,3 +195,30 @@ def test_jpeg_is_pillows(quality: int, subsampled: bool) -> None:
     theirs = torch.from_numpy(pixels(file.getvalue()).copy()).permute(2, 0, 1) / 255
     loss = (theirs - picture[0]).abs().mean()
     assert (ours - theirs).abs().mean() < 0.25 * loss + 0.5 / 255
+
+
+def test_the_contrastive_loss_prefers_kits_together() -> None:
+    kit = torch.arange(4).repeat_interleave(3)
+    together = torch.eye(4)[kit]
+    apart = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    # Two others of the same kit share all of the probability: log 2 each.
+    assert contrastive(together, kit, 0.01).item() == pytest.approx(np.log(2), abs=1e-4)
+    assert contrastive(apart, kit, 0.01) > 10
+
+
+def test_a_run_leaves_an_image_tower_that_can_be_served(tmp_path: Path) -> None:
+    settings = '{"kits": 4, "views": 2, "compile": false, "shape": {"layers": 1, "width": 32, "heads": 2}}'
+    train_jerseys.main(["--out", str(tmp_path / "run"), "--minutes", "0.02", "--set", settings])
+    export_vision(tmp_path / "run", tmp_path / "checkpoint")
+    tower = load_vision(tmp_path / "checkpoint")
+    assert tower(torch.zeros(1, 3, 64, 64)).shape == (1, 64, 32)
+    assert load_config(tmp_path / "checkpoint").vision_only
+
+
+def test_a_clip_as_files(tmp_path: Path) -> None:
+    write_clip(["T6", str(tmp_path / "crops"), "--sheet", str(tmp_path / "sheet.png")])
+    names = {path.name for path in (tmp_path / "crops").iterdir()}
+    rows = (tmp_path / "crops.truth.csv").read_text().splitlines()
+    assert {row.split(",")[0] for row in rows[1:]} == names
+    assert "frame00_track00.jpg" in names
+    assert Image.open(tmp_path / "sheet.png").height > 1000
