@@ -221,4 +221,5 @@ def test_a_clip_as_files(tmp_path: Path) -> None:
     rows = (tmp_path / "crops.truth.csv").read_text().splitlines()
     assert {row.split(",")[0] for row in rows[1:]} == names
     assert "frame00_track00.jpg" in names
-    assert Image.open(tmp_path / "sheet.png").height > 1000
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.height > 1000
