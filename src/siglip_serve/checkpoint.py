@@ -108,7 +108,7 @@ class ModelConfig:
         if self._text is None:
             raise CheckpointError(
                 f"{self.path}: an image tower alone (model_type {_VISION_ONLY!r}), without a text tower; "
-                "it can serve --models siglip_vision fit_teams classify_teams, or be the --teams-checkpoint"
+                "it serves --models embed_image,fit_teams,classify_teams, or as --teams-checkpoint"
             )
         return self._text
 

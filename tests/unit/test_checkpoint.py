@@ -11,7 +11,7 @@ from random_checkpoints import random_model, save_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import SiglipConfig, SiglipImageProcessorPil
 
-from siglip_serve.checkpoint import load_config, resolve
+from siglip_serve.checkpoint import load_config, resolve, tensor_dims
 from siglip_serve.errors import CheckpointError
 from siglip_serve.siglip import load_scale, load_text, load_vision
 
@@ -140,3 +140,14 @@ def test_resolve(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("./nowhere", "no-slash", "a/b/c"):
         with pytest.raises(CheckpointError, match="no such directory"):
             resolve(name)
+
+
+def test_an_image_tower_alone() -> None:
+    config = load_config(Path(__file__).parents[2] / "checkpoints" / "siglip-tiny-jersey")
+    assert config.vision_only
+    assert (config.vision.image_size, config.vision.grid_size) == (64, 8)
+    assert "INPUT_IDS" not in tensor_dims(config)
+    with pytest.raises(CheckpointError, match="without a text tower; it serves --models embed_image"):
+        _ = config.text
+    with pytest.raises(CheckpointError, match="without a text tower"):
+        load_scale(config.path)
