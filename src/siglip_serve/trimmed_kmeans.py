@@ -10,6 +10,7 @@ Source: Cuesta-Albertos, Gordaliza and Matran, "Trimmed k-means" (Annals of Stat
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -22,7 +23,8 @@ Rows = NDArray[np.float32]
 
 # A cluster of fewer of the kept samples than this, times a team's fair share, is no team.
 _LEAST_SHARE = 0.6
-_FINER = 3
+# Starts come from so many clusters more than wanted: choices among five are ten, among eleven too many.
+_FINER, _FINER_OF_MANY, _MANY = 3, 1, 4
 _MOST_STEPS = 100
 _SEED = 0
 
@@ -55,9 +57,10 @@ def trimmed_kmeans(
         trimmed: share of the samples that is left out of account, 0 to 1. A cluster smaller than that may be
             left out as a whole.
         start: centroids [k, d] to start at instead.
-        thorough: try KMeans with up to three more clusters; else with k alone.
+        thorough: look for starts in finer clusters too; else in k alone.
     """
-    starts = [start] if start is not None else _starts(rows, k, _FINER if thorough else 0)
+    finer = (_FINER if k < _MANY else _FINER_OF_MANY) if thorough else 0
+    starts = [start] if start is not None else _starts(rows, k, finer)
     kept = max(math.ceil(len(rows) * (1 - trimmed)), min(2 * k, len(rows)))
     found = [_descend(rows, centroids, kept) for centroids in starts]
     best = min(found, key=lambda one: (one.least < _LEAST_SHARE * kept / k, one.cost))
@@ -68,10 +71,13 @@ def trimmed_kmeans(
 
 def _starts(rows: Rows, k: int, finer: int) -> list[Rows]:
     from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
 
     starts = []
     for count in range(k, min(k + finer, len(rows)) + 1):
-        centroids = KMeans(count, n_init=3, random_state=_SEED).fit(rows).cluster_centers_
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct samples than clusters
+            centroids = KMeans(count, n_init=3, random_state=_SEED).fit(rows).cluster_centers_
         starts += [centroids[list(chosen)] for chosen in combinations(range(count), k)]
     return starts
 
@@ -87,8 +93,9 @@ def _descend(rows: Rows, centroids: Rows, count: int) -> _Result:
     """Assign, keep the nearest, move the centroids to their means, until nothing changes."""
     k = len(centroids)
     members = np.full(len(rows), -2)
+    squares = (rows**2).sum(axis=1)
     for _ in range(_MOST_STEPS):
-        distances = ((rows[:, None] - centroids) ** 2).sum(axis=2)  # [n, k]
+        distances = squares[:, None] - 2 * rows @ centroids.T + (centroids**2).sum(axis=1)  # [n, k]
         labels = distances.argmin(axis=1)
         nearest = distances[np.arange(len(rows)), labels]
         kept = np.zeros(len(rows), dtype=np.bool_)

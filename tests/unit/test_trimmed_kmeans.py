@@ -64,3 +64,10 @@ def test_three_of_unlike_size() -> None:
     rows = (np.eye(3)[team] * 20 + rng.normal(size=(62, 3))).astype(np.float32)
     labels = trimmed_kmeans(rows, 3, 0.1).labels
     assert len({(int(a), int(b)) for a, b in zip(labels, team, strict=True)}) == 3
+
+
+def test_two_pictures_shown_many_times() -> None:
+    rows = np.repeat(np.eye(2, 4, dtype=np.float32), [20, 15], axis=0)
+    labels = trimmed_kmeans(rows, 2, 0.25).labels
+    assert len(set(labels[:20])) == len(set(labels[20:])) == 1
+    assert labels[0] != labels[20]
