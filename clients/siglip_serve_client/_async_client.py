@@ -17,7 +17,7 @@ from siglip_serve_client._client import Outcome, Progress
 from siglip_serve_client._images import ColorOrder, ImageLike
 from siglip_serve_client._operations import Link
 from siglip_serve_client._shared_memory import Regions
-from siglip_serve_client._steps import Call, Operation, Pause, Register, Step, Work
+from siglip_serve_client._steps import Call, Describe, Operation, Pause, Register, Step, Work
 from siglip_serve_client._teams import TeamFit, TeamImages, Teams, ask_fit, ask_teams, hint_inputs
 from siglip_serve_client._transports import AsyncTransport, Endpoint, connect_async
 from siglip_serve_client.errors import ClientError
@@ -161,6 +161,10 @@ class AsyncClient:
         """See `Client.classify_teams`."""
         return await self._run(ask_teams(self._link, images, state))
 
+    async def describe(self) -> dict[str, str]:
+        """See `Client.describe`."""
+        return await self._run(_operations.describe(self._link))
+
     async def check_health(self) -> int:
         """See `Client.check_health`."""
         return await self._run(_operations.check_health(self._link))
@@ -225,6 +229,8 @@ class AsyncClient:
             self._connected = connect_async(self._endpoint, self.concurrency)
         if isinstance(step, Call):
             return await self._connected.infer(step)
+        if isinstance(step, Describe):
+            return await self._connected.describe(step)
         if isinstance(step, Register):
             return await self._connected.register(step)
         return await self._connected.withdraw(step)

@@ -17,7 +17,7 @@ from siglip_serve_client import _operations
 from siglip_serve_client._images import ColorOrder, ImageLike
 from siglip_serve_client._operations import Link
 from siglip_serve_client._shared_memory import Regions
-from siglip_serve_client._steps import Call, Operation, Pause, Register, Step, Work
+from siglip_serve_client._steps import Call, Describe, Operation, Pause, Register, Step, Work
 from siglip_serve_client._teams import TeamFit, TeamImages, Teams, ask_fit, ask_teams, hint_inputs
 from siglip_serve_client._transports import Endpoint, connect
 from siglip_serve_client.errors import ClientError
@@ -229,6 +229,14 @@ class Client:
         """
         return self._run(ask_teams(self._link, images, state))
 
+    def describe(self) -> dict[str, str]:
+        """What embeds images: `checkpoint_name`, `checkpoint_revision`, `dtype`, `preprocess`.
+
+        Raises:
+            ClientError: as for `embed_image`.
+        """
+        return self._run(_operations.describe(self._link))
+
     def check_health(self) -> int:
         """Embed a small picture; the width of the embedding.
 
@@ -283,6 +291,8 @@ class Client:
             return step.function()
         if isinstance(step, Pause):
             return time.sleep(step.seconds)
+        if isinstance(step, Describe):
+            return self._transport.describe(step)
         if isinstance(step, Register):
             return self._transport.register(step)
         return self._transport.withdraw(step)

@@ -14,13 +14,23 @@ from PIL import Image
 
 from siglip_serve_client._images import ColorOrder, ImageLike, encoded
 from siglip_serve_client._shared_memory import Regions
-from siglip_serve_client._steps import Answer, Call, Operation, Tensor, Work, ask, output, strings
+from siglip_serve_client._steps import Answer, Call, Describe, Operation, Tensor, Work, ask, output, strings
 from siglip_serve_client.errors import InvalidInputError, ServerError
 
-__all__ = ["Link", "check_health", "chunks", "classify", "embed_image", "embed_texts", "label_tensors"]
+__all__ = [
+    "Link",
+    "check_health",
+    "chunks",
+    "classify",
+    "describe",
+    "embed_image",
+    "embed_texts",
+    "label_tensors",
+]
 
 # Texts in a request: enough that the request itself costs little, few enough that several towers have work.
 _TEXTS = 256
+_IDENTITY = ("checkpoint_name", "checkpoint_revision", "dtype", "preprocess")
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,12 @@ def check_health(link: Link) -> Operation[int]:
     if not np.isfinite(embedding).all():
         raise ServerError("the server answered with numbers that are not finite")
     return int(embedding.size)
+
+
+def describe(link: Link) -> Operation[dict[str, str]]:
+    """See `Client.describe`."""
+    parameters: dict[str, str] = yield Describe("siglip_vision_model", link.timeout)
+    return {name: parameters.get(name, "") for name in _IDENTITY}
 
 
 def _ask_image(link: Link, call: Call, image: ImageLike, color_order: ColorOrder | None) -> Operation[Answer]:

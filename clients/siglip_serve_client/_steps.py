@@ -20,6 +20,7 @@ from siglip_serve_client.errors import DeadlineError, ServerError, UnavailableEr
 __all__ = [
     "Answer",
     "Call",
+    "Describe",
     "Operation",
     "Pause",
     "Register",
@@ -81,6 +82,14 @@ class Withdraw:
 
 
 @dataclass(frozen=True)
+class Describe:
+    """Ask for the string parameters in the configuration of a model."""
+
+    model: str
+    timeout: float
+
+
+@dataclass(frozen=True)
 class Pause:
     """Wait so many seconds."""
 
@@ -101,7 +110,7 @@ class Answer(Protocol):
         """An output by its name; None if there is none."""
 
 
-Step: TypeAlias = Call | Register | Withdraw | Pause | Work
+Step: TypeAlias = Call | Describe | Register | Withdraw | Pause | Work
 Operation: TypeAlias = Generator[Step, Any, T]
 
 

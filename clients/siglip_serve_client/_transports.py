@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from tritonclient.utils import InferenceServerException
 
-from siglip_serve_client._steps import Answer, Call, Register, Tensor, Withdraw
+from siglip_serve_client._steps import Answer, Call, Describe, Register, Tensor, Withdraw
 from siglip_serve_client.errors import (
     AccessError,
     ClientError,
@@ -52,6 +52,9 @@ class Transport(Protocol):
     def infer(self, call: Call) -> Answer:
         """The model's answer, or a ClientError."""
 
+    def describe(self, step: Describe) -> dict[str, str]:
+        """See `Describe`."""
+
     def register(self, step: Register) -> None:
         """See `Register`."""
 
@@ -67,6 +70,9 @@ class AsyncTransport(Protocol):
 
     async def infer(self, call: Call) -> Answer:
         """The model's answer, or a ClientError."""
+
+    async def describe(self, step: Describe) -> dict[str, str]:
+        """See `Describe`."""
 
     async def register(self, step: Register) -> None:
         """See `Register`."""
@@ -212,6 +218,15 @@ class _Grpc:
             raise _from_grpc(error, self._endpoint) from error
         return answer
 
+    def describe(self, step: Describe) -> dict[str, str]:
+        try:
+            answer = self._client.get_model_config(
+                step.model, headers=self._headers, client_timeout=step.timeout
+            )
+        except InferenceServerException as error:
+            raise _from_grpc(error, self._endpoint) from error
+        return {name: value.string_value for name, value in answer.config.parameters.items()}
+
     def register(self, step: Register) -> None:
         try:
             self._client.register_system_shared_memory(
@@ -246,6 +261,15 @@ class _AsyncGrpc:
             raise _from_grpc(error, self._endpoint) from error
         return answer
 
+    async def describe(self, step: Describe) -> dict[str, str]:
+        try:
+            answer = await self._client.get_model_config(
+                step.model, headers=self._headers, client_timeout=step.timeout
+            )
+        except InferenceServerException as error:
+            raise _from_grpc(error, self._endpoint) from error
+        return {name: value.string_value for name, value in answer.config.parameters.items()}
+
     async def register(self, step: Register) -> None:
         try:
             await self._client.register_system_shared_memory(
@@ -270,15 +294,16 @@ class _AsyncGrpc:
 
 
 @dataclass(frozen=True)
-class _Post:
-    """A POST, whoever sends it."""
+class _Request:
+    """A request, whoever sends it."""
 
     path: str
     body: bytes
     headers: Mapping[str, str]
+    method: str = "POST"
 
 
-def _http_call(call: Call) -> _Post:
+def _http_call(call: Call) -> _Request:
     import tritonclient.http as triton
 
     inputs = [_infer_input(triton, tensor) for tensor in call.inputs]
@@ -288,15 +313,24 @@ def _http_call(call: Call) -> _Post:
     headers = {"Content-Type": "application/octet-stream"} | (
         {} if size is None else {"Inference-Header-Content-Length": str(size)}
     )
-    return _Post(f"/v2/models/{call.model}/infer", body, headers)
+    return _Request(f"/v2/models/{call.model}/infer", body, headers)
 
 
-def _http_control(step: Register | Withdraw) -> _Post:
+def _http_control(step: Register | Withdraw) -> _Request:
     path = f"/v2/systemsharedmemory/region/{step.name}"
     if isinstance(step, Withdraw):
-        return _Post(f"{path}/unregister", b"", {})
+        return _Request(f"{path}/unregister", b"", {})
     about = {"key": step.name, "offset": 0, "byte_size": step.size}
-    return _Post(f"{path}/register", json.dumps(about).encode(), {"Content-Type": "application/json"})
+    return _Request(f"{path}/register", json.dumps(about).encode(), {"Content-Type": "application/json"})
+
+
+def _http_describe(step: Describe) -> _Request:
+    return _Request(f"/v2/models/{step.model}/config", b"", {}, "GET")
+
+
+def _parameters(body: bytes) -> dict[str, str]:
+    described = json.loads(body).get("parameters", {})
+    return {name: value["string_value"] for name, value in described.items()}
 
 
 def _http_answer(body: bytes, headers: Mapping[str, str]) -> Answer:
@@ -330,24 +364,27 @@ class _Http:
         self._pool = urllib3.PoolManager(maxsize=connections, retries=False, ssl_context=context)
 
     def infer(self, call: Call) -> Answer:
-        return _http_answer(*self._post(_http_call(call), call.timeout))
+        return _http_answer(*self._send(_http_call(call), call.timeout))
+
+    def describe(self, step: Describe) -> dict[str, str]:
+        return _parameters(self._send(_http_describe(step), step.timeout)[0])
 
     def register(self, step: Register) -> None:
-        self._post(_http_control(step), _CONTROL_TIMEOUT)
+        self._send(_http_control(step), _CONTROL_TIMEOUT)
 
     def withdraw(self, step: Withdraw) -> None:
-        self._post(_http_control(step), _CONTROL_TIMEOUT)
+        self._send(_http_control(step), _CONTROL_TIMEOUT)
 
     def close(self) -> None:
         self._pool.clear()
 
-    def _post(self, post: _Post, timeout: float) -> tuple[bytes, Mapping[str, str]]:
+    def _send(self, post: _Request, timeout: float) -> tuple[bytes, Mapping[str, str]]:
         from urllib3 import exceptions
 
         address = self._endpoint.address
         try:
             answer = self._pool.request(
-                "POST",
+                post.method,
                 self._endpoint.base + post.path,
                 body=post.body,
                 headers={**self._endpoint.headers, **post.headers},
@@ -374,25 +411,30 @@ class _AsyncHttp:
         self._session = aiohttp.ClientSession(connector=connector, headers=endpoint.headers)
 
     async def infer(self, call: Call) -> Answer:
-        return _http_answer(*await self._post(_http_call(call), call.timeout))
+        return _http_answer(*await self._send(_http_call(call), call.timeout))
+
+    async def describe(self, step: Describe) -> dict[str, str]:
+        return _parameters((await self._send(_http_describe(step), step.timeout))[0])
 
     async def register(self, step: Register) -> None:
-        await self._post(_http_control(step), _CONTROL_TIMEOUT)
+        await self._send(_http_control(step), _CONTROL_TIMEOUT)
 
     async def withdraw(self, step: Withdraw) -> None:
-        await self._post(_http_control(step), _CONTROL_TIMEOUT)
+        await self._send(_http_control(step), _CONTROL_TIMEOUT)
 
     async def close(self) -> None:
         await self._session.close()
 
-    async def _post(self, post: _Post, timeout: float) -> tuple[bytes, Mapping[str, str]]:
+    async def _send(self, post: _Request, timeout: float) -> tuple[bytes, Mapping[str, str]]:
         import aiohttp
 
         address = self._endpoint.address
         limit = aiohttp.ClientTimeout(total=timeout)
         url = self._endpoint.base + post.path
         try:
-            async with self._session.post(url, data=post.body, headers=post.headers, timeout=limit) as answer:
+            async with self._session.request(
+                post.method, url, data=post.body, headers=post.headers, timeout=limit
+            ) as answer:
                 body = await answer.read()
         except aiohttp.ClientSSLError as error:
             raise UnreachableError(f"{address} is not trusted: {error}") from error
