@@ -7,24 +7,22 @@ from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar, Unpack
+from typing import Self, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from siglip_serve_client import _operations
-from siglip_serve_client._client import Outcome, Progress
+from siglip_serve_client._engine import Engine, Outcome, Progress
 from siglip_serve_client._images import ColorOrder, ImageLike
 from siglip_serve_client._operations import Link
 from siglip_serve_client._shared_memory import Regions
-from siglip_serve_client._steps import Call, Describe, Operation, Pause, Register, Step, Work
+from siglip_serve_client._steps import Operation
 from siglip_serve_client._teams import TeamFit, TeamImages, Teams, ask_fit, ask_teams, hint_inputs
-from siglip_serve_client._transports import AsyncTransport, Endpoint, connect_async
-from siglip_serve_client.errors import ClientError
+from siglip_serve_client._transports import Endpoint
 
 __all__ = ["AsyncClient"]
 
-T = TypeVar("T")
 S = TypeVar("S")
 
 
@@ -45,9 +43,8 @@ class AsyncClient:
         ca_file: Path | str | None = None,
     ) -> None:
         self.concurrency = concurrency
-        self._endpoint = Endpoint.parse(url, api_key, ca_file)
+        self._engine = Engine(Endpoint.parse(url, api_key, ca_file), concurrency)
         self._link = Link(timeout, Regions() if shared_memory else None)
-        self._connected: AsyncTransport | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -60,16 +57,14 @@ class AsyncClient:
     async def close(self) -> None:
         """Remove what lies in shared memory, and close the connection."""
         if self._link.regions is not None:
-            await self._run(self._link.regions.close())
-        connected, self._connected = self._connected, None
-        if connected is not None:
-            await connected.close()
+            await self._engine.run(self._link.regions.close())
+        await self._engine.close()
 
     async def embed_image(
         self, image: ImageLike, normalized: bool = False, *, color_order: ColorOrder | None = None
     ) -> NDArray[np.float32]:
         """See `Client.embed_image`."""
-        return await self._run(_operations.embed_image(self._link, image, normalized, color_order))
+        return await self._engine.run(_operations.embed_image(self._link, image, normalized, color_order))
 
     def embed_images(
         self,
@@ -124,7 +119,7 @@ class AsyncClient:
     ) -> NDArray[np.float32]:
         """See `Client.classify`."""
         tensors = _operations.label_tensors(labels, templates)
-        return await self._run(_operations.classify(self._link, image, tensors, softmax, color_order))
+        return await self._engine.run(_operations.classify(self._link, image, tensors, softmax, color_order))
 
     def classify_images(
         self,
@@ -155,19 +150,19 @@ class AsyncClient:
     ) -> TeamFit:
         """See `Client.fit_teams`."""
         hints = hint_inputs(track_ids=track_ids, roles=roles, anchors=anchors, prev_state=prev_state, k=k)
-        return await self._run(ask_fit(self._link, images, hints))
+        return await self._engine.run(ask_fit(self._link, images, hints))
 
     async def classify_teams(self, *, state: bytes, **images: Unpack[TeamImages]) -> Teams:
         """See `Client.classify_teams`."""
-        return await self._run(ask_teams(self._link, images, state))
+        return await self._engine.run(ask_teams(self._link, images, state))
 
     async def describe(self) -> dict[str, str]:
         """See `Client.describe`."""
-        return await self._run(_operations.describe(self._link))
+        return await self._engine.run(_operations.describe(self._link))
 
     async def check_health(self) -> int:
         """See `Client.check_health`."""
-        return await self._run(_operations.check_health(self._link))
+        return await self._engine.run(_operations.check_health(self._link))
 
     async def _each(
         self,
@@ -182,7 +177,7 @@ class AsyncClient:
         try:
             async for item in _asynchronous(items):
                 await free.acquire()
-                task = asyncio.create_task(self._outcome(operation(item)))
+                task = asyncio.create_task(self._engine.outcome(operation(item)))
                 task.add_done_callback(lambda _: free.release())
                 window.append(task)
                 # As many again may wait behind one that is slow.
@@ -200,40 +195,6 @@ class AsyncClient:
             for task in window:
                 task.cancel()
             await asyncio.gather(*window, return_exceptions=True)
-
-    async def _outcome(self, operation: Operation[NDArray[np.float32]]) -> Outcome:
-        try:
-            return await self._run(operation)
-        except (ClientError, OSError) as error:
-            return error
-
-    async def _run(self, operation: Operation[T]) -> T:
-        try:
-            step = next(operation)
-            while True:
-                try:
-                    result = await self._perform(step)
-                except BaseException as error:  # noqa: BLE001 - the operation raises what it does not handle
-                    step = operation.throw(error)
-                else:
-                    step = operation.send(result)
-        except StopIteration as end:
-            return end.value
-
-    async def _perform(self, step: Step) -> Any:
-        if isinstance(step, Work):
-            return await asyncio.to_thread(step.function)
-        if isinstance(step, Pause):
-            return await asyncio.sleep(step.seconds)
-        if self._connected is None:  # here and not earlier: connections belong to the running loop
-            self._connected = connect_async(self._endpoint, self.concurrency)
-        if isinstance(step, Call):
-            return await self._connected.infer(step)
-        if isinstance(step, Describe):
-            return await self._connected.describe(step)
-        if isinstance(step, Register):
-            return await self._connected.register(step)
-        return await self._connected.withdraw(step)
 
 
 async def _asynchronous(items: Iterable[S] | AsyncIterable[S]) -> AsyncIterator[S]:

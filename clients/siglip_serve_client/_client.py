@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeAlias, TypeVar, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from siglip_serve_client import _operations
+from siglip_serve_client._engine import Outcome, Progress, ThreadedEngine
 from siglip_serve_client._images import ColorOrder, ImageLike
 from siglip_serve_client._operations import Link
 from siglip_serve_client._shared_memory import Regions
 from siglip_serve_client._steps import Call, Describe, Operation, Pause, Register, Step, Work
 from siglip_serve_client._teams import TeamFit, TeamImages, Teams, ask_fit, ask_teams, hint_inputs
 from siglip_serve_client._transports import Endpoint, connect
-from siglip_serve_client.errors import ClientError
 
-__all__ = ["Client", "Outcome", "Progress"]
+__all__ = ["Client"]
 
 T = TypeVar("T")
-Outcome: TypeAlias = NDArray[np.float32] | ClientError | OSError
-Progress: TypeAlias = Callable[[int], object]
 
 
 class Client:
@@ -56,7 +55,8 @@ class Client:
         ca_file: Path | str | None = None,
     ) -> None:
         self.concurrency = concurrency
-        self._transport = connect(Endpoint.parse(url, api_key, ca_file), concurrency)
+        self._endpoint = Endpoint.parse(url, api_key, ca_file)
+        self._transport = connect(self._endpoint, concurrency)
         self._link = Link(timeout, Regions() if shared_memory else None)
 
     def __enter__(self) -> Self:
@@ -114,7 +114,9 @@ class Client:
         self, text: str, normalized: bool = False, *, truncation: bool = False
     ) -> NDArray[np.float32]:
         """The embedding [D] float32 of one text; see `embed_texts`."""
-        return np.asarray(self.embed_texts([text], normalized, truncation=truncation)[0])
+        return np.asarray(
+            self._run(_operations.embed_texts(self._link, [text], 0, normalized, truncation))[0]
+        )
 
     def embed_texts(
         self,
@@ -251,25 +253,23 @@ class Client:
         self, operations: Iterable[Operation[NDArray[np.float32]]], progress: Progress | None = None
     ) -> Iterator[Outcome]:
         """The outcome of each, in order; `concurrency` at a time, as many again read ahead."""
-        window: deque[Future[NDArray[np.float32]]] = deque()
-        done = 0
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            try:
-                for operation in operations:
-                    window.append(pool.submit(self._run, operation))
-                    if len(window) >= 2 * self.concurrency:
-                        yield _outcome(window.popleft())
-                        done += 1
-                        if progress is not None:
-                            progress(done)
-                while window:
-                    yield _outcome(window.popleft())
+        window: deque[Future[Outcome]] = deque()
+        rest, done = iter(operations), 0
+        with ThreadedEngine(self._endpoint, self.concurrency) as engine:
+            while True:
+                window.extend(map(engine.submit, islice(rest, 2 * self.concurrency - len(window))))
+                if not window:
+                    return
+                # All that are done, before others are begun: each change of the thread costs time.
+                yield window.popleft().result()
+                done += 1
+                if progress is not None:
+                    progress(done)
+                while window and window[0].done():
+                    yield window.popleft().result()
                     done += 1
                     if progress is not None:
                         progress(done)
-            finally:
-                for waiting in window:
-                    waiting.cancel()
 
     def _run(self, operation: Operation[T]) -> T:
         try:
@@ -296,10 +296,3 @@ class Client:
         if isinstance(step, Register):
             return self._transport.register(step)
         return self._transport.withdraw(step)
-
-
-def _outcome(future: Future[NDArray[np.float32]]) -> Outcome:
-    try:
-        return future.result()
-    except (ClientError, OSError) as error:
-        return error

@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from siglip_serve_client._client import Client, Outcome
+from siglip_serve_client._client import Client
 from siglip_serve_client._connection import add_connection, connected
 from siglip_serve_client._embed_output import OutputError, Store, check_output
 from siglip_serve_client._embed_sources import Item, Sources, SourcesError
+from siglip_serve_client._engine import Outcome
 from siglip_serve_client.errors import InvalidInputError, ServerError, UnavailableError
 
 __all__ = ["add_embed"]

@@ -34,7 +34,9 @@ def test_block_runs(language: str, block: str, server: TritonServer, tmp_path: P
     for port, own in ((8000, server.http_port), (8001, server.grpc_port), (8002, server.metrics_port)):
         block = re.sub(rf"\b(127\.0\.0\.1|localhost):{port}\b", f"127.0.0.1:{own}", block)
     block = re.sub(r"\.venv/bin/", "", block)
-    block = re.sub(r"siglip-serve (embed|classify|health)", rf"siglip-serve \1 --url {server.grpc_url}", block)
+    block = re.sub(
+        r"siglip-serve (embed|classify|health)", rf"siglip-serve \1 --url {server.grpc_url}", block
+    )
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     run = [sys.executable, "-c"] if language == "python" else ["bash", "-euo", "pipefail", "-c"]
     done = subprocess.run(
