@@ -1,0 +1,135 @@
+"""`docker/monitoring`: a real Prometheus on a real server, and every query of the dashboard."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import time
+import urllib.parse
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+import yaml
+from images import encode, photo
+from tritonclient.utils import InferenceServerException
+from wire import OPENER, ROOT, GrpcCaller
+
+from siglip_serve.launcher import TritonServer
+
+FOLDER = ROOT / "docker" / "monitoring"
+PICTURE = encode(photo(64, 48, 3), "JPEG")
+DASHBOARD = json.loads((FOLDER / "dashboards" / "siglip-serve.json").read_text(encoding="utf-8"))
+QUERIES = [target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", [])]
+# Without a GPU, and without a fault of the server, there is nothing to show of them.
+EMPTY = re.compile(r"nv_gpu_|BACKEND\|REJECTED")
+pytestmark = pytest.mark.skipif(
+    shutil.which("prometheus") is None or shutil.which("promtool") is None,
+    reason="prometheus is not installed",
+)
+
+
+def test_the_files_are_valid() -> None:
+    for check in (
+        ["check", "config", "--syntax-only", "prometheus.yml"],
+        ["check", "rules", "alerts.yml"],
+        ["test", "rules", "alerts_test.yml"],
+    ):
+        done = subprocess.run(["promtool", *check], cwd=FOLDER, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def prometheus(server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a Prometheus with our configuration, but for its targets and intervals."""
+    folder = tmp_path_factory.mktemp("prometheus")
+    config = yaml.safe_load((FOLDER / "prometheus.yml").read_text(encoding="utf-8"))
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["rule_files"] = [str(FOLDER / name) for name in config["rule_files"]]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    targets = {"siglip-serve": f"{server.address}:{server.metrics_port}", "prometheus": address}
+    for job in config["scrape_configs"]:
+        job["static_configs"] = [{"targets": [targets[job["job_name"]]]}]
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [
+                "prometheus",
+                f"--config.file={folder / 'prometheus.yml'}",
+                f"--storage.tsdb.path={folder / 'data'}",
+                f"--web.listen-address={address}",
+            ],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "GOMAXPROCS": "1"},
+        )
+    try:
+        _wait_for(lambda: "1" in _values(address, 'up{job="siglip-serve"}'), folder / "log")
+        yield address
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def _wait_for(condition: Any, log: Path) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        with suppress(OSError):
+            if condition():
+                return
+        time.sleep(0.3)
+    pytest.fail(log.read_text()[-2000:])
+
+
+def _values(address: str, query: str) -> list[str]:
+    """What a query says now, each value as text."""
+    words = urllib.parse.urlencode({"query": query})
+    with OPENER.open(f"http://{address}/api/v1/query?{words}", timeout=10) as answer:
+        found = json.load(answer)["data"]["result"]
+    return [row["value"][1] for row in found]
+
+
+def _use(server: TritonServer) -> None:
+    """Good and bad images and texts."""
+    caller = GrpcCaller(server.grpc_url)
+    caller.embed([PICTURE] * 3)
+    with suppress(InferenceServerException):
+        caller.embed([b"no image"])
+    tensor = triton.InferInput("INPUT_TEXT", [2, 1], "BYTES")
+    tensor.set_data_from_numpy(np.array([[b"a dog"], [f"{time.time()}".encode()]], dtype=np.object_))
+    caller.client.infer("embed_text", [tensor])
+
+
+def test_every_query_of_the_dashboard_has_data(server: TritonServer, prometheus: str) -> None:
+    assert len(QUERIES) > 15
+    queries = [query.replace("$__rate_interval", "10s") for query in QUERIES]
+    missing = queries
+    deadline = time.monotonic() + 40
+    while missing and time.monotonic() < deadline:
+        _use(server)
+        time.sleep(1)
+        found = {query: _values(prometheus, query) for query in queries}
+        missing = [query for query in queries if not found[query] and not EMPTY.search(query)]
+    assert not missing
+    for query in queries:  # a quantile of nothing is not a number: a model that was not asked has none
+        assert EMPTY.search(query) or any(np.isfinite(float(value)) for value in found[query]), query
+
+
+def test_the_rules_are_evaluated(prometheus: str) -> None:
+    with OPENER.open(f"http://{prometheus}/api/v1/rules", timeout=10) as answer:
+        groups = json.load(answer)["data"]["groups"]
+    rules = [rule for group in groups for rule in group["rules"]]
+    assert len(rules) > 10
+    assert {rule["health"] for rule in rules} <= {"ok", "unknown"}
+    firing = [rule["name"] for rule in rules if rule.get("state") == "firing"]
+    assert "ServerDown" not in firing
