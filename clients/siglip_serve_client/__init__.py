@@ -1,9 +1,11 @@
-"""The client of SigLIP Serve: plain Python over gRPC, no torch."""
+"""The clients of SigLIP Serve: plain Python over gRPC or HTTP, no torch."""
 
+from siglip_serve_client._async_client import AsyncClient
 from siglip_serve_client._client import Client
 from siglip_serve_client._team_tracker import TeamTracker, resolve_goalkeepers
 from siglip_serve_client._teams import TeamFit, Teams
 from siglip_serve_client.errors import (
+    AccessError,
     ClientError,
     DeadlineError,
     InvalidInputError,
@@ -14,6 +16,8 @@ from siglip_serve_client.errors import (
 )
 
 __all__ = [
+    "AccessError",
+    "AsyncClient",
     "Client",
     "ClientError",
     "DeadlineError",

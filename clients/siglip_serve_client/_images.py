@@ -13,18 +13,21 @@ from PIL import Image
 __all__ = ["ColorOrder", "ImageLike", "encoded", "raw"]
 
 ColorOrder: TypeAlias = Literal["RGB", "BGR"]
-ImageLike: TypeAlias = bytes | Path | Image.Image | NDArray[np.uint8]
+ImageLike: TypeAlias = bytes | str | Path | Image.Image | NDArray[np.uint8]
 
 _EIGHT_BITS = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
 
 
-def encoded(image: ImageLike, name: str, color_order: ColorOrder | None) -> bytes:
-    """The bytes of an image file: as given or read; arrays and PIL images become a PNG without loss.
+def encoded(
+    image: ImageLike, name: str, color_order: ColorOrder | None, container: Literal["PNG", "BMP"] = "PNG"
+) -> bytes:
+    """The bytes of an image file: as given or read; arrays and PIL images become one without loss.
 
     Args:
         image: arrays are uint8 [H, W] or [H, W, C] with C of 1, 3 or 4; a fourth channel is left out.
         name: of the argument, for messages.
         color_order: of an array with colours; needed for such only.
+        container: of arrays and PIL images: PNG is small, BMP quick to write and read.
 
     Raises:
         OSError: the path cannot be read.
@@ -32,13 +35,13 @@ def encoded(image: ImageLike, name: str, color_order: ColorOrder | None) -> byte
     """
     if isinstance(image, bytes):
         return image
-    if isinstance(image, Path):
-        return image.read_bytes()
+    if isinstance(image, str | Path):
+        return Path(image).read_bytes()
     pixels, order = raw(image, name, color_order)
     pixels = pixels[:, :, 0] if order is None else pixels[:, :, :3] if order == "RGB" else pixels[:, :, 2::-1]
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     file = io.BytesIO()
-    picture.save(file, "PNG", compress_level=1)
+    picture.save(file, container, **({"compress_level": 1} if container == "PNG" else {}))
     return file.getvalue()
 
 
@@ -62,7 +65,7 @@ def raw(
         return np.asarray(_on_white(image)), "RGB"
     if not isinstance(image, np.ndarray):
         raise TypeError(
-            f"{name}: {type(image).__name__}, expected bytes, a pathlib.Path, a PIL image or a NumPy array"
+            f"{name}: {type(image).__name__}, expected bytes, a path, a PIL image or a NumPy array"
         )
     if image.dtype != np.uint8:
         raise TypeError(f"{name}: array of {image.dtype}, expected uint8 (0 to 255)")

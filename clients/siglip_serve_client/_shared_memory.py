@@ -6,24 +6,27 @@ import os
 import secrets
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tritonclient.grpc as triton
 from numpy.typing import NDArray
-from tritonclient.utils import InferenceServerException, shared_memory
+from tritonclient.utils import shared_memory
 
-from siglip_serve_client._wire import Wire, translate
-from siglip_serve_client.errors import ClientError, ServerError, SharedMemoryError
+from siglip_serve_client._steps import Answer, Call, Operation, Register, Tensor, Withdraw, ask
+from siglip_serve_client.errors import (
+    AccessError,
+    ClientError,
+    InvalidInputError,
+    ServerError,
+    SharedMemoryError,
+)
 
 __all__ = ["Regions"]
 
-# What Triton answers with where the interface is closed, and where it knows no region of the name.
-_CLOSED = "protocol is restricted"
+# What Triton answers with where it knows no region of the name.
 _UNKNOWN = "Unable to find shared memory region"
 
 
@@ -32,62 +35,76 @@ class _Region:
     name: str
     size: int
     handle: Any
-    lost: bool = False
 
 
 class Regions:
-    """Regions that one connection has registered; safe with several threads.
+    """Regions that one client has registered; safe with several threads.
 
     A request holds a region of its own until it is answered. Regions are reused for frames that are not
     larger, so there are never more of them than requests at once.
     """
 
-    def __init__(self, wire: Wire) -> None:
+    def __init__(self) -> None:
         if sys.platform != "linux":
             raise SharedMemoryError(f"shared_memory=True works on Linux, not on {sys.platform}")
-        self._wire = wire
         self._lock = threading.Lock()
         self._free: list[_Region] = []
+        self._stale: list[str] = []  # removed here, not yet withdrawn from the server
         self._closed = False
 
-    @contextmanager
-    def holding(self, name: str, array: NDArray[np.uint8]) -> Iterator[triton.InferInput]:
-        """The input `name` with the contents of `array`, which lie in a region while the block runs.
+    def ask(
+        self, call: Call, name: str, datatype: str, shape: Sequence[int], parts: Sequence[NDArray[np.uint8]]
+    ) -> Operation[Answer]:
+        """The answer to `call` with one more input, whose bytes are `parts`, one after the other.
 
         Raises:
             SharedMemoryError: there is no room for a region, or the server cannot or may not read it.
         """
-        region = self._take(array.nbytes)
         try:
-            shared_memory.set_shared_memory_region(region.handle, [array])
-            tensor = triton.InferInput(name, list(array.shape), "UINT8")
-            tensor.set_shared_memory(region.name, array.nbytes)
-            yield tensor
-        except ServerError as error:
-            region.lost = self.lost(error)
-            raise
-        finally:
-            self._give(region)
+            return (yield from self._ask(call, name, datatype, tuple(shape), parts))
+        except ClientError as error:
+            if _UNKNOWN not in str(error):
+                raise
+        # The server was started anew, and knows none of the earlier regions.
+        yield from self.clear()
+        return (yield from self._ask(call, name, datatype, tuple(shape), parts))
 
-    @staticmethod
-    def lost(error: ClientError) -> bool:
-        """Whether the server does not know the region: it was started anew since."""
-        return _UNKNOWN in str(error)
-
-    def clear(self) -> None:
+    def clear(self) -> Operation[None]:
         """Withdraw and remove the regions that no request holds."""
         with self._lock:
             free, self._free = self._free, []
         for region in free:
-            self._destroy(region)
+            yield from _destroy(region)
+        yield from self._withdraw_stale()
 
-    def close(self) -> None:
+    def close(self) -> Operation[None]:
         """Remove all regions; those that a request still holds, when it is answered."""
         with self._lock:
             self._closed = True
-        self.clear()
+        yield from self.clear()
 
-    def _take(self, size: int) -> _Region:
+    def _ask(
+        self, call: Call, name: str, datatype: str, shape: tuple[int, ...], parts: Sequence[NDArray[np.uint8]]
+    ) -> Operation[Answer]:
+        size = sum(part.nbytes for part in parts)
+        region = yield from self._take(size)
+        answered = False
+        try:
+            shared_memory.set_shared_memory_region(region.handle, list(parts))
+            tensor = Tensor(name, datatype, shape, region=region.name, size=size)
+            inputs = [tensor, *call.inputs]
+            answer = yield from ask(Call(call.model, inputs, call.parameters, call.timeout))
+            answered = True
+        except InvalidInputError:
+            answered = True
+            raise
+        finally:
+            # Nothing is asked of the server here: an operation may end by being cancelled.
+            self._give(region, answered)
+        return answer
+
+    def _take(self, size: int) -> Operation[_Region]:
+        yield from self._withdraw_stale()
         with self._lock:
             fitting = [region for region in self._free if region.size >= size]
             # Of those that are too small, one makes room for its successor.
@@ -95,39 +112,55 @@ class Regions:
             if chosen is not None:
                 self._free.remove(chosen)
         if chosen is not None and not fitting:
-            self._destroy(chosen)
+            yield from _destroy(chosen)
             chosen = None
-        return chosen or self._make(size)
+        return chosen or (yield from _make(size))
 
-    def _give(self, region: _Region) -> None:
+    def _give(self, region: _Region, answered: bool) -> None:
         with self._lock:
-            if not self._closed and not region.lost:
+            if answered and not self._closed:
                 self._free.append(region)
                 return
-        self._destroy(region)
-
-    def _make(self, size: int) -> _Region:
-        key = f"siglip-serve-client-{os.getpid()}-{secrets.token_hex(8)}"
-        try:
-            handle = shared_memory.create_shared_memory_region(key, key, size, create_only=True)
-        except shared_memory.SharedMemoryException as error:
-            raise SharedMemoryError(f"no region of {size} bytes could be made: {error.__cause__}") from error
-        region = _Region(key, size, handle)
-        try:
-            _reserve(key, size)
-            self._wire.triton.register_system_shared_memory(key, key, size, client_timeout=self._wire.timeout)
-        except OSError as error:
-            self._destroy(region)
-            raise SharedMemoryError(f"/dev/shm has no room for {size} bytes: {error}") from error
-        except InferenceServerException as error:
-            self._destroy(region)
-            raise _refusal(error, self._wire.url) from error
-        return region
-
-    def _destroy(self, region: _Region) -> None:
-        with suppress(InferenceServerException):  # the server may be gone, or not know it
-            self._wire.triton.unregister_system_shared_memory(region.name, client_timeout=self._wire.timeout)
+            self._stale.append(region.name)
+        # The server may still read it, and so may nothing else be written there.
         shared_memory.destroy_shared_memory_region(region.handle)
+
+    def _withdraw_stale(self) -> Operation[None]:
+        with self._lock:
+            stale, self._stale = self._stale, []
+        for name in stale:
+            yield from _withdraw(name)
+
+
+def _make(size: int) -> Operation[_Region]:
+    key = f"siglip-serve-client-{os.getpid()}-{secrets.token_hex(8)}"
+    try:
+        handle = shared_memory.create_shared_memory_region(key, key, size, create_only=True)
+    except shared_memory.SharedMemoryException as error:
+        raise SharedMemoryError(f"no region of {size} bytes could be made: {error.__cause__}") from error
+    try:
+        _reserve(key, size)
+        yield Register(key, size)
+    except BaseException as error:
+        shared_memory.destroy_shared_memory_region(handle)
+        if isinstance(error, OSError):
+            raise SharedMemoryError(f"/dev/shm has no room for {size} bytes: {error}") from error
+        if isinstance(error, ClientError):
+            raise _refusal(error) from error
+        raise
+    return _Region(key, size, handle)
+
+
+def _destroy(region: _Region) -> Operation[None]:
+    shared_memory.destroy_shared_memory_region(region.handle)
+    yield from _withdraw(region.name)
+
+
+def _withdraw(name: str) -> Operation[None]:
+    try:
+        yield Withdraw(name)
+    except ClientError:  # the server may be gone, or not know it
+        return
 
 
 def _reserve(key: str, size: int) -> None:
@@ -136,17 +169,15 @@ def _reserve(key: str, size: int) -> None:
         os.posix_fallocate(file.fileno(), 0, size)
 
 
-def _refusal(error: InferenceServerException, url: str) -> ClientError:
-    message = str(error.message() or error)
-    if _CLOSED in message:
+def _refusal(error: ClientError) -> ClientError:
+    if isinstance(error, AccessError):
         return SharedMemoryError(
-            f"the server at {url} lets nobody register shared memory: start it with "
+            "the server lets nobody register shared memory: start it with "
             "`siglip-serve serve --shared-memory`, or leave shared_memory=True out"
         )
-    translated = translate(error, url)
-    if isinstance(translated, ServerError) or "shared memory" in message:
+    if isinstance(error, ServerError) or "shared memory" in str(error):
         return SharedMemoryError(
-            f"the server at {url} cannot read this process's shared memory; is it on this machine, with the "
-            f"same /dev/shm and user? ({message})"
+            "the server cannot read this process's shared memory; is it on this machine, with the "
+            f"same /dev/shm and user? ({error})"
         )
-    return translated
+    return error

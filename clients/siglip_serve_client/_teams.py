@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
-import tritonclient.grpc as triton
 from numpy.typing import ArrayLike, NDArray
 
 from siglip_serve_client._images import ColorOrder, ImageLike, encoded, raw
-from siglip_serve_client._shared_memory import Regions
-from siglip_serve_client._wire import Wire
-from siglip_serve_client.errors import ServerError
+from siglip_serve_client._operations import Link
+from siglip_serve_client._steps import Answer, Call, Operation, Tensor, Work, ask, output, strings
 
-__all__ = ["Link", "TeamFit", "TeamImages", "Teams", "ask_fit", "ask_teams", "hint_inputs"]
+__all__ = ["TeamFit", "TeamImages", "Teams", "ask_fit", "ask_teams", "hint_inputs"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -65,42 +64,30 @@ class TeamImages(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class Link:
-    """How requests reach the server; `regions` are for raw frames if they go through shared memory."""
-
-    wire: Wire
-    regions: Regions | None = None
-
-    def close(self) -> None:
-        """Remove the regions, and close the connection."""
-        if self.regions is not None:
-            self.regions.close()
-        self.wire.close()
-
-
-@dataclass(frozen=True)
 class _Request:
     """Inputs and parameters of a request; `raw` is a frame that is not among the inputs yet."""
 
-    inputs: list[triton.InferInput]
+    inputs: list[Tensor]
     parameters: Mapping[str, str | bool] = field(default_factory=dict)
     raw: NDArray[np.uint8] | None = None
 
 
-def ask_fit(link: Link, images: TeamImages, hints: Sequence[triton.InferInput]) -> TeamFit:
+def ask_fit(link: Link, images: TeamImages, hints: Sequence[Tensor]) -> Operation[TeamFit]:
     """See `Client.fit_teams`."""
-    request = _request(**images)
-    answer = _infer(link, "fit_teams", request, hints)
+    request = yield Work(partial(_request, **images))
+    answer = yield from _infer(link, "fit_teams", request, hints)
     return TeamFit(
         **_said_of_crops(answer),
-        state=_output(answer, "STATE").item(),
-        status=tuple(word.decode() for word in _output(answer, "STATUS")),
+        state=output(answer, "STATE").item(),
+        status=tuple(word.decode() for word in output(answer, "STATUS")),
     )
 
 
-def ask_teams(link: Link, images: TeamImages, state: bytes) -> Teams:
+def ask_teams(link: Link, images: TeamImages, state: bytes) -> Operation[Teams]:
     """See `Client.classify_teams`."""
-    answer = _infer(link, "classify_teams", _request(**images), [_bytes("STATE", "state", [state])])
+    stated = strings("STATE", "state", [state])
+    request = yield Work(partial(_request, **images))
+    answer = yield from _infer(link, "classify_teams", request, [stated])
     return Teams(**_said_of_crops(answer))
 
 
@@ -111,7 +98,7 @@ def hint_inputs(
     anchors: ArrayLike | None,
     prev_state: bytes | None,
     k: int,
-) -> list[triton.InferInput]:
+) -> list[Tensor]:
     """The inputs of `fit_teams` beside the pictures; what is None is left out.
 
     Raises:
@@ -121,11 +108,11 @@ def hint_inputs(
     if track_ids is not None:
         inputs.append(_integers("TRACK_ID", "track_ids", track_ids, np.int64))
     if roles is not None:
-        inputs.append(_bytes("ROLE", "roles", [role.encode() for role in roles]))
+        inputs.append(strings("ROLE", "roles", [role.encode() for role in roles]))
     if anchors is not None:
         inputs.append(_integers("ANCHOR", "anchors", anchors, np.int32))
     if prev_state is not None:
-        inputs.append(_bytes("PREV_STATE", "prev_state", [prev_state]))
+        inputs.append(strings("PREV_STATE", "prev_state", [prev_state]))
     return inputs
 
 
@@ -138,66 +125,37 @@ def _request(
 ) -> _Request:
     if crops is not None and frame is None and boxes is None:
         files = [encoded(crop, f"crops[{row}]", color_order) for row, crop in enumerate(crops)]
-        return _Request([_bytes("CROPS", "crops", files)])
+        return _Request([strings("CROPS", "crops", files)])
     if frame is None or boxes is None or crops is not None:
         raise ValueError("expected either crops, or frame and boxes")
     corners = np.asarray(boxes, dtype=np.float32)
     places = _tensor("BOXES", corners if corners.size else corners.reshape(0, 4), "FP32")
-    if isinstance(frame, bytes | Path):
-        return _Request([_bytes("FRAME", "frame", [encoded(frame, "frame", None)]), places])
+    if isinstance(frame, bytes | str | Path):
+        return _Request([strings("FRAME", "frame", [encoded(frame, "frame", None)]), places])
     pixels, order = raw(frame, "frame", color_order)
     return _Request([places], {"color_order": order} if order else {}, pixels)
 
 
-def _infer(
-    link: Link, model: str, request: _Request, others: Sequence[triton.InferInput]
-) -> triton.InferResult:
-    inputs = [*request.inputs, *others]
+def _infer(link: Link, model: str, request: _Request, others: Sequence[Tensor]) -> Operation[Answer]:
+    call = Call(model, [*request.inputs, *others], request.parameters, link.timeout)
     if request.raw is None:
-        return link.wire.infer(model, inputs, request.parameters)
-    if link.regions is None:
-        frame = _tensor("RAW_FRAME", request.raw, "UINT8")
-        return link.wire.infer(model, [frame, *inputs], request.parameters)
-    try:
-        with link.regions.holding("RAW_FRAME", request.raw) as frame:
-            return link.wire.infer(model, [frame, *inputs], request.parameters)
-    except ServerError as error:
-        if not link.regions.lost(error):
-            raise
-    # The server was started anew, and knows none of the earlier regions.
-    link.regions.clear()
-    with link.regions.holding("RAW_FRAME", request.raw) as frame:
-        return link.wire.infer(model, [frame, *inputs], request.parameters)
+        return (yield from ask(call))
+    if link.regions is not None:
+        return (yield from link.regions.ask(call, "RAW_FRAME", "UINT8", request.raw.shape, [request.raw]))
+    frame = _tensor("RAW_FRAME", request.raw, "UINT8")
+    return (yield from ask(replace(call, inputs=[frame, *call.inputs])))
 
 
-def _said_of_crops(answer: triton.InferResult) -> dict[str, Any]:
+def _said_of_crops(answer: Answer) -> dict[str, Any]:
     names = ("LABELS", "MARGIN", "OUTLIER_SCORE", "COORDINATES", "REGION_FALLBACK")
-    return {name.lower(): _output(answer, name).copy() for name in names}
+    return {name.lower(): output(answer, name).copy() for name in names}
 
 
-def _output(answer: triton.InferResult, name: str) -> NDArray[Any]:
-    array = answer.as_numpy(name)
-    if array is None:
-        raise ServerError(f"the answer has no output {name}")
-    return np.asarray(array)
+def _tensor(name: str, array: NDArray[Any], datatype: str) -> Tensor:
+    return Tensor(name, datatype, array.shape, np.ascontiguousarray(array))
 
 
-def _tensor(name: str, array: NDArray[Any], datatype: str) -> triton.InferInput:
-    tensor = triton.InferInput(name, list(array.shape), datatype)
-    tensor.set_data_from_numpy(np.ascontiguousarray(array))
-    return tensor
-
-
-def _bytes(name: str, argument: str, values: Sequence[bytes]) -> triton.InferInput:
-    for value in values:
-        if not isinstance(value, bytes):
-            raise TypeError(f"{argument}: {type(value).__name__}, expected bytes")
-    array = np.empty(len(values), dtype=np.object_)
-    array[:] = values
-    return _tensor(name, array, "BYTES")
-
-
-def _integers(name: str, argument: str, values: ArrayLike, dtype: type[np.integer[Any]]) -> triton.InferInput:
+def _integers(name: str, argument: str, values: ArrayLike, dtype: type[np.integer[Any]]) -> Tensor:
     array = np.asarray(values)
     if array.size and array.dtype.kind not in "iu":
         raise TypeError(f"{argument}: array of {array.dtype}, expected whole numbers; -1 stands for unknown")

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from siglip_serve_client._client import Client
+from siglip_serve_client._connection import connected
 from siglip_serve_client._pictures import (
     OUTLIER,
     Labelled,
@@ -129,7 +130,7 @@ def _teams(options: argparse.Namespace) -> int:
     try:
         _check(options)
         players = _from_frame(options) if options.frame else _from_crops(options)
-        with Client(options.url, timeout=options.timeout) as client:
+        with connected(options, timeout=options.timeout) as client:
             if options.use_state:
                 said: Teams = _classify(client, players, options.use_state.read_bytes())
             else:

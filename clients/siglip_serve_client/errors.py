@@ -5,6 +5,7 @@ ClientError
 ├── UnavailableError     the server cannot serve it now; a retry may help
 │   ├── DeadlineError    it did not answer in time
 │   └── UnreachableError nobody answers at the address
+├── AccessError          the server, or a proxy in front of it, does not let this caller in
 ├── ServerError          the server failed (any other status)
 └── SharedMemoryError    a frame cannot reach the server through shared memory; the message says why
 """
@@ -12,6 +13,7 @@ ClientError
 from __future__ import annotations
 
 __all__ = [
+    "AccessError",
     "ClientError",
     "DeadlineError",
     "InvalidInputError",
@@ -28,6 +30,10 @@ class ClientError(Exception):
 
 class InvalidInputError(ClientError):
     """The server refused the input; the message names the row."""
+
+
+class AccessError(ClientError):
+    """The server, or a proxy in front of it, does not let this caller in."""
 
 
 class UnavailableError(ClientError):

@@ -7,6 +7,7 @@
     ├── InvalidInputError        the request is at fault: INVALID_ARGUMENT / 400
     │   ├── ImageError           not a decodable image
     │   ├── ImageTooLargeError   more bytes or pixels than the limits allow
+    │   ├── ParameterError       an unknown request parameter, or a value that it cannot have
     │   ├── StateError           not a team state, or one of other embeddings
     │   └── TextError            not a usable text
     └── UnavailableError         the server cannot serve it now, a retry may help: UNAVAILABLE / 503
@@ -25,6 +26,7 @@ __all__ = [
     "ImageError",
     "ImageTooLargeError",
     "InvalidInputError",
+    "ParameterError",
     "ServerStartError",
     "SettingsError",
     "SiglipServeError",
@@ -65,6 +67,10 @@ class ImageError(InvalidInputError):
 
 class ImageTooLargeError(InvalidInputError):
     """The image has more bytes or pixels than the limits allow."""
+
+
+class ParameterError(InvalidInputError):
+    """A request parameter is unknown, or its value is not one that it can have."""
 
 
 class StateError(InvalidInputError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
@@ -23,12 +24,12 @@ from siglip_serve.serving import (
     Request,
     Row,
     RowBuffer,
-    RowCounter,
     map_rows,
     readable_start,
     respond_each,
     respond_together,
 )
+from siglip_serve.telemetry import ReadMeter, TowerMeter
 from siglip_serve.tokenizer import decode_text, load_tokenizer
 
 if TYPE_CHECKING:
@@ -58,15 +59,17 @@ class ImageReader:
     """`siglip_vision_process`: INPUT_IMAGE [n, 1] BYTES -> PIXEL_VALUES [n, S, S, 3] UINT8."""
 
     def __init__(self, context: Context) -> None:
+        self._refusals = context.refusals
         from siglip_serve.preprocess import decode_base64
 
         self._preprocess, limits = image_reader(context)
         self._decode_base64 = partial(decode_base64, limits=limits)
         self._embed_models = context.settings.embed_models
+        self._meter = ReadMeter(context.model)
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request."""
-        return respond_each(requests, self._read)
+        return respond_each(requests, self._read, self._refusals)
 
     def _read(self, request: Request) -> Outputs:
         request.choice("embed_model", self._embed_models)
@@ -75,7 +78,10 @@ class ImageReader:
         def pixels(row: bytes) -> Row:
             return self._preprocess(self._decode_base64(row) if encoded else row)
 
-        return {"PIXEL_VALUES": map_rows("INPUT_IMAGE", request.strings("INPUT_IMAGE"), pixels)}
+        begin = time.perf_counter()
+        read = map_rows("INPUT_IMAGE", request.strings("INPUT_IMAGE"), pixels)
+        self._meter.add(len(read), time.perf_counter() - begin)
+        return {"PIXEL_VALUES": read}
 
 
 def image_reader(context: Context) -> tuple[Preprocessor, ImageLimits]:
@@ -102,6 +108,7 @@ class VisionEmbedder:
     """
 
     def __init__(self, context: Context) -> None:
+        self._refusals = context.refusals
         from siglip_serve.engine import VisionEngine
         from siglip_serve.siglip import load_vision
 
@@ -112,11 +119,11 @@ class VisionEmbedder:
             # The first pass allocates and chooses kernels: not at a caller's expense.
             self._engine(np.zeros((1, *self._shape), dtype=np.uint8)).rows(0, 1)
         self._buffer = RowBuffer(self._engine.staging)
-        self._computed = RowCounter(context.model)
+        self._meter = TowerMeter(context.model)
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request; their rows are computed together."""
-        return respond_together(requests, self._read, self._compute, _finish)
+        return respond_together(requests, self._read, self._compute, _finish, self._refusals)
 
     def _read(self, request: Request) -> NDArray[Any]:
         request.flag("normalized")
@@ -124,8 +131,10 @@ class VisionEmbedder:
 
     def _compute(self, parts: Sequence[NDArray[Any]], requests: Sequence[Request]) -> Batch:
         pixels = self._buffer.join(parts)
-        self._computed.add(len(pixels))
-        return self._engine(pixels, {name for request in requests for name in request.wanted()})
+        begin = time.perf_counter()
+        batch = self._engine(pixels, {name for request in requests for name in request.wanted()})
+        self._meter.add(len(pixels), time.perf_counter() - begin)
+        return batch
 
 
 class TextTokenizer:
@@ -135,6 +144,7 @@ class TextTokenizer:
     """
 
     def __init__(self, context: Context) -> None:
+        self._refusals = context.refusals
         with readable_start():
             self._tokenizer = load_tokenizer(context.config)
         self._embed_models = context.settings.embed_text_models
@@ -143,7 +153,7 @@ class TextTokenizer:
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request."""
-        return respond_each(requests, self._tokenize)
+        return respond_each(requests, self._tokenize, self._refusals)
 
     def _tokenize(self, request: Request) -> Outputs:
         request.choice("embed_model", self._embed_models)
@@ -170,6 +180,7 @@ class TextEmbedder:
     """
 
     def __init__(self, context: Context) -> None:
+        self._refusals = context.refusals
         from siglip_serve.engine import TextEngine
         from siglip_serve.siglip import load_text
 
@@ -181,11 +192,11 @@ class TextEmbedder:
         self._vocabulary, self._width = config.text.vocab_size, config.text.projection_size
         self._known = _Cache(settings.text_cache_rows)
         self._buffer = RowBuffer()
-        self._computed = RowCounter(context.model)
+        self._meter = TowerMeter(context.model)
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request; their rows are computed together."""
-        return respond_together(requests, self._read, self._compute, _finish)
+        return respond_together(requests, self._read, self._compute, _finish, self._refusals)
 
     def _read(self, request: Request) -> NDArray[Any]:
         request.flag("normalized")
@@ -206,8 +217,9 @@ class TextEmbedder:
         new = {key: index for index, key in enumerate(keys) if key not in rows}
         lost: set[bytes] = set()
         if new:
+            begin = time.perf_counter()
             computed = self._engine(ids[list(new.values())])
-            self._computed.add(len(new))
+            self._meter.add(len(new), time.perf_counter() - begin)
             nothing = np.zeros((len(new), self._width), dtype=np.float32)
             embeddings = computed.outputs.get("EMBEDDING", nothing)
             for key, row, failed in zip(new, embeddings, computed.failed, strict=True):
@@ -229,11 +241,12 @@ class LabelPrompter:
     """
 
     def __init__(self, context: Context) -> None:
+        self._refusals = context.refusals
         self._max_bytes = context.settings.max_text_bytes
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request."""
-        return respond_each(requests, self._prompts)
+        return respond_each(requests, self._prompts, self._refusals)
 
     def _prompts(self, request: Request) -> Outputs:
         labels = map_rows("LABELS", request.strings("LABELS"), self._label)
@@ -273,6 +286,7 @@ class LabelScorer:
     """
 
     def __init__(self, context: Context) -> None:
+        self._refusals = context.refusals
         from siglip_serve.siglip import load_scale
 
         with readable_start():
@@ -281,7 +295,7 @@ class LabelScorer:
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request."""
-        return respond_each(requests, self._score)
+        return respond_each(requests, self._score, self._refusals)
 
     def _score(self, request: Request) -> Outputs:
         images = request.array("IMAGE_EMBEDDING", self._width, np.float32)

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from siglip_serve import checkpoint
 from siglip_serve.checkpoint import ModelConfig
 from siglip_serve.config import START_REFUSED, Settings, load_settings
-from siglip_serve.errors import InvalidInputError, SiglipServeError, UnavailableError
+from siglip_serve.errors import InvalidInputError, ParameterError, SiglipServeError, UnavailableError
+from siglip_serve.telemetry import RefusalMeter
 
 if TYPE_CHECKING:
     from siglip_serve.engine import Batch
@@ -31,7 +32,6 @@ __all__ = [
     "Context",
     "Request",
     "RowBuffer",
-    "RowCounter",
     "fill_dims",
     "map_rows",
     "open_context",
@@ -65,12 +65,14 @@ class Context:
         config: the JSON files of the checkpoint that this model takes.
         device: `cpu`, or `cuda:<index>` as Triton placed the instance.
         model: its name in the repository.
+        refusals: counts what it refuses.
     """
 
     settings: Settings
     config: ModelConfig
     device: str
     model: str
+    refusals: RefusalMeter
 
 
 def open_context(args: Mapping[str, str]) -> Context:
@@ -82,7 +84,7 @@ def open_context(args: Mapping[str, str]) -> Context:
     settings, config = _read(json.loads(args["model_config"]))
     gpu = args["model_instance_kind"] == "GPU"
     device = f"cuda:{args['model_instance_device_id']}" if gpu else "cpu"
-    return Context(settings, config, device, args["model_name"])
+    return Context(settings, config, device, args["model_name"], RefusalMeter(args["model_name"]))
 
 
 def fill_dims(model: Any) -> Any:
@@ -117,23 +119,6 @@ def readable_start() -> Iterator[None]:
         yield
     except SiglipServeError as error:
         raise pb_utils.TritonModelException(f"{START_REFUSED}{error}") from None
-
-
-class RowCounter:
-    """Rows that a tower has computed, at the metrics endpoint; rows answered from a cache do not count."""
-
-    def __init__(self, model: str) -> None:
-        # The family must outlive its metrics.
-        self._family = pb_utils.MetricFamily(
-            name="siglip_serve_tower_rows_total",
-            description="Rows that a tower has computed",
-            kind=pb_utils.MetricFamily.COUNTER,
-        )
-        self._metric = self._family.Metric(labels={"model": model})
-
-    def add(self, rows: int) -> None:
-        """Count `rows` more."""
-        self._metric.increment(rows)
 
 
 class RowBuffer:
@@ -220,7 +205,7 @@ class Request:
         if isinstance(value, str) and value.lower() in {"true", "false"}:
             return value.lower() == "true"
         if not isinstance(value, bool):
-            raise InvalidInputError(f"parameter {name!r}: got {value!r}, expected true or false")
+            raise ParameterError(f"parameter {name!r}: got {value!r}, expected true or false")
         return value
 
     def choice(self, name: str, choices: str) -> str:
@@ -228,9 +213,7 @@ class Request:
         allowed = _split(choices)
         value = self._parameters.get(name, allowed[0])
         if value not in allowed:
-            raise InvalidInputError(
-                f"parameter {name!r}: got {value!r}, expected one of {', '.join(allowed)}"
-            )
+            raise ParameterError(f"parameter {name!r}: got {value!r}, expected one of {', '.join(allowed)}")
         return str(value)
 
     def has_parameter(self, name: str) -> bool:
@@ -250,7 +233,7 @@ def _read_parameters(text: str) -> Mapping[str, Any]:
     for name in parameters:
         if name not in _PARAMETERS and not name.startswith("triton_"):
             known = ", ".join(sorted(_PARAMETERS))
-            raise InvalidInputError(f"parameter {name!r}: unknown; the parameters are {known}")
+            raise ParameterError(f"parameter {name!r}: unknown; the parameters are {known}")
     return parameters
 
 
@@ -277,13 +260,15 @@ def map_rows(name: str, rows: Sequence[bytes], function: Callable[[bytes], Row])
     if refused:
         shown = "; ".join(str(error) for error in refused[:5])
         more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
-        raise InvalidInputError(shown + more)
+        raise type(refused[0])(shown + more)
     return np.asarray(done[0])[np.newaxis] if len(done) == 1 else np.stack(done)
 
 
-def respond_each(requests: Sequence[Any], answer: Callable[[Request], Outputs]) -> list[Any]:
+def respond_each(
+    requests: Sequence[Any], answer: Callable[[Request], Outputs], refusals: RefusalMeter
+) -> list[Any]:
     """One response a request, each by a call of its own."""
-    return [_answer_one(answer, raw) for raw in requests]
+    return [_answer_one(answer, raw, refusals) for raw in requests]
 
 
 def respond_together(
@@ -291,6 +276,7 @@ def respond_together(
     read: Callable[[Request], NDArray[Any]],
     compute: Callable[[Sequence[NDArray[Any]], Sequence[Request]], Batch],
     finish: Callable[[Request, Outputs], Outputs],
+    refusals: RefusalMeter,
 ) -> list[Any]:
     """One response a request; the rows of all valid requests are computed as one batch.
 
@@ -299,6 +285,7 @@ def respond_together(
         read: a request -> its rows [n, ...], of one dtype and trailing shape, n its own.
         compute: the rows of several requests, and the requests -> outputs of all rows, in this order.
         finish: a request and its own rows of the outputs -> what it is answered.
+        refusals: counts what is refused.
     """
     responses: list[Any] = [None] * len(requests)
     valid: list[tuple[int, Request, NDArray[Any]]] = []
@@ -307,7 +294,7 @@ def respond_together(
             request = Request(raw)
             valid.append((index, request, read(request)))
         except _ANSWERED as error:
-            responses[index] = _refusal(error)
+            responses[index] = _refusal(error, refusals)
     if not valid:
         return responses
     try:
@@ -315,7 +302,7 @@ def respond_together(
         failures = bool(batch.failed.any())
     except _ANSWERED as error:  # a fault of the device or of torch concerns every row
         for index, _, _ in valid:
-            responses[index] = _refusal(error)
+            responses[index] = _refusal(error, refusals)
         return responses
     start = 0
     for index, request, own in valid:
@@ -327,16 +314,16 @@ def respond_together(
                 outputs = {name: array[start:end] for name, array in batch.outputs.items()}
             responses[index] = _response(finish(request, outputs))
         except _ANSWERED as error:
-            responses[index] = _refusal(error)
+            responses[index] = _refusal(error, refusals)
         start = end
     return responses
 
 
-def _answer_one(answer: Callable[[Request], Outputs], raw: Any) -> Any:
+def _answer_one(answer: Callable[[Request], Outputs], raw: Any, refusals: RefusalMeter) -> Any:
     try:
         return _response(answer(Request(raw)))
     except _ANSWERED as error:
-        return _refusal(error)
+        return _refusal(error, refusals)
 
 
 def _response(outputs: Outputs) -> Any:
@@ -344,7 +331,8 @@ def _response(outputs: Outputs) -> Any:
     return pb_utils.InferenceResponse(output_tensors=tensors)
 
 
-def _refusal(error: Exception) -> Any:
+def _refusal(error: Exception, refusals: RefusalMeter) -> Any:
+    refusals.add(error)
     codes = pb_utils.TritonError
     if isinstance(error, InvalidInputError):
         return _error(str(error), codes.INVALID_ARG)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, cast
@@ -17,6 +18,7 @@ from siglip_serve.jersey import COLOR_ORDERS, ColorOrder, cut_box, jersey_roi, p
 from siglip_serve.preprocess import Pixels, decode_base64
 from siglip_serve.serving import Context, Outputs, Request, Row, map_rows, readable_start, respond_each
 from siglip_serve.team_state import TeamState
+from siglip_serve.telemetry import ReadMeter
 
 __all__ = ["JerseyReader", "TeamClassifier", "TeamFitter"]
 
@@ -34,13 +36,15 @@ class JerseyReader:
     """
 
     def __init__(self, context: Context) -> None:
+        self._refusals = context.refusals
         with readable_start():
             self._region = parse_region(context.settings.jersey_region)
         self._preprocess, self._limits = image_reader(context)
+        self._meter = ReadMeter(context.model)
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request."""
-        return respond_each(requests, self._read)
+        return respond_each(requests, self._read, self._refusals)
 
     def _read(self, request: Request) -> Outputs:
         fallbacks: list[bool] = []
@@ -50,6 +54,7 @@ class JerseyReader:
             fallbacks.append(whole)
             return self._preprocess.resize(np.array(roi))  # a copy: contiguous, and writable for torch
 
+        begin = time.perf_counter()
         given = [name for name in _SOURCES if request.has(name)]
         if len(given) != 1:
             got = " and ".join(given) or "none"
@@ -66,6 +71,7 @@ class JerseyReader:
             frame = self._frame(request, given[0])
             crops = _bounded("BOXES", request.array("BOXES", [4], np.float32, least=0))
             pixels = self._stack("BOXES", crops, lambda box: jersey(cut_box(frame, box)))
+        self._meter.add(len(crops), time.perf_counter() - begin)
         return {
             "PIXEL_VALUES": pixels,
             "REGION_FALLBACK": np.array(fallbacks, dtype=np.bool_),
@@ -106,6 +112,7 @@ class TeamFitter:
     """`team_fit`: EMBEDDING [n, D] and what is known of the crops -> STATE and their teams."""
 
     def __init__(self, context: Context) -> None:
+        self._refusals = context.refusals
         self._reducer = context.settings.team_reducer
         with readable_start():
             self._stamp = _stamp(context)
@@ -114,7 +121,7 @@ class TeamFitter:
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request."""
-        return respond_each(requests, self._fit)
+        return respond_each(requests, self._fit, self._refusals)
 
     def _fit(self, request: Request) -> Outputs:
         embeddings = _embeddings(request, self._width)
@@ -153,6 +160,7 @@ class TeamClassifier:
     """`team_predict`: EMBEDDING [n, D] and STATE -> their teams."""
 
     def __init__(self, context: Context) -> None:
+        self._refusals = context.refusals
         from threadpoolctl import threadpool_limits
 
         threadpool_limits(1)  # from here on: waking threads takes longer than these products
@@ -164,7 +172,7 @@ class TeamClassifier:
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request."""
-        return respond_each(requests, self._predict)
+        return respond_each(requests, self._predict, self._refusals)
 
     def _predict(self, request: Request) -> Outputs:
         states = request.strings("STATE")

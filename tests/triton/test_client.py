@@ -61,21 +61,6 @@ def test_nobody_answers() -> None:
         client.check_health()
 
 
-def test_embed_writes_what_it_can_and_names_the_rest(
-    server: TritonServer, pictures: list[Path], tmp_path: Path
-) -> None:
-    pictures[4].write_bytes(b"no image")
-    output = tmp_path / "embeddings.npz"
-    done = command("embed", *map(str, pictures), "-o", str(output), "--url", server.grpc_url, "--normalized")
-    assert done.returncode == 1
-    assert f"{pictures[4]}: " in done.stderr
-    assert "1 of 30 files were not embedded" in done.stderr
-    with np.load(output) as content:
-        assert content["paths"].tolist() == [str(path) for path in pictures if path != pictures[4]]
-        assert content["embeddings"].dtype == np.float32
-        np.testing.assert_allclose(np.linalg.norm(content["embeddings"], axis=1), 1, rtol=1e-5)
-
-
 def test_health(server: TritonServer) -> None:
     good, bad = command("health", "--url", server.grpc_url), command("health", "--url", NOBODY)
     assert (good.returncode, bad.returncode) == (0, 1)

@@ -13,9 +13,10 @@ from wire import ROOT
 
 from siglip_serve.launcher import TritonServer
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "deployments").glob("*.md"))]
+DEPLOYMENTS = sorted((ROOT / "deployments").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "clients" / "README.md", *DEPLOYMENTS]
 BLOCKS = [
-    pytest.param(language, block, id=f"{page.name}-{number}")
+    pytest.param(language, block, id=f"{page.parent.name}-{page.name}-{number}")
     for page in PAGES
     for number, (language, block) in enumerate(
         re.findall(
@@ -33,7 +34,9 @@ def test_block_runs(language: str, block: str, server: TritonServer, tmp_path: P
     for port, own in ((8000, server.http_port), (8001, server.grpc_port), (8002, server.metrics_port)):
         block = re.sub(rf"\b(127\.0\.0\.1|localhost):{port}\b", f"127.0.0.1:{own}", block)
     block = re.sub(r"\.venv/bin/", "", block)
-    block = re.sub(r"siglip-serve (embed|health)", rf"siglip-serve \1 --url {server.grpc_url}", block)
+    block = re.sub(
+        r"siglip-serve (embed|classify|health)", rf"siglip-serve \1 --url {server.grpc_url}", block
+    )
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     run = [sys.executable, "-c"] if language == "python" else ["bash", "-euo", "pipefail", "-c"]
     done = subprocess.run(
@@ -50,7 +53,7 @@ def test_block_runs(language: str, block: str, server: TritonServer, tmp_path: P
     assert '"error"' not in output
 
 
-@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", DEPLOYMENTS, ids=lambda page: page.name)
 def test_pages_have_the_fixed_headings(page: Path) -> None:
     assert re.findall(r"^## (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE) == HEADINGS
 

@@ -18,6 +18,7 @@ LAYERS = [
     {"siglip", "pooling", "jersey"},
     {"engine", "zero_shot", "clustering"},
     {"knn", "metrics"},
+    {"telemetry"},
     {"serving"},
     {"handlers"},
     {"team_handlers"},

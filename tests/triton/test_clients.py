@@ -1,0 +1,300 @@
+"""`Client` and `AsyncClient` over gRPC and HTTP: the same calls, the same answers, against a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from images import encode, photo
+from numpy.typing import NDArray
+from PIL import Image
+from siglip_serve_client import (
+    AsyncClient,
+    Client,
+    ClientError,
+    DeadlineError,
+    InvalidInputError,
+    ServerError,
+    UnavailableError,
+    UnreachableError,
+)
+from wire import JERSEY, ROOT, TINY, GrpcCaller
+
+from siglip_serve.launcher import ServeOptions, TritonServer
+
+PICTURES = [encode(photo(60 + number, 50, number), "JPEG") for number in range(40)]
+LABELS = ["dog", "pizza", "größer als eine Katze"]
+Run = Callable[..., Any]
+
+
+def url(server: TritonServer, scheme: str) -> str:
+    return f"{scheme}://{server.http_url if scheme == 'http' else server.grpc_url}"
+
+
+@pytest.fixture(params=["sync-grpc", "sync-http", "async-grpc", "async-http"])
+def run(request: pytest.FixtureRequest, server: TritonServer) -> Run:
+    """Calls a method of a client of each kind; what it yields becomes a list."""
+    kind, scheme = request.param.split("-")
+
+    def call(method: str, *arguments: Any, client: dict[str, Any] | None = None, **named: Any) -> Any:
+        address = (client or {}).pop("url", url(server, scheme))
+        if kind == "sync":
+            with Client(address, **(client or {})) as made:
+                found = getattr(made, method)(*arguments, **named)
+                return list(found) if isinstance(found, Iterator) else found
+        return asyncio.run(awaited(address, client or {}, method, arguments, named))
+
+    return call
+
+
+async def awaited(address: str, options: dict[str, Any], method: str, arguments: Any, named: Any) -> Any:
+    async with AsyncClient(address, **options) as made:
+        found = getattr(made, method)(*arguments, **named)
+        if isinstance(found, AsyncIterator):
+            return [one async for one in found]
+        return await found
+
+
+@pytest.fixture(scope="module")
+def expected(server: TritonServer) -> NDArray[np.float32]:
+    """The embeddings of the pictures, by plain tritonclient."""
+    return GrpcCaller(server.grpc_url).embed(PICTURES)
+
+
+def close(got: Any, wanted: Any) -> None:
+    np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_images_in_order_and_progress(run: Run, expected: NDArray[np.float32], tmp_path: Path) -> None:
+    path = tmp_path / "picture.jpg"
+    path.write_bytes(PICTURES[0])
+    seen: list[int] = []
+    given = [path, str(path), *PICTURES[2:]]
+    got = run("embed_images", given, progress=seen.append, client={"concurrency": 7})
+    close(np.stack(got), expected[[0, 0, *range(2, 40)]])
+    assert seen == list(range(1, 41))
+    assert run("embed_images", []) == []
+    unit = run("embed_image", PICTURES[3], normalized=True)
+    close(unit, expected[3] / np.linalg.norm(expected[3]))
+
+
+def test_pictures_and_arrays_are_the_file_they_came_from(run: Run, server: TritonServer) -> None:
+    pixels = photo(90, 70, 5)
+    wanted = GrpcCaller(server.grpc_url).embed([encode(pixels, "PNG")])[0]
+    array = np.asarray(pixels)
+    close(run("embed_image", pixels), wanted)
+    close(run("embed_image", array, color_order="RGB"), wanted)
+    close(run("embed_image", array[:, :, ::-1], color_order="BGR"), wanted)
+    grey = pixels.convert("L")
+    close(run("embed_image", np.asarray(grey)), run("embed_image", encode(grey, "PNG")))
+    with pytest.raises(ValueError, match="color_order"):
+        run("embed_image", array)
+    with pytest.raises(TypeError, match="list"):
+        run("embed_image", [1, 2])
+    with pytest.raises(ValueError, match="mode I"):
+        run("embed_image", Image.new("I", (4, 4)))
+
+
+def test_what_fails_yields_its_error_in_its_place(run: Run, tmp_path: Path) -> None:
+    given = [PICTURES[0], b"no image", tmp_path / "missing.jpg", PICTURES[1]]
+    good, bad, missing, last = run("embed_images", given)
+    assert isinstance(good, np.ndarray)
+    assert isinstance(last, np.ndarray)
+    assert isinstance(missing, FileNotFoundError)
+    assert isinstance(bad, InvalidInputError)
+    assert str(bad).startswith("INPUT_IMAGE[0]: not a decodable image")
+
+
+def test_any_number_of_texts(run: Run) -> None:
+    texts = [f"a photo of thing {number}" for number in range(700)]
+    seen: list[int] = []
+    got = run("embed_texts", texts, normalized=True, progress=seen.append)
+    assert got.shape[0] == 700
+    assert seen == [256, 512, 700]
+    np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, rtol=1e-5)
+    close(run("embed_text", texts[600], normalized=True), got[600])
+    assert run("embed_texts", []).shape == (0, 0)
+    long = "dog " * 300
+    with pytest.raises(InvalidInputError, match=r"INPUT_TEXT\[599\]: the text has \d+ tokens"):
+        run("embed_texts", [*texts[:599], long, *texts[600:]])
+    assert np.isfinite(run("embed_text", long, truncation=True)).all()
+    with pytest.raises(TypeError, match="several texts"):
+        run("embed_texts", "one text")
+    with pytest.raises(TypeError, match=r"texts\[1\]: int"):
+        run("embed_texts", ["a", 1])
+
+
+def test_classify(run: Run) -> None:
+    dog = TINY / "samples" / "dog.jpg"
+    got = run("classify", dog, LABELS, templates=["a photo of a {}.", "{}"], softmax=True)
+    assert got.shape == (3,)
+    np.testing.assert_allclose(got.sum(), 1, rtol=1e-5)
+    assert got.argmax() == 0
+    many = run("classify_images", [dog, b"no image", TINY / "samples" / "pizza.jpg"], LABELS)
+    assert isinstance(many[1], InvalidInputError)
+    assert [many[0].argmax(), many[2].argmax()] == [0, 1]
+    with pytest.raises(InvalidInputError, match=r"LABELS\[1\]: the label is empty"):
+        run("classify", dog, ["dog", " "])
+    with pytest.raises(TypeError, match="labels: one str"):
+        run("classify", dog, "dog")
+
+
+def test_health_and_timeouts(run: Run) -> None:
+    assert run("check_health") == 128
+    with pytest.raises(DeadlineError):
+        run("embed_image", PICTURES[0], client={"timeout": 0.001})
+
+
+@pytest.mark.parametrize("scheme", ["grpc", "http"])
+def test_nobody_answers(scheme: str) -> None:
+    with (
+        Client(f"{scheme}://127.0.0.1:9") as client,
+        pytest.raises(UnreachableError, match=r"127\.0\.0\.1:9"),
+    ):
+        client.check_health()
+    with pytest.raises(UnreachableError, match=r"127\.0\.0\.1:9"):
+        asyncio.run(awaited(f"{scheme}://127.0.0.1:9", {}, "check_health", (), {}))
+
+
+@pytest.mark.parametrize(
+    "wrong", ["127.0.0.1", "ftp://127.0.0.1:1", "http://", "127.0.0.1:port", "http://a:1/b"]
+)
+def test_wrong_urls(wrong: str) -> None:
+    for kind in (Client, AsyncClient):
+        with pytest.raises(ValueError, match="expected host:port"):
+            kind(wrong)
+
+
+class Busy:
+    """Answers so many requests with 503, then with 500; not Triton, whose overload cannot be timed."""
+
+    def __init__(self, times: int) -> None:
+        self.left, self.asked = times, 0
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self.socket.accept()
+            except OSError:
+                return
+            with connection:
+                connection.recv(65536)
+                self.asked += 1
+                status = b"503 Busy" if self.asked <= self.left else b"500 Broken"
+                body = b'{"error": "Exceeds maximum queue size"}'
+                connection.sendall(
+                    b"HTTP/1.1 %s\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s"
+                    % (status, len(body), body)
+                )
+
+
+def test_only_a_busy_server_is_asked_again() -> None:
+    busy = Busy(2)
+    with Client(busy.url) as client, pytest.raises(ServerError, match="500"):
+        client.embed_image(b"x")
+    assert busy.asked == 3
+    stuck = Busy(10**6)
+    with pytest.raises(UnavailableError, match=r"Exceeds maximum queue size|within"):
+        asyncio.run(awaited(stuck.url, {"timeout": 0.6}, "embed_image", (b"x",), {}))
+    assert 1 < stuck.asked < 5
+    busy.socket.close()
+    stuck.socket.close()
+
+
+def test_an_iteration_that_is_left_ends(server: TritonServer) -> None:
+    taken: list[int] = []
+
+    def endless() -> Iterator[bytes]:
+        while True:
+            taken.append(1)
+            yield PICTURES[0]
+
+    async def leave() -> None:
+        async with AsyncClient(server.grpc_url, concurrency=4) as client:
+            async for outcome in client.embed_images(endless()):
+                assert isinstance(outcome, np.ndarray)
+                break
+
+    with Client(server.grpc_url, concurrency=4) as client:
+        results = client.embed_images(endless())
+        assert isinstance(next(results), np.ndarray)
+        results.close()  # type: ignore[attr-defined]
+    assert len(taken) <= 16
+    asyncio.run(leave())
+    assert len(taken) <= 32
+
+
+def test_images_may_come_asynchronously(server: TritonServer, expected: NDArray[np.float32]) -> None:
+    async def pictures() -> AsyncIterator[bytes]:
+        for picture in PICTURES[:5]:
+            await asyncio.sleep(0.001)
+            yield picture
+
+    async def embed() -> list[Any]:
+        async with AsyncClient(server.grpc_url) as client:
+            return [one async for one in client.embed_images(pictures())]
+
+    close(np.stack(asyncio.run(embed())), expected[:5])
+
+
+def test_frames_through_shared_memory(tmp_path: Path) -> None:
+    options = ServeOptions(
+        ROOT / "model_repository",
+        str(TINY),
+        models=("embed_image", "classify_image"),
+        shared_memory=True,
+        log_file=tmp_path / "log",
+        settings={"dtype": "float32", "teams_checkpoint": str(JERSEY)},
+    )
+    frame = np.asarray(photo(400, 300, 9))
+    with TritonServer(options) as server:
+        for scheme in ("grpc", "http"):
+            with Client(url(server, scheme)) as plain:
+                wanted = plain.embed_image(frame, color_order="RGB")
+            with Client(url(server, scheme), shared_memory=True) as client:
+                got = list(client.embed_images([frame] * 20, color_order="RGB"))
+                close(np.stack(got), np.stack([wanted] * 20))  # type: ignore[arg-type]
+                with pytest.raises(InvalidInputError):
+                    client.classify(frame, ["dog", ""], color_order="RGB")
+            again = asyncio.run(
+                awaited(
+                    url(server, scheme),
+                    {"shared_memory": True},
+                    "embed_image",
+                    (frame,),
+                    {"color_order": "RGB"},
+                )
+            )
+            close(again, wanted)
+    assert not list(Path("/dev/shm").glob("siglip-serve-client-*"))
+
+
+def test_shared_memory_that_is_closed_is_named(server: TritonServer) -> None:
+    frame = np.asarray(photo(40, 30, 9))
+    for scheme in ("grpc", "http"):
+        with (
+            Client(url(server, scheme), shared_memory=True) as client,
+            pytest.raises(ClientError, match="--shared-memory"),
+        ):
+            client.embed_image(frame, color_order="RGB")
+
+
+def test_both_clients_have_the_same_methods() -> None:
+    def methods(kind: type) -> dict[str, list[str]]:
+        return {
+            name: list(inspect.signature(method).parameters)
+            for name, method in vars(kind).items()
+            if inspect.isfunction(method) and not name.startswith("_")
+        }
+
+    assert methods(Client) == methods(AsyncClient)
