@@ -14,12 +14,14 @@ URL ?= 127.0.0.1:$(GRPC_PORT)
 DATA ?= data/drawings
 ARGS ?=
 
+APT := -o Dir::State::Lists=$(CURDIR)/.tools/lists -o Dir::Cache=$(CURDIR)/.tools/archives -o Debug::NoLocking=1
+
 BIN := $(VENV)/bin
 SERVER := $(VENV)/.server
 DEV := $(VENV)/.dev
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint validate bench format clean
+.PHONY: help install serve test lint validate bench tools format clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,12 +66,18 @@ bench: $(DEV) ## Speed on this machine's CPU, small; figures and plots go to bui
 	$(BIN)/python -m benchmarks.plots --results build/bench
 	@echo "Figures are in $(CURDIR)/build/bench. On a busy or shared machine only the ratios mean something."
 
+tools: ## nginx and Prometheus for the tests of docker/, from Debian's packages into .tools, without root
+	mkdir -p .tools/lists/partial .tools/archives/partial
+	cd .tools && apt-get -qq $(APT) update && apt-get -qq $(APT) download nginx prometheus
+	for package in .tools/*.deb; do dpkg-deb -x $$package .tools; done
+	rm -rf .tools/lists .tools/archives .tools/*.deb
+
 format: $(DEV) ## Put the code into the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## Remove the virtual environment and all caches
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .validation-cache
+	rm -rf $(VENV) .tools .mypy_cache .pytest_cache .ruff_cache .validation-cache
 
 # The offline benchmark: drawings in ImageNet's layout. Fetching them needs npm and, for two fonts, apt-get.
 data/drawings/LOC_synset_mapping.txt:
