@@ -21,6 +21,7 @@ import pytest
 import tritonclient.grpc as triton
 from images import encode, photo
 from numpy.typing import NDArray
+from programs import PROGRAM_PATH
 from siglip_serve_client import AccessError, AsyncClient, Client, InvalidInputError
 from wire import ROOT, GrpcCaller
 
@@ -31,8 +32,8 @@ PICTURE = encode(photo(64, 48, 3), "JPEG")
 RAW = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": "0"}
 INFER = "/v2/models/embed_image/infer"
 pytestmark = pytest.mark.skipif(
-    shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") is None or shutil.which("openssl") is None,
-    reason="nginx or openssl is not installed",
+    shutil.which("nginx", path=PROGRAM_PATH) is None or shutil.which("openssl") is None,
+    reason="nginx or openssl is not installed; `make tools` fetches nginx",
 )
 
 
@@ -79,7 +80,7 @@ def front(server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -> Ite
         port = probe.getsockname()[1]
     environment = {
         **os.environ,
-        "PATH": f"{os.environ['PATH']}:/usr/sbin",
+        "PATH": PROGRAM_PATH,
         "FRONT_RUN": str(folder / "run"),
         "FRONT_LISTEN": f"127.0.0.1:{port}",
         "FRONT_HTTP": server.http_url,

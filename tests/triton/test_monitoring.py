@@ -20,6 +20,7 @@ import pytest
 import tritonclient.grpc as triton
 import yaml
 from images import encode, photo
+from programs import PROGRAM_PATH, program
 from tritonclient.utils import InferenceServerException
 from wire import OPENER, ROOT, GrpcCaller
 
@@ -32,8 +33,9 @@ QUERIES = [target["expr"] for panel in DASHBOARD["panels"] for target in panel.g
 # Without a GPU, and without a fault of the server, there is nothing to show of them.
 EMPTY = re.compile(r"nv_gpu_|BACKEND\|REJECTED")
 pytestmark = pytest.mark.skipif(
-    shutil.which("prometheus") is None or shutil.which("promtool") is None,
-    reason="prometheus is not installed",
+    shutil.which("prometheus", path=PROGRAM_PATH) is None
+    or shutil.which("promtool", path=PROGRAM_PATH) is None,
+    reason="prometheus is not installed; `make tools` fetches it",
 )
 
 
@@ -43,7 +45,9 @@ def test_the_files_are_valid() -> None:
         ["check", "rules", "alerts.yml"],
         ["test", "rules", "alerts_test.yml"],
     ):
-        done = subprocess.run(["promtool", *check], cwd=FOLDER, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [program("promtool"), *check], cwd=FOLDER, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -64,7 +68,7 @@ def prometheus(server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             [
-                "prometheus",
+                program("prometheus"),
                 f"--config.file={folder / 'prometheus.yml'}",
                 f"--storage.tsdb.path={folder / 'data'}",
                 f"--web.listen-address={address}",

@@ -61,7 +61,7 @@ def sources() -> Iterator[str]:
 
 
 def reaches_the_build(path: str) -> bool:
-    """Whether .dockerignore leaves a path in: the last pattern that matches it, or a folder above, decides."""
+    """Whether .dockerignore leaves a path in: the last pattern that matches it or a folder above decides."""
     kept = True
     parts = Path(path).parts
     above = ["/".join(parts[: end + 1]) for end in range(len(parts))]
@@ -145,7 +145,7 @@ def test_weights_of_the_hub_become_part_of_the_image(tmp_path: Path) -> None:
     (cached / "refs/main").write_text(commit, encoding="ascii")
     (cached / "snapshots").mkdir()
     (cached / "snapshots" / commit).symlink_to(TINY)
-    bake = [sys.executable, DOCKER / "bake.py", "owner/name", tmp_path / "checkpoints"]
+    bake: list[str | Path] = [sys.executable, DOCKER / "bake.py", "owner/name", tmp_path / "checkpoints"]
     variables = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     done = run(*bake, **variables, PYTHONPATH=f"{ROOT}/src")
     assert done.returncode == 0, done.stderr
