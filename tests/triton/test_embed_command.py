@@ -191,7 +191,10 @@ def test_ctrl_c_keeps_what_is_done(server: TritonServer, tmp_path: Path) -> None
     for number in range(800):
         (tmp_path / "images" / f"{number:04}.jpg").write_bytes(picture)
     arguments = ["embed", "images", "-o", "out.npz", "--url", server.grpc_url, "--part-rows", "20"]
-    process = subprocess.Popen([PROGRAM, *arguments], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    # Shells start background processes, and so whatever runs the tests there, with this signal ignored.
+    process = subprocess.Popen(
+        ["env", "--default-signal=INT", PROGRAM, *arguments], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
     wait_for_parts(tmp_path / "out.npz", 2)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
