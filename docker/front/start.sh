@@ -24,6 +24,7 @@ done
 
 umask 077
 mkdir -p "$FRONT_RUN"
+chmod 711 "$FRONT_RUN"  # started by root, nginx works as another user
 
 # A line of the file never reaches the terminal: it may hold a key.
 awk '
