@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import os
 import signal
 import socket
 import subprocess
@@ -158,7 +159,7 @@ def test_command_and_server_are_killed_and_every_row_is_there_once(
         (tmp_path / "images" / f"{number:04}.jpg").write_bytes(pictures[number % 20])
     arguments = ["embed", "images", "-o", "out.npz", "--url", f"127.0.0.1:{port}", "--part-rows", "50"]
     output = tmp_path / "out.npz"
-    with alone(port, log):
+    with alone(port, log) as running:
         first = subprocess.Popen([PROGRAM, *arguments], cwd=tmp_path, stderr=subprocess.PIPE)
         wait_for_parts(output, 3)
         first.kill()
@@ -166,8 +167,7 @@ def test_command_and_server_are_killed_and_every_row_is_there_once(
         assert not output.exists()
         second = subprocess.Popen([PROGRAM, *arguments], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
         wait_for_parts(output, parts(output) + 2)
-        server = int(subprocess.check_output(["pgrep", "-f", f"grpc-port={port}"], text=True).split()[0])
-        subprocess.run(["kill", "-KILL", str(server)], check=True)
+        os.kill(running.pid, signal.SIGKILL)
         time.sleep(1)
     with alone(port, log):
         _, errors = second.communicate(timeout=100)
