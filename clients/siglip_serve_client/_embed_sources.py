@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 __all__ = ["Item", "Sources", "SourcesError"]
 
@@ -37,30 +37,28 @@ class Item:
     read: Callable[[], bytes]
 
 
-@dataclass(frozen=True)
 class Sources:
     """Arguments of the command, in their order.
 
-    Attributes:
+    Args:
         given: files, folders, patterns with `*`, `?`, `[` or `{000..009}`.
         column: of Parquet files, with bytes, or with structs of which `bytes` is a member.
+
+    Raises:
+        SourcesError: an argument names nothing.
     """
 
-    given: Sequence[str]
-    column: str = "image"
-
-    def check(self) -> None:
-        """See that every argument names something.
-
-        Raises:
-            SourcesError: it does not.
-        """
-        if not self.given:
+    def __init__(self, given: Sequence[str], column: str = "image") -> None:
+        if not given:
             raise SourcesError("no images are named")
-        for argument in self.given:
-            if not any(True for _ in _paths(argument)):
+        self._column = column
+        self._paths: list[Path] = []
+        for argument in given:
+            found = list(_paths(argument))
+            if not found:
                 what = "no file matches" if _is_pattern(argument) else "no such file or folder"
                 raise SourcesError(f"{argument}: {what}")
+            self._paths += found
 
     def count(self) -> int | None:
         """How many images there are if that is quick to say: not with tar archives."""
@@ -76,14 +74,13 @@ class Sources:
             if path.name.endswith(_TAR):
                 yield from _tar_items(path)
             elif path.suffix == ".parquet":
-                yield from _parquet_items(path, self.column)
+                yield from _parquet_items(path, self._column)
             else:
                 yield Item(_text(str(path)), path.read_bytes)
 
     def _files(self) -> Iterator[Path]:
-        for argument in self.given:
-            for path in _paths(argument):
-                yield from _below(path) if path.is_dir() else (path,)
+        for path in self._paths:
+            yield from _below(path) if path.is_dir() else (path,)
 
 
 def _is_pattern(argument: str) -> bool:
@@ -123,9 +120,27 @@ def _below(folder: Path) -> Iterator[Path]:
                 yield path
 
 
+class _Member(tarfile.TarInfo):
+    """A member of an archive, which has to end as archives do: with zeros.
+
+    `tarfile` takes a header that is cut off, missing or damaged for the end, unless it is the first.
+    """
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"no member and no end at byte {archive.offset}: {error}") from error
+
+
 def _tar_items(path: Path) -> Iterator[Item]:
     try:
-        with tarfile.open(path, "r|*") as archive:  # as a stream: nothing is sought, nothing extracted
+        with tarfile.open(
+            path, "r|*", tarinfo=_Member
+        ) as archive:  # a stream: nothing is sought or extracted
             for member in archive:
                 if member.isfile() and Path(member.name).suffix.lower() in _SUFFIXES:
                     file = archive.extractfile(member)

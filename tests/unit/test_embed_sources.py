@@ -82,6 +82,28 @@ def test_a_damaged_archive_is_an_unreadable_image(folder: Path) -> None:
         item.read()
 
 
+@pytest.mark.parametrize("suffix", ["tar", "tgz"])
+def test_an_archive_that_is_cut_or_damaged_anywhere_is_noticed(folder: Path, suffix: str) -> None:
+    whole = folder / f"whole.{suffix}"
+    with tarfile.open(whole, "w:gz" if suffix == "tgz" else "w") as archive:
+        for number in range(4):
+            add(archive, f"{number}.jpg", os.urandom(1000))
+    data = whole.read_bytes()
+    end = 4 * 1536 if suffix == "tar" else len(data)  # behind it there are only zeros
+    cut = {f"cut at {at}": data[:at] for at in range(100, end, 97 if suffix == "tar" else 211)}
+    cut |= {f"cut at {at}": data[:at] for at in range(512, end, 512)}
+    if suffix == "tar":
+        cut["damaged"] = data[:3072] + b"\xff" * 512 + data[3584:]
+    for name, content in cut.items():
+        (folder / f"bad.{suffix}").write_bytes(content)
+        items = list(Sources([f"bad.{suffix}"]))
+        for item in items[:-1]:
+            assert len(item.read()) == 1000, name
+        with pytest.raises(OSError, match="not a tar archive, or a damaged one"):
+            items[-1].read()
+    assert len(found(f"whole.{suffix}")) == 4
+
+
 def test_columns_of_parquet(folder: Path) -> None:
     rows = [{"bytes": b"%d" % number, "path": "x"} for number in range(150)] + [{"bytes": None, "path": "y"}]
     table = pyarrow.table({"image": rows, "raw": [b"r"] * 151, "label": [1] * 151})
@@ -107,4 +129,4 @@ def test_columns_of_parquet(folder: Path) -> None:
 def test_what_names_nothing_is_misuse(folder: Path, given: list[str], message: str) -> None:
     assert folder.is_dir()
     with pytest.raises(SourcesError, match=message):
-        Sources(given).check()
+        Sources(given)
