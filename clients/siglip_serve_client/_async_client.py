@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
@@ -84,7 +85,8 @@ class AsyncClient:
         self, text: str, normalized: bool = False, *, truncation: bool = False
     ) -> NDArray[np.float32]:
         """See `Client.embed_text`."""
-        return np.asarray((await self.embed_texts([text], normalized, truncation=truncation))[0])
+        operation = _operations.embed_texts(self._link, [text], 0, normalized, truncation)
+        return np.asarray((await self._engine.run(operation))[0])
 
     async def embed_texts(
         self,
@@ -173,7 +175,7 @@ class AsyncClient:
         """The outcome of each item, in order, `concurrency` at a time."""
         window: deque[asyncio.Task[Outcome]] = deque()
         free = asyncio.Semaphore(self.concurrency)
-        done = 0
+        done = count(1)
         try:
             async for item in _asynchronous(items):
                 await free.acquire()
@@ -183,14 +185,12 @@ class AsyncClient:
                 # As many again may wait behind one that is slow.
                 while window and (window[0].done() or len(window) >= 2 * self.concurrency):
                     yield await window.popleft()
-                    done += 1
                     if progress is not None:
-                        progress(done)
+                        progress(next(done))
             while window:
                 yield await window.popleft()
-                done += 1
                 if progress is not None:
-                    progress(done)
+                    progress(next(done))
         finally:
             for task in window:
                 task.cancel()

@@ -43,11 +43,10 @@ def add_classify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _classify(options: argparse.Namespace) -> int:
-    sources = Sources(options.images)
     writer = csv.writer(sys.stdout, lineterminator="\n")
     failed = 0
     try:
-        sources.check()
+        sources = Sources(options.images)
         with connected(options) as client:
             writer.writerow(["path", "label", *options.labels])
             for item in sources:

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -254,22 +254,17 @@ class Client:
     ) -> Iterator[Outcome]:
         """The outcome of each, in order; `concurrency` at a time, as many again read ahead."""
         window: deque[Future[Outcome]] = deque()
-        rest, done = iter(operations), 0
+        rest = iter(operations)
         with ThreadedEngine(self._endpoint, self.concurrency) as engine:
-            while True:
-                window.extend(map(engine.submit, islice(rest, 2 * self.concurrency - len(window))))
+            for done in count(1):
+                # Those that are done come first: each change of the thread costs time.
+                if not (window and window[0].done()):
+                    window.extend(map(engine.submit, islice(rest, 2 * self.concurrency - len(window))))
                 if not window:
                     return
-                # All that are done, before others are begun: each change of the thread costs time.
                 yield window.popleft().result()
-                done += 1
                 if progress is not None:
                     progress(done)
-                while window and window[0].done():
-                    yield window.popleft().result()
-                    done += 1
-                    if progress is not None:
-                        progress(done)
 
     def _run(self, operation: Operation[T]) -> T:
         try:

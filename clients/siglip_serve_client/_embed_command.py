@@ -20,7 +20,7 @@ from siglip_serve_client._connection import add_connection, connected
 from siglip_serve_client._embed_output import OutputError, Store, check_output
 from siglip_serve_client._embed_sources import Item, Sources, SourcesError
 from siglip_serve_client._engine import Outcome
-from siglip_serve_client.errors import InvalidInputError, ServerError, UnavailableError
+from siglip_serve_client.errors import ClientError, InvalidInputError, ServerError, UnavailableError
 
 __all__ = ["add_embed"]
 
@@ -68,7 +68,6 @@ def add_embed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _embed(options: argparse.Namespace) -> int:
     try:
         sources = Sources([*options.images, *_listed(options.from_file)], options.column)
-        sources.check()
         check_output(options.output)
         total = sources.count()
         with connected(options, options.concurrency) as client:
@@ -120,8 +119,8 @@ class _Run:
             print(f"siglip-serve: going on after {self.store.resumed} images that are done", file=sys.stderr)
         items = self._unknown(sources)
         with tqdm(total=self.total, initial=self.store.resumed, unit="image", disable=None) as self.bar:
-            while self._pass(items):
-                self._wait()
+            while (trouble := self._pass(items)) is not None:
+                self._wait(trouble)
         self.store.finish()
         rate = (self.store.rows - before) / (time.monotonic() - begin)
         print(f"{self.options.output}: {self.store.rows} embeddings, {rate:.0f} images/s")
@@ -130,45 +129,46 @@ class _Run:
             print(f"siglip-serve: {self.store.failures} images were not embedded: {where}", file=sys.stderr)
         return 1 if self.store.failures else 0
 
-    def _pass(self, items: Iterator[Item]) -> bool:
-        """Ask for images until they are done, False, or until the server fails, True."""
+    def _pass(self, items: Iterator[Item]) -> ClientError | None:
+        """Ask for images until they are done, or until the server fails: then its error."""
         flushed = time.monotonic()
         outcomes = self.client.embed_images(self._data(items), self.options.normalized)
         for outcome in outcomes:
             self._settle_unread()
-            if not self._settle(self.asked[0], outcome):
+            if (trouble := self._settle(self.asked[0], outcome)) is not None:
                 self.again = self.asked + self.again
                 self.asked = deque()
                 outcomes.close()  # type: ignore[attr-defined]
-                return True
+                return trouble
             self.asked.popleft()
             if self.store.waiting >= self.options.part_rows or time.monotonic() > flushed + _FLUSH_SECONDS:
                 self.store.flush()
                 flushed = time.monotonic()
         self._settle_unread()
-        return False
+        return None
 
     def _data(self, items: Iterator[Item]) -> Iterator[bytes]:
         """The bytes of what is to be asked; what cannot be read is only noted, in its place."""
-        while self.again or (item := next(items, None)) is not None:
-            if self.again:
-                asked = self.again.popleft()
-            else:
-                asked = _Asked(item)  # type: ignore[arg-type]
-                try:
-                    asked.data = asked.item.read()
-                except OSError as error:
-                    asked.error = error
+        for asked in self._upcoming(items):
             self.asked.append(asked)
             if asked.error is None:
                 yield asked.data
+
+    def _upcoming(self, items: Iterator[Item]) -> Iterator[_Asked]:
+        while self.again:
+            yield self.again.popleft()
+        for item in items:
+            try:
+                yield _Asked(item, item.read())
+            except OSError as error:
+                yield _Asked(item, error=error)
 
     def _settle_unread(self) -> None:
         while self.asked and (error := self.asked[0].error) is not None:
             self._failed(self.asked.popleft(), error)
 
-    def _settle(self, asked: _Asked, outcome: Outcome) -> bool:
-        """Keep an outcome; False if it says nothing about the image, only about the server."""
+    def _settle(self, asked: _Asked, outcome: Outcome) -> ClientError | None:
+        """Keep an outcome; or return it, if it says nothing about the image but something of the server."""
         if isinstance(outcome, np.ndarray):
             self._keep(asked, outcome)
         elif isinstance(outcome, InvalidInputError | OSError):
@@ -177,12 +177,11 @@ class _Run:
             # Broken servers answer so for a while; an image for which a healthy one does is at fault itself.
             self.attempts[asked.item.key] += isinstance(outcome, ServerError)
             if self.attempts[asked.item.key] < _ATTEMPTS:
-                self.trouble = outcome
-                return False
+                return outcome
             self._failed(asked, outcome)
         else:
             raise outcome
-        return True
+        return None
 
     def _keep(self, asked: _Asked, embedding: NDArray[np.float32]) -> None:
         self.store.add(asked.item.key, hashlib.sha256(asked.data).hexdigest(), embedding)
@@ -194,14 +193,14 @@ class _Run:
         self.bar.set_postfix(failed=self.store.failures)
         self.bar.update()
 
-    def _wait(self) -> None:
+    def _wait(self, trouble: ClientError) -> None:
         """Until the server embeds again.
 
         Raises:
             ClientError: it does not, for as long as `--wait` says.
         """
         self.store.flush()
-        self.bar.write(f"siglip-serve: waiting for the server: {self.trouble}", file=sys.stderr)
+        self.bar.write(f"siglip-serve: waiting for the server: {trouble}", file=sys.stderr)
         deadline, pause = time.monotonic() + self.options.wait, 0.5
         while True:
             time.sleep(min(pause, max(deadline - time.monotonic(), 0)))

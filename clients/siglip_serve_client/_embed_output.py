@@ -7,11 +7,12 @@ appears as a whole under its name or not at all: whenever the command is killed,
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -19,9 +20,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FORMATS", "OutputError", "Store"]
+__all__ = ["OutputError", "Store", "check_output"]
 
-FORMATS = (".parquet", ".npz")
+_FORMATS = (".parquet", ".npz")
 
 
 class OutputError(Exception):
@@ -46,7 +47,7 @@ class Store:
     """The outcomes of one run and of those before it that were interrupted; a context manager.
 
     Args:
-        output: a `.parquet` or `.npz` file in a folder that exists.
+        output: a file that passes `check_output`.
         identity: what all rows must have in common, such as the checkpoint.
         overwrite: replace a finished output.
         restart: throw away what an interrupted run has done.
@@ -63,7 +64,6 @@ class Store:
     def __init__(
         self, output: Path, identity: Mapping[str, str], *, overwrite: bool = False, restart: bool = False
     ) -> None:
-        check_output(output)
         self.output, self.identity = output, dict(identity)
         self.folder = output.with_name(output.name + ".partial")
         self.side_file = output.with_name(output.name + ".failed.csv")
@@ -184,8 +184,8 @@ def check_output(output: Path) -> None:
     Raises:
         OutputError: it cannot.
     """
-    if output.suffix not in FORMATS or not output.parent.is_dir():
-        raise OutputError(f"{output}: expected a {' or '.join(FORMATS)} file in a folder that exists")
+    if output.suffix not in _FORMATS or not output.parent.is_dir():
+        raise OutputError(f"{output}: expected a {' or '.join(_FORMATS)} file in a folder that exists")
     if output.suffix == ".parquet":
         try:
             import pyarrow.parquet  # noqa: F401
@@ -193,31 +193,25 @@ def check_output(output: Path) -> None:
             raise OutputError(f"{output}: {error}; `pip install 'siglip-serve[parquet]'` adds it") from error
 
 
-class _replacing:  # noqa: N801 - reads as a verb
+@contextmanager
+def _replacing(path: Path) -> Iterator[Any]:
     """A binary file that appears under its name when it is whole and safe on disk."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._new = path, path.with_name(f".{path.name}.new")
-
-    def __enter__(self) -> Any:
-        self._file = self._new.open("wb")
-        return self._file
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with self._file as file:
-            if kind is None:
-                file.flush()
-                os.fsync(file.fileno())
-        if kind is not None:
-            self._new.unlink(missing_ok=True)
-            return
-        self._new.replace(self._path)
-        with suppress(OSError):  # not every file system lets folders be opened
-            folder = os.open(self._path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+    new = path.with_name(f".{path.name}.new")
+    try:
+        with new.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    new.replace(path)
+    with suppress(OSError):  # not every file system lets folders be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def _locked(folder: Path) -> int:
@@ -233,8 +227,6 @@ def _locked(folder: Path) -> int:
 
 
 def _failed_csv(parts: Iterator[_Part]) -> bytes:
-    import io
-
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["path", "error"])

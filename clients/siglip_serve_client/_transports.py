@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import ssl
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -200,8 +201,13 @@ def _grpc_options(endpoint: Endpoint) -> dict[str, Any]:
     return {"url": endpoint.address, "ssl": endpoint.tls, "root_certificates": roots}
 
 
-def _from_grpc(error: InferenceServerException, endpoint: Endpoint) -> ClientError:
-    return _error(str(error.status() or ""), str(error.message() or error), endpoint.address)
+@contextmanager
+def _translated(endpoint: Endpoint) -> Iterator[None]:
+    try:
+        yield
+    except InferenceServerException as error:
+        status, message = str(error.status() or ""), str(error.message() or error)
+        raise _error(status, message, endpoint.address) from error
 
 
 class _Grpc:
@@ -212,36 +218,28 @@ class _Grpc:
         self._client = triton.InferenceServerClient(**_grpc_options(endpoint))
 
     def infer(self, call: Call) -> Answer:
-        try:
+        with _translated(self._endpoint):
             answer: Answer = self._client.infer(**_grpc_call(call), headers=self._headers)
-        except InferenceServerException as error:
-            raise _from_grpc(error, self._endpoint) from error
         return answer
 
     def describe(self, step: Describe) -> dict[str, str]:
-        try:
+        with _translated(self._endpoint):
             answer = self._client.get_model_config(
                 step.model, headers=self._headers, client_timeout=step.timeout
             )
-        except InferenceServerException as error:
-            raise _from_grpc(error, self._endpoint) from error
         return {name: value.string_value for name, value in answer.config.parameters.items()}
 
     def register(self, step: Register) -> None:
-        try:
+        with _translated(self._endpoint):
             self._client.register_system_shared_memory(
                 step.name, step.name, step.size, headers=self._headers, client_timeout=_CONTROL_TIMEOUT
             )
-        except InferenceServerException as error:
-            raise _from_grpc(error, self._endpoint) from error
 
     def withdraw(self, step: Withdraw) -> None:
-        try:
+        with _translated(self._endpoint):
             self._client.unregister_system_shared_memory(
                 step.name, headers=self._headers, client_timeout=_CONTROL_TIMEOUT
             )
-        except InferenceServerException as error:
-            raise _from_grpc(error, self._endpoint) from error
 
     def close(self) -> None:
         self._client.close()
@@ -255,36 +253,28 @@ class _AsyncGrpc:
         self._client = triton.InferenceServerClient(**_grpc_options(endpoint))
 
     async def infer(self, call: Call) -> Answer:
-        try:
+        with _translated(self._endpoint):
             answer: Answer = await self._client.infer(**_grpc_call(call), headers=self._headers)
-        except InferenceServerException as error:
-            raise _from_grpc(error, self._endpoint) from error
         return answer
 
     async def describe(self, step: Describe) -> dict[str, str]:
-        try:
+        with _translated(self._endpoint):
             answer = await self._client.get_model_config(
                 step.model, headers=self._headers, client_timeout=step.timeout
             )
-        except InferenceServerException as error:
-            raise _from_grpc(error, self._endpoint) from error
         return {name: value.string_value for name, value in answer.config.parameters.items()}
 
     async def register(self, step: Register) -> None:
-        try:
+        with _translated(self._endpoint):
             await self._client.register_system_shared_memory(
                 step.name, step.name, step.size, headers=self._headers, client_timeout=_CONTROL_TIMEOUT
             )
-        except InferenceServerException as error:
-            raise _from_grpc(error, self._endpoint) from error
 
     async def withdraw(self, step: Withdraw) -> None:
-        try:
+        with _translated(self._endpoint):
             await self._client.unregister_system_shared_memory(
                 step.name, headers=self._headers, client_timeout=_CONTROL_TIMEOUT
             )
-        except InferenceServerException as error:
-            raise _from_grpc(error, self._endpoint) from error
 
     async def close(self) -> None:
         await self._client.close()
@@ -378,17 +368,17 @@ class _Http:
     def close(self) -> None:
         self._pool.clear()
 
-    def _send(self, post: _Request, timeout: float) -> tuple[bytes, Mapping[str, str]]:
-        from urllib3 import exceptions
+    def _send(self, request: _Request, timeout: float) -> tuple[bytes, Mapping[str, str]]:
+        from urllib3 import Timeout, exceptions
 
         address = self._endpoint.address
         try:
             answer = self._pool.request(
-                post.method,
-                self._endpoint.base + post.path,
-                body=post.body,
-                headers={**self._endpoint.headers, **post.headers},
-                timeout=timeout,
+                request.method,
+                self._endpoint.base + request.path,
+                body=request.body,
+                headers={**self._endpoint.headers, **request.headers},
+                timeout=Timeout(total=timeout),
             )
         except (exceptions.NewConnectionError, exceptions.ConnectTimeoutError) as error:
             raise UnreachableError(f"no server answers at {address}") from error
@@ -425,15 +415,15 @@ class _AsyncHttp:
     async def close(self) -> None:
         await self._session.close()
 
-    async def _send(self, post: _Request, timeout: float) -> tuple[bytes, Mapping[str, str]]:
+    async def _send(self, request: _Request, timeout: float) -> tuple[bytes, Mapping[str, str]]:
         import aiohttp
 
         address = self._endpoint.address
         limit = aiohttp.ClientTimeout(total=timeout)
-        url = self._endpoint.base + post.path
+        url = self._endpoint.base + request.path
         try:
             async with self._session.request(
-                post.method, url, data=post.body, headers=post.headers, timeout=limit
+                request.method, url, data=request.body, headers=request.headers, timeout=limit
             ) as answer:
                 body = await answer.read()
         except aiohttp.ClientSSLError as error:

@@ -146,10 +146,18 @@ def test_classify(run: Run) -> None:
         run("classify", dog, "dog")
 
 
-def test_health_and_timeouts(run: Run) -> None:
+def test_health(run: Run) -> None:
     assert run("check_health") == 128
-    with pytest.raises(DeadlineError):
-        run("embed_image", PICTURES[0], client={"timeout": 0.001})
+
+
+@pytest.mark.parametrize("scheme", ["grpc", "http"])
+def test_a_server_that_stays_silent(scheme: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"{scheme}://127.0.0.1:{silent.getsockname()[1]}"
+        with Client(address, timeout=0.3) as client, pytest.raises(DeadlineError, match="in time"):
+            client.embed_image(PICTURES[0])
+        with pytest.raises(DeadlineError, match="in time"):
+            asyncio.run(awaited(address, {"timeout": 0.3}, "embed_image", (PICTURES[0],), {}))
 
 
 @pytest.mark.parametrize("scheme", ["grpc", "http"])

@@ -6,7 +6,6 @@ import csv
 import hashlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -17,6 +16,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 from images import encode, photo
+from programs import free_port
 from wire import ROOT, TINY, GrpcCaller
 
 from siglip_serve.launcher import ServeOptions, TritonServer
@@ -118,14 +118,6 @@ def test_classify(server: TritonServer, folder: Path) -> None:
     assert "images/04.jpg: INPUT_IMAGE[0]: not a decodable image" in done.stderr
 
 
-@pytest.fixture
-def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        number = probe.getsockname()[1]
-    return int(number)
-
-
 def alone(port: int, log: Path) -> TritonServer:
     return TritonServer(
         ServeOptions(
@@ -150,9 +142,8 @@ def wait_for_parts(output: Path, count: int) -> None:
         time.sleep(0.01)
 
 
-def test_command_and_server_are_killed_and_every_row_is_there_once(
-    tmp_path: Path, port: int, log: Path
-) -> None:
+def test_command_and_server_are_killed_and_every_row_is_there_once(tmp_path: Path, log: Path) -> None:
+    port = free_port()
     (tmp_path / "images").mkdir()
     pictures = [encode(photo(48, 40, number), "JPEG") for number in range(20)]
     for number in range(1200):

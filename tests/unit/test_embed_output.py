@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import pytest
-from siglip_serve_client._embed_output import OutputError, Store
+from siglip_serve_client._embed_output import OutputError, Store, check_output
 
 IDENTITY = {"checkpoint_name": "tiny", "normalized": "false"}
 KEYS = [f"folder/größe {number}.jpg" for number in range(23)]
@@ -147,4 +147,4 @@ def test_what_must_not_be_mixed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["out.csv", "nowhere/out.npz"])
 def test_outputs_that_cannot_be(tmp_path: Path, name: str) -> None:
     with pytest.raises(OutputError, match=r"expected a .parquet or .npz file in a folder"):
-        Store(tmp_path / name, IDENTITY)
+        check_output(tmp_path / name)
