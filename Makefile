@@ -71,6 +71,7 @@ tools: ## nginx and Prometheus for the tests of docker/, from Debian's packages 
 	cd .tools && apt-get -qq $(APT) update && apt-get -qq $(APT) download nginx prometheus
 	for package in .tools/*.deb; do dpkg-deb -x $$package .tools; done
 	rm -rf .tools/lists .tools/archives .tools/*.deb
+	.tools/usr/sbin/nginx -v && .tools/usr/bin/prometheus --version > .tools/version || { rm -rf .tools; exit 1; }
 
 format: $(DEV) ## Put the code into the project's style
 	$(BIN)/ruff check --fix .

@@ -59,9 +59,9 @@ class ImageReader:
     """`siglip_vision_process`: INPUT_IMAGE [n, 1] BYTES -> PIXEL_VALUES [n, S, S, 3] UINT8."""
 
     def __init__(self, context: Context) -> None:
-        self._refusals = context.refusals
         from siglip_serve.preprocess import decode_base64
 
+        self._refusals = context.refusals
         self._preprocess, limits = image_reader(context)
         self._decode_base64 = partial(decode_base64, limits=limits)
         self._embed_models = context.settings.embed_models
@@ -108,10 +108,10 @@ class VisionEmbedder:
     """
 
     def __init__(self, context: Context) -> None:
-        self._refusals = context.refusals
         from siglip_serve.engine import VisionEngine
         from siglip_serve.siglip import load_vision
 
+        self._refusals = context.refusals
         config = context.config
         self._shape = tensor_dims(config)["PIXEL_VALUES"]
         with readable_start():
@@ -180,10 +180,10 @@ class TextEmbedder:
     """
 
     def __init__(self, context: Context) -> None:
-        self._refusals = context.refusals
         from siglip_serve.engine import TextEngine
         from siglip_serve.siglip import load_text
 
+        self._refusals = context.refusals
         settings, config = context.settings, context.config
         self._shape = tensor_dims(config)["INPUT_IDS"]
         with readable_start():
@@ -286,9 +286,9 @@ class LabelScorer:
     """
 
     def __init__(self, context: Context) -> None:
-        self._refusals = context.refusals
         from siglip_serve.siglip import load_scale
 
+        self._refusals = context.refusals
         with readable_start():
             self._scale, self._bias = load_scale(context.config.path)
         self._width = tensor_dims(context.config)["EMBEDDING"]

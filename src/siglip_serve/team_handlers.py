@@ -160,9 +160,9 @@ class TeamClassifier:
     """`team_predict`: EMBEDDING [n, D] and STATE -> their teams."""
 
     def __init__(self, context: Context) -> None:
-        self._refusals = context.refusals
         from threadpoolctl import threadpool_limits
 
+        self._refusals = context.refusals
         threadpool_limits(1)  # from here on: waking threads takes longer than these products
         with readable_start():
             stamp = _stamp(context)

@@ -40,9 +40,10 @@ class _Family:
     """One metric of this model; Triton joins those of all model processes under the family's name."""
 
     def __init__(self, name: str, description: str, kind: str) -> None:
-        self._kind = getattr(pb_utils.MetricFamily, kind)
         self._family = pb_utils.MetricFamily(
-            name=f"siglip_serve_{name}", description=description, kind=self._kind
+            name=f"siglip_serve_{name}",
+            description=description,
+            kind=getattr(pb_utils.MetricFamily, kind),
         )
 
     def metric(self, labels: dict[str, str], buckets: list[float] | None = None) -> Any:

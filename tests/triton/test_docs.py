@@ -15,6 +15,8 @@ from siglip_serve.launcher import TritonServer
 
 DEPLOYMENTS = sorted((ROOT / "deployments").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "clients" / "README.md", *DEPLOYMENTS]
+# Their commands need what no test has: an engine, a cluster.
+FURTHER = [ROOT / "docker" / "README.md", ROOT / "deployments" / "kubernetes" / "README.md"]
 BLOCKS = [
     pytest.param(language, block, id=f"{page.parent.name}-{page.name}-{number}")
     for page in PAGES
@@ -58,7 +60,7 @@ def test_pages_have_the_fixed_headings(page: Path) -> None:
     assert re.findall(r"^## (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE) == HEADINGS
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *FURTHER], ids=lambda page: f"{page.parent.name}-{page.name}")
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if "://" not in target:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import socket
 import ssl
 import subprocess
@@ -21,7 +20,7 @@ import pytest
 import tritonclient.grpc as triton
 from images import encode, photo
 from numpy.typing import NDArray
-from programs import PROGRAM_PATH
+from programs import PROGRAM_PATH, free_port, program
 from siglip_serve_client import AccessError, AsyncClient, Client, InvalidInputError
 from wire import ROOT, GrpcCaller
 
@@ -31,10 +30,6 @@ FOLDER = ROOT / "docker" / "front"
 PICTURE = encode(photo(64, 48, 3), "JPEG")
 RAW = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": "0"}
 INFER = "/v2/models/embed_image/infer"
-pytestmark = pytest.mark.skipif(
-    shutil.which("nginx", path=PROGRAM_PATH) is None or shutil.which("openssl") is None,
-    reason="nginx or openssl is not installed; `make tools` fetches nginx",
-)
 
 
 @dataclass(frozen=True)
@@ -70,14 +65,14 @@ class Front:
 
 @pytest.fixture(scope="module")
 def front(server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+    for name in ("nginx", "openssl"):
+        program(name)
     folder = tmp_path_factory.mktemp("front")
     subprocess.run(["sh", FOLDER / "make_certificate.sh", folder], check=True, capture_output=True)
     made = subprocess.run(
         ["sh", FOLDER / "make_key.sh", "tests", folder / "keys"], check=True, capture_output=True, text=True
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = {
         **os.environ,
         "PATH": PROGRAM_PATH,
