@@ -100,6 +100,10 @@ class Stage:
             if version.name.isdigit():
                 (version / "loaded_again").write_text(str(time.time()), encoding="ascii")
 
+    def remove_shared_memory(self) -> None:
+        """Delete the shared memory of a server that died."""
+        _remove_shared_memory(self.root.name)
+
     def remove(self) -> None:
         """Delete the directory, and shared memory that a killed model process has left."""
         _remove(self.root.name)
@@ -248,8 +252,12 @@ def _try_lock(root: Path) -> IO[bytes] | None:
     return lock
 
 
-def _remove(name: str) -> None:
+def _remove_shared_memory(name: str) -> None:
     for leftover in _SHM.glob(f"{name}*"):
         with suppress(OSError):
             leftover.unlink()
+
+
+def _remove(name: str) -> None:
+    _remove_shared_memory(name)
     shutil.rmtree(Path(tempfile.gettempdir()) / name, ignore_errors=True)

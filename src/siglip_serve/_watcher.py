@@ -1,8 +1,12 @@
-"""Notices dead model processes, which Triton never restarts, and loads their model again."""
+"""Notices dead model processes, which Triton never restarts, and loads their model again.
+
+A server that died itself is started again.
+"""
 
 from __future__ import annotations
 
 import http.client
+import subprocess
 import sys
 import threading
 import time
@@ -11,38 +15,51 @@ from pathlib import Path
 
 import psutil
 
+from siglip_serve.errors import ServerStartError
+
 __all__ = ["Watcher"]
 
 _STUB = "triton_python_backend_stub"
 _INTERVAL = 0.25
 _RETRY = 5.0
+_DEATHS, _WITHIN = 3, 600.0  # a server that dies more often in so many seconds is not started again
 
 
 class Watcher(threading.Thread):
     """A thread that polls the model processes of one server.
 
+    The thread ends when the server was asked to end, or died too often.
+
     Args:
-        server: process id of `tritonserver`.
+        server: the process of `tritonserver`.
         models: names of the models it serves.
         load: loads a model again; raises OSError when that fails.
+        restart: starts the server again and returns its process; raises ServerStartError.
         log_file: what happens is written there, and to standard error.
     """
 
     def __init__(
-        self, server: int, models: Sequence[str], load: Callable[[str], None], log_file: Path
+        self,
+        server: subprocess.Popen[bytes],
+        models: Sequence[str],
+        load: Callable[[str], None],
+        restart: Callable[[], subprocess.Popen[bytes]],
+        log_file: Path,
     ) -> None:
         super().__init__(name="siglip-serve-watcher", daemon=True)
         self._server = server
         self._models = models
         self._load = load
+        self._restart = restart
         self._log_file = log_file
         self._stopping = threading.Event()
         self._replaced = False
-        self._first = self._processes()  # here, not in the thread: what dies from now on is noticed
+        self._deaths: list[float] = []
+        self._present = self._processes()  # here, not in the thread: what dies from now on is noticed
 
     @property
     def replaced(self) -> bool:
-        """Whether any process was replaced."""
+        """Whether any process of the running server was replaced."""
         return self._replaced
 
     def stop(self) -> None:
@@ -50,10 +67,18 @@ class Watcher(threading.Thread):
         self._stopping.set()
 
     def run(self) -> None:
-        known = self._first  # the dead stay in it until their model is served again
+        while not self._stopping.is_set():
+            self._watch_models()
+            if self._stopping.is_set() or not self._start_again():
+                return
+            self._present = self._processes()
+
+    def _watch_models(self) -> None:
+        """Until the server ends."""
+        known = self._present  # the dead stay in it until their model is served again
         retired: set[int] = set()  # of a model that was loaded again; Triton ends them by itself
         pause = _INTERVAL
-        while not self._stopping.wait(pause) and _runs(self._server):
+        while not self._stopping.wait(pause) and self._server.poll() is None:
             present = self._processes()
             retired &= present.keys()
             known |= {pid: model for pid, model in present.items() if pid not in retired}
@@ -63,7 +88,7 @@ class Watcher(threading.Thread):
                 if self._stopping.is_set():
                     return
                 if not self._reload(model, sorted(own - present.keys())):
-                    pause = _RETRY
+                    pause = _RETRY if self._server.poll() is None else 0
                     continue
                 retired |= own
                 known = {pid: of for pid, of in known.items() if pid not in own}
@@ -80,10 +105,31 @@ class Watcher(threading.Thread):
         self._say(f"{model}: served again after {time.monotonic() - start:.1f} s")
         return True
 
+    def _start_again(self) -> bool:
+        status = self._server.poll()
+        if not status:  # ended as asked to, by whomever
+            return False
+        now = time.monotonic()
+        self._deaths = [*(died for died in self._deaths if now - died < _WITHIN), now]
+        how = f"tritonserver died ({f'signal {-status}' if status < 0 else f'status {status}'})"
+        if len(self._deaths) > _DEATHS:
+            self._say(f"{how}, {len(self._deaths)} times within {_WITHIN:.0f} s; giving up")
+            return False
+        self._say(f"{how}; starting it again")
+        try:
+            self._server = self._restart()
+        except ServerStartError as error:
+            if not self._stopping.is_set():
+                self._say(f"starting tritonserver again failed: {error}")
+            return False
+        self._replaced = False
+        self._say(f"tritonserver: served again after {time.monotonic() - now:.1f} s")
+        return True
+
     def _processes(self) -> dict[int, str]:
         """The model processes that run, and the model of each."""
         found = {}
-        for process in _children(self._server):
+        for process in _children(self._server.pid):
             try:
                 if process.status() == psutil.STATUS_ZOMBIE or process.name()[:15] != _STUB[:15]:
                     continue
@@ -100,13 +146,6 @@ class Watcher(threading.Thread):
         sys.stderr.write(line)
         with self._log_file.open("a", encoding="utf-8") as log:
             log.write(line)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _children(pid: int) -> list[psutil.Process]:

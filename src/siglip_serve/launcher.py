@@ -6,6 +6,8 @@ temporary directory, in which the launcher fits instance counts to the machine a
 checkpoint into the model parameters, where clients can read it.
 
 Triton never restarts a model process that died: the launcher watches them and loads the model again.
+Now and then a model process that is killed takes the server along (an exception of the backend that
+nothing catches): the launcher then starts the server again, on the same ports.
 Loading needs explicit model control, whose endpoints are closed to all but the holder of a key made
 at start. It is on the server's command line, so other users of the machine can read it from the
 process list unless /proc is mounted with hidepid.
@@ -24,12 +26,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal, Self
 from urllib.error import HTTPError
@@ -115,6 +119,7 @@ class TritonServer:
         self.device, self._gpu_capability = _device(options.device)
         self._stage: Stage | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._changing = threading.Lock()  # held to start the process again, and to stop it
         # The kernel's signal at the launcher's death concerns the thread that made the server, not the
         # process: one thread that lives as long as the server.
         self._spawner = ThreadPoolExecutor(1, "siglip-serve-spawner")
@@ -137,7 +142,7 @@ class TritonServer:
 
     @property
     def pid(self) -> int:
-        """Process id of `tritonserver`."""
+        """Process id of `tritonserver`; another one after it died and was started again."""
         if self._process is None:
             raise ServerStartError("the server is not running")
         return self._process.pid
@@ -172,11 +177,14 @@ class TritonServer:
         try:
             self.models = stage.fill(towers, settings.decoders, options.models)
             self.log_file = _open_log(options.log_file, self.http_port)
-            self._process = self._spawner.submit(self._spawn, stage, resolved).result()
-            self._wait_until_ready()
-            if _FRONT in self.models:
-                self._infer()
-            self._watcher = Watcher(self._process.pid, self.models, self._load, self.log_file)
+            spawn = partial(
+                self._spawn, self._command(stage), self._environment(stage, resolved), stage.empty
+            )
+            self._process = self._spawner.submit(spawn).result()
+            self._wait_until_served()
+            self._watcher = Watcher(
+                self._process, self.models, self._load, lambda: self._restart(stage, spawn), self.log_file
+            )
             self._watcher.start()
         except BaseException:
             self.stop(timeout=2)  # nobody is served yet
@@ -185,11 +193,12 @@ class TritonServer:
     def stop(self, timeout: float = 35.0) -> None:
         """Let running requests complete, then end every process and remove every file of the start."""
         watcher, self._watcher = self._watcher, None
-        process, self._process = self._process, None
+        if watcher is not None:
+            watcher.stop()
+        with self._changing:
+            process, self._process = self._process, None
         stage, self._stage = self._stage, None
         try:
-            if watcher is not None:
-                watcher.stop()
             if process is not None:
                 replaced = watcher is not None and watcher.replaced
                 _end(process, timeout, self.log_file if replaced else None)
@@ -199,22 +208,43 @@ class TritonServer:
                 stage.remove()
 
     def wait(self) -> int:
-        """Block until the server ends by itself; its exit status."""
-        if self._process is None:
+        """Block until the server ends for good, asked to or because it died too often; its exit status."""
+        if self._process is None or self._watcher is None:
             raise ServerStartError("the server is not running")
+        self._watcher.join()
         return self._process.wait()
 
-    def _spawn(self, stage: Stage, settings: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    def _restart(self, stage: Stage, spawn: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+        """Another server in place of one that died; its process."""
+        with self._changing:
+            if self._process is None:
+                raise ServerStartError("the server was stopped")
+            _end(self._process, 0, None)  # the model processes that it has left
+            stage.remove_shared_memory()
+            self._process = process = self._spawner.submit(spawn).result()
+        self._wait_until_served()
+        return process
+
+    def _wait_until_served(self) -> None:
+        self._wait_until_ready()
+        if _FRONT in self.models:
+            self._infer()
+
+    def _spawn(
+        self, command: Sequence[str], environment: Mapping[str, str], folder: Path
+    ) -> subprocess.Popen[bytes]:
         with self.log_file.open("ab") as log:  # to append: the watcher writes there too
-            return subprocess.Popen(
-                self._command(stage),
-                env=self._environment(stage, settings),
-                cwd=stage.empty,
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                cwd=folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # the terminal's Ctrl-C is for the launcher, which then stops it
             )
+        threading.Thread(target=_end_orphans, args=(process,), daemon=True).start()
+        return process
 
     def _command(self, stage: Stage) -> list[str]:
         apis = [api for api in _CLOSED_APIS if api != "shared-memory" or not self.options.shared_memory]
@@ -382,6 +412,13 @@ def _open_log(chosen: Path | None, http_port: int) -> Path:
     return file
 
 
+def _end_orphans(server: subprocess.Popen[bytes]) -> None:
+    """Model processes inherit the server's sockets: while they live, a dead server's callers wait on."""
+    server.wait()
+    with suppress(ProcessLookupError):  # the server's session is its own, orphans stay in its group
+        os.killpg(server.pid, signal.SIGKILL)
+
+
 def _end(server: subprocess.Popen[bytes], timeout: float, log_file: Path | None) -> None:
     """SIGTERM lets running requests complete; whoever is left after `timeout` is killed.
 
@@ -403,8 +440,7 @@ def _end(server: subprocess.Popen[bytes], timeout: float, log_file: Path | None)
         server.kill()
         server.wait()
     psutil.wait_procs(family, timeout=3)
-    with suppress(ProcessLookupError):  # the server's session is its own, orphans stay in its group
-        os.killpg(server.pid, signal.SIGKILL)
+    _end_orphans(server)
     psutil.wait_procs(family, timeout=3)
 
 

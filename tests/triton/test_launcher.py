@@ -78,6 +78,29 @@ def test_a_killed_model_process_is_replaced(log: Path) -> None:
         wait_for_lines(log, "served again after", 2)
 
 
+def test_a_server_that_died_is_started_again(log: Path) -> None:
+    """On the same ports, with nothing left of the one before; one that keeps dying is given up."""
+    with TritonServer(ServeOptions(REPOSITORY, str(TINY), log_file=log)) as server:
+        for count in range(1, 4):
+            family = processes_of(server)
+            os.kill(server.pid, signal.SIGABRT)
+            wait_for_lines(log, "tritonserver: served again after", count)
+            assert not [process for process in family if process.is_running()]
+            assert GrpcCaller(server.grpc_url).embed([PICTURE]).shape[0] == 1
+        next(processes_of_model(server, "siglip_vision_process")).kill()
+        wait_for_lines(log, "siglip_vision_process: served again after", 1)
+        os.kill(server.pid, signal.SIGKILL)
+        assert server.wait() == -signal.SIGKILL
+    assert "tritonserver died (signal 9), 4 times within 600 s; giving up" in log.read_text()
+
+
+def test_a_server_that_was_asked_to_end_is_not_started_again(log: Path) -> None:
+    with TritonServer(ServeOptions(REPOSITORY, str(TINY), log_file=log)) as server:
+        os.kill(server.pid, signal.SIGTERM)
+        assert server.wait() == 0
+    assert "starting it again" not in log.read_text()
+
+
 def test_one_death_means_one_reload(log: Path) -> None:
     """One of two decode processes dies: its sibling, which Triton then retires, is no second death."""
     settings = {"decoders": "2"}
@@ -95,7 +118,6 @@ def test_a_death_during_a_reload_is_not_forgotten(log: Path) -> None:
             for process in processes_of_model(server, model):
                 process.kill()
             wait_for_lines(log, "loading the model again", 1)
-        wait_for_lines(log, "served again after", 2)
         wait_until_served(GrpcCaller(server.grpc_url))
 
 
