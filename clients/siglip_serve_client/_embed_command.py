@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from siglip_serve_client._arguments import positive
 from siglip_serve_client._client import Client
 from siglip_serve_client._connection import add_connection, connected
 from siglip_serve_client._embed_output import OutputError, Store, check_output
@@ -46,10 +47,10 @@ def add_embed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     add("--from-file", metavar="LIST", help="a text file with one IMAGE a line; - is standard input")
     add("--column", default="image", help="of Parquet files (default: %(default)s)")
     add("--normalized", action="store_true", help="scale every embedding to unit length")
-    add("--concurrency", type=_positive, default=16, help="requests in flight (default: %(default)s)")
+    add("--concurrency", type=positive, default=16, help="requests in flight (default: %(default)s)")
     add(
         "--part-rows",
-        type=_positive,
+        type=positive,
         default=1000,
         help="images after which work is made safe (default: %(default)s)",
     )
@@ -224,9 +225,3 @@ class _Run:
             if item.key not in self.store.done and item.key not in seen:
                 seen.add(item.key)
                 yield item
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)

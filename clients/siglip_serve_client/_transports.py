@@ -25,7 +25,18 @@ from siglip_serve_client.errors import (
     UnreachableError,
 )
 
-__all__ = ["AsyncTransport", "Endpoint", "Transport", "connect", "connect_async"]
+__all__ = [
+    "AsyncTransport",
+    "Endpoint",
+    "Request",
+    "Transport",
+    "check_status",
+    "connect",
+    "connect_async",
+    "error_of",
+    "http_answer",
+    "http_request",
+]
 
 # What Triton puts before a message, and what says nothing to the caller.
 _PREFIX = re.compile(r"^(\[request id: \S+\] |in ensemble '[^']*', )+")
@@ -160,8 +171,8 @@ def connect_async(endpoint: Endpoint, connections: int) -> AsyncTransport:
     return _AsyncHttp(endpoint, connections) if endpoint.http else _AsyncGrpc(endpoint)
 
 
-def _error(status: str, message: str, address: str) -> ClientError:
-    """The error of this package for a status of gRPC or HTTP."""
+def error_of(status: str, message: str, address: str) -> ClientError:
+    """The error of this package for a status of gRPC, by its name, or HTTP, by its number."""
     status, message = status.removeprefix("StatusCode."), _PREFIX.sub("", message)
     if status == "DEADLINE_EXCEEDED":
         return DeadlineError(f"{address} did not answer in time")
@@ -207,7 +218,7 @@ def _translated(endpoint: Endpoint) -> Iterator[None]:
         yield
     except InferenceServerException as error:
         status, message = str(error.status() or ""), str(error.message() or error)
-        raise _error(status, message, endpoint.address) from error
+        raise error_of(status, message, endpoint.address) from error
 
 
 class _Grpc:
@@ -284,8 +295,8 @@ class _AsyncGrpc:
 
 
 @dataclass(frozen=True)
-class _Request:
-    """A request, whoever sends it."""
+class Request:
+    """A request over HTTP, whoever sends it."""
 
     path: str
     body: bytes
@@ -293,7 +304,8 @@ class _Request:
     method: str = "POST"
 
 
-def _http_call(call: Call) -> _Request:
+def http_request(call: Call) -> Request:
+    """The POST of a call: JSON that describes the inputs, and behind it their bytes."""
     import tritonclient.http as triton
 
     inputs = [_infer_input(triton, tensor) for tensor in call.inputs]
@@ -303,19 +315,19 @@ def _http_call(call: Call) -> _Request:
     headers = {"Content-Type": "application/octet-stream"} | (
         {} if size is None else {"Inference-Header-Content-Length": str(size)}
     )
-    return _Request(f"/v2/models/{call.model}/infer", body, headers)
+    return Request(f"/v2/models/{call.model}/infer", body, headers)
 
 
-def _http_control(step: Register | Withdraw) -> _Request:
+def _http_control(step: Register | Withdraw) -> Request:
     path = f"/v2/systemsharedmemory/region/{step.name}"
     if isinstance(step, Withdraw):
-        return _Request(f"{path}/unregister", b"", {})
+        return Request(f"{path}/unregister", b"", {})
     about = {"key": step.name, "offset": 0, "byte_size": step.size}
-    return _Request(f"{path}/register", json.dumps(about).encode(), {"Content-Type": "application/json"})
+    return Request(f"{path}/register", json.dumps(about).encode(), {"Content-Type": "application/json"})
 
 
-def _http_describe(step: Describe) -> _Request:
-    return _Request(f"/v2/models/{step.model}/config", b"", {}, "GET")
+def _http_describe(step: Describe) -> Request:
+    return Request(f"/v2/models/{step.model}/config", b"", {}, "GET")
 
 
 def _parameters(body: bytes) -> dict[str, str]:
@@ -323,7 +335,8 @@ def _parameters(body: bytes) -> dict[str, str]:
     return {name: value["string_value"] for name, value in described.items()}
 
 
-def _http_answer(body: bytes, headers: Mapping[str, str]) -> Answer:
+def http_answer(body: bytes, headers: Mapping[str, str]) -> Answer:
+    """What the body of status 200 holds."""
     import tritonclient.http as triton
 
     size = headers.get("Inference-Header-Content-Length")
@@ -333,7 +346,8 @@ def _http_answer(body: bytes, headers: Mapping[str, str]) -> Answer:
     return answer
 
 
-def _check(status: int, body: bytes, endpoint: Endpoint) -> None:
+def check_status(status: int, body: bytes, endpoint: Endpoint) -> None:
+    """Raise the error of this package, with the message in the body, unless the status is 200."""
     if status == 200:
         return
     text = body.decode(errors="replace")
@@ -341,7 +355,7 @@ def _check(status: int, body: bytes, endpoint: Endpoint) -> None:
         message = str(json.loads(text)["error"])
     except (ValueError, KeyError, TypeError):
         message = re.sub(r"<[^>]*>|\s+", " ", text).strip()[:300] or f"HTTP status {status}"
-    raise _error(str(status), message, endpoint.address)
+    raise error_of(str(status), message, endpoint.address)
 
 
 class _Http:
@@ -354,7 +368,7 @@ class _Http:
         self._pool = urllib3.PoolManager(maxsize=connections, retries=False, ssl_context=context)
 
     def infer(self, call: Call) -> Answer:
-        return _http_answer(*self._send(_http_call(call), call.timeout))
+        return http_answer(*self._send(http_request(call), call.timeout))
 
     def describe(self, step: Describe) -> dict[str, str]:
         return _parameters(self._send(_http_describe(step), step.timeout)[0])
@@ -368,7 +382,7 @@ class _Http:
     def close(self) -> None:
         self._pool.clear()
 
-    def _send(self, request: _Request, timeout: float) -> tuple[bytes, Mapping[str, str]]:
+    def _send(self, request: Request, timeout: float) -> tuple[bytes, Mapping[str, str]]:
         from urllib3 import Timeout, exceptions
 
         address = self._endpoint.address
@@ -388,7 +402,7 @@ class _Http:
             raise UnreachableError(f"{address} is not trusted: {error}") from error
         except (exceptions.HTTPError, OSError) as error:  # the connection broke: the server may be restarting
             raise UnavailableError(f"{address} broke the connection: {error}") from error
-        _check(answer.status, answer.data, self._endpoint)
+        check_status(answer.status, answer.data, self._endpoint)
         return answer.data, answer.headers
 
 
@@ -401,7 +415,7 @@ class _AsyncHttp:
         self._session = aiohttp.ClientSession(connector=connector, headers=endpoint.headers)
 
     async def infer(self, call: Call) -> Answer:
-        return _http_answer(*await self._send(_http_call(call), call.timeout))
+        return http_answer(*await self._send(http_request(call), call.timeout))
 
     async def describe(self, step: Describe) -> dict[str, str]:
         return _parameters((await self._send(_http_describe(step), step.timeout))[0])
@@ -415,7 +429,7 @@ class _AsyncHttp:
     async def close(self) -> None:
         await self._session.close()
 
-    async def _send(self, request: _Request, timeout: float) -> tuple[bytes, Mapping[str, str]]:
+    async def _send(self, request: Request, timeout: float) -> tuple[bytes, Mapping[str, str]]:
         import aiohttp
 
         address = self._endpoint.address
@@ -434,5 +448,5 @@ class _AsyncHttp:
             raise DeadlineError(f"{address} did not answer in time") from error
         except (aiohttp.ClientError, OSError) as error:
             raise UnavailableError(f"{address} broke the connection: {error}") from error
-        _check(answer.status, body, self._endpoint)
+        check_status(answer.status, body, self._endpoint)
         return body, answer.headers
