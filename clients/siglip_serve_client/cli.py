@@ -1,4 +1,4 @@
-"""The command `siglip-serve`: serve, embed, classify, teams, health."""
+"""The command `siglip-serve`: serve, embed, classify, teams, bench, health."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from siglip_serve_client._bench_command import add_bench
 from siglip_serve_client._classify_command import add_classify
 from siglip_serve_client._connection import add_connection, connected
 from siglip_serve_client._embed_command import add_embed
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_embed(commands)
     add_classify(commands)
     add_connection(add_teams(commands))
+    add_bench(commands)
     _add_health(commands)
     words = sys.argv[1:] if arguments is None else list(arguments)
     if words[:1] == ["serve"]:
