@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from front import Front, run_front
 from wire import JERSEY, ROOT, TINY
 
 from siglip_serve.launcher import ServeOptions, TritonServer
@@ -37,6 +38,13 @@ def exact_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonSer
     log_file = tmp_path_factory.mktemp("exact_server") / "log"
     options = ServeOptions(ROOT / "model_repository", str(TINY), log_file=log_file, settings=settings)
     with TritonServer(options) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def front(server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+    """TLS and keys before `server`."""
+    with run_front(server.http_url, server.grpc_url, tmp_path_factory.mktemp("front")) as running:
         yield running
 
 

@@ -4,106 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import ssl
 import subprocess
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
+from front import FRONT, Front
 from images import encode, photo
 from numpy.typing import NDArray
-from programs import PROGRAM_PATH, free_port, program
 from siglip_serve_client import AccessError, AsyncClient, Client, InvalidInputError
-from wire import ROOT, GrpcCaller
+from wire import GrpcCaller
 
 from siglip_serve.launcher import TritonServer
 
-FOLDER = ROOT / "docker" / "front"
 PICTURE = encode(photo(64, 48, 3), "JPEG")
 RAW = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": "0"}
 INFER = "/v2/models/embed_image/infer"
-
-
-@dataclass(frozen=True)
-class Front:
-    """A running front; `key` is a valid one."""
-
-    port: int
-    key: str
-    certificate: Path
-
-    @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
-
-    def post(
-        self, path: str, body: bytes | None, headers: Mapping[str, str], key: str | None = None
-    ) -> tuple[int, bytes]:
-        """Status and body; with the valid key unless another is given, none with ""."""
-        used = self.key if key is None else key
-        headers = {**headers, **({"Authorization": f"Bearer {used}"} if used else {})}
-        request = urllib.request.Request(f"https://{self.address}{path}", body, dict(headers))
-        context = ssl.create_default_context(cafile=self.certificate)
-        opener = urllib.request.build_opener(
-            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
-        )
-        try:
-            with opener.open(request, timeout=60) as answer:
-                return answer.status, answer.read()
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, error.read()
-
-
-@pytest.fixture(scope="module")
-def front(server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
-    for name in ("nginx", "openssl"):
-        program(name)
-    folder = tmp_path_factory.mktemp("front")
-    subprocess.run(["sh", FOLDER / "make_certificate.sh", folder], check=True, capture_output=True)
-    made = subprocess.run(
-        ["sh", FOLDER / "make_key.sh", "tests", folder / "keys"], check=True, capture_output=True, text=True
-    )
-    port = free_port()
-    environment = {
-        **os.environ,
-        "PATH": PROGRAM_PATH,
-        "FRONT_RUN": str(folder / "run"),
-        "FRONT_LISTEN": f"127.0.0.1:{port}",
-        "FRONT_HTTP": server.http_url,
-        "FRONT_GRPC": server.grpc_url,
-        "FRONT_KEYS": str(folder / "keys"),
-        "FRONT_CERTIFICATE": str(folder / "certificate.pem"),
-        "FRONT_CERTIFICATE_KEY": str(folder / "certificate_key.pem"),
-        "FRONT_WORKERS": "1",
-    }
-    checked = subprocess.run(
-        ["sh", FOLDER / "start.sh", "check"], env=environment, capture_output=True, text=True, check=False
-    )
-    assert checked.returncode == 0, checked.stderr
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(["sh", FOLDER / "start.sh"], env=environment, stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.05)
-        yield Front(port, made.stdout.strip(), folder / "certificate.pem")
-        assert process.poll() is None, (folder / "log").read_text()
-        assert made.stdout.strip() not in (folder / "log").read_text()
-    finally:
-        process.terminate()
-        process.wait(20)
 
 
 @pytest.fixture(autouse=True)
@@ -244,7 +166,7 @@ def test_keys_that_are_none_stop_the_start(tmp_path: Path) -> None:
         "FRONT_CERTIFICATE_KEY": str(tmp_path / "keys"),
     }
     done = subprocess.run(
-        ["sh", FOLDER / "start.sh", "check"], env=environment, capture_output=True, text=True, check=False
+        ["sh", FRONT / "start.sh", "check"], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
     assert "line 1: expected NAME and 64" in done.stderr
