@@ -14,7 +14,7 @@ from wire import ROOT
 from siglip_serve.launcher import TritonServer
 
 DEPLOYMENTS = sorted((ROOT / "deployments").glob("*.md"))
-PAGES = [ROOT / "README.md", ROOT / "clients" / "README.md", *DEPLOYMENTS]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "clients").glob("*.md")), *DEPLOYMENTS]
 # Their commands need what no test has: an engine, a cluster.
 FURTHER = [ROOT / "docker" / "README.md", ROOT / "deployments" / "kubernetes" / "README.md"]
 BLOCKS = [
@@ -37,7 +37,7 @@ def test_block_runs(language: str, block: str, server: TritonServer, tmp_path: P
         block = re.sub(rf"\b(127\.0\.0\.1|localhost):{port}\b", f"127.0.0.1:{own}", block)
     block = re.sub(r"\.venv/bin/", "", block)
     block = re.sub(
-        r"siglip-serve (embed|classify|health)", rf"siglip-serve \1 --url {server.grpc_url}", block
+        r"siglip-serve (embed|classify|bench|health)", rf"siglip-serve \1 --url {server.grpc_url}", block
     )
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     run = [sys.executable, "-c"] if language == "python" else ["bash", "-euo", "pipefail", "-c"]
