@@ -42,7 +42,10 @@ def start(tmp_path: Path) -> Iterator[Start]:
     started = []
 
     def run(name: str, *words: str, key: str = "") -> subprocess.Popen[str]:
-        program = [str(Path(sys.executable).parent / "siglip-serve"), "bench", "-o", str(tmp_path / name)]
+        # Where the tests run in the background, they and their children would ignore Ctrl-C.
+        plain = ["env", "--default-signal=INT"]
+        command = str(Path(sys.executable).parent / "siglip-serve")
+        program = [*plain, command, "bench", "-o", str(tmp_path / name)]
         environment = {**os.environ, API_KEY: key}
         pipe = subprocess.PIPE
         process = subprocess.Popen([*program, *words], stdout=pipe, stderr=pipe, text=True, env=environment)
