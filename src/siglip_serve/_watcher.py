@@ -34,7 +34,7 @@ class Watcher(threading.Thread):
         server: the process of `tritonserver`.
         models: names of the models it serves.
         load: loads a model again; raises OSError when that fails.
-        restart: starts the server again and returns its process; raises ServerStartError.
+        restart: starts the server again and returns its process; raises ServerStartError or OSError.
         log_file: what happens is written there, and to standard error.
     """
 
@@ -118,7 +118,7 @@ class Watcher(threading.Thread):
         self._say(f"{how}; starting it again")
         try:
             self._server = self._restart()
-        except ServerStartError as error:
+        except (ServerStartError, OSError) as error:  # OSError: there is no process to start
             if not self._stopping.is_set():
                 self._say(f"starting tritonserver again failed: {error}")
             return False
