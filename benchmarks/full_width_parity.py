@@ -39,7 +39,7 @@ def measure(geometry: str) -> dict[str, str]:
         "vision_last_hidden_state": (tokens, expected["vision"].last_hidden_state),
         "vision_pooler_output": (tower.head(tokens), expected["vision"].pooler_output),
         "text_last_hidden_state": (text_tokens, expected["text"].last_hidden_state),
-        "text_pooler_output": (text_tower.pool(text_tokens), expected["text"].pooler_output),
+        "text_pooler_output": (text_tower.pool(text_tokens, ids), expected["text"].pooler_output),
     }
     errors = {name: f"{scaled_error(*pair):.1e}" for name, pair in got.items()}
     return {**about(["torch", "transformers"]), "geometry": geometry, **errors}

@@ -56,7 +56,7 @@ def make_tower(options: argparse.Namespace) -> tuple[VisionTower, ImageConfig]:
 
 @cache
 def _random_tower(geometry: str, scale: float) -> tuple[VisionTower, ImageConfig]:
-    vision = VisionConfig(**GEOMETRIES[geometry], layer_norm_eps=1e-6)
+    vision = VisionConfig(**GEOMETRIES[geometry], layer_norm_eps=1e-6, hidden_act="gelu_pytorch_tanh")
     torch.manual_seed(0)
     tower = VisionTower(vision).eval().requires_grad_(False)
     for module in tower.modules():

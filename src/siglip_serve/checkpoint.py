@@ -52,6 +52,7 @@ class VisionConfig:
     image_size: int
     patch_size: int
     layer_norm_eps: float
+    hidden_act: str
 
     @property
     def grid_size(self) -> int:
@@ -71,6 +72,7 @@ class TextConfig:
     max_position_embeddings: int
     projection_size: int
     layer_norm_eps: float
+    hidden_act: str
 
 
 @dataclass(frozen=True)

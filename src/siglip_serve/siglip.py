@@ -13,8 +13,11 @@ Source: "Sigmoid Loss for Language Image Pre-Training" (Zhai et al., 2023, arXiv
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -23,62 +26,124 @@ from torch import Tensor, nn
 from siglip_serve.checkpoint import TextConfig, VisionConfig, load_config, load_tensors
 from siglip_serve.errors import CheckpointError
 
-__all__ = ["AttentionPooling", "TextTower", "VisionTower", "load_scale", "load_text", "load_vision"]
+__all__ = [
+    "AttentionPooling",
+    "BlockTrace",
+    "TextTower",
+    "TowerTrace",
+    "VisionTower",
+    "load_scale",
+    "load_text",
+    "load_vision",
+    "trace_blocks",
+]
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu": F.gelu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+
+
+@dataclass(frozen=True)
+class BlockTrace:
+    """What a block computed on the way.
+
+    Attributes:
+        queries, keys, values: [B, H, T, D/H] of its attention.
+        mlp: [B, T, D], what its MLP added.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    mlp: Tensor
+
+
+@dataclass(frozen=True)
+class TowerTrace:
+    """What the last blocks of a vision tower computed.
+
+    Attributes:
+        before: [B, T, D], the residual stream before these blocks.
+        blocks: what each computed.
+        after: [B, T, D], the residual stream behind them, not normalised.
+    """
+
+    before: Tensor
+    blocks: tuple[BlockTrace, ...]
+    after: Tensor
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention without a mask."""
+    """Multi-head self-attention; with `causal` no token sees a later one."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.qkv_proj = nn.Linear(width, 3 * width)
         self.out_proj = nn.Linear(width, width)
         self.register_load_state_dict_pre_hook(_fuse_qkv)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]"""
-        q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, T, D/H]
-        y = F.scaled_dot_product_attention(q, k, v)
+        return self.mix(*self.project(x))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, T, D] -> queries, keys and values, each [B, H, T, D/H]"""
+        q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Queries, keys and values, each [B, H, T, D/H] -> [B, T, D]"""
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
-    """Two linear layers with the tanh form of GELU between them."""
+    """Two linear layers with an activation between them; its names are those of `config.json`."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, activation: str) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]"""
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
 
 
 class Block(nn.Module):
     """A pre-LayerNorm transformer block."""
 
-    def __init__(self, config: VisionConfig | TextConfig) -> None:
+    def __init__(self, config: VisionConfig | TextConfig, causal: bool = False) -> None:
         super().__init__()
         width = config.hidden_size
         self.layer_norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.self_attn = Attention(width, config.num_attention_heads)
+        self.self_attn = Attention(width, config.num_attention_heads, causal)
         self.layer_norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.mlp = MLP(width, config.intermediate_size)
+        self.mlp = MLP(width, config.intermediate_size, config.hidden_act)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]"""
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
+    def trace(self, x: Tensor) -> tuple[Tensor, BlockTrace]:
+        """What `forward` returns, and how it came about."""
+        q, k, v = self.self_attn.project(self.layer_norm1(x))
+        x = x + self.self_attn.mix(q, k, v)
+        mlp = self.mlp(self.layer_norm2(x))
+        return x + mlp, BlockTrace(q, k, v, mlp)
+
 
 class Encoder(nn.Module):
     """The stack of blocks."""
 
-    def __init__(self, config: VisionConfig | TextConfig) -> None:
+    def __init__(self, config: VisionConfig | TextConfig, causal: bool = False) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, causal) for _ in range(config.num_hidden_layers))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]"""
@@ -96,7 +161,7 @@ class AttentionPooling(nn.Module):
         self.probe = nn.Parameter(torch.empty(1, 1, width))
         self.attention = nn.MultiheadAttention(width, config.num_attention_heads, batch_first=True)
         self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.mlp = MLP(width, config.intermediate_size)
+        self.mlp = MLP(width, config.intermediate_size, config.hidden_act)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, T, D] -> [B, D], not normalised"""
@@ -155,6 +220,23 @@ class VisionTower(nn.Module):
         x = self.encoder(x)
         return self.post_layernorm(x)
 
+    def trace(self, pixels: Tensor, blocks: int) -> TowerTrace:
+        """What the last `blocks` blocks compute of pixels [B, 3, S, S]."""
+        x = self.embeddings(pixels)
+        split = len(self.encoder.layers) - blocks
+        for layer in self.encoder.layers[:split]:
+            x = layer(x)
+        return trace_blocks(x, self.encoder.layers[split:])
+
+
+def trace_blocks(x: Tensor, layers: Iterable[nn.Module]) -> TowerTrace:
+    """What `Block`s compute, one after the other, of the residual stream [B, T, D]."""
+    before, traces = x, []
+    for layer in cast("Iterable[Block]", layers):
+        x, trace = layer.trace(x)
+        traces.append(trace)
+    return TowerTrace(before, tuple(traces), x)
+
 
 class TextEmbeddings(nn.Module):
     """Token ids become tokens with learned positions."""
@@ -199,8 +281,8 @@ class TextTower(nn.Module):
         x = self.encoder(x)
         return self.final_layer_norm(x)
 
-    def pool(self, tokens: Tensor) -> Tensor:
-        """[B, T, D] -> [B, P], the reference's `pooler_output`, not normalised"""
+    def pool(self, tokens: Tensor, ids: Tensor) -> Tensor:  # noqa: ARG002 - the place is the same for all ids
+        """[B, T, D] of ids [B, T] -> [B, P], the reference's `pooler_output`, not normalised"""
         return self.head(tokens[:, -1])
 
 

@@ -91,7 +91,7 @@ def test_text_equals_the_tower(config: ModelConfig) -> None:
         0, config.text.vocab_size, (40, config.text.max_position_embeddings)
     )
     with torch.inference_mode():
-        expected = tower.pool(tower(torch.from_numpy(ids)))
+        expected = tower.pool(tower(torch.from_numpy(ids)), torch.from_numpy(ids))
     got = TextEngine(load_text(config.path), Plan("cpu", "float32", "torch"))(ids).outputs["EMBEDDING"]
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 

@@ -75,7 +75,7 @@ def test_float32_text_equals_the_tower(config: ModelConfig) -> None:
     for rows in (*BATCHES, 40):
         ids = np.random.default_rng(rows).integers(0, config.text.vocab_size, (rows, tower.context))
         with torch.inference_mode():
-            theirs = tower.pool(tower(torch.from_numpy(ids))).numpy()
+            theirs = tower.pool(tower(torch.from_numpy(ids)), torch.from_numpy(ids)).numpy()
         assert np.abs(engine(ids).outputs["EMBEDDING"] - theirs).max() <= 1e-5 * np.abs(theirs).max()
 
 

@@ -64,8 +64,9 @@ class PlainText:
     @torch.inference_mode()
     def __call__(self, ids: NDArray[np.int64], /, wanted: Sequence[str]) -> Finish:  # noqa: ARG002 - one output
         """EMBEDDING [n, P] of ids [n, T]."""
-        tokens = self.tower(torch.from_numpy(ids).to(self.device))
-        return _done({"EMBEDDING": self.tower.pool(tokens).float().cpu().numpy()})
+        on_device = torch.from_numpy(ids).to(self.device)
+        tokens = self.tower(on_device)
+        return _done({"EMBEDDING": self.tower.pool(tokens, on_device).float().cpu().numpy()})
 
 
 def _done(outputs: Arrays) -> Finish:
