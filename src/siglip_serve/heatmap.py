@@ -1,0 +1,187 @@
+"""Where a vision tower looks for a prompt: the cosine as a sum over the places of the image.
+
+An image embedding y is a sum of what each place adds, once the factors that depend on the whole image
+(attention, the scale of each LayerNorm, the gate of the last activation) are taken as they came out. For a
+vector w, in the space of the embeddings, that makes
+
+    <w, y> / |y| = sum of maps[w] + unattributed[w],
+
+exactly, for every image. With w a unit text embedding this is the cosine; it is linear in w, so that the
+difference of two prompts is explained by the difference of their vectors. Unattributed is what has no place:
+biases, and what is added to the token of the whole image.
+
+Source: "Interpreting CLIP's Image Representation via Text-Based Decomposition" (Gandelsman, Efros and
+Steinhardt, ICLR 2024, arXiv 2310.05916) for CLIP. For SigLIP, which has no class token, the same is done from
+the pooling head backwards: see `SiglipExplainer`.
+
+Shapes: B images, P vectors of width E (of the embeddings), T patches, D hidden size, H heads, K blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from siglip_serve.siglip import BlockTrace, TowerTrace, VisionTower
+
+__all__ = ["Explanation", "SiglipExplainer"]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What an image embedding is made of, as vectors see it.
+
+    Attributes:
+        maps: [B, P, T], row by row of the patch grid.
+        unattributed: [B, P].
+        embedding: [B, E], not normalised.
+    """
+
+    maps: Tensor
+    unattributed: Tensor
+    embedding: Tensor
+
+
+class SiglipExplainer:
+    """Maps of a SigLIP tower.
+
+    The head's MLP is linear once its LayerNorm's scale and its GELU's gate are taken as they came out, so that
+    what a vector sees of the embedding becomes a linear form on the tokens that were pooled. That form is then
+    handed back through the last blocks: what a block's attention added to a token counts for the tokens that
+    it came from, and what its MLP added for the token itself.
+
+    Args:
+        tower: of which the head and the output projections of the last blocks are kept.
+        blocks: how many blocks are rolled back, K; with 0 the pooled tokens themselves are the places.
+
+    Raises:
+        ValueError: the tower has fewer blocks.
+    """
+
+    def __init__(self, tower: VisionTower, blocks: int = 2) -> None:
+        if not 0 <= blocks <= len(tower.encoder.layers):
+            raise ValueError(f"blocks: got {blocks}, the tower has {len(tower.encoder.layers)}")
+        self.blocks = blocks
+        layers = list(tower.encoder.layers)[len(tower.encoder.layers) - blocks :]
+        # The layers and not their weights: those may still be moved to a device.
+        self._projections: list[nn.Linear] = [layer.self_attn.out_proj for layer in layers]
+        self._norm = tower.post_layernorm
+        attention, mlp = tower.head.attention, tower.head.mlp
+        self._heads = attention.num_heads
+        self._probe, self._attention, self._out = tower.head.probe, attention, attention.out_proj
+        self._head_norm, self._fc1, self._fc2 = tower.head.layernorm, mlp.fc1, mlp.fc2
+
+    @torch.inference_mode()
+    def __call__(self, trace: TowerTrace, vectors: Tensor, roll_back: bool = True) -> Explanation:
+        """Explain the images of a trace.
+
+        Args:
+            trace: of the last `blocks` blocks, see `VisionTower.trace`.
+            vectors: [P, D] float32.
+            roll_back: without it the pooled tokens are the places, as with no blocks, whose cost hardly grows
+                with the number of vectors.
+        """
+        stream = trace.after.float()
+        tokens = _normalize(stream, self._norm)  # [B, T, D]
+        weights, pooled = self._pool(tokens)  # [B, H, T], [B, D]
+        embedding, form, constant = self._linearize(pooled, vectors)
+        # form [B, P, D] sees the pooled token; next, what it sees of each value of each head
+        per_head = (form @ self._out.weight.float()).unflatten(-1, (self._heads, -1))  # [B, P, H, D/H]
+        _, _, w_v = self._attention.in_proj_weight.float().chunk(3)
+        _, _, b_v = self._attention.in_proj_bias.float().chunk(3)
+        constant = constant + form @ self._out.bias.float() + per_head.flatten(2) @ b_v
+        w_v = w_v.unflatten(0, (self._heads, -1))  # [H, D/H, D]
+        if not (roll_back and trace.blocks):
+            values = torch.einsum("btd,hed->bhte", tokens, w_v)
+            maps = torch.einsum("bht,bhte,bphe->bpt", weights, values, per_head)
+        else:
+            forms = torch.einsum("bphe,hed->bphd", per_head, w_v)
+            on_tokens = torch.einsum("bht,bphd->bptd", weights, forms)
+            maps, rest = self._roll_back(on_tokens, trace)
+            constant = constant + rest
+        length = embedding.norm(dim=-1)[:, None]
+        return Explanation(maps / length[..., None], constant / length, embedding)
+
+    def _pool(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [B, T, D] -> the probe's attention [B, H, T], and what it pools [B, D]."""
+        attention, heads = self._attention, self._heads
+        w_q, w_k, w_v = attention.in_proj_weight.float().chunk(3)
+        b_q, b_k, b_v = attention.in_proj_bias.float().chunk(3)
+        query = F.linear(self._probe.float()[0, 0], w_q, b_q).unflatten(-1, (heads, -1))  # [H, D/H]
+        # The query is the same for all images: with the keys' weights it makes one vector for each head.
+        folded = torch.einsum("he,hed->hd", query, w_k.unflatten(0, (heads, -1)))
+        shift = (query * b_k.unflatten(0, (heads, -1))).sum(-1)[:, None]  # [H, 1]
+        scores = (torch.einsum("btd,hd->bht", tokens, folded) + shift) * query.shape[-1] ** -0.5
+        weights = scores.softmax(-1)
+        mixed = weights @ tokens  # [B, H, D]
+        values = torch.einsum("bhd,hed->bhe", mixed, w_v.unflatten(0, (heads, -1))).flatten(1) + b_v
+        return weights, F.linear(values, self._out.weight.float(), self._out.bias.float())
+
+    def _linearize(self, pooled: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The head's MLP at the pooled token [B, D], as vectors [P, D] see it.
+
+        Returns:
+            The embedding [B, D], and form [B, P, D] and constant [B, P] such that <vector, embedding> is
+            <form, pooled> + constant.
+        """
+        norm, fc1, fc2 = self._head_norm, self._fc1, self._fc2
+        w1, w2 = fc1.weight.float(), fc2.weight.float()
+        b1, b2 = fc1.bias.float(), fc2.bias.float()
+        gamma, beta = norm.weight.float(), norm.bias.float()
+        centred, scale = _standardize(pooled, norm.eps)
+        hidden = F.linear(centred / scale * gamma + beta, w1, b1)  # [B, 4 D]
+        activated = F.gelu(hidden, approximate="tanh")
+        embedding = pooled + F.linear(activated, w2, b2)
+        # gelu(u) = u * gate(u); near 0 the quotient loses its digits, not the gate.
+        gate = 0.5 * (1 + torch.tanh(_GELU_SLOPE * (hidden + _GELU_CUBIC * hidden**3)))
+        seen = (vectors @ w2) * gate[:, None]  # [B, P, 4 D]
+        form = vectors + _centre((seen @ w1) * gamma) / scale[:, None]
+        constant = seen @ (w1 @ beta + b1) + vectors @ b2
+        return embedding, form, constant
+
+    def _roll_back(self, forms: Tensor, trace: TowerTrace) -> tuple[Tensor, Tensor]:
+        """Forms [B, P, T, D] on the normalised tokens -> maps [B, P, T] and what has no place, [B, P]."""
+        _, scale = _standardize(trace.after.float(), self._norm.eps)  # [B, T, 1]
+        rest = (forms @ self._norm.bias.float()).sum(-1)
+        forms = _centre(forms * self._norm.weight.float()) / scale[:, None]
+        # The stream is a sum: what was there before, and what each block's attention and MLP added.
+        maps = torch.einsum("bptd,btd->bpt", forms, trace.before.float())
+        for block, projection in zip(trace.blocks, self._projections, strict=True):
+            maps += torch.einsum("bptd,btd->bpt", forms, block.mlp.float())
+            rest = rest + (forms @ projection.bias.float()).sum(-1)
+            per_head = forms @ projection.weight.float()  # [B, P, T, D]
+            per_head = per_head.unflatten(-1, (block.values.shape[1], -1)).transpose(
+                2, 3
+            )  # [B, P, H, T, D/H]
+            # What the forms of all tokens see of the token that a value comes from.
+            gathered = _attention(block).transpose(-1, -2)[:, None] @ per_head
+            maps += torch.einsum("bphse,bhse->bps", gathered, block.values.float())
+        return maps, rest
+
+
+_GELU_SLOPE = (2 / torch.pi) ** 0.5
+_GELU_CUBIC = 0.044715
+
+
+def _attention(block: BlockTrace) -> Tensor:
+    """[B, H, T, T], rows sum to 1."""
+    queries, keys = block.queries.float(), block.keys.float()
+    return (queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5).softmax(-1)
+
+
+def _centre(x: Tensor) -> Tensor:
+    """Without the mean of the last dimension."""
+    return x - x.mean(-1, keepdim=True)
+
+
+def _standardize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """[..., D] without its mean, and the deviation [..., 1] that a LayerNorm divides by."""
+    centred = _centre(x)
+    return centred, (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def _normalize(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], norm.weight.float(), norm.bias.float(), norm.eps)
