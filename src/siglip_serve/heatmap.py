@@ -20,12 +20,13 @@ Shapes: B images, P vectors of width E (of the embeddings), T patches, D hidden 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from siglip_serve.siglip import BlockTrace, TowerTrace, VisionTower
+from siglip_serve.siglip import Block, BlockTrace, TowerTrace, VisionTower
 
 __all__ = ["Explanation", "SiglipExplainer"]
 
@@ -48,10 +49,10 @@ class Explanation:
 class SiglipExplainer:
     """Maps of a SigLIP tower.
 
-    The head's MLP is linear once its LayerNorm's scale and its GELU's gate are taken as they came out, so that
-    what a vector sees of the embedding becomes a linear form on the tokens that were pooled. That form is then
-    handed back through the last blocks: what a block's attention added to a token counts for the tokens that
-    it came from, and what its MLP added for the token itself.
+    The head's MLP is linear once its LayerNorm's scale and its GELU's gate are taken as they came out: what a
+    vector sees of the embedding becomes a linear form on the tokens that were pooled. That form is handed back
+    through the last blocks: what a block's attention added to a token counts for the tokens that it came from,
+    and what its MLP added for the token itself.
 
     Args:
         tower: of which the head and the output projections of the last blocks are kept.
@@ -65,7 +66,7 @@ class SiglipExplainer:
         if not 0 <= blocks <= len(tower.encoder.layers):
             raise ValueError(f"blocks: got {blocks}, the tower has {len(tower.encoder.layers)}")
         self.blocks = blocks
-        layers = list(tower.encoder.layers)[len(tower.encoder.layers) - blocks :]
+        layers = cast("list[Block]", list(tower.encoder.layers))[len(tower.encoder.layers) - blocks :]
         # The layers and not their weights: those may still be moved to a device.
         self._projections: list[nn.Linear] = [layer.self_attn.out_proj for layer in layers]
         self._norm = tower.post_layernorm
