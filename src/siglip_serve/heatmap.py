@@ -50,22 +50,18 @@ class SiglipExplainer:
     """Maps of a SigLIP tower.
 
     The head's MLP is linear once its LayerNorm's scale and its GELU's gate are taken as they came out: what a
-    vector sees of the embedding becomes a linear form on the tokens that were pooled. That form is handed back
-    through the last blocks: what a block's attention added to a token counts for the tokens that it came from,
+    vector sees of the embedding becomes a linear form on the tokens that were pooled. That form goes back
+    through the last blocks: what their attention added to a token counts for the tokens that it came from,
     and what its MLP added for the token itself.
 
     Args:
         tower: of which the head and the output projections of the last blocks are kept.
-        blocks: how many blocks are rolled back, K; with 0 the pooled tokens themselves are the places.
-
-    Raises:
-        ValueError: the tower has fewer blocks.
+        blocks: how many blocks are rolled back, K; at most all that the tower has. With 0 the pooled tokens
+            themselves are the places.
     """
 
     def __init__(self, tower: VisionTower, blocks: int = 2) -> None:
-        if not 0 <= blocks <= len(tower.encoder.layers):
-            raise ValueError(f"blocks: got {blocks}, the tower has {len(tower.encoder.layers)}")
-        self.blocks = blocks
+        self.blocks = blocks = min(blocks, len(tower.encoder.layers))
         layers = cast("list[Block]", list(tower.encoder.layers))[len(tower.encoder.layers) - blocks :]
         # The layers and not their weights: those may still be moved to a device.
         self._projections: list[nn.Linear] = [layer.self_attn.out_proj for layer in layers]

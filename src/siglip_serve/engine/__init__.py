@@ -9,6 +9,6 @@ fit the device's memory. A runner is one way to run a tower:
 """
 
 from siglip_serve.engine.passes import OUTPUTS, Batch
-from siglip_serve.engine.towers import Plan, TextEngine, VisionEngine
+from siglip_serve.engine.towers import Explained, Plan, TextEngine, VisionEngine
 
-__all__ = ["OUTPUTS", "Batch", "Plan", "TextEngine", "VisionEngine"]
+__all__ = ["OUTPUTS", "Batch", "Explained", "Plan", "TextEngine", "VisionEngine"]

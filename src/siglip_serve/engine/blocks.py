@@ -58,6 +58,9 @@ class Stack(Protocol):
     def __call__(self, x: Tensor, rows: int) -> Tensor:
         """Tokens [M, W] of `rows` images or texts -> normalised tokens [M, W]; x is overwritten."""
 
+    def stream(self, x: Tensor, rows: int, count: int) -> Tensor:
+        """The residual stream behind the first `count` blocks, [M, W] float32; x is overwritten."""
+
 
 class Blocks:
     """A stack with 16-bit products; bfloat16 or float16."""
@@ -75,16 +78,25 @@ class Blocks:
     def __call__(self, x: Tensor, rows: int) -> Tensor:
         """As `Stack`."""
         for layer in self.layers:
-            h = self._normalize(x, layer.offset1, layer.norm1)
-            y = attend(torch.addmm(layer.b_qkv, h, layer.w_qkv), rows, layer.heads, self.levers)
-            x = self._add(x, y, layer.w_out, layer.b_out)
-            h = self._normalize(x, layer.offset2, layer.norm2)
-            if self.levers.gelu:
-                z = torch._addmm_activation(layer.b_fc1, h, layer.w_fc1, use_gelu=True)
-            else:
-                z = F.gelu(torch.addmm(layer.b_fc1, h, layer.w_fc1), approximate="tanh")
-            x = self._add(x, z, layer.w_fc2, layer.b_fc2)
+            x = self._run(layer, x, rows)
         return self._normalize(x, self.offset, self.final)
+
+    def stream(self, x: Tensor, rows: int, count: int) -> Tensor:
+        """As `Stack`."""
+        for layer in self.layers[:count]:
+            x = self._run(layer, x, rows)
+        return x.float() + (self.layers[count].offset1 if count < len(self.layers) else self.offset)
+
+    def _run(self, layer: _Layer, x: Tensor, rows: int) -> Tensor:
+        h = self._normalize(x, layer.offset1, layer.norm1)
+        y = attend(torch.addmm(layer.b_qkv, h, layer.w_qkv), rows, layer.heads, self.levers)
+        x = self._add(x, y, layer.w_out, layer.b_out)
+        h = self._normalize(x, layer.offset2, layer.norm2)
+        if self.levers.gelu:
+            z = torch._addmm_activation(layer.b_fc1, h, layer.w_fc1, use_gelu=True)
+        else:
+            z = F.gelu(torch.addmm(layer.b_fc1, h, layer.w_fc1), approximate="tanh")
+        return self._add(x, z, layer.w_fc2, layer.b_fc2)
 
     def _normalize(self, x: Tensor, offset: Tensor, norm: nn.LayerNorm) -> Tensor:
         if self.levers.kernels:

@@ -60,8 +60,19 @@ class Float8Blocks:
 
     def __call__(self, x: Tensor, rows: int) -> Tensor:
         """Tokens [M, W] -> normalised tokens [M, W]; x is overwritten."""
+        branch = self._run(x, rows, len(self.layers))
+        return kernels.layer_norm(x, self.offset, self.final, branch)
+
+    def stream(self, x: Tensor, rows: int, count: int) -> Tensor:
+        """As `Stack`."""
+        branch = self._run(x, rows, count)
+        offset = self.layers[count].offset1 if count < len(self.layers) else self.offset
+        return x.float() + offset + (branch[0] * branch[1][:, None] if branch else 0)
+
+    def _run(self, x: Tensor, rows: int, count: int) -> kernels.Branch | None:
+        """The first `count` blocks; x is overwritten, and lacks the last one's branch."""
         branch: kernels.Branch | None = None
-        for layer in self.layers:
+        for layer in self.layers[:count]:
             h = kernels.normalize_quantize(x, layer.offset1, layer.eps, branch)
             qkv = _multiply(h, layer.qkv, self._norm_scale, torch.bfloat16)
             x.addmm_(attend(qkv, rows, layer.heads, self.levers), layer.w_out)
@@ -69,7 +80,7 @@ class Float8Blocks:
             z = _multiply(h, layer.fc1, self._norm_scale, kernels.FLOAT8)
             z, row_scale = kernels.gelu_quantize(z, layer.middle_scale)
             branch = _multiply(z, layer.fc2, self._one, torch.bfloat16), row_scale
-        return kernels.layer_norm(x, self.offset, self.final, branch)
+        return branch
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,16 @@ from siglip_serve.engine.blocks import Blocks, Levers, Stack
 from siglip_serve.engine.float8 import Float8Blocks, draw_pictures
 from siglip_serve.engine.passes import Arrays, Finish, is_out_of_memory
 from siglip_serve.errors import SettingsError
-from siglip_serve.siglip import AttentionPooling, Block, Encoder, TextTower, VisionEmbeddings, VisionTower
+from siglip_serve.siglip import (
+    AttentionPooling,
+    Block,
+    Encoder,
+    TextTower,
+    TowerTrace,
+    VisionEmbeddings,
+    VisionTower,
+    trace_blocks,
+)
 
 __all__ = ["FusedText", "FusedVision"]
 
@@ -41,6 +50,7 @@ class FusedVision:
         dtype: bfloat16 or float16; of what is not float8.
         levers: what is on.
         max_rows: no larger batch is recorded; 0: as fits the device.
+        blocks: how many heatmaps are rolled back through.
 
     Attributes:
         staging: on GPUs, uint8 [rows, S, S, 3] in memory that the device reads by itself: pixels that a
@@ -56,11 +66,19 @@ class FusedVision:
         dtype: torch.dtype,
         levers: Levers,
         max_rows: int = 0,
+        blocks: int = 0,
     ) -> None:
         tower.to(device)
         self._tokens, self._width = tower.context, tower.config.hidden_size
         self._embed = _PatchEmbedding(tower.embeddings, image, dtype, levers.fold)
+        # Heatmaps are traced through the blocks as they read, whose matrices are those that the stack takes.
+        self._device, self._dtype = device, dtype
+        self._before = len(tower.encoder.layers) - blocks
+        self._traced = _layers(tower.encoder)[self._before :]
+        if not levers.float8:
+            _round_matrices(self._traced, dtype)
         self._blocks = _vision_stack(tower, image, dtype, levers)
+        _round_matrices(self._traced, dtype)
         self._head = _FoldedPooling(tower.head, dtype) if levers.fold else tower.head.to(dtype)
         size = tower.config.image_size
         rows = torch.zeros(_largest(self._tokens, max_rows), size, size, 3, dtype=torch.uint8)
@@ -80,6 +98,14 @@ class FusedVision:
             "PATCH_EMBEDDINGS": lambda: tokens,
         }
         return self._replays.fetch({name: compute[name]() for name in wanted})
+
+    @torch.inference_mode()
+    def trace(self, pixels: NDArray[np.uint8]) -> TowerTrace:
+        """As `VisionRunner`."""
+        x = self._embed(torch.from_numpy(pixels).to(self._device))
+        stream = self._blocks.stream(x, len(pixels), self._before)
+        with torch.autocast(self._device.type, self._dtype):
+            return trace_blocks(stream.view(len(pixels), self._tokens, self._width), self._traced)
 
     def replay_of(self, rows: int) -> Callable[[], object]:
         """What computes the embedding of `rows` rows that lie on the device already; for measurements."""
@@ -208,6 +234,12 @@ def _vision_stack(tower: VisionTower, image: ImageConfig, dtype: torch.dtype, le
     embed = _PatchEmbedding(tower.embeddings, image, torch.float32, fold=True)
     tokens = embed(pixels.to(tower.post_layernorm.weight.device)).view(rows, tower.context, -1)
     return Float8Blocks(layers, tower.post_layernorm, levers, tokens)
+
+
+def _round_matrices(layers: Sequence[Block], dtype: torch.dtype) -> None:
+    for layer in layers:
+        for linear in (layer.self_attn.qkv_proj, layer.self_attn.out_proj, layer.mlp.fc1, layer.mlp.fc2):
+            linear.weight.data = linear.weight.data.to(dtype)
 
 
 def _layers(encoder: Encoder) -> list[Block]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,8 +14,19 @@ import torch
 from numpy.typing import NDArray
 
 from siglip_serve.errors import DeviceMemoryError
+from siglip_serve.siglip import TowerTrace
 
-__all__ = ["OUTPUTS", "Arrays", "Batch", "Finish", "Runner", "in_passes", "is_out_of_memory"]
+__all__ = [
+    "OUTPUTS",
+    "Arrays",
+    "Batch",
+    "Finish",
+    "Runner",
+    "VisionRunner",
+    "in_passes",
+    "is_out_of_memory",
+    "out_of_memory_refused",
+]
 
 OUTPUTS = ("EMBEDDING", "MEAN_EMBEDDING", "PATCH_EMBEDDINGS")
 
@@ -38,6 +50,13 @@ class Runner(Protocol):
 
         A text tower has only EMBEDDING.
         """
+
+
+class VisionRunner(Runner, Protocol):
+    """One way to run a vision tower on one device."""
+
+    def trace(self, pixels: NDArray[np.uint8]) -> TowerTrace:
+        """What the blocks that heatmaps are rolled back through compute of pixels [1, S, S, 3]."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +143,25 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a smaller pass, or a later one, may succeed."""
     text = str(error)  # of cuBLAS, and of memory that the driver pins, there is only the text
     return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in text or "out of memory" in text
+
+
+@contextmanager
+def out_of_memory_refused(what: str) -> Iterator[None]:
+    """Turn a device that has no memory left into an error that says what for.
+
+    Raises:
+        DeviceMemoryError: there was no memory.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            torch.cuda.empty_cache()
+            raise DeviceMemoryError(
+                f"the device has not enough free memory for {what}; try again later, or with less"
+            ) from error
+        _end_if_lost()
+        raise
 
 
 def _end_if_lost() -> None:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from siglip_serve.checkpoint import ImageConfig
 from siglip_serve.engine.passes import Arrays, Finish
-from siglip_serve.siglip import MLP, TextTower, VisionTower
+from siglip_serve.siglip import MLP, TextTower, TowerTrace, VisionTower
 
-__all__ = ["PlainText", "PlainVision"]
+__all__ = ["Normalization", "PlainText", "PlainVision"]
 
 # A GPU is full with so many rows, and a CPU's caches hold no more.
 _VISION_ROWS = {"cuda": 64, "cpu": 8}
@@ -21,7 +21,7 @@ _TEXT_ROWS = {"cuda": 256, "cpu": 32}
 
 
 class PlainVision:
-    """uint8 pixels -> outputs; takes the tower over."""
+    """uint8 pixels -> outputs; takes the tower over. Heatmaps are rolled back through `blocks` blocks."""
 
     def __init__(
         self,
@@ -30,27 +30,43 @@ class PlainVision:
         device: torch.device,
         dtype: torch.dtype,
         max_rows: int = 0,
+        blocks: int = 0,
     ) -> None:
         self.max_rows = max_rows or _VISION_ROWS[device.type]
-        self.tower, self.device, self.dtype = tower, device, dtype
+        self.tower, self._blocks = tower, blocks
         _place(tower, device, dtype, self.max_rows * tower.context)
-        # x * rescale, then (x - mean) / std, in the reference's order, so that float32 rounds alike.
-        self._rescale = image.rescale
-        self._mean = torch.tensor(image.mean, device=device).view(3, 1, 1)
-        self._std = torch.tensor(image.std, device=device).view(3, 1, 1)
+        self._normalize = Normalization(image, device, dtype)
 
     @torch.inference_mode()
     def __call__(self, pixels: NDArray[np.uint8], /, wanted: Sequence[str]) -> Finish:
         """The wanted outputs of pixels [n, S, S, 3]."""
-        x = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)
-        x = ((x * self._rescale - self._mean) / self._std).to(self.dtype)
-        tokens = self.tower(x)
+        tokens = self.tower(self._normalize(pixels))
         compute: dict[str, Callable[[], Tensor]] = {
             "EMBEDDING": lambda: self.tower.head(tokens),
             "MEAN_EMBEDDING": lambda: tokens.mean(dim=1, dtype=torch.float32),
             "PATCH_EMBEDDINGS": lambda: tokens,
         }
         return _done({name: compute[name]().float().cpu().numpy() for name in wanted})
+
+    @torch.inference_mode()
+    def trace(self, pixels: NDArray[np.uint8]) -> TowerTrace:
+        """As `VisionRunner`."""
+        return self.tower.trace(self._normalize(pixels), self._blocks)
+
+
+class Normalization:
+    """uint8 pixels [n, S, S, 3] -> what a tower takes, [n, 3, S, S], on its device."""
+
+    def __init__(self, image: ImageConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        # x * rescale, then (x - mean) / std, in the reference's order, so that float32 rounds alike.
+        self._rescale = image.rescale
+        self._mean = torch.tensor(image.mean, device=device).view(3, 1, 1)
+        self._std = torch.tensor(image.std, device=device).view(3, 1, 1)
+
+    def __call__(self, pixels: NDArray[np.uint8]) -> Tensor:
+        x = torch.from_numpy(pixels).to(self._device).permute(0, 3, 1, 2)
+        return ((x * self._rescale - self._mean) / self._std).to(self._dtype)
 
 
 class PlainText:

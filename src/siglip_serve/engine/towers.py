@@ -13,12 +13,20 @@ from numpy.typing import NDArray
 
 from siglip_serve.checkpoint import ImageConfig
 from siglip_serve.config import Backend, Dtype, fastest_dtype
-from siglip_serve.engine.passes import OUTPUTS, Batch, Runner, in_passes
+from siglip_serve.engine.passes import (
+    OUTPUTS,
+    Batch,
+    Runner,
+    VisionRunner,
+    in_passes,
+    out_of_memory_refused,
+)
 from siglip_serve.engine.plain import PlainText, PlainVision
 from siglip_serve.errors import SettingsError
+from siglip_serve.heatmap import SiglipExplainer
 from siglip_serve.siglip import TextTower, VisionTower
 
-__all__ = ["Plan", "TextEngine", "VisionEngine"]
+__all__ = ["Explained", "Plan", "TextEngine", "VisionEngine"]
 
 _TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FLOAT8_CAPABILITY = (8, 9)
@@ -38,6 +46,8 @@ class Plan:
         threads: CPU threads; 0: all cores.
         cache: where converted models are kept between starts; None: nowhere.
         calibration: folder of images to calibrate int8 on.
+        heatmap_blocks: of a SigLIP tower's last ones, how many heatmaps are rolled back through.
+        heatmap_vectors: beyond so many vectors none is rolled back: the cost would grow with each.
     """
 
     device: str = "cpu"
@@ -47,6 +57,8 @@ class Plan:
     threads: int = 0
     cache: Path | None = None
     calibration: Path | None = None
+    heatmap_blocks: int = 2
+    heatmap_vectors: int = 32
 
     def resolve(self) -> Plan:
         """The same without `auto`.
@@ -118,7 +130,12 @@ class VisionEngine:
 
     def __init__(self, tower: VisionTower, image: ImageConfig, plan: Plan) -> None:
         self.plan = _prepare(plan)
-        self.runner = _vision_runner(tower, image, self.plan)
+        # Before the runner takes the tower over and packs its weights.
+        self._explainer = SiglipExplainer(tower, self.plan.heatmap_blocks)
+        self.plan = replace(self.plan, heatmap_blocks=self._explainer.blocks)
+        runner = _vision_runner(tower, image, self.plan)
+        self.runner: Runner = runner
+        self._trace = runner.trace
 
     @property
     def staging(self) -> NDArray[np.uint8] | None:
@@ -137,6 +154,38 @@ class VisionEngine:
         wanted = [name for name in OUTPUTS if name in set(outputs)]
         return in_passes(pixels, self.runner.max_rows, lambda part: self.runner(part, wanted))
 
+    def explain(self, pixels: NDArray[np.uint8], vectors: NDArray[np.float32]) -> Explained:
+        """What places of an image speak for vectors.
+
+        Args:
+            pixels: [1, S, S, 3] RGB.
+            vectors: [P, D], in the space of the embeddings.
+
+        Raises:
+            DeviceMemoryError: there is no memory for so many vectors.
+        """
+        roll_back = len(vectors) <= self.plan.heatmap_vectors
+        with out_of_memory_refused(f"{len(vectors)} prompts"):
+            trace = self._trace(pixels)
+            found = self._explainer(trace, torch.from_numpy(vectors).to(trace.after.device), roll_back)
+            maps, unattributed, embedding = found.maps, found.unattributed, found.embedding
+            return Explained(*(part[0].cpu().numpy() for part in (maps, unattributed, embedding)))
+
+
+@dataclass(frozen=True)
+class Explained:
+    """Of one image, float32: what its places add to each vector's score, and what has no place.
+
+    Attributes:
+        maps: [P, T]; with `unattributed` its sums are the scores, <vector, embedding> / |embedding|.
+        unattributed: [P].
+        embedding: [D], not normalised.
+    """
+
+    maps: NDArray[np.float32]
+    unattributed: NDArray[np.float32]
+    embedding: NDArray[np.float32]
+
 
 class TextEngine:
     """Token ids -> float32 embeddings; arguments as for `VisionEngine`."""
@@ -150,18 +199,21 @@ class TextEngine:
         return in_passes(ids, self.runner.max_rows, lambda part: self.runner(part, ["EMBEDDING"]))
 
 
-def _vision_runner(tower: VisionTower, image: ImageConfig, plan: Plan) -> Runner:
+def _vision_runner(tower: VisionTower, image: ImageConfig, plan: Plan) -> VisionRunner:
     if plan.backend == "fused":
         from siglip_serve.engine.blocks import Levers
         from siglip_serve.engine.fused import FusedVision
 
         levers = Levers(float8=plan.dtype == "float8")
-        return FusedVision(tower, image, torch.device(plan.device), _dtype(plan), levers, plan.max_rows)
+        device, blocks = torch.device(plan.device), plan.heatmap_blocks
+        return FusedVision(tower, image, device, _dtype(plan), levers, plan.max_rows, blocks)
     if plan.backend == "openvino":
         from siglip_serve.engine.openvino import OpenVinoVision
 
         return OpenVinoVision(tower, image, plan)
-    return PlainVision(tower, image, torch.device(plan.device), _dtype(plan), plan.max_rows)
+    return PlainVision(
+        tower, image, torch.device(plan.device), _dtype(plan), plan.max_rows, plan.heatmap_blocks
+    )
 
 
 def _text_runner(tower: TextTower, plan: Plan) -> Runner:
