@@ -257,6 +257,8 @@ def tensor_dims(model: ModelConfig) -> dict[str, list[int]]:
         "EMBEDDING": [width],
         "MEAN_EMBEDDING": [width],
         "PATCH_EMBEDDINGS": [tokens, width],
+        "PROMPT_VECTORS": [-1, width],
+        "PATCH_MAPS": [-1, tokens],
     }
     return dims if model.vision_only else dims | {"INPUT_IDS": [model.text.max_position_embeddings]}
 

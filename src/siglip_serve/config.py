@@ -100,6 +100,12 @@ class Settings:
     text_cache_rows: int = field(
         default=32_768, metadata={"help": "texts whose tokens and embeddings are kept; 0: none"}
     )
+    heatmap_blocks: int = field(
+        default=2, metadata={"help": "last blocks that heatmaps are rolled back through; 0: none"}
+    )
+    heatmap_prompts: int = field(
+        default=32, metadata={"help": "most prompts of one image for which blocks are rolled back"}
+    )
     embed_text_models: str = field(
         default="siglip_text", metadata={"help": "values that embed_model may take for texts"}
     )

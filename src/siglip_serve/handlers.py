@@ -24,6 +24,7 @@ from siglip_serve.serving import (
     Request,
     Row,
     RowBuffer,
+    has_input,
     map_rows,
     readable_start,
     respond_each,
@@ -43,6 +44,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 _LONGEST_KEY = 1024
 _MOST_PROMPTS = 65_536
 _MOST_PLACES = 4
+_EXPLAINED = ("PATCH_MAPS", "UNATTRIBUTED")
 
 __all__ = [
     "ImageReader",
@@ -52,11 +54,16 @@ __all__ = [
     "TextTokenizer",
     "VisionEmbedder",
     "image_reader",
+    "read_labels",
+    "read_templates",
 ]
 
 
 class ImageReader:
-    """`siglip_vision_process`: INPUT_IMAGE [n, 1] BYTES -> PIXEL_VALUES [n, S, S, 3] UINT8."""
+    """`siglip_vision_process`: INPUT_IMAGE [n, 1] BYTES -> PIXEL_VALUES [n, S, S, 3] UINT8.
+
+    IMAGE_SIZE [n, 2] INT32 are height and width of the upright images.
+    """
 
     def __init__(self, context: Context) -> None:
         from siglip_serve.preprocess import decode_base64
@@ -75,13 +82,17 @@ class ImageReader:
         request.choice("embed_model", self._embed_models)
         encoded = request.flag("base64_encoded")
 
+        sizes: list[tuple[int, ...]] = []
+
         def pixels(row: bytes) -> Row:
-            return self._preprocess(self._decode_base64(row) if encoded else row)
+            picture = self._preprocess.decode(self._decode_base64(row) if encoded else row)
+            sizes.append(picture.shape[:2])
+            return self._preprocess.resize(picture)
 
         begin = time.perf_counter()
         read = map_rows("INPUT_IMAGE", request.strings("INPUT_IMAGE"), pixels)
         self._meter.add(len(read), time.perf_counter() - begin)
-        return {"PIXEL_VALUES": read}
+        return {"PIXEL_VALUES": read, "IMAGE_SIZE": np.array(sizes, dtype=np.int32)}
 
 
 def image_reader(context: Context) -> tuple[Preprocessor, ImageLimits]:
@@ -104,7 +115,9 @@ def image_reader(context: Context) -> tuple[Preprocessor, ImageLimits]:
 class VisionEmbedder:
     """`siglip_vision_model`, `siglip_base_model`: PIXEL_VALUES -> the outputs that each request asks for.
 
-    With the parameter `normalized`, vectors have unit length.
+    With the parameter `normalized`, vectors have unit length. A request with PROMPT_VECTORS [1, P, D] is
+    answered with what the places of its one image add to each vector's score: PATCH_MAPS [1, P, T] and
+    UNATTRIBUTED [1, P].
     """
 
     def __init__(self, context: Context) -> None:
@@ -113,7 +126,8 @@ class VisionEmbedder:
 
         self._refusals = context.refusals
         config = context.config
-        self._shape = tensor_dims(config)["PIXEL_VALUES"]
+        dims = tensor_dims(config)
+        self._shape, self._width = dims["PIXEL_VALUES"], dims["EMBEDDING"]
         with readable_start():
             self._engine = VisionEngine(load_vision(config.path), config.image, _plan(context))
             # The first pass allocates and chooses kernels: not at a caller's expense.
@@ -122,12 +136,44 @@ class VisionEmbedder:
         self._meter = TowerMeter(context.model)
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
-        """One response a request; their rows are computed together."""
-        return respond_together(requests, self._read, self._compute, _finish, self._refusals)
+        """One response a request; their rows are computed together, those with vectors one by one."""
+        embedded = [request for request in requests if not has_input(request, "PROMPT_VECTORS")]
+        responses = respond_together(embedded, self._read, self._compute, _finish, self._refusals)
+        if len(embedded) == len(requests):
+            return responses
+        rest = iter(responses)
+        return [
+            respond_each([request], self._explain, self._refusals)[0]
+            if has_input(request, "PROMPT_VECTORS")
+            else next(rest)
+            for request in requests
+        ]
 
     def _read(self, request: Request) -> NDArray[Any]:
         request.flag("normalized")
+        for name in request.wanted():
+            if name in _EXPLAINED:
+                raise InvalidInputError(f"{name}: only of requests with the input PROMPT_VECTORS")
         return request.array("PIXEL_VALUES", self._shape, np.uint8)
+
+    def _explain(self, request: Request) -> Outputs:
+        pixels = request.array("PIXEL_VALUES", self._shape, np.uint8)
+        if len(pixels) != 1:
+            raise InvalidInputError(f"PIXEL_VALUES: {len(pixels)} images with vectors, expected one")
+        rows = request.shape("PROMPT_VECTORS")[1:2]
+        vectors = request.array("PROMPT_VECTORS", [*rows, *self._width], np.float32)[0]
+        begin = time.perf_counter()
+        found = self._engine.explain(pixels, vectors)
+        self._meter.add(1, time.perf_counter() - begin)
+        outputs = {
+            "PATCH_MAPS": found.maps,
+            "UNATTRIBUTED": found.unattributed,
+            "EMBEDDING": found.embedding,
+        }
+        for name in request.wanted():
+            if name not in outputs:
+                raise InvalidInputError(f"{name}: not of requests with the input PROMPT_VECTORS")
+        return {name: outputs[name][None] for name in request.wanted()}
 
     def _compute(self, parts: Sequence[NDArray[Any]], requests: Sequence[Request]) -> Batch:
         pixels = self._buffer.join(parts)
@@ -249,8 +295,8 @@ class LabelPrompter:
         return respond_each(requests, self._prompts, self._refusals)
 
     def _prompts(self, request: Request) -> Outputs:
-        labels = map_rows("LABELS", request.strings("LABELS"), self._label)
-        templates = map_rows("TEMPLATE", request.strings("TEMPLATE") or [b"{}"], self._template)
+        labels = read_labels(request, "LABELS", self._max_bytes)
+        templates = read_templates(request, self._max_bytes)
         if len(labels) * len(templates) > _MOST_PROMPTS:
             raise InvalidInputError(
                 f"LABELS: {len(labels)} labels with {len(templates)} templates, "
@@ -262,20 +308,32 @@ class LabelPrompter:
             "TEMPLATE_COUNT": np.array([len(templates)], dtype=np.int32),
         }
 
-    def _label(self, row: bytes) -> Any:
-        text = decode_text(row, self._max_bytes)
+
+def read_labels(request: Request, name: str, max_bytes: int) -> list[str]:
+    """The texts of an input [n] BYTES, at least one, none of them empty."""
+
+    def label(row: bytes) -> Any:
+        text = decode_text(row, max_bytes)
         if not text.strip():
-            raise InvalidInputError("the label is empty")
+            raise InvalidInputError("the text is empty")
         return text
 
-    def _template(self, row: bytes) -> Any:
-        text = decode_text(row, self._max_bytes)
+    return [str(text) for text in map_rows(name, request.strings(name), label)]
+
+
+def read_templates(request: Request, max_bytes: int) -> list[str]:
+    """The texts of the optional input TEMPLATE [n] BYTES, with `{}` in each; without it, `{}` alone."""
+
+    def template(row: bytes) -> Any:
+        text = decode_text(row, max_bytes)
         places = text.count("{}")
         if not 1 <= places <= _MOST_PLACES:
             raise InvalidInputError(
                 f"{text[:100]!r} has {places} times {{}} where the label goes, expected 1 to {_MOST_PLACES}"
             )
         return text
+
+    return [str(text) for text in map_rows("TEMPLATE", request.strings("TEMPLATE") or [b"{}"], template)]
 
 
 class LabelScorer:
@@ -347,6 +405,8 @@ def _plan(context: Context) -> Plan:
         threads=threads,
         cache=Path(settings.cache or os.path.expanduser("~/.cache/siglip-serve")),  # noqa: PTH111 - no HOME is fine
         calibration=Path(settings.calibration) if settings.calibration else None,
+        heatmap_blocks=settings.heatmap_blocks,
+        heatmap_vectors=settings.heatmap_prompts,
     )
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "Request",
     "RowBuffer",
     "fill_dims",
+    "has_input",
     "map_rows",
     "open_context",
     "readable_start",
@@ -169,7 +170,7 @@ class Request:
 
     def has(self, name: str) -> bool:
         """Whether an optional input was sent."""
-        return pb_utils.get_input_tensor_by_name(self._request, name) is not None
+        return has_input(self._request, name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of an input that was sent."""
@@ -223,6 +224,11 @@ class Request:
     def wanted(self) -> list[str]:
         """The outputs that the caller asked for."""
         return list(self._request.requested_output_names())
+
+
+def has_input(request: Any, name: str) -> bool:
+    """Whether Triton's request has an optional input."""
+    return pb_utils.get_input_tensor_by_name(request, name) is not None
 
 
 @lru_cache(maxsize=256)

@@ -1,0 +1,21 @@
+"""explain_prompts: what is asked of an image becomes texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from siglip_serve import explain_handlers, serving
+
+
+class TritonPythonModel:
+    """PROMPTS [P] and options -> INPUT_TEXT [n, 1], PLAN [6]."""
+
+    @staticmethod
+    def auto_complete_config(config: Any) -> Any:
+        return config
+
+    def initialize(self, args: dict[str, str]) -> None:
+        self.handler = explain_handlers.ExplainPrompter(serving.open_context(args))
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        return self.handler.answer(requests)

@@ -1,0 +1,274 @@
+"""What the Triton models of `explain_image` answer; one class a model, used by its `model.py`.
+
+The steps run one after the other: image, prompts, text embeddings, vectors, the vision model, maps.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from siglip_serve import zero_shot
+from siglip_serve.checkpoint import tensor_dims
+from siglip_serve.errors import InvalidInputError
+from siglip_serve.handlers import image_reader, read_labels, read_templates
+from siglip_serve.heatmap_image import (
+    COLORMAPS,
+    NORMALIZATIONS,
+    Normalization,
+    View,
+    default_size,
+    normalize,
+    overlay,
+)
+from siglip_serve.preprocess import decode_base64
+from siglip_serve.serving import Context, Outputs, Request, map_rows, readable_start, respond_each
+from siglip_serve.tokenizer import load_tokenizer
+
+__all__ = ["ExplainMapper", "ExplainPrompter", "ExplainVectors"]
+
+_MOST_PROMPTS = 1024
+_MOST_VALUES = 2**26
+_MODES = ("relative", "absolute")
+# What one prompt is compared with, where nothing else is named: things that pictures show at all.
+_BACKGROUND = (
+    "thing",
+    "person",
+    "animal",
+    "plant",
+    "food",
+    "tool",
+    "vehicle",
+    "building",
+    "furniture",
+    "clothing",
+    "sky",
+    "ground",
+    "water",
+    "text",
+    "pattern",
+    "background",
+)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a request asks for, as the steps hand it on: PLAN [6] INT32."""
+
+    prompts: int
+    templates: int
+    relative: bool
+    normalization: Normalization
+    height: int
+    width: int
+
+    def tensor(self) -> NDArray[np.int32]:
+        how = NORMALIZATIONS.index(self.normalization)
+        return np.array(
+            [self.prompts, self.templates, self.relative, how, self.height, self.width], dtype=np.int32
+        )
+
+    @classmethod
+    def of(cls, request: Request) -> _Plan:
+        prompts, templates, relative, how, height, width = map(int, request.array("PLAN", [], np.int32))
+        return cls(prompts, templates, bool(relative), NORMALIZATIONS[how], height, width)
+
+
+class ExplainPrompter:
+    """`explain_prompts`: all that is asked of an image, checked -> INPUT_TEXT [n, 1] BYTES, PLAN [6] INT32.
+
+    PROMPTS [P], optional TEMPLATE [K], BACKGROUND [Q], MODE [1], NORMALIZE [1] BYTES and SIZE [2] INT32. The
+    texts are each prompt, then each text of the background, in each template. IMAGE_SIZE [1, 2] INT32, height
+    and width, makes the step wait for the image.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._refusals = context.refusals
+        self._max_bytes = context.settings.max_text_bytes
+        with readable_start():
+            self._tokenizer = load_tokenizer(context.config)
+        self._context = context
+
+    def answer(self, requests: Sequence[Any]) -> list[Any]:
+        """One response a request."""
+        return respond_each(requests, self._plan, self._refusals)
+
+    def _plan(self, request: Request) -> Outputs:
+        size = request.array("IMAGE_SIZE", [2], np.int32)
+        if len(size) != 1:
+            raise InvalidInputError(f"INPUT_IMAGE: got {len(size)} images, expected one")
+        prompts = read_labels(request, "PROMPTS", self._max_bytes)
+        templates = read_templates(request, self._max_bytes)
+        relative = _choice(request, "MODE", _MODES) == "relative"
+        background = self._background(request, prompts, relative)
+        if len(prompts) + len(background) > _MOST_PROMPTS:
+            raise InvalidInputError(
+                f"PROMPTS: {len(prompts)} prompts and {len(background)} texts of BACKGROUND, "
+                f"expected at most {_MOST_PROMPTS}"
+            )
+        texts = self._texts(request, "PROMPTS", prompts, templates)
+        texts += self._texts(request, "BACKGROUND", background, templates)
+        normalization = cast(Normalization, _choice(request, "NORMALIZE", NORMALIZATIONS))
+        height, width = self._size(request, size[0], len(prompts))
+        plan = _Plan(len(prompts), len(templates), relative, normalization, height, width)
+        return {
+            "INPUT_TEXT": np.array(texts, dtype=np.object_).reshape(-1, 1),
+            "PLAN": plan.tensor(),
+        }
+
+    def _background(self, request: Request, prompts: Sequence[str], relative: bool) -> list[str]:
+        if request.has("BACKGROUND"):
+            if not relative:
+                raise InvalidInputError("BACKGROUND: means nothing in the MODE absolute; leave it out")
+            return read_labels(request, "BACKGROUND", self._max_bytes)
+        return list(_BACKGROUND) if relative and len(prompts) == 1 else []
+
+    def _texts(
+        self, request: Request, name: str, labels: Sequence[str], templates: Sequence[str]
+    ) -> list[bytes]:
+        """Each label in each template; one that does not fit the text tower is named by its own index."""
+        truncation = request.flag("truncation")
+        texts = []
+        for index, label in enumerate(labels):
+            for template in templates:
+                text = template.replace("{}", label)
+                try:
+                    self._tokenizer.encode(text, truncation)
+                except InvalidInputError as error:
+                    raise error.at(name, index) from error
+                texts.append(text.encode())
+        return texts
+
+    def _size(self, request: Request, image: NDArray[np.int32], prompts: int) -> tuple[int, int]:
+        asked = request.optional("SIZE", 2, np.int32)
+        if asked is None:
+            return default_size(_view(self._context, image), prompts)
+        height, width = map(int, asked)
+        if min(height, width) < 1 or prompts * height * width > _MOST_VALUES:
+            raise InvalidInputError(
+                f"SIZE: {prompts} maps of {height}x{width}, expected sides of at least 1 and "
+                f"at most {_MOST_VALUES} values in all"
+            )
+        return height, width
+
+
+class ExplainVectors:
+    """`explain_vectors`: TEXT_EMBEDDING [n, D], PLAN -> PROMPT_VECTORS [1, P, D], PROMPT_EMBEDDING [P, D].
+
+    A prompt's embedding is the mean over its templates, at unit length. Its vector is that, or in the mode
+    `relative` what it has beyond the mean of the background; without a background, of all prompts.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._refusals = context.refusals
+        self._width = tensor_dims(context.config)["EMBEDDING"]
+
+    def answer(self, requests: Sequence[Any]) -> list[Any]:
+        """One response a request."""
+        return respond_each(requests, self._vectors, self._refusals)
+
+    def _vectors(self, request: Request) -> Outputs:
+        plan = _Plan.of(request)
+        texts = request.array("TEXT_EMBEDDING", self._width, np.float32)
+        units = zero_shot.build_class_embeddings(texts.reshape(-1, plan.templates, *self._width))
+        prompts, background = units[: plan.prompts], units[plan.prompts :]
+        vectors = prompts
+        if plan.relative:
+            vectors = prompts - (background if len(background) else prompts).mean(axis=0)
+        return {
+            "PROMPT_VECTORS": vectors.astype(np.float32)[None],
+            "PROMPT_EMBEDDING": prompts.astype(np.float32),
+        }
+
+
+class ExplainMapper:
+    """`explain_maps`: what was found -> HEATMAPS, SCORES, UNATTRIBUTED, PATCH_MAPS and OVERLAY."""
+
+    def __init__(self, context: Context) -> None:
+        self._refusals = context.refusals
+        self._context = context
+        self._preprocess, self._limits = image_reader(context)
+        self._width = tensor_dims(context.config)["EMBEDDING"]
+
+    def answer(self, requests: Sequence[Any]) -> list[Any]:
+        """One response a request."""
+        return respond_each(requests, self._map, self._refusals)
+
+    def _map(self, request: Request) -> Outputs:
+        plan, side = _Plan.of(request), self._context.config.vision.grid_size
+        colormap, opacity = _choice(request, "COLORMAP", COLORMAPS), _opacity(request)
+        maps = request.array("FOUND_MAPS", [plan.prompts, side * side], np.float32)
+        maps = maps.reshape(plan.prompts, side, side)
+        embedding = request.array("EMBEDDING", self._width, np.float32)[0]
+        prompts = request.array("PROMPT_EMBEDDING", self._width, np.float32)
+        vectors = request.array("PROMPT_VECTORS", [plan.prompts, *self._width], np.float32)[0]
+        unit = embedding / np.linalg.norm(embedding)
+        scores = prompts @ unit
+        # In the mode `relative` what all prompts share has no place either.
+        unattributed = request.array("FOUND_UNATTRIBUTED", [plan.prompts], np.float32)[0]
+        unattributed = unattributed + (prompts - vectors) @ unit
+        view = _view(self._context, request.array("IMAGE_SIZE", [2], np.int32)[0])
+        heatmaps = view.place(normalize(maps, plan.normalization), plan.height, plan.width)
+        outputs: dict[str, NDArray[Any]] = {
+            "HEATMAPS": heatmaps,
+            "SCORES": scores.astype(np.float32),
+            "UNATTRIBUTED": unattributed.astype(np.float32),
+            "PATCH_MAPS": np.ascontiguousarray(maps),
+        }
+        wanted = request.wanted()
+        if "OVERLAY" in wanted:
+            how = "prompt" if plan.normalization == "none" else plan.normalization
+            heat = view.place(normalize(maps, how), plan.height, plan.width)
+            outputs["OVERLAY"] = self._paint(request, heat, view, colormap, opacity)
+        return {name: outputs[name] for name in wanted}
+
+    def _paint(
+        self, request: Request, heat: NDArray[np.float32], view: View, colormap: str, opacity: float
+    ) -> NDArray[np.object_]:
+        encoded = request.flag("base64_encoded")
+
+        def read(row: bytes) -> NDArray[Any]:
+            return self._preprocess.decode(decode_base64(row, self._limits) if encoded else row)
+
+        picture = Image.fromarray(map_rows("INPUT_IMAGE", request.strings("INPUT_IMAGE"), read)[0])
+        height, width = heat.shape[1:]
+        picture = picture.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
+        seen = view.seen(height, width)
+        files = np.empty(len(heat), dtype=np.object_)
+        for index, one in enumerate(heat):
+            file = io.BytesIO()
+            overlay(picture, one, seen, colormap, opacity).save(file, "PNG", compress_level=1)
+            files[index] = file.getvalue()
+        return files
+
+
+def _choice(request: Request, name: str, choices: Sequence[str]) -> str:
+    """One of `choices`, the first one unless the optional input was sent."""
+    rows = request.strings(name)
+    if not rows:
+        return choices[0]
+    given = rows[0].decode("utf-8", "replace")
+    if len(rows) > 1 or given not in choices:
+        got = f"{len(rows)} values" if len(rows) > 1 else repr(given[:100])
+        raise InvalidInputError(f"{name}: got {got}, expected one of {', '.join(choices)}")
+    return given
+
+
+def _opacity(request: Request) -> float:
+    given = request.optional("OPACITY", 1, np.float32)
+    opacity = 0.5 if given is None else float(given[0])
+    if not 0 <= opacity <= 1:
+        raise InvalidInputError(f"OPACITY: got {opacity:g}, expected 0 to 1")
+    return opacity
+
+
+def _view(context: Context, size: NDArray[np.int32]) -> View:
+    vision, (height, width) = context.config.vision, map(int, size)
+    covered = vision.grid_size * vision.patch_size / vision.image_size
+    return View(width, height, (0.0, 0.0, float(width), float(height)), covered)

@@ -1,0 +1,129 @@
+"""Maps on a patch grid become maps over the picture that was sent, and pictures to look at.
+
+The picture is the upright one: with its EXIF orientation applied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import cmap
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+__all__ = ["COLORMAPS", "NORMALIZATIONS", "Normalization", "View", "default_size", "normalize", "overlay"]
+
+Maps = NDArray[np.float32]
+Normalization = Literal["none", "prompt", "joint"]
+
+NORMALIZATIONS: tuple[Normalization, ...] = ("none", "prompt", "joint")
+# Two of these can be told apart whatever colours one sees.
+COLORMAPS = ("jet", "viridis", "cividis")
+_DEFAULT_SIDE = 512
+_DEFAULT_VALUES = 2**24
+
+
+@dataclass(frozen=True)
+class View:
+    """What a tower sees of a picture.
+
+    Attributes:
+        width, height: of the upright picture, in pixels.
+        box: left, top, right, bottom of what the tower is shown, in these pixels.
+        covered: the part of that, from its top left corner, that whole patches cover; 1 if they fit.
+    """
+
+    width: int
+    height: int
+    box: tuple[float, float, float, float]
+    covered: float = 1.0
+
+    def place(self, maps: Maps, height: int, width: int) -> Maps:
+        """Maps [P, G, G] -> [P, height, width] over the whole picture, bilinear; 0 where it was not seen."""
+        left, top, right, bottom = self.box
+        rows = _weights(self.height, (top, bottom), maps.shape[1], height, self.covered)
+        columns = _weights(self.width, (left, right), maps.shape[2], width, self.covered)
+        return np.asarray(rows @ maps @ columns.T, dtype=np.float32)
+
+    def seen(self, height: int, width: int) -> NDArray[np.bool_]:
+        """Which pixels of the picture at [height, width] the tower was shown."""
+        left, top, right, bottom = self.box
+        rows, columns = _centers(self.height, height), _centers(self.width, width)
+        inside = ((top <= rows) & (rows <= bottom))[:, None] & (left <= columns) & (columns <= right)
+        return np.asarray(inside)
+
+
+def default_size(view: View, prompts: int) -> tuple[int, int]:
+    """Height and width of maps unless others are asked for: the picture's own, or smaller if that is much."""
+    pixels = view.width * view.height
+    scale = min(
+        1.0, _DEFAULT_SIDE / max(view.width, view.height), (_DEFAULT_VALUES / prompts / pixels) ** 0.5
+    )
+    return max(1, round(view.height * scale)), max(1, round(view.width * scale))
+
+
+def normalize(maps: Maps, how: Normalization) -> Maps:
+    """Maps [P, ...] scaled so that the least value is 0 and the largest 1.
+
+    Args:
+        maps: of one request.
+        how: `prompt`: each map by itself; `joint`: all by the same scale; `none`: left as they are.
+    """
+    if how == "none":
+        return maps
+    axes = tuple(range(0 if how == "joint" else 1, maps.ndim))
+    low, high = maps.min(axis=axes, keepdims=True), maps.max(axis=axes, keepdims=True)
+    return np.asarray((maps - low) / np.maximum(high - low, np.finfo(np.float32).tiny), dtype=np.float32)
+
+
+def overlay(
+    picture: Image.Image,
+    heat: NDArray[np.float32],
+    seen: NDArray[np.bool_],
+    colormap: str = "jet",
+    opacity: float = 0.5,
+) -> Image.Image:
+    """A map laid over its picture.
+
+    Args:
+        picture: upright; it is scaled to the map.
+        heat: [H, W], 0 to 1.
+        seen: [H, W]; where it is not set, the picture shows through.
+        colormap: one of `COLORMAPS`.
+        opacity: 0 to 1, of the map.
+    """
+    height, width = heat.shape
+    ground = np.asarray(picture.convert("RGB").resize((width, height), Image.Resampling.BILINEAR), np.float32)
+    colors = _table(colormap)[np.clip(np.rint(heat * 255), 0, 255).astype(np.uint8)]
+    alpha = np.float32(opacity) * seen[..., None]
+    return Image.fromarray(np.rint(ground + (colors - ground) * alpha).astype(np.uint8))
+
+
+@lru_cache(maxsize=len(COLORMAPS))
+def _table(colormap: str) -> NDArray[np.float32]:
+    """[256, 3], 0 to 255."""
+    return np.asarray(cmap.Colormap(colormap).lut(256)[:, :3] * 255, dtype=np.float32)
+
+
+def _centers(side: int, count: int) -> NDArray[np.float64]:
+    """Where `count` pixels have their centres on a side of `side` pixels."""
+    return np.asarray((np.arange(count) + 0.5) * side / count)
+
+
+def _weights(
+    side: int, shown: tuple[float, float], patches: int, count: int, covered: float
+) -> NDArray[np.float32]:
+    """[count, patches]: what each patch counts for each pixel along one side; rows sum to 1, or 0 unseen."""
+    at = (_centers(side, count) - shown[0]) / (shown[1] - shown[0])  # 0 to 1 over what was shown
+    cell = np.clip(at / covered * patches - 0.5, 0, patches - 1)
+    first = np.minimum(cell.astype(np.intp), max(patches - 2, 0))
+    weights = np.zeros((count, patches), dtype=np.float32)
+    rows = np.arange(count)
+    weights[rows, first] = 1 - (cell - first)
+    if patches > 1:
+        weights[rows, first + 1] = cell - first
+    weights[(at < 0) | (at > 1)] = 0
+    return weights
