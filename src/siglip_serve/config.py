@@ -28,6 +28,7 @@ __all__ = [
     "available_cores",
     "fastest_dtype",
     "load_settings",
+    "processor_flags",
 ]
 
 PREFIX = "SIGLIP_SERVE_"
@@ -173,9 +174,13 @@ def fastest_dtype(gpu_capability: int | None) -> Dtype:
     """
     if gpu_capability is not None:
         return "bfloat16" if gpu_capability >= 8 else "float16"
+    return "float32" if {"avx512_bf16", "amx_bf16"}.isdisjoint(processor_flags()) else "bfloat16"
+
+
+def processor_flags() -> frozenset[str]:
+    """What the CPU can do, in the kernel's words, such as `avx512_vnni`."""
     flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    fast = flags is not None and not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags[1].split())
-    return "bfloat16" if fast else "float32"
+    return frozenset(flags[1].split() if flags else ())
 
 
 def available_cores() -> int:
