@@ -140,7 +140,7 @@ def test_classify(run: Run) -> None:
     many = run("classify_images", [dog, b"no image", TINY / "samples" / "pizza.jpg"], LABELS)
     assert isinstance(many[1], InvalidInputError)
     assert [many[0].argmax(), many[2].argmax()] == [0, 1]
-    with pytest.raises(InvalidInputError, match=r"LABELS\[1\]: the label is empty"):
+    with pytest.raises(InvalidInputError, match=r"LABELS\[1\]: the text is empty"):
         run("classify", dog, ["dog", " "])
     with pytest.raises(TypeError, match="labels: one str"):
         run("classify", dog, "dog")

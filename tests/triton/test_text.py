@@ -195,7 +195,7 @@ def test_known_labels_cost_the_text_tower_nothing(server: TritonServer) -> None:
 @pytest.mark.parametrize(
     ("images", "labels", "templates", "expected"),
     [
-        ([PICTURE], ["dog", ""], [], "LABELS[1]: the label is empty"),
+        ([PICTURE], ["dog", ""], [], "LABELS[1]: the text is empty"),
         ([PICTURE], ["dog", b"\xff"], [], "LABELS[1]: not UTF-8"),
         ([PICTURE], [], [], "LABELS: no rows"),
         ([PICTURE], ["dog"], ["a photo"], "TEMPLATE[0]: 'a photo' has 0 times {} where the label goes"),
