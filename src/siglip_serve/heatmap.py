@@ -19,16 +19,21 @@ Shapes: B images, P vectors of width E (of the embeddings), T patches, D hidden 
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from siglip_serve.clip import ClipVisionTower
 from siglip_serve.siglip import Block, BlockTrace, TowerTrace, VisionTower
 
-__all__ = ["Explanation", "SiglipExplainer"]
+__all__ = ["ClipExplainer", "Explainer", "Explanation", "SiglipExplainer", "explainer_of"]
+
+_SETS_KEPT = 16
 
 
 @dataclass(frozen=True)
@@ -39,11 +44,33 @@ class Explanation:
         maps: [B, P, T], row by row of the patch grid.
         unattributed: [B, P].
         embedding: [B, E], not normalised.
+        per_head: [B, P, L, H, T], the same by layer and head; only on request.
     """
 
     maps: Tensor
     unattributed: Tensor
     embedding: Tensor
+    per_head: Tensor | None = None
+
+
+class Explainer(Protocol):
+    """Finds the maps of one tower."""
+
+    def explain(self, tower: Any, pixels: Tensor, vectors: Tensor) -> Explanation:
+        """Explain images.
+
+        Args:
+            tower: the one that this was made for.
+            pixels: [B, 3, S, S], normalised as the checkpoint asks.
+            vectors: [P, E] float32.
+        """
+
+
+def explainer_of(tower: VisionTower | ClipVisionTower, blocks: int, most: int) -> Explainer:
+    """What explains the embeddings of a tower; `blocks` and `most` are those of `SiglipExplainer`."""
+    if isinstance(tower, ClipVisionTower):
+        return ClipExplainer(tower)
+    return SiglipExplainer(tower, blocks, most)
 
 
 class SiglipExplainer:
@@ -57,10 +84,12 @@ class SiglipExplainer:
     Args:
         tower: of which the head and the output projections of the last blocks are kept.
         blocks: how many blocks are rolled back, K; at most all that the tower has. With 0 the pooled tokens
-            themselves are the places.
+            themselves are the places, whose cost hardly grows with the number of vectors.
+        most: beyond so many vectors none is rolled back.
     """
 
-    def __init__(self, tower: VisionTower, blocks: int = 2) -> None:
+    def __init__(self, tower: VisionTower, blocks: int = 2, most: int = 32) -> None:
+        self._most = most
         self.blocks = blocks = min(blocks, len(tower.encoder.layers))
         layers = cast("list[Block]", list(tower.encoder.layers))[len(tower.encoder.layers) - blocks :]
         # The layers and not their weights: those may still be moved to a device.
@@ -72,14 +101,17 @@ class SiglipExplainer:
         self._head_norm, self._fc1, self._fc2 = tower.head.layernorm, mlp.fc1, mlp.fc2
 
     @torch.inference_mode()
-    def __call__(self, trace: TowerTrace, vectors: Tensor, roll_back: bool = True) -> Explanation:
+    def explain(self, tower: VisionTower, pixels: Tensor, vectors: Tensor) -> Explanation:
+        """See `Explainer`."""
+        return self(tower.trace(pixels, self.blocks), vectors)
+
+    @torch.inference_mode()
+    def __call__(self, trace: TowerTrace, vectors: Tensor) -> Explanation:
         """Explain the images of a trace.
 
         Args:
             trace: of the last `blocks` blocks, see `VisionTower.trace`.
             vectors: [P, D] float32.
-            roll_back: without it the pooled tokens are the places, as with no blocks, whose cost hardly grows
-                with the number of vectors.
         """
         stream = trace.after.float()
         tokens = _normalize(stream, self._norm)  # [B, T, D]
@@ -91,7 +123,7 @@ class SiglipExplainer:
         _, _, b_v = self._attention.in_proj_bias.float().chunk(3)
         constant = constant + form @ self._out.bias.float() + per_head.flatten(2) @ b_v
         w_v = w_v.unflatten(0, (self._heads, -1))  # [H, D/H, D]
-        if not (roll_back and trace.blocks):
+        if not trace.blocks or len(vectors) > self._most:
             values = torch.einsum("btd,hed->bhte", tokens, w_v)
             maps = torch.einsum("bht,bhte,bphe->bpt", weights, values, per_head)
         else:
@@ -157,6 +189,90 @@ class SiglipExplainer:
             gathered = _attention(block).transpose(-1, -2)[:, None] @ per_head
             maps += torch.einsum("bphse,bhse->bps", gathered, block.values.float())
         return maps, rest
+
+
+class ClipExplainer:
+    """Maps of a CLIP tower: what the class token took from each patch, in every layer.
+
+    The class token ends as the sum of what it began with and what each block's attention and MLP added to it.
+    What attention added is a sum over tokens and heads, of which each term is seen by a vector through the
+    output projection, the last LayerNorm and the projection to the joint space: the same for all images, so
+    that it is kept with the vectors. [L, T, H, D] is never made: a layer costs a row of attention, and one
+    product of its values with as many columns as there are vectors.
+
+    Args:
+        tower: of which the output projections, the last LayerNorm and the projection are kept.
+        layers: whose attention is placed; None: all. What others added has no place.
+        per_head: also return the maps by layer and head.
+    """
+
+    def __init__(
+        self, tower: ClipVisionTower, layers: Collection[int] | None = None, per_head: bool = False
+    ) -> None:
+        blocks = cast("list[Block]", list(tower.encoder.layers))
+        self._placed = set(range(len(blocks)) if layers is None else layers)
+        if not self._placed <= set(range(len(blocks))):
+            raise ValueError(f"layers: got {sorted(self._placed)}, expected some of 0 to {len(blocks) - 1}")
+        self._per_head = per_head
+        self._projections = [block.self_attn.out_proj for block in blocks]
+        self._norm, self._projection = tower.post_layernorm, tower.projection
+        self._seen: OrderedDict[bytes, tuple[Tensor, list[Tensor]]] = OrderedDict()
+
+    @torch.inference_mode()
+    def explain(self, tower: ClipVisionTower, pixels: Tensor, vectors: Tensor) -> Explanation:
+        """See `Explainer`."""
+        form, seen = self._see(vectors)
+        x = tower.embed(pixels)  # [B, 1 + T, D]
+        rest = x[:, 0].float() @ form.T  # [B, P]
+        maps = rest.new_zeros(*rest.shape, x.shape[1] - 1)
+        by_head: list[Tensor] = []
+        for number, block in enumerate(cast("list[Block]", list(tower.encoder.layers))):
+            before = x[:, 0]
+            x, trace = block.trace(x)
+            added = (x[:, 0] - before).float() @ form.T
+            if number not in self._placed:
+                rest += added
+                continue
+            placed = _by_class_token(trace, seen[number], self._per_head)  # [B, P, 1 + T] or [B, P, H, 1 + T]
+            if self._per_head:
+                by_head.append(placed[..., 1:])
+                placed = placed.sum(2)
+            maps += placed[..., 1:]
+            # What the class token kept of itself, the biases and the MLP have no place in the image.
+            bias = self._projections[number].bias.float() @ form.T
+            rest += placed[..., 0] + bias + trace.mlp[:, 0].float() @ form.T
+        last, norm = x[:, 0].float(), self._norm
+        centred, scale = _standardize(last, norm.eps)
+        matrix = self._projection.weight.float()
+        embedding = (centred / scale * norm.weight.float() + norm.bias.float()) @ matrix.T
+        length = embedding.norm(dim=-1, keepdim=True)
+        constant = vectors @ (matrix @ norm.bias.float())
+        heads = torch.stack(by_head, 2) / (scale * length)[..., None, None, None] if by_head else None
+        return Explanation(
+            maps / (scale * length)[..., None], rest / (scale * length) + constant / length, embedding, heads
+        )
+
+    def _see(self, vectors: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What vectors see of the class token, [P, D]; and of each layer's mixed values, [P, D]."""
+        key = vectors.cpu().numpy().tobytes()
+        found = self._seen.pop(key, None)
+        if found is None:
+            # The mean that the last LayerNorm takes off is taken off here.
+            form = _centre((vectors @ self._projection.weight.float()) * self._norm.weight.float())
+            found = form, [form @ projection.weight.float() for projection in self._projections]
+        self._seen[key] = found
+        if len(self._seen) > _SETS_KEPT:
+            self._seen.popitem(last=False)
+        return found
+
+
+def _by_class_token(block: BlockTrace, seen: Tensor, per_head: bool) -> Tensor:
+    """What the class token takes from each token, as vectors see it: [B, P, T], or [B, P, H, T]."""
+    queries, keys, values = block.queries[:, :, :1].float(), block.keys.float(), block.values.float()
+    weights = (queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5).softmax(-1)[:, :, 0]  # [B, H, T]
+    seen = seen.unflatten(-1, (values.shape[1], -1))  # [P, H, D/H]
+    kept = "bpht" if per_head else "bpt"
+    return torch.einsum(f"bht,bhte,phe->{kept}", weights, values, seen)
 
 
 _GELU_SLOPE = (2 / torch.pi) ** 0.5

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel
+from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipImageProcessorPil, SiglipModel
 
 NARROW = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4}
 
@@ -17,11 +17,15 @@ def random_model(vision: dict[str, Any], text: dict[str, Any] | None = None, see
     small_text = {**NARROW, "vocab_size": 300, "bos_token_id": None, "eos_token_id": 1}
     config = SiglipConfig(vision_config={**NARROW, **vision}, text_config={**small_text, **(text or {})})
     model = SiglipModel(config).eval()
+    _randomise(model)
+    return model
+
+
+def _randomise(model: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 and parameter.numel() > 1:
             mean = 1.0 if "norm" in name and "weight" in name else 0.0
             torch.nn.init.normal_(parameter, mean=mean, std=0.1)
-    return model
 
 
 def save_checkpoint(model: SiglipModel, path: Path, **save: Any) -> Path:
@@ -30,3 +34,15 @@ def save_checkpoint(model: SiglipModel, path: Path, **save: Any) -> Path:
     size = model.config.vision_config.image_size
     SiglipImageProcessorPil(size={"height": size, "width": size}).save_pretrained(path)
     return path
+
+
+def random_clip(vision: dict[str, Any], text: dict[str, Any] | None = None, seed: int = 0) -> CLIPModel:
+    """The same for CLIP, its joint space narrower than its towers."""
+    torch.manual_seed(seed)
+    small_text = {**NARROW, "vocab_size": 300, "bos_token_id": 298, "eos_token_id": 299}
+    config = CLIPConfig(
+        vision_config={**NARROW, **vision}, text_config={**small_text, **(text or {})}, projection_dim=48
+    )
+    model = CLIPModel(config).eval()
+    _randomise(model)
+    return model

@@ -16,6 +16,7 @@ from siglip_serve.engine.blocks import Blocks, Levers, Stack
 from siglip_serve.engine.float8 import Float8Blocks, draw_pictures
 from siglip_serve.engine.passes import Arrays, Finish, is_out_of_memory
 from siglip_serve.errors import SettingsError
+from siglip_serve.heatmap import Explanation, SiglipExplainer
 from siglip_serve.siglip import (
     AttentionPooling,
     Block,
@@ -99,9 +100,13 @@ class FusedVision:
         }
         return self._replays.fetch({name: compute[name]() for name in wanted})
 
+    def explain(self, explainer: SiglipExplainer, pixels: NDArray[np.uint8], vectors: Tensor) -> Explanation:
+        """As `VisionRunner`."""
+        return explainer(self.trace(pixels), vectors.to(self._device))
+
     @torch.inference_mode()
     def trace(self, pixels: NDArray[np.uint8]) -> TowerTrace:
-        """As `VisionRunner`."""
+        """What the blocks that heatmaps are rolled back through compute of pixels [1, S, S, 3]."""
         x = self._embed(torch.from_numpy(pixels).to(self._device))
         stream = self._blocks.stream(x, len(pixels), self._before)
         with torch.autocast(self._device.type, self._dtype):

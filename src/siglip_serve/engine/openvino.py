@@ -14,13 +14,15 @@ import numpy as np
 import openvino as ov
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from siglip_serve.checkpoint import ImageConfig
 from siglip_serve.config import available_cores, fastest_dtype
 from siglip_serve.engine.openvino_graph import build_head, build_text, build_vision
 from siglip_serve.engine.passes import Arrays, Finish
 from siglip_serve.engine.plain import Normalization
-from siglip_serve.siglip import TextTower, TowerTrace, VisionTower
+from siglip_serve.heatmap import Explainer, Explanation
+from siglip_serve.siglip import TextTower, VisionTower
 
 if TYPE_CHECKING:
     from siglip_serve.engine.towers import Plan
@@ -56,7 +58,7 @@ class OpenVinoVision:
         else:
             model = build_vision(tower, image)
         # Heatmaps need what the graph does not give, and are made too seldom for a graph of their own.
-        self._torch, self._blocks = tower, plan.heatmap_blocks
+        self._torch = tower
         self._normalize = Normalization(image, torch.device("cpu"), torch.float32)
         # The head apart, so that it runs only when it is asked for.
         self._tower, self._head = Compiled(model, plan), Compiled(build_head(tower), plan)
@@ -79,9 +81,9 @@ class OpenVinoVision:
         return lambda: outputs
 
     @torch.inference_mode()
-    def trace(self, pixels: NDArray[np.uint8]) -> TowerTrace:
+    def explain(self, explainer: Explainer, pixels: NDArray[np.uint8], vectors: Tensor) -> Explanation:
         """As `VisionRunner`; by torch, in float32."""
-        return self._torch.trace(self._normalize(pixels), self._blocks)
+        return explainer.explain(self._torch, self._normalize(pixels), vectors)
 
 
 class OpenVinoText:

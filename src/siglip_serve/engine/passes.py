@@ -12,9 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from siglip_serve.errors import DeviceMemoryError
-from siglip_serve.siglip import TowerTrace
+from siglip_serve.heatmap import Explanation
 
 __all__ = [
     "OUTPUTS",
@@ -55,8 +56,8 @@ class Runner(Protocol):
 class VisionRunner(Runner, Protocol):
     """One way to run a vision tower on one device."""
 
-    def trace(self, pixels: NDArray[np.uint8]) -> TowerTrace:
-        """What the blocks that heatmaps are rolled back through compute of pixels [1, S, S, 3]."""
+    def explain(self, explainer: Any, pixels: NDArray[np.uint8], vectors: Tensor) -> Explanation:
+        """What `explainer`, which was made for the tower, finds in pixels [1, S, S, 3] for vectors [P, E]."""
 
 
 @dataclass(frozen=True)

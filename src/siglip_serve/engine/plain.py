@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from siglip_serve.checkpoint import ImageConfig
 from siglip_serve.engine.passes import Arrays, Finish
-from siglip_serve.siglip import MLP, TextTower, TowerTrace, VisionTower
+from siglip_serve.heatmap import Explainer, Explanation
+from siglip_serve.siglip import MLP, TextTower, VisionTower
 
 __all__ = ["Normalization", "PlainText", "PlainVision"]
 
@@ -21,7 +22,7 @@ _TEXT_ROWS = {"cuda": 256, "cpu": 32}
 
 
 class PlainVision:
-    """uint8 pixels -> outputs; takes the tower over. Heatmaps are rolled back through `blocks` blocks."""
+    """uint8 pixels -> outputs; takes the tower over."""
 
     def __init__(
         self,
@@ -30,10 +31,9 @@ class PlainVision:
         device: torch.device,
         dtype: torch.dtype,
         max_rows: int = 0,
-        blocks: int = 0,
     ) -> None:
         self.max_rows = max_rows or _VISION_ROWS[device.type]
-        self.tower, self._blocks = tower, blocks
+        self.tower = tower
         _place(tower, device, dtype, self.max_rows * tower.context)
         self._normalize = Normalization(image, device, dtype)
 
@@ -49,9 +49,10 @@ class PlainVision:
         return _done({name: compute[name]().float().cpu().numpy() for name in wanted})
 
     @torch.inference_mode()
-    def trace(self, pixels: NDArray[np.uint8]) -> TowerTrace:
+    def explain(self, explainer: Explainer, pixels: NDArray[np.uint8], vectors: Tensor) -> Explanation:
         """As `VisionRunner`."""
-        return self.tower.trace(self._normalize(pixels), self._blocks)
+        x = self._normalize(pixels)
+        return explainer.explain(self.tower, x, vectors.to(x.device))
 
 
 class Normalization:

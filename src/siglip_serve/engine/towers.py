@@ -23,7 +23,7 @@ from siglip_serve.engine.passes import (
 )
 from siglip_serve.engine.plain import PlainText, PlainVision
 from siglip_serve.errors import SettingsError
-from siglip_serve.heatmap import SiglipExplainer
+from siglip_serve.heatmap import explainer_of
 from siglip_serve.siglip import TextTower, VisionTower
 
 __all__ = ["Explained", "Plan", "TextEngine", "VisionEngine"]
@@ -131,11 +131,10 @@ class VisionEngine:
     def __init__(self, tower: VisionTower, image: ImageConfig, plan: Plan) -> None:
         self.plan = _prepare(plan)
         # Before the runner takes the tower over and packs its weights.
-        self._explainer = SiglipExplainer(tower, self.plan.heatmap_blocks)
-        self.plan = replace(self.plan, heatmap_blocks=self._explainer.blocks)
+        self._explainer = explainer_of(tower, self.plan.heatmap_blocks, self.plan.heatmap_vectors)
         runner = _vision_runner(tower, image, self.plan)
         self.runner: Runner = runner
-        self._trace = runner.trace
+        self._explain = runner.explain
 
     @property
     def staging(self) -> NDArray[np.uint8] | None:
@@ -164,10 +163,8 @@ class VisionEngine:
         Raises:
             DeviceMemoryError: there is no memory for so many vectors.
         """
-        roll_back = len(vectors) <= self.plan.heatmap_vectors
         with out_of_memory_refused(f"{len(vectors)} prompts"):
-            trace = self._trace(pixels)
-            found = self._explainer(trace, torch.from_numpy(vectors).to(trace.after.device), roll_back)
+            found = self._explain(self._explainer, pixels, torch.from_numpy(vectors))
             maps, unattributed, embedding = found.maps, found.unattributed, found.embedding
             return Explained(*(part[0].cpu().numpy() for part in (maps, unattributed, embedding)))
 
@@ -205,15 +202,13 @@ def _vision_runner(tower: VisionTower, image: ImageConfig, plan: Plan) -> Vision
         from siglip_serve.engine.fused import FusedVision
 
         levers = Levers(float8=plan.dtype == "float8")
-        device, blocks = torch.device(plan.device), plan.heatmap_blocks
+        device, blocks = torch.device(plan.device), min(plan.heatmap_blocks, len(tower.encoder.layers))
         return FusedVision(tower, image, device, _dtype(plan), levers, plan.max_rows, blocks)
     if plan.backend == "openvino":
         from siglip_serve.engine.openvino import OpenVinoVision
 
         return OpenVinoVision(tower, image, plan)
-    return PlainVision(
-        tower, image, torch.device(plan.device), _dtype(plan), plan.max_rows, plan.heatmap_blocks
-    )
+    return PlainVision(tower, image, torch.device(plan.device), _dtype(plan), plan.max_rows)
 
 
 def _text_runner(tower: TextTower, plan: Plan) -> Runner:
