@@ -2,6 +2,7 @@
 
 from siglip_serve_client._async_client import AsyncClient
 from siglip_serve_client._client import Client
+from siglip_serve_client._explain import Explanation
 from siglip_serve_client._team_tracker import TeamTracker, resolve_goalkeepers
 from siglip_serve_client._teams import TeamFit, Teams
 from siglip_serve_client.errors import (
@@ -21,6 +22,7 @@ __all__ = [
     "Client",
     "ClientError",
     "DeadlineError",
+    "Explanation",
     "InvalidInputError",
     "ServerError",
     "SharedMemoryError",

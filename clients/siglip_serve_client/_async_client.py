@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from siglip_serve_client import _operations
 from siglip_serve_client._engine import Engine, Outcome, Progress
+from siglip_serve_client._explain import ExplainOptions, Explanation, ask_explanation
 from siglip_serve_client._images import ColorOrder, ImageLike
 from siglip_serve_client._operations import Link
 from siglip_serve_client._shared_memory import Regions
@@ -139,6 +140,12 @@ class AsyncClient:
         return self._each(
             images, lambda image: _operations.classify(link, image, tensors, softmax, color_order), progress
         )
+
+    async def explain(
+        self, image: ImageLike, prompts: Sequence[str], **options: Unpack[ExplainOptions]
+    ) -> Explanation:
+        """See `Client.explain`."""
+        return await self._engine.run(ask_explanation(self._link, image, prompts, options))
 
     async def fit_teams(
         self,

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from siglip_serve_client import _operations
 from siglip_serve_client._engine import Outcome, Progress, ThreadedEngine
+from siglip_serve_client._explain import ExplainOptions, Explanation, ask_explanation
 from siglip_serve_client._images import ColorOrder, ImageLike
 from siglip_serve_client._operations import Link
 from siglip_serve_client._shared_memory import Regions
@@ -186,6 +187,27 @@ class Client:
         link = self._link
         operations = (_operations.classify(link, image, tensors, softmax, color_order) for image in images)
         return self._each(operations, progress)
+
+    def explain(
+        self, image: ImageLike, prompts: Sequence[str], **options: Unpack[ExplainOptions]
+    ) -> Explanation:
+        """Where in an image the scores of P prompts come from.
+
+        Args:
+            image: as for `embed_image`.
+            prompts: at least one.
+            **options: `templates=`, texts with `{}` where a prompt goes, averaged. `background=`, texts that
+                prompts are compared with; without it the mean of all prompts, or of general words for one
+                prompt. `mode=` "relative" (to the background) or "absolute". `normalize=` of the heatmaps,
+                "none", "prompt" or "joint". `size=`, height and width of the heatmaps; without it the image's
+                own, if it is not large. `overlays=True` for pictures, with `colormap=` "jet", "viridis" or
+                "cividis" and `opacity=` 0 to 1. `color_order=` as for `embed_image`.
+
+        Raises:
+            InvalidInputError: what the server refuses; its message names the prompt.
+            ClientError, OSError, TypeError, ValueError: as for `embed_image`.
+        """
+        return self._run(ask_explanation(self._link, image, prompts, options))
 
     def fit_teams(
         self,

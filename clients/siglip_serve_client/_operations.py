@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -19,6 +19,7 @@ from siglip_serve_client.errors import InvalidInputError, ServerError
 
 __all__ = [
     "Link",
+    "ask_image",
     "check_health",
     "chunks",
     "classify",
@@ -26,6 +27,7 @@ __all__ = [
     "embed_image",
     "embed_texts",
     "label_tensors",
+    "utf8",
 ]
 
 # Texts in a request: enough that the request itself costs little, few enough that several towers have work.
@@ -47,7 +49,7 @@ def embed_image(
     """See `Client.embed_image`."""
     parameters: dict[str, str | bool] = {"normalized": True} if normalized else {}
     call = Call("embed_image", [], parameters, link.timeout)
-    answer = yield from _ask_image(link, call, image, color_order)
+    answer = yield from ask_image(link, call, image, color_order)
     return _row(answer, "EMBEDDING")
 
 
@@ -57,7 +59,7 @@ def classify(
     """See `Client.classify`; `labels` are those of `label_tensors`."""
     parameters: dict[str, str | bool] = {"softmax": True} if softmax else {}
     call = Call("classify_image", labels, parameters, link.timeout)
-    answer = yield from _ask_image(link, call, image, color_order)
+    answer = yield from ask_image(link, call, image, color_order)
     return _row(answer, "PROBABILITIES")
 
 
@@ -67,9 +69,9 @@ def label_tensors(labels: Sequence[str], templates: Sequence[str] | None) -> lis
     Raises:
         TypeError: not sequences of texts.
     """
-    tensors = [strings("LABELS", "labels", _utf8("labels", labels))]
+    tensors = [strings("LABELS", "labels", utf8("labels", labels))]
     if templates is not None:
-        tensors.append(strings("TEMPLATE", "templates", _utf8("templates", templates)))
+        tensors.append(strings("TEMPLATE", "templates", utf8("templates", templates)))
     return tensors
 
 
@@ -79,7 +81,7 @@ def embed_texts(
     """Embeddings [n, D] of texts that fit one request; `first` is the index of the first for messages."""
     flags = {"normalized": normalized, "truncation": truncation}
     parameters: dict[str, str | bool] = {name: True for name, wanted in flags.items() if wanted}
-    tensor = strings("INPUT_TEXT", "texts", _utf8("texts", texts, first), columns=True)
+    tensor = strings("INPUT_TEXT", "texts", utf8("texts", texts, first), columns=True)
     try:
         answer = yield from ask(Call("embed_text", [tensor], parameters, link.timeout))
     except InvalidInputError as error:
@@ -116,7 +118,7 @@ def describe(link: Link) -> Operation[dict[str, str]]:
     return {name: parameters.get(name, "") for name in _IDENTITY}
 
 
-def _ask_image(link: Link, call: Call, image: ImageLike, color_order: ColorOrder | None) -> Operation[Answer]:
+def ask_image(link: Link, call: Call, image: ImageLike, color_order: ColorOrder | None) -> Operation[Answer]:
     """The answer to `call` with the image as one more input."""
     if isinstance(image, bytes):
         data = image
@@ -127,7 +129,7 @@ def _ask_image(link: Link, call: Call, image: ImageLike, color_order: ColorOrder
         parts = [np.frombuffer(part, np.uint8) for part in (len(data).to_bytes(4, "little"), data)]
         return (yield from link.regions.ask(call, "INPUT_IMAGE", "BYTES", (1, 1), parts))
     tensor = strings("INPUT_IMAGE", "image", [data], columns=True)
-    return (yield from ask(Call(call.model, [tensor, *call.inputs], call.parameters, call.timeout)))
+    return (yield from ask(replace(call, inputs=[tensor, *call.inputs])))
 
 
 def _row(answer: Answer, name: str) -> NDArray[np.float32]:
@@ -137,7 +139,12 @@ def _row(answer: Answer, name: str) -> NDArray[np.float32]:
     return np.asarray(rows[0])
 
 
-def _utf8(argument: str, texts: Sequence[str], first: int = 0) -> list[bytes]:
+def utf8(argument: str, texts: Sequence[str], first: int = 0) -> list[bytes]:
+    """Texts as bytes; `first` is the index of the first for messages.
+
+    Raises:
+        TypeError: not a sequence of texts.
+    """
     if isinstance(texts, str | bytes):
         raise TypeError(f"{argument}: one {type(texts).__name__}, expected several texts")
     for index, text in enumerate(texts):

@@ -7,7 +7,7 @@ import secrets
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ class Regions:
             shared_memory.set_shared_memory_region(region.handle, list(parts))
             tensor = Tensor(name, datatype, shape, region=region.name, size=size)
             inputs = [tensor, *call.inputs]
-            answer = yield from ask(Call(call.model, inputs, call.parameters, call.timeout))
+            answer = yield from ask(replace(call, inputs=inputs))
             answered = True
         except InvalidInputError:
             answered = True

@@ -58,12 +58,13 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Call:
-    """One request to a model; `timeout` is in seconds."""
+    """One request to a model; `timeout` is in seconds. Without `outputs` it is answered with all of them."""
 
     model: str
     inputs: Sequence[Tensor]
     parameters: Mapping[str, str | bool] = field(default_factory=dict)
     timeout: float = 120.0
+    outputs: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

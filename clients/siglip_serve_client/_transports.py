@@ -195,6 +195,7 @@ def _grpc_call(call: Call) -> dict[str, Any]:
         "inputs": [_infer_input(triton, tensor) for tensor in call.inputs],
         "parameters": dict(call.parameters) or None,
         "client_timeout": call.timeout,
+        "outputs": [triton.InferRequestedOutput(name) for name in call.outputs] or None,
     }
 
 
@@ -310,7 +311,9 @@ def http_request(call: Call) -> Request:
 
     inputs = [_infer_input(triton, tensor) for tensor in call.inputs]
     body, size = triton.InferenceServerClient.generate_request_body(
-        inputs, parameters=dict(call.parameters) or None
+        inputs,
+        outputs=[triton.InferRequestedOutput(name, binary_data=True) for name in call.outputs] or None,
+        parameters=dict(call.parameters) or None,
     )
     headers = {"Content-Type": "application/octet-stream"} | (
         {} if size is None else {"Inference-Header-Content-Length": str(size)}

@@ -1,4 +1,4 @@
-"""The command `siglip-serve`: serve, embed, classify, teams, bench, health."""
+"""The command `siglip-serve`: serve, embed, classify, explain, teams, bench, health."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from siglip_serve_client._bench_command import add_bench
 from siglip_serve_client._classify_command import add_classify
 from siglip_serve_client._connection import add_connection, connected
 from siglip_serve_client._embed_command import add_embed
+from siglip_serve_client._explain_command import add_explain
 from siglip_serve_client._teams_command import add_teams
 from siglip_serve_client.errors import ClientError, UnreachableError
 
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("serve", help="run the server")  # its options are the server's own, see below
     add_embed(commands)
     add_classify(commands)
+    add_explain(commands)
     add_connection(add_teams(commands))
     add_bench(commands)
     _add_health(commands)
