@@ -10,7 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Placement", "Random", "compose", "degrade", "place", "restyle", "sample_placement"]
+__all__ = [
+    "Placement",
+    "Random",
+    "art_brightness",
+    "backgrounds",
+    "compose",
+    "degrade",
+    "ink_colour",
+    "inked",
+    "place",
+    "restyle",
+    "sample_art",
+    "sample_placement",
+    "with_brightness",
+]
 
 LUMA = (0.299, 0.587, 0.114)
 
@@ -66,7 +80,7 @@ def art_brightness(art: Tensor) -> Tensor:
     return _luma(art[:, :3]).mean((1, 2)) / art[:, 3].mean((1, 2)).clamp(min=1e-3)
 
 
-def _with_brightness(colour: Tensor, brightness: Tensor) -> Tensor:
+def with_brightness(colour: Tensor, brightness: Tensor) -> Tensor:
     """Shift colours [B, 3] to a luminance [B]; clipping leaves a little less."""
     return (colour + (brightness - _luma(colour))[:, None]).clamp(0, 1)
 
@@ -80,7 +94,7 @@ def _smooth(coarse: Tensor, size: int) -> Tensor:
     return weight @ coarse @ weight.T
 
 
-def _backgrounds(mean: Tensor, canvas: int, random: Random) -> Tensor:
+def backgrounds(mean: Tensor, canvas: int, random: Random) -> Tensor:
     """Plain, with a gradient, or cloudy around the mean colours [B, 3]: [B, 3, canvas, canvas]."""
     count = len(mean)
     slope = random.normal(count, 3, 2) * 0.16 * random.chance(0.4, count)[:, None, None]
@@ -118,23 +132,38 @@ def sample_placement(
     ground = torch.where(
         light, random.uniform(count, low=0.75, high=1.0), random.uniform(count, low=0.05, high=1.0)
     )
-    ink_brightness = torch.where(
-        ground > random.uniform(count, low=0.4, high=0.6),
-        ground * random.uniform(count, low=0.0, high=0.55),
-        1 - (1 - ground) * random.uniform(count, low=0.0, high=0.55),
-    )
-    ink = _with_brightness(random.uniform(count, 3) * random.chance(0.6, count)[:, None], ink_brightness)
+    ink = ink_colour(ground, random)
     too_close = ~mono & ((ground - brightness).abs() < 0.15)
     away = torch.where(brightness > 0.5, brightness - 0.3, brightness + 0.3)
     ground = torch.where(too_close, away, ground)
     saturation = random.uniform(count, 1) * random.chance(0.75, count)[:, None]
-    mean = _with_brightness(0.5 + (random.uniform(count, 3) - 0.5) * saturation, ground)
+    mean = with_brightness(0.5 + (random.uniform(count, 3) - 0.5) * saturation, ground)
     tint = 1 + random.uniform(count, 3, low=-0.07, high=0.07) + random.uniform(count, 1, low=-0.08, high=0.05)
-    return Placement(theta, ink, _backgrounds(mean, canvas, random), tint)
+    return Placement(theta, ink, backgrounds(mean, canvas, random), tint)
 
 
-def _sample(art: Tensor, grid: Tensor) -> Tensor:
+def ink_colour(ground: Tensor, random: Random) -> Tensor:
+    """Random colours [B, 3] that stand out from grounds of brightness [B]."""
+    count = len(ground)
+    brightness = torch.where(
+        ground > random.uniform(count, low=0.4, high=0.6),
+        ground * random.uniform(count, low=0.0, high=0.55),
+        1 - (1 - ground) * random.uniform(count, low=0.0, high=0.55),
+    )
+    return with_brightness(random.uniform(count, 3) * random.chance(0.6, count)[:, None], brightness)
+
+
+def sample_art(art: Tensor, theta: Tensor, canvas: int, warp: Tensor | None = None) -> Tensor:
+    """Art [B, 4, S, S] as it lies on a canvas: [B, 4, canvas, canvas]; arguments as for `place`."""
+    grid = F.affine_grid(theta, [len(art), 4, canvas, canvas], align_corners=False)
+    grid = grid if warp is None else grid + warp
     return F.grid_sample(art, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def inked(art: Tensor, mono: Tensor, ink: Tensor) -> Tensor:
+    """Premultiplied RGBA [B, 4, ...] with the drawings marked in `mono` [B] in their ink [B, 3]."""
+    colour = torch.where(mono[:, None, None, None], ink[:, :, None, None] * art[:, 3:], art[:, :3])
+    return torch.cat([colour, art[:, 3:]], 1)
 
 
 def place(art: Tensor, mono: Tensor, placement: Placement, warp: Tensor | None = None) -> Tensor:
@@ -147,12 +176,8 @@ def place(art: Tensor, mono: Tensor, placement: Placement, warp: Tensor | None =
         warp: [B, C, C, 2], added to the sampling grid.
     """
     canvas = placement.background.shape[-1]
-    grid = F.affine_grid(placement.theta, [len(art), 4, canvas, canvas], align_corners=False)
-    drawn = _sample(art, grid if warp is None else grid + warp)
-    alpha = drawn[:, 3:]
-    inked = placement.ink[:, :, None, None] * alpha
-    colour = torch.where(mono[:, None, None, None], inked, drawn[:, :3])
-    picture = colour + placement.background * (1 - alpha)
+    drawn = inked(sample_art(art, placement.theta, canvas, warp), mono, placement.ink)
+    picture = drawn[:, :3] + placement.background * (1 - drawn[:, 3:])
     return (picture * placement.tint[:, :, None, None]).clamp(0, 1)
 
 

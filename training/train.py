@@ -38,7 +38,16 @@ from training.scenes import (
 )
 from training.tokenizer import Tokenizer, variants
 
-__all__ = ["SOURCES", "DrawingSource", "ImageSource", "Settings", "main", "train"]
+__all__ = [
+    "SOURCES",
+    "DrawingSource",
+    "ImageSource",
+    "Names",
+    "Settings",
+    "choose_score",
+    "main",
+    "train",
+]
 
 GROUPS_THAT_MAY_FACE_EITHER_WAY = {3, 4, 5, 7}
 
@@ -119,15 +128,20 @@ class DrawingSource:
         column = (point >= self.cumulative[concepts]).sum(1)
         return self.table[concepts, column.clamp(max=self.table.shape[1] - 1)]
 
-    def pictures(self, concepts: Tensor) -> Tensor:
-        """See `ImageSource`. The batch is taken to be in random order."""
-        random, settings = self.random, self.settings
+    def art(self, concepts: Tensor) -> tuple[Tensor, Tensor]:
+        """Restyled drawings of concepts [B] in random order: [B, 4, S, S], and which get an ink."""
+        random = self.random
         rows = self._draw(concepts)
         art, mono = premultiplied(self.rgba[rows], random.dtype), self.mono[rows]
         flip = self.either_way[concepts] & random.chance(0.2, len(rows))
         art = torch.where(flip[:, None, None, None], art.flip(3), art)
         art, mono = ink_first(art, mono, random)
-        art, mono = restyle(art, mono, settings.restyle, random)
+        return restyle(art, mono, self.settings.restyle, random)
+
+    def pictures(self, concepts: Tensor) -> Tensor:
+        """See `ImageSource`. The batch is taken to be in random order."""
+        random, settings = self.random, self.settings
+        art, mono = self.art(concepts)
         canvas = settings.shape.image_size
         placement = sample_placement(art_brightness(art), mono, canvas, random, rotation=0.18)
         warp = elastic(len(art), canvas, settings.warp, random)
@@ -138,7 +152,7 @@ class DrawingSource:
 SOURCES: dict[str, Callable[[Pack, Settings, torch.device], ImageSource]] = {"drawings": DrawingSource}
 
 
-class _Names:
+class Names:
     """Ways of naming each concept, tokenised once: a random one of each at every step."""
 
     def __init__(self, pack: Pack, tokenizer: Tokenizer, device: torch.device, count: int = 48) -> None:
@@ -151,6 +165,7 @@ class _Names:
         self.ids = torch.from_numpy(np.stack(rows).astype(np.int32)).to(device)
 
     def some(self, concepts: Tensor) -> Tensor:
+        """Token ids [B, context] of a random name of each concept [B]."""
         which = torch.randint(self.ids.shape[1], (len(concepts),), device=concepts.device)
         return self.ids[concepts, which].long()
 
@@ -171,12 +186,12 @@ def _loss(
     return sigmoid + head_weight * F.cross_entropy(head(image), target, label_smoothing=0.1)
 
 
-def _choose_score(average: MovingAverage[Siglip], pack: Pack, tokenizer: Tokenizer) -> float:
+def choose_score(model: Siglip, pack: Pack, tokenizer: Tokenizer) -> float:
     """Zero-shot top-1 on the drawings that are only for choosing between runs."""
-    average.model.eval()
-    text = class_embeddings(average.model, tokenizer, [pack.concepts[c]["label"] for c in pack.classes])
+    model.eval()
+    text = class_embeddings(model, tokenizer, [pack.concepts[c]["label"] for c in pack.classes])
     style = next(s["name"] for s in pack.styles if s["role"] == "choose")
-    return zero_shot(average.model, pack, text, style, placed=True)["trained"]["top1"]
+    return zero_shot(model, pack, text, style, placed=True)["trained"]["top1"]
 
 
 class _Run:
@@ -191,7 +206,7 @@ class _Run:
         trained = np.setdiff1d(np.unique(pack.concept[pack.of_role("train")]), pack.never_trained)
         self.trained = torch.from_numpy(trained).to(self.device)
         self.head = nn.Linear(settings.shape.width, len(trained)).to(self.device)
-        self.names = _Names(pack, tokenizer, self.device)
+        self.names = Names(pack, tokenizer, self.device)
         self.optimizers = optimizers(
             [self.model, self.head], settings.learning_rate, settings.weight_decay, settings.muon
         )
@@ -226,7 +241,7 @@ def train(pack: Pack, tokenizer: Tokenizer, settings: Settings, source: ImageSou
 
     def save() -> str:
         run.average.save(out / "model.safetensors")
-        return f"choosing set {_choose_score(run.average, pack, tokenizer):.4f}"
+        return f"choosing set {choose_score(run.average.model, pack, tokenizer):.4f}"
 
     run_for(settings.minutes, out.name, run.step, save)
     return run.average.model
