@@ -1,4 +1,4 @@
-"""Draw the sample images of the bundled checkpoint: held-out drawings on soft grounds.
+"""Draw the sample images of the bundled checkpoint: held-out drawings on soft grounds, one or several.
 
 python -m training.build_samples --cache .cache/art --out checkpoints/siglip-tiny/samples
 """
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from training.render import icon_svg, render_image, render_svg
 
-__all__ = ["SAMPLES", "Sample", "draw", "main"]
+__all__ = ["SAMPLES", "Sample", "Thing", "draw", "main"]
 
 Colour = tuple[int, int, int]
 _SKY, _PEACH, _CREAM, _MINT = (142, 202, 240), (250, 196, 150), (252, 226, 170), (160, 222, 200)
@@ -23,35 +23,57 @@ _NIGHT, _SAND, _MEADOW, _ICE = (40, 48, 96), (238, 206, 150), (170, 214, 130), (
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One sample: `style` is `twemoji` or `fluent-3d`, `name` the drawing's name or hexcode in that set."""
+class Thing:
+    """One drawing: `style` is `twemoji` or `fluent-3d`, `name` its name or hexcode in that set.
 
-    file: str
+    `centre` and `side` are shares of the picture's width and height, and of its shorter side.
+    """
+
     style: str
     name: str
+    centre: tuple[float, float] = (0.5, 0.5)
+    side: float = 0.82
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture."""
+
+    file: str
+    things: tuple[Thing, ...]
     size: tuple[int, int]
     colour: Colour
 
 
 SAMPLES = (
-    Sample("dog.jpg", "twemoji", "dog", (400, 300), _MEADOW),
-    Sample("automobile.jpg", "fluent-3d", "1f697", (480, 320), _PEACH),
-    Sample("pizza.jpg", "fluent-3d", "1f355", (320, 320), _CREAM),
-    Sample("guitar.jpg", "twemoji", "guitar", (300, 400), _MINT),
-    Sample("elephant.jpg", "fluent-3d", "1f418", (420, 300), _SAND),
-    Sample("rocket.png", "twemoji", "rocket", (300, 380), _NIGHT),
-    Sample("sunflower.png", "fluent-3d", "1f33b", (280, 360), _SKY),
-    Sample("penguin.png", "twemoji", "penguin", (320, 300), _ICE),
+    Sample("dog.jpg", (Thing("twemoji", "dog"),), (400, 300), _MEADOW),
+    Sample("automobile.jpg", (Thing("fluent-3d", "1f697"),), (480, 320), _PEACH),
+    Sample("pizza.jpg", (Thing("fluent-3d", "1f355"),), (320, 320), _CREAM),
+    Sample("guitar.jpg", (Thing("twemoji", "guitar"),), (300, 400), _MINT),
+    Sample("elephant.jpg", (Thing("fluent-3d", "1f418"),), (420, 300), _SAND),
+    Sample("rocket.png", (Thing("twemoji", "rocket"),), (300, 380), _NIGHT),
+    Sample("sunflower.png", (Thing("fluent-3d", "1f33b"),), (280, 360), _SKY),
+    Sample("penguin.png", (Thing("twemoji", "penguin"),), (320, 300), _ICE),
+    Sample(
+        "scene.jpg",
+        (
+            Thing("fluent-3d", "1f418", (0.22, 0.3), 0.5),
+            Thing("twemoji", "guitar", (0.8, 0.32), 0.5),
+            Thing("fluent-3d", "1f355", (0.47, 0.72), 0.44),
+        ),
+        (560, 400),
+        _MEADOW,
+    ),
 )
 
 
-def _drawing(cache: Path, sample: Sample, side: int) -> Image.Image:
-    if sample.style == "fluent-3d":
-        return Image.fromarray(render_image(cache / f"fluent-3d/assets/{sample.name}.webp", side), "RGBA")
-    data = json.loads((cache / f"iconify/json/{sample.style}.json").read_text())
-    pixels = render_svg(icon_svg(data, sample.name), side)
+def _drawing(cache: Path, thing: Thing, side: int) -> Image.Image:
+    if thing.style == "fluent-3d":
+        return Image.fromarray(render_image(cache / f"fluent-3d/assets/{thing.name}.webp", side), "RGBA")
+    data = json.loads((cache / f"iconify/json/{thing.style}.json").read_text())
+    pixels = render_svg(icon_svg(data, thing.name), side)
     if pixels is None:
-        raise ValueError(f"{sample.style}: {sample.name} draws nothing")
+        raise ValueError(f"{thing.style}: {thing.name} draws nothing")
     return Image.fromarray(pixels, "RGBA")
 
 
@@ -66,15 +88,18 @@ def _scene(size: tuple[int, int], colour: Colour) -> Image.Image:
 
 
 def draw(cache: Path, sample: Sample) -> Image.Image:
-    """One finished sample, RGB: the drawing with a soft shadow of its own shape."""
+    """One finished sample, RGB: the drawings with soft shadows of their own shapes."""
     scene = _scene(sample.size, sample.colour)
-    side = round(0.82 * min(sample.size))
-    left, top = (scene.width - side) // 2, (scene.height - side) // 2
-    drawing = _drawing(cache, sample, side)
-    shadow = Image.new("L", scene.size)
-    shadow.paste(drawing.getchannel("A").point(lambda alpha: alpha * 0.25), (left + 5, top + 8))
-    scene.paste((30, 30, 50), mask=shadow.filter(ImageFilter.GaussianBlur(8)))
-    scene.paste(drawing, (left, top), drawing)
+    for thing in sample.things:
+        side = round(thing.side * min(sample.size))
+        left, top = (
+            round(share * length - side / 2) for share, length in zip(thing.centre, scene.size, strict=True)
+        )
+        drawing = _drawing(cache, thing, side)
+        shadow = Image.new("L", scene.size)
+        shadow.paste(drawing.getchannel("A").point(lambda alpha: alpha * 0.25), (left + 5, top + 8))
+        scene.paste((30, 30, 50), mask=shadow.filter(ImageFilter.GaussianBlur(8)))
+        scene.paste(drawing, (left, top), drawing)
     return scene
 
 
