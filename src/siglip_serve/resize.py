@@ -31,7 +31,7 @@ _SUPPORT = 2  # pixels on each side that a bicubic weighs; a bilinear one weighs
 def fit(pixels: Pixels, image: ImageConfig, mode: Mode) -> Pixels:
     """uint8 `[S, S, 3]`, contiguous, of uint8 `[H, W, 3]`.
 
-    Equal to the reference in `pil` mode unless one side is over 16 times the other: then within a few levels.
+    Equal to the reference in `pil` mode unless one side is over 16 times the other: then within two levels.
     """
     height, width = pixels.shape[:2]
     if max(height, width) > _LONGEST * min(height, width) and image.shortest_edge is not None:
@@ -62,6 +62,15 @@ def _offsets(image: ImageConfig, size: tuple[int, int]) -> tuple[int, int]:
     return (size[0] - image.size) // 2, (size[1] - image.size) // 2
 
 
+def _down_first(size: tuple[int, int], resized: tuple[int, int]) -> bool:
+    """Whether Pillow 13 resizes first down, then across, which it does where that saves work.
+
+    Because each pass rounds and clips, the order shows: ten levels at saturated edges.
+    """
+    (height, width), (rows, columns) = size, resized
+    return height > rows + max(0, 2 * (width - columns))
+
+
 def _cut_and_resize(pixels: Pixels, image: ImageConfig) -> Pixels:
     """The same from the part that the square is made of, and the pixels beside it that weigh in."""
     height, width = pixels.shape[:2]
@@ -71,9 +80,15 @@ def _cut_and_resize(pixels: Pixels, image: ImageConfig) -> Pixels:
     part = pixels[row : int(bottom + margin) + 1, column : int(right + margin) + 1]
     # The last bits of the sums above must not put the box outside.
     right, bottom = min(right - column, part.shape[1]), min(bottom - row, part.shape[0])
-    box = (left - column, top - row, right, bottom)
-    square = (image.size, image.size)
-    return np.array(Image.fromarray(part).resize(square, Image.Resampling[image.resample.upper()], box))
+    across, down = (left - column, right), (top - row, bottom)
+    picture, resample = Image.fromarray(part), Image.Resampling[image.resample.upper()]
+    if _down_first((height, width), _resized(image, height, width)):
+        picture = picture.resize((picture.width, image.size), resample, (0, down[0], picture.width, down[1]))
+        down = (0, image.size)
+    picture = picture.resize(
+        (image.size, picture.height), resample, (across[0], 0, across[1], picture.height)
+    )
+    return np.array(picture.resize((image.size, image.size), resample, (0, down[0], image.size, down[1])))
 
 
 def _resize_with_pil(pixels: Pixels, size: tuple[int, int], resample: Resample) -> Pixels:
@@ -89,11 +104,9 @@ def _resize_with_torch(pixels: Pixels, size: tuple[int, int], resample: Resample
     # give it back.
     planes = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # [1, 3, H, W]
     interpolate = partial(torch.nn.functional.interpolate, mode=resample, antialias=True)
-    (height, width), (rows, columns) = pixels.shape[:2], size
-    # torch resizes across first. Pillow 13 resizes down first where that saves work; because each pass
-    # rounds and clips, the order shows: ten levels at saturated edges.
-    if height > rows + max(0, 2 * (width - columns)):
-        planes = interpolate(planes, size=(rows, width))  # [1, 3, rows, W]
+    height, width = pixels.shape[:2]
+    if _down_first((height, width), size):  # torch resizes across first
+        planes = interpolate(planes, size=(size[0], width))  # [1, 3, rows, W]
     planes = interpolate(planes, size=size)  # [1, 3, rows, columns]
     result: Pixels = planes[0].permute(1, 2, 0).contiguous().numpy()  # [rows, columns, 3]
     return result
