@@ -44,9 +44,11 @@ def fit(pixels: Pixels, image: ImageConfig, mode: Mode) -> Pixels:
 
 def shown(image: ImageConfig, height: int, width: int) -> tuple[float, float, float, float]:
     """Left, top, right, bottom of what is left of a picture, in its own pixels."""
-    size = _resized(image, height, width)
-    (top, left), rows, columns = _offsets(image, size), height / size[0], width / size[1]
-    return left * columns, top * rows, (left + image.size) * columns, (top + image.size) * rows
+    rows, columns = _resized(image, height, width)
+    top, left = _offsets(image, (rows, columns))
+    across = (left * width / columns, (left + image.size) * width / columns)
+    down = (top * height / rows, (top + image.size) * height / rows)
+    return across[0], down[0], across[1], down[1]
 
 
 def _resized(image: ImageConfig, height: int, width: int) -> tuple[int, int]:
