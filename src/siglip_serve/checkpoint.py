@@ -457,7 +457,9 @@ def _weight_files(path: Path) -> list[Path]:
         files = [path / "model.safetensors"]
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
-        raise CheckpointError(f"{path}: no {', '.join(missing) or 'weight files'}")
+        raise CheckpointError(
+            f"{path}: no {', '.join(missing) or 'weight files'}; weights are read as safetensors alone"
+        )
     return files
 
 

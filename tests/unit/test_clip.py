@@ -194,6 +194,21 @@ def test_bfloat16_is_close(config: ModelConfig) -> None:
         assert 0.999 < cosine.min() < 1
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.02)])
+def test_maps_of_the_engine_sum_to_the_cosine(config: ModelConfig, dtype: Dtype, tolerance: float) -> None:
+    """Though the engine has put other layers in place of those that the tower was made with."""
+    engine = VisionEngine(load_vision(config.path), config.image, Plan("cpu", dtype))
+    vectors = np.random.default_rng(0).normal(size=(3, 48)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    found = engine.explain(pixels(1), vectors)
+    assert found.maps.shape == (3, 9)
+    embedding = engine(pixels(1)).outputs["EMBEDDING"][0]
+    np.testing.assert_allclose(found.embedding, embedding, atol=10 * tolerance)
+    cosine = vectors @ embedding / np.linalg.norm(embedding)
+    np.testing.assert_allclose(found.maps.sum(1) + found.unattributed, cosine, atol=tolerance)
+    assert found.maps.std(1).min() > 1e-5
+
+
 def test_autocast_is_close(config: ModelConfig) -> None:
     vision, text = load_vision(config.path), load_text(config.path)
     x = torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
