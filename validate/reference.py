@@ -20,7 +20,7 @@ __all__ = ["Reference"]
 
 
 class Reference:
-    """transformers' SigLIP with float32 weights.
+    """transformers' SigLIP or CLIP with float32 weights.
 
     Args:
         checkpoint: Hugging Face directory or hub id, optionally `id@revision`.
@@ -56,7 +56,7 @@ class Reference:
         self._context = self._model.config.text_config.max_position_embeddings
 
     def embed_images(self, files: Sequence[Path]) -> NDArray[np.float32]:
-        """`pooler_output` of the vision tower [n, d]; the file's EXIF rotation is applied first."""
+        """The images' embeddings [n, d], not normalised; the file's EXIF rotation is applied first."""
         from PIL import Image, ImageOps
 
         def pixels(batch: Sequence[Path]) -> Any:
@@ -70,11 +70,11 @@ class Reference:
             return self._images(images=images, do_convert_rgb=True, return_tensors="pt")["pixel_values"]
 
         return self._run(
-            files, lambda batch: {"pixel_values": pixels(batch)}, "vision_model", "reference images"
+            files, lambda batch: {"pixel_values": pixels(batch)}, "get_image_features", "reference images"
         )
 
     def embed_texts(self, texts: Sequence[str], padded: bool = True) -> NDArray[np.float32]:
-        """`pooler_output` of the text tower [n, d]; `padded=False` shows what forgetting it costs."""
+        """The texts' embeddings [n, d], not normalised; `padded=False` shows what forgetting it costs."""
 
         def ids(batch: Sequence[str]) -> Any:
             padding = "max_length" if padded else False
@@ -88,7 +88,7 @@ class Reference:
 
         label = "reference texts" if padded else "texts without padding"
         return self._run(
-            texts, lambda batch: {"input_ids": ids(batch)}, "text_model", label, 0 if padded else 1
+            texts, lambda batch: {"input_ids": ids(batch)}, "get_text_features", label, 0 if padded else 1
         )
 
     def _lower(self, text: str) -> str:
@@ -96,7 +96,7 @@ class Reference:
         return text.lower() if "Gemma" in type(self._tokenizer).__name__ else text
 
     def _run(
-        self, rows: Sequence[Any], inputs: Any, tower: str, label: str, batch: int = 0
+        self, rows: Sequence[Any], inputs: Any, method: str, label: str, batch: int = 0
     ) -> NDArray[np.float32]:
         import torch
 
@@ -106,6 +106,9 @@ class Reference:
             for start in range(0, len(rows), size):
                 part = rows[start : start + size]
                 tensors = {name: value.to(self._device) for name, value in inputs(part).items()}
-                found.append(getattr(self._model, tower)(**tensors).pooler_output.float().cpu().numpy())
+                features = getattr(self._model, method)(**tensors)
+                # An output object from transformers 5 on.
+                features = getattr(features, "pooler_output", features)
+                found.append(features.float().cpu().numpy())
                 bar.update(len(part))
         return np.concatenate(found)

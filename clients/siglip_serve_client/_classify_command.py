@@ -36,7 +36,7 @@ def add_classify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     add(
         "--softmax",
         action="store_true",
-        help="labels compete and sum to 1; else each has its own probability",
+        help="labels compete and sum to 1, as CLIP's always do; else each has its own probability",
     )
     add_connection(parser)
     parser.set_defaults(run=_classify)

@@ -164,7 +164,8 @@ class Client:
         Args:
             image: as for `embed_image`.
             templates: texts with `{}` where a label goes, averaged; none: the bare label.
-            softmax: the labels compete and sum to 1; else each has a probability of its own.
+            softmax: the labels compete and sum to 1, as CLIP's always do; else each has a probability of
+                its own.
 
         Raises:
             ClientError, OSError, TypeError, ValueError: as for `embed_image`.

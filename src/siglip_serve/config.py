@@ -62,7 +62,7 @@ class Settings:
     )
     backend: Backend = field(
         default="auto",
-        metadata={"help": "what runs the towers; auto: fused on GPUs, openvino on CPUs, else torch"},
+        metadata={"help": "what runs the towers; auto: fused on GPUs, openvino on CPUs, torch for CLIP"},
     )
     calibration: str = field(default="", metadata={"help": "folder of images that int8 is calibrated on"})
     cache: str = field(

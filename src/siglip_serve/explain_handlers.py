@@ -28,6 +28,7 @@ from siglip_serve.heatmap_image import (
     overlay,
 )
 from siglip_serve.preprocess import decode_base64
+from siglip_serve.resize import shown
 from siglip_serve.serving import Context, Outputs, Request, map_rows, readable_start, respond_each
 from siglip_serve.tokenizer import load_tokenizer
 
@@ -271,4 +272,4 @@ def _opacity(request: Request) -> float:
 def _view(context: Context, size: NDArray[np.int32]) -> View:
     vision, (height, width) = context.config.vision, map(int, size)
     covered = vision.grid_size * vision.patch_size / vision.image_size
-    return View(width, height, (0.0, 0.0, float(width), float(height)), covered)
+    return View(width, height, shown(context.config.image, height, width), covered)

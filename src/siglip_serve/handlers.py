@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from siglip_serve import zero_shot
 from siglip_serve.checkpoint import tensor_dims
 from siglip_serve.config import available_cores
-from siglip_serve.errors import InvalidInputError
+from siglip_serve.errors import InvalidInputError, ParameterError
 from siglip_serve.pooling import l2_normalize
 from siglip_serve.serving import (
     Context,
@@ -122,7 +122,7 @@ class VisionEmbedder:
 
     def __init__(self, context: Context) -> None:
         from siglip_serve.engine import VisionEngine
-        from siglip_serve.siglip import load_vision
+        from siglip_serve.towers import load_vision
 
         self._refusals = context.refusals
         config = context.config
@@ -227,7 +227,7 @@ class TextEmbedder:
 
     def __init__(self, context: Context) -> None:
         from siglip_serve.engine import TextEngine
-        from siglip_serve.siglip import load_text
+        from siglip_serve.towers import load_text
 
         self._refusals = context.refusals
         settings, config = context.settings, context.config
@@ -340,11 +340,12 @@ class LabelScorer:
     """`label_scores`: IMAGE_EMBEDDING [N, D], PROMPT_EMBEDDING [L * K, D] -> PROBABILITIES [N, L].
 
     Each pair's own probability, as SigLIP was trained; with the parameter `softmax` the labels of an
-    image compete and sum to one.
+    image compete and sum to one. CLIP's labels always do: it was trained to choose, and has no bias that
+    would make its cosines probabilities of their own.
     """
 
     def __init__(self, context: Context) -> None:
-        from siglip_serve.siglip import load_scale
+        from siglip_serve.towers import load_scale
 
         self._refusals = context.refusals
         with readable_start():
@@ -363,10 +364,20 @@ class LabelScorer:
             raise InvalidInputError(
                 f"TEMPLATE_COUNT: got {templates}, expected a divisor of the {len(prompts)} prompts"
             )
+        score = zero_shot.softmax if self._compete(request) else zero_shot.sigmoid
         classes = zero_shot.build_class_embeddings(prompts.reshape(-1, templates, *self._width))
-        logits = zero_shot.logits(zero_shot.cosine(images, classes), self._scale, self._bias)
-        score = zero_shot.softmax if request.flag("softmax") else zero_shot.sigmoid
+        logits = zero_shot.logits(zero_shot.cosine(images, classes), self._scale, self._bias or 0.0)
         return {"PROBABILITIES": score(logits).astype(np.float32)}
+
+    def _compete(self, request: Request) -> bool:
+        """Whether the labels do."""
+        asked = request.flag("softmax")
+        if self._bias is None and not asked and request.has_parameter("softmax"):
+            raise ParameterError(
+                "parameter 'softmax': got false, but the labels of a CLIP checkpoint always compete: "
+                "it has no probability of one pair; send true, or leave it out"
+            )
+        return asked or self._bias is None
 
 
 class _Cache:

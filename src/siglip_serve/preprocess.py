@@ -1,8 +1,9 @@
 """The bytes of an image file become uint8 RGB pixels `[S, S, 3]`, the size that the checkpoint wants.
 
 Four steps, each a function of its own: the header is checked, the file decoded, the EXIF orientation
-applied, the image resized. `pil` mode gives the pixels of transformers' `SiglipImageProcessorPil`;
-`fast` mode gives the same within two levels in about half the time.
+applied, the image resized as `resize` says. `pil` mode gives the pixels of transformers'
+`SiglipImageProcessorPil` and `CLIPImageProcessorPil`; `fast` mode gives the same within two levels in about
+half the time.
 """
 
 from __future__ import annotations
@@ -17,12 +18,9 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
-from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 # Pillow would otherwise import all of its plugins, a second's work, when the first such image comes.
 from PIL import (
@@ -36,11 +34,9 @@ from PIL import (
 
 from siglip_serve.checkpoint import ImageConfig
 from siglip_serve.errors import ImageError, ImageTooLargeError, InvalidInputError, SettingsError
+from siglip_serve.resize import Mode, Pixels, fit
 
 __all__ = ["ImageLimits", "Mode", "Pixels", "Preprocessor", "decode_base64"]
-
-Mode = Literal["fast", "pil"]
-Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -139,12 +135,12 @@ class Preprocessor:
             import_module("simplejpeg")
             import_module("torch")
         self.size = image.size
-        self._resample = image.resample
+        self._image = image
         self._mode = mode
         self._limits = limits
 
     def __call__(self, data: bytes) -> Pixels:
-        """The file's first frame, upright, on white, resized to a square whatever its aspect.
+        """The file's first frame, upright, on white, fitted to the square whatever its aspect.
 
         Args:
             data: a whole JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file.
@@ -167,9 +163,7 @@ class Preprocessor:
 
     def resize(self, pixels: Pixels) -> Pixels:
         """uint8 RGB `[H, W, 3]` -> `[S, S, 3]`, contiguous, whatever the aspect."""
-        if self._mode == "pil":
-            return _resize_with_pil(pixels, self.size, self._resample)
-        return _resize_with_torch(pixels, self.size, self._resample)
+        return fit(pixels, self._image, self._mode)
 
 
 def decode_base64(data: bytes, limits: ImageLimits = _DEFAULT_LIMITS) -> bytes:
@@ -311,29 +305,6 @@ def _scale_to_8_bit(image: Image.Image) -> Image.Image:
     if isinstance(transparent, int):
         grey[values == transparent] = 255
     return Image.fromarray(grey)
-
-
-def _resize_with_pil(pixels: Pixels, size: int, resample: Literal["bilinear", "bicubic"]) -> Pixels:
-    """uint8 `[size, size, 3]` of uint8 `[H, W, 3]`, by the resize that transformers' PIL processor uses."""
-    return np.array(Image.fromarray(pixels).resize((size, size), Image.Resampling[resample.upper()]))
-
-
-def _resize_with_torch(pixels: Pixels, size: int, resample: Literal["bilinear", "bicubic"]) -> Pixels:
-    """uint8 `[size, size, 3]` of uint8 `[H, W, 3]`, by the antialiased resize that torchvision uses."""
-    import torch
-
-    # The batch axis comes before the permutation: only then does torch see channels-last memory and
-    # give it back.
-    planes = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # [1, 3, H, W]
-    interpolate = partial(torch.nn.functional.interpolate, mode=resample, antialias=True)
-    height, width = pixels.shape[:2]
-    # torch resizes across first. Pillow 13 resizes down first where that saves work; because each pass
-    # rounds and clips, the order shows: ten levels at saturated edges.
-    if height > max(size, 2 * width - size):
-        planes = interpolate(planes, size=(size, width))  # [1, 3, size, W]
-    planes = interpolate(planes, size=(size, size))  # [1, 3, size, size]
-    result: Pixels = planes[0].permute(1, 2, 0).contiguous().numpy()  # [size, size, 3]
-    return result
 
 
 @dataclass(frozen=True)

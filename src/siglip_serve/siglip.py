@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from siglip_serve.checkpoint import TextConfig, VisionConfig, load_config, load_tensors
 from siglip_serve.errors import CheckpointError
+from siglip_serve.weights import load_strictly
 
 __all__ = [
     "AttentionPooling",
@@ -220,6 +221,10 @@ class VisionTower(nn.Module):
         x = self.encoder(x)
         return self.post_layernorm(x)
 
+    def patches(self, tokens: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D], those that stand for a place: all"""
+        return tokens
+
     def trace(self, pixels: Tensor, blocks: int) -> TowerTrace:
         """What the last `blocks` blocks compute of pixels [B, 3, S, S]."""
         x = self.embeddings(pixels)
@@ -296,7 +301,7 @@ def load_vision(path: Path) -> VisionTower:
     config = load_config(path).vision
     with torch.device("meta"):
         tower = VisionTower(config)
-    _load_strictly(tower, load_tensors(path, "vision_model."), "vision_model.", path)
+    load_strictly(tower, path, {"vision_model.": ""})
     return tower
 
 
@@ -309,7 +314,7 @@ def load_text(path: Path) -> TextTower:
     config = load_config(path).text
     with torch.device("meta"):
         tower = TextTower(config)
-    _load_strictly(tower, load_tensors(path, "text_model."), "text_model.", path)
+    load_strictly(tower, path, {"text_model.": ""})
     return tower
 
 
@@ -325,42 +330,6 @@ def load_scale(path: Path) -> tuple[float, float]:
         shapes = {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}
         raise CheckpointError(f"{path}: expected one logit_scale and one logit_bias, got {shapes}")
     return float(tensors["logit_scale"]), float(tensors["logit_bias"])
-
-
-def _load_strictly(tower: nn.Module, tensors: Mapping[str, Tensor], prefix: str, path: Path) -> None:
-    # Position ids were saved as a buffer by old versions of the reference; they hold no information.
-    state = {
-        name.removeprefix(prefix): tensor.float()
-        for name, tensor in tensors.items()
-        if not name.endswith(".position_ids")
-    }
-    expected = _reference_shapes(tower)
-    problems = [f"missing: {prefix}{name} {shape}" for name, shape in expected.items() if name not in state]
-    problems += [f"unexpected: {prefix}{name}" for name in state if name not in expected]
-    problems += [
-        f"mis-shaped: {prefix}{name} is {list(tensor.shape)}, expected {expected[name]}"
-        for name, tensor in state.items()
-        if name in expected and list(tensor.shape) != expected[name]
-    ]
-    if problems:
-        shown = "\n  ".join(problems[:20])
-        more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise CheckpointError(f"{path}: the weights are not those of its config.json:\n  {shown}{more}")
-    tower.load_state_dict(state, assign=True)
-    tower.eval().requires_grad_(False)
-
-
-def _reference_shapes(tower: nn.Module) -> dict[str, list[int]]:
-    """Names and shapes as the reference stores them: one tensor each for query, key and value."""
-    shapes = {}
-    for name, tensor in tower.state_dict().items():
-        shape = list(tensor.shape)
-        if ".qkv_proj." in name:
-            for part in "qkv":
-                shapes[name.replace("qkv_proj", f"{part}_proj")] = [shape[0] // 3, *shape[1:]]
-        else:
-            shapes[name] = shape
-    return shapes
 
 
 def _fuse_qkv(_module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:

@@ -1,15 +1,17 @@
 """Text becomes the token ids that the text tower was trained on, `[context_length]` int64.
 
-Two families, told apart by `tokenizer_class` in the checkpoint's `tokenizer_config.json`:
+Three kinds, told apart by `tokenizer_class` in the checkpoint's `tokenizer_config.json`:
 
 - SigLIP 1 (`SiglipTokenizer`, `spiece.model`): lowercased, ASCII punctuation removed, whitespace
   collapsed, then sentencepiece; ends with `</s>` and is padded with `</s>`.
 - SigLIP 2 (`Siglip2Tokenizer`, `GemmaTokenizer`, `tokenizer.json`): lowercased, punctuation kept, then
   Gemma's byte-pair encoding; ends with `<eos>` and is padded with `<pad>`.
+- CLIP (`CLIPTokenizer`, `tokenizer.json`, or `vocab.json` and `merges.txt`): lowercased, whitespace
+  collapsed, then byte-pair encoding; stands between `<|startoftext|>` and `<|endoftext|>`.
 
-The ids are those of transformers 5.x `SiglipTokenizer` and `Siglip2Tokenizer`, special tokens written in
-the text included; transformers itself is not needed. The tower pools the last position, so a text is
-always padded to the full context length.
+The ids are those of transformers 5.x `SiglipTokenizer`, `Siglip2Tokenizer` and `CLIPTokenizer`, special
+tokens written in the text included; transformers itself is not needed. SigLIP's tower pools the last
+position, so a text is always padded to the full context length.
 """
 
 from __future__ import annotations
@@ -35,6 +37,16 @@ _UNDERLINE = "▁"
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _SENTENCEPIECE_CLASSES = {"SiglipTokenizer", "SiglipTokenizerFast"}
 _GEMMA_CLASSES = {"GemmaTokenizer", "GemmaTokenizerFast", "Siglip2Tokenizer", "TokenizersBackend"}
+_CLIP_CLASSES = {"CLIPTokenizer", "CLIPTokenizerFast"}
+# What CLIP's words are made of: its own two tokens, contractions, letters, single digits, other characters.
+_CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_CLIP_START, _CLIP_END = "<|startoftext|>", "<|endoftext|>"
+_CLIP_NAMED = {
+    "bos_token": _CLIP_START,
+    "eos_token": _CLIP_END,
+    "unk_token": _CLIP_END,
+    "pad_token": _CLIP_END,
+}
 
 
 class _Encoder(Protocol):
@@ -119,6 +131,11 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
             f"{config.path}: truncation_side is {settings['truncation_side']!r}, expected 'right'"
         )
     name = settings.get("tokenizer_class")
+    if config.family == "clip":
+        if name is not None and name not in _CLIP_CLASSES:
+            known = ", ".join(sorted(_CLIP_CLASSES))
+            raise CheckpointError(f"{config.path}: tokenizer_class is {name!r}, expected one of {known}")
+        return _load_clip(config, settings)
     if name is None:
         name = "SiglipTokenizer" if (config.path / "spiece.model").is_file() else "Siglip2Tokenizer"
     if name in _SENTENCEPIECE_CLASSES:
@@ -205,7 +222,8 @@ class _Gemma:
             steps = [normalizers.Lowercase(), self._tokenizer.normalizer]
             self._tokenizer.normalizer = normalizers.Sequence([step for step in steps if step is not None])
         self._ends = self._tokenizer.num_special_tokens_to_add(False)
-        self.pad_id = self._id(path, _content(settings.get("pad_token", "<pad>")))
+        pad = _content(settings.get("pad_token", "<pad>"))
+        self.pad_id = _token_id(self._tokenizer, path / "tokenizer.json", pad)
 
     def __call__(self, text: str, limit: int | None) -> list[int]:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
@@ -213,11 +231,115 @@ class _Gemma:
             encoding.truncate(limit - self._ends)
         return list(self._tokenizer.post_process(encoding).ids)
 
-    def _id(self, path: Path, token: str) -> int:
-        index: int | None = self._tokenizer.token_to_id(token)
-        if index is None:
-            raise CheckpointError(f"{path / 'tokenizer.json'}: the vocabulary has no {token!r}")
-        return index
+
+def _load_clip(config: ModelConfig, settings: dict[str, Any]) -> Tokenizer:
+    # Padding behind the end token is not seen; before the text, it would need a mask.
+    if _side(settings, "right", config.path) != "right":
+        raise CheckpointError(f"{config.path}: padding_side is 'left', expected 'right'")
+    encoder = _Clip(config.path, settings)
+    for token, index in encoder.ids.items():  # those that the vocabulary lacks come behind it
+        if index >= config.text.vocab_size:
+            raise CheckpointError(
+                f"{config.path}: the token {token!r} has id {index}, "
+                f"the model has {config.text.vocab_size} token embeddings"
+            )
+    return Tokenizer(encoder, config, "right")
+
+
+class _Clip:
+    """transformers' `CLIPTokenizer`: of the files, only the vocabulary and the special tokens count."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        from tokenizers import Regex, normalizers, pre_tokenizers, processors
+        from tokenizers import Tokenizer as Backend
+
+        saved = read_json(path / "tokenizer.json", missing_ok=True)
+        named, added = _clip_tokens(path, settings, saved)
+        self._tokenizer = backend = Backend(_load_clip_pairs(path, saved, _content(named["unk_token"])))
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        )
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_CLIP_WORDS), behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+        backend.add_tokens([_added_token(token) for token in (*added, *named.values())])
+        start, end, pad = (_content(named[key]) for key in ("bos_token", "eos_token", "pad_token"))
+        self.ids = {token: _token_id(backend, path, token) for token in (start, end, pad)}
+        self.pad_id = self.ids[pad]
+        backend.post_processor = processors.RobertaProcessing(
+            (end, self.ids[end]), (start, self.ids[start]), False, False
+        )
+        self._ends = backend.num_special_tokens_to_add(False)
+
+    def __call__(self, text: str, limit: int | None) -> list[int]:
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        if limit is not None:
+            encoding.truncate(limit - self._ends)
+        return list(self._tokenizer.post_process(encoding).ids)
+
+
+def _clip_tokens(
+    path: Path, settings: dict[str, Any], saved: dict[str, Any]
+) -> tuple[dict[str, Any], list[Any]]:
+    """The four named tokens, and those that are added to the vocabulary, each as text or as a description."""
+    named = {key: settings.get(key) or default for key, default in _CLIP_NAMED.items()}
+    decoder = settings.get("added_tokens_decoder")
+    if decoder is None:  # the layout of old versions of the reference
+        decoder = {token["id"]: token for token in saved.get("added_tokens", [])}
+        named |= {
+            key: value
+            for key, value in read_json(path / "special_tokens_map.json", missing_ok=True).items()
+            if key in named and value
+        }
+    added = [decoder[index] for index in sorted(decoder, key=int)]
+    described = {_content(token): token for token in added}
+    named = {key: described.get(_content(token), token) for key, token in named.items()}
+    return named, added
+
+
+def _load_clip_pairs(path: Path, saved: dict[str, Any], unknown: str) -> tokenizers.models.BPE:
+    """The vocabulary and its merges from `tokenizer.json`, or else from `vocab.json` and `merges.txt`."""
+    from tokenizers.models import BPE
+
+    files = [path / "vocab.json", path / "merges.txt"]
+    if not saved and not all(file.is_file() for file in files):
+        raise CheckpointError(f"{path}: no tokenizer.json, and not both of vocab.json and merges.txt")
+    try:
+        if saved:
+            model = saved["model"]
+            pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+            vocabulary = model["vocab"]
+        else:
+            vocabulary, pairs = BPE.read_file(*map(str, files))
+        return BPE(
+            vocab=vocabulary,
+            merges=pairs,
+            continuing_subword_prefix="",
+            end_of_word_suffix="</w>",
+            fuse_unk=False,
+            unk_token=unknown,
+        )
+    except Exception as error:
+        if type(error) not in (Exception, KeyError, TypeError):  # the library raises nothing narrower
+            raise
+        named = "tokenizer.json" if saved else "vocab.json and merges.txt"
+        raise CheckpointError(f"{path}: {named}: not a byte-pair vocabulary ({error})") from error
+
+
+def _added_token(token: str | dict[str, Any]) -> tokenizers.AddedToken:
+    from tokenizers import AddedToken
+
+    if isinstance(token, str):
+        return AddedToken(token, special=True)
+    flags = ("single_word", "lstrip", "rstrip", "normalized")
+    return AddedToken(
+        _content(token),
+        special=bool(token.get("special", True)),
+        **{key: bool(token[key]) for key in flags if key in token},
+    )
 
 
 def _load_sentencepiece(file: Path) -> sentencepiece.SentencePieceProcessor:
@@ -242,6 +364,13 @@ def _load_tokenizers(file: Path) -> tokenizers.Tokenizer:
         if type(error) is not Exception:  # the library raises nothing narrower for a malformed file
             raise
         raise CheckpointError(f"{file}: not a tokenizer ({error})") from error
+
+
+def _token_id(backend: tokenizers.Tokenizer, source: Path, token: str) -> int:
+    index = backend.token_to_id(token)
+    if index is None:
+        raise CheckpointError(f"{source}: the vocabulary has no {token!r}")
+    return index
 
 
 def _content(token: str | dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Token ids are those of transformers, for thousands of seeded strings and both tokenizer families."""
+"""Token ids are those of transformers, for thousands of seeded strings and all kinds of tokenizers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import sentencepiece
+from clip_vocabulary import END, START, write_clip_vocabulary
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, normalizers, pre_tokenizers, trainers
-from transformers import GemmaTokenizer, Siglip2Tokenizer, SiglipTokenizer
+from transformers import CLIPTokenizer, GemmaTokenizer, Siglip2Tokenizer, SiglipTokenizer
 
-from siglip_serve.checkpoint import ModelConfig
+from siglip_serve.checkpoint import Family, ModelConfig
 from siglip_serve.tokenizer import load_tokenizer
 
 COUNT = 5_000
@@ -73,6 +74,14 @@ SPECIAL = [
     ">",
     "</S>",
     "<s>",
+    START,
+    END,
+    END.upper(),
+    END[:-1],
+    "it's",
+    "We'LL",
+    "12345678901234567890",
+    "٣٤٥Ⅷ½",
 ]
 
 
@@ -99,10 +108,10 @@ def _part(rng: random.Random) -> str:
     return "".join(chr(rng.randint(low, high)) for _ in range(rng.randint(1, 6)))
 
 
-def checkpoint(path: Path, context: int = CONTEXT) -> ModelConfig:
+def checkpoint(path: Path, context: int = CONTEXT, family: Family = "siglip") -> ModelConfig:
     """What `load_tokenizer` reads of a checkpoint: its directory and the shape of the text tower."""
     text = SimpleNamespace(max_position_embeddings=context, vocab_size=10_000)
-    return cast(ModelConfig, SimpleNamespace(path=path, text=text))
+    return cast(ModelConfig, SimpleNamespace(path=path, family=family, text=text))
 
 
 def corpus() -> list[str]:
@@ -175,9 +184,12 @@ def with_settings(source: Path, target: Path, **settings: Any) -> Path:
     return target
 
 
-def compare(path: Path, reference: Callable[..., Any], seed: int, count: int = COUNT) -> None:
+def compare(
+    path: Path, reference: Callable[..., Any], seed: int, count: int = COUNT, family: Family = "siglip"
+) -> None:
     """All ids of every text, and the ids cut or padded to the context, against the reference."""
-    padded, whole = load_tokenizer(checkpoint(path)), load_tokenizer(checkpoint(path, context=100_000))
+    padded = load_tokenizer(checkpoint(path, family=family))
+    whole = load_tokenizer(checkpoint(path, context=100_000, family=family))
     differing = []
     for text in varied_texts(seed, count):
         with warnings.catch_warnings():
@@ -252,6 +264,80 @@ def test_the_gemma_class_that_auto_tokenizer_picks_forgets_to_lowercase(
     ours = load_tokenizer(checkpoint(path))
     assert ours.encode("A Photo of the CAT") == reference("a photo of the cat")["input_ids"]
     assert ours.encode("A Photo of the CAT") != reference("A Photo of the CAT")["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def clip_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("clip")
+    assert write_clip_vocabulary(path, corpus()) == 900
+    return path
+
+
+def test_clip_ids(clip_dir: Path) -> None:
+    reference = CLIPTokenizer.from_pretrained(clip_dir)
+    assert reference("cat")["input_ids"][-1] == 899
+    compare(clip_dir, reference, seed=7, family="clip")
+
+
+def test_clip_ids_of_one_file(clip_dir: Path, tmp_path: Path) -> None:
+    CLIPTokenizer.from_pretrained(clip_dir).save_pretrained(tmp_path)
+    assert not (tmp_path / "vocab.json").exists()
+    compare(tmp_path, CLIPTokenizer.from_pretrained(tmp_path), seed=8, count=1_000, family="clip")
+
+
+def described(token: str, **flags: bool) -> dict[str, Any]:
+    return {"content": token, "single_word": False, "lstrip": False, "rstrip": False, **flags}
+
+
+@pytest.mark.parametrize("with_one_file", [False, True])
+@pytest.mark.parametrize("normalized", [False, True])
+def test_clip_settings_in_the_published_form(
+    clip_dir: Path, tmp_path: Path, with_one_file: bool, normalized: bool
+) -> None:
+    """The published files tell the tokens three times over, in the layout of transformers 4.x."""
+    named = {
+        "bos_token": described(START, normalized=normalized),
+        "eos_token": described(END, normalized=normalized),
+        "unk_token": described(END, normalized=normalized),
+    }
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes((clip_dir / name).read_bytes())
+    if with_one_file:
+        CLIPTokenizer.from_pretrained(clip_dir).save_pretrained(tmp_path)
+        content = json.loads((tmp_path / "tokenizer.json").read_text())
+        for token in content["added_tokens"]:
+            token["normalized"] = normalized
+        content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({**named, "pad_token": "!"}))
+    settings: dict[str, Any] = {key: {**token, "__type": "AddedToken"} for key, token in named.items()}
+    settings |= {
+        "pad_token": END,
+        "do_lower_case": True,
+        "errors": "replace",
+        "tokenizer_class": "CLIPTokenizer",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    reference = CLIPTokenizer.from_pretrained(tmp_path)
+    assert reference.pad_token == "!"
+    compare(tmp_path, reference, seed=9, count=500, family="clip")
+
+
+def test_clip_tokens_that_were_added(clip_dir: Path, tmp_path: Path) -> None:
+    """Some are of the vocabulary, some come behind it."""
+    tokenizer = CLIPTokenizer.from_pretrained(clip_dir)
+    tokenizer.add_tokens(["<table>", "Straße"])
+    tokenizer.save_pretrained(tmp_path)
+    compare(tmp_path, CLIPTokenizer.from_pretrained(tmp_path), seed=10, count=500, family="clip")
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"] = {
+        "898": described(START, normalized=False, special=True),
+        "899": described(END, normalized=True, special=True),
+        "900": described("<table>", normalized=True, special=False),
+        "901": described("</s>", normalized=False, special=True),
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    compare(tmp_path, CLIPTokenizer.from_pretrained(tmp_path), seed=11, count=500, family="clip")
 
 
 def test_truncation_is_asked_for(sentencepiece_dir: Path, gemma_dir: Path) -> None:

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipImageProcessorPil, SiglipModel
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
+)
 
 NARROW = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4}
 
@@ -46,3 +53,12 @@ def random_clip(vision: dict[str, Any], text: dict[str, Any] | None = None, seed
     model = CLIPModel(config).eval()
     _randomise(model)
     return model
+
+
+def save_clip(model: CLIPModel, path: Path, **save: Any) -> Path:
+    """Weights, configuration and image processor of `model`, as `save_pretrained` writes them."""
+    model.save_pretrained(path, **save)
+    size = model.config.vision_config.image_size
+    crop = {"height": size, "width": size}
+    CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=crop).save_pretrained(path)
+    return path

@@ -16,7 +16,7 @@ from siglip_serve.engine import OUTPUTS, Plan, TextEngine, VisionEngine
 from siglip_serve.engine.passes import Arrays, Finish
 from siglip_serve.engine.plain import PlainVision
 from siglip_serve.errors import DeviceMemoryError, SettingsError
-from siglip_serve.siglip import load_text, load_vision
+from siglip_serve.siglip import VisionTower, load_text, load_vision
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,7 @@ def test_outputs_are_computed_only_when_asked_for(config: ModelConfig) -> None:
         raise AssertionError("the head ran")
 
     assert isinstance(engine.runner, PlainVision)
+    assert isinstance(engine.runner.tower, VisionTower)
     engine.runner.tower.head.register_forward_pre_hook(forbidden)
     assert list(engine(pixels(2), ["MEAN_EMBEDDING"]).outputs) == ["MEAN_EMBEDDING"]
     with pytest.raises(AssertionError, match="the head ran"):

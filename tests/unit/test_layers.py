@@ -14,8 +14,8 @@ SOURCE = ROOT / "src" / "siglip_serve"
 LAYERS = [
     {"errors", "config"},
     {"checkpoint"},
-    {"preprocess", "tokenizer", "team_state", "trimmed_kmeans"},
-    {"siglip", "pooling", "jersey"},
+    {"resize", "preprocess", "tokenizer", "team_state", "trimmed_kmeans", "weights"},
+    {"siglip", "clip", "towers", "pooling", "jersey"},
     {"heatmap", "heatmap_image", "zero_shot", "clustering"},
     {"engine"},
     {"knn", "metrics"},

@@ -20,7 +20,7 @@ CONTEXT = 8
 
 def checkpoint(path: Path, vocab_size: int = 1_000) -> ModelConfig:
     text = SimpleNamespace(max_position_embeddings=CONTEXT, vocab_size=vocab_size)
-    return cast(ModelConfig, SimpleNamespace(path=path, text=text))
+    return cast(ModelConfig, SimpleNamespace(path=path, family="siglip", text=text))
 
 
 def write_settings(path: Path, **settings: Any) -> None:

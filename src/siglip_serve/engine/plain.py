@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from siglip_serve.checkpoint import ImageConfig
 from siglip_serve.engine.passes import Arrays, Finish
 from siglip_serve.heatmap import Explainer, Explanation
-from siglip_serve.siglip import MLP, TextTower, VisionTower
+from siglip_serve.siglip import ACTIVATIONS, MLP
+from siglip_serve.towers import AnyTextTower, AnyVisionTower
 
 __all__ = ["Normalization", "PlainText", "PlainVision"]
 
@@ -26,7 +27,7 @@ class PlainVision:
 
     def __init__(
         self,
-        tower: VisionTower,
+        tower: AnyVisionTower,
         image: ImageConfig,
         device: torch.device,
         dtype: torch.dtype,
@@ -43,8 +44,8 @@ class PlainVision:
         tokens = self.tower(self._normalize(pixels))
         compute: dict[str, Callable[[], Tensor]] = {
             "EMBEDDING": lambda: self.tower.head(tokens),
-            "MEAN_EMBEDDING": lambda: tokens.mean(dim=1, dtype=torch.float32),
-            "PATCH_EMBEDDINGS": lambda: tokens,
+            "MEAN_EMBEDDING": lambda: self.tower.patches(tokens).mean(dim=1, dtype=torch.float32),
+            "PATCH_EMBEDDINGS": lambda: self.tower.patches(tokens).contiguous(),
         }
         return _done({name: compute[name]().float().cpu().numpy() for name in wanted})
 
@@ -73,7 +74,9 @@ class Normalization:
 class PlainText:
     """Token ids -> EMBEDDING; takes the tower over."""
 
-    def __init__(self, tower: TextTower, device: torch.device, dtype: torch.dtype, max_rows: int = 0) -> None:
+    def __init__(
+        self, tower: AnyTextTower, device: torch.device, dtype: torch.dtype, max_rows: int = 0
+    ) -> None:
         self.max_rows = max_rows or _TEXT_ROWS[device.type]
         self.tower, self.device = tower, device
         _place(tower, device, dtype, self.max_rows * tower.context)
@@ -96,22 +99,35 @@ def _place(tower: nn.Module, device: torch.device, dtype: torch.dtype, tokens: i
         _pack(tower, tokens)
 
 
-class _PackedLinear(nn.Module):
-    """A linear layer whose weight lies as oneDNN's kernels read it; a GELU can be fused behind it."""
+_Fused = tuple[str, list[float], str]
+_NOTHING: _Fused = ("none", [], "")
+# oneDNN's names for activations that it computes with the product before them.
+_FUSED: dict[str, _Fused] = {"gelu_pytorch_tanh": ("gelu", [], "tanh"), "gelu": ("gelu", [], "none")}
 
-    def __init__(self, linear: nn.Linear, rows: int, gelu: bool = False) -> None:
+
+class _PackedLinear(nn.Module):
+    """A linear layer whose weight lies as oneDNN's kernels read it; an activation can be fused behind it."""
+
+    def __init__(self, linear: nn.Linear, rows: int, activation: _Fused = _NOTHING) -> None:
         super().__init__()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
-        self.bias = linear.bias.detach()
-        self.activation: tuple[str, list[float], str] = ("gelu", [], "tanh") if gelu else ("none", [], "")
+        self.bias = None if linear.bias is None else linear.bias.detach()
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.activation)
 
 
-class _PackedMLP(nn.Sequential):
+class _PackedMLP(nn.Module):
     def __init__(self, mlp: MLP, rows: int) -> None:
-        super().__init__(_PackedLinear(mlp.fc1, rows, gelu=True), _PackedLinear(mlp.fc2, rows))
+        super().__init__()
+        fused = _FUSED.get(mlp.activation)
+        self.fc1 = _PackedLinear(mlp.fc1, rows, fused or _NOTHING)
+        self.fc2 = _PackedLinear(mlp.fc2, rows)
+        self.activation = nn.Identity() if fused else ACTIVATIONS[mlp.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
 
 
 def _pack(module: nn.Module, rows: int) -> None:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from siglip_serve.checkpoint import ImageConfig
+from siglip_serve.clip import ClipTextTower, ClipVisionTower
 from siglip_serve.config import Backend, Dtype, fastest_dtype
 from siglip_serve.engine.passes import (
     OUTPUTS,
@@ -24,7 +25,7 @@ from siglip_serve.engine.passes import (
 from siglip_serve.engine.plain import PlainText, PlainVision
 from siglip_serve.errors import SettingsError
 from siglip_serve.heatmap import explainer_of
-from siglip_serve.siglip import TextTower, VisionTower
+from siglip_serve.towers import AnyTextTower, AnyVisionTower
 
 __all__ = ["Explained", "Plan", "TextEngine", "VisionEngine"]
 
@@ -41,7 +42,8 @@ class Plan:
         device: `cpu` or `cuda:<index>`.
         dtype: arithmetic of the tower; `auto`: the fastest that is close to float32. A text tower runs in
             16 bits where this is float8 or int8.
-        backend: `torch`, `openvino` (CPUs), `fused` (GPUs); `auto`: the fastest that the device has.
+        backend: `torch`, `openvino` (CPUs), `fused` (GPUs); `auto`: the fastest that the device has. CLIP's
+            towers run on `torch` alone, and not in 8 bits.
         max_rows: rows in one pass; 0 leaves the choice to the runner.
         threads: CPU threads; 0: all cores.
         cache: where converted models are kept between starts; None: nowhere.
@@ -59,6 +61,20 @@ class Plan:
     calibration: Path | None = None
     heatmap_blocks: int = 2
     heatmap_vectors: int = 32
+
+    def for_clip(self) -> Plan:
+        """The same for a tower of CLIP.
+
+        Raises:
+            SettingsError: these towers do not run so.
+        """
+        if self.backend not in ("auto", "torch"):
+            raise SettingsError(f"backend {self.backend}: runs SigLIP's towers only; torch runs CLIP's")
+        if self.dtype in ("float8", "int8"):
+            raise SettingsError(
+                f"dtype {self.dtype}: for SigLIP's towers only; float32, bfloat16 and float16 are for CLIP's"
+            )
+        return replace(self, backend="torch")
 
     def resolve(self) -> Plan:
         """The same without `auto`.
@@ -128,8 +144,8 @@ class VisionEngine:
         SettingsError: this device cannot run that.
     """
 
-    def __init__(self, tower: VisionTower, image: ImageConfig, plan: Plan) -> None:
-        self.plan = _prepare(plan)
+    def __init__(self, tower: AnyVisionTower, image: ImageConfig, plan: Plan) -> None:
+        self.plan = _prepare(plan, tower)
         # Before the runner takes the tower over and packs its weights.
         self._explainer = explainer_of(tower, self.plan.heatmap_blocks, self.plan.heatmap_vectors)
         runner = _vision_runner(tower, image, self.plan)
@@ -146,9 +162,9 @@ class VisionEngine:
 
         Args:
             pixels: [N, S, S, 3] RGB, at least one row.
-            outputs: which of `OUTPUTS` to compute. EMBEDDING [N, D] is the reference's
-                `pooler_output`, MEAN_EMBEDDING [N, D] the mean over the patch tokens,
-                PATCH_EMBEDDINGS [N, T, D] the reference's `last_hidden_state`; none is normalised.
+            outputs: which of `OUTPUTS` to compute. EMBEDDING [N, E] is the reference's `pooler_output`, of
+                CLIP with the projection; PATCH_EMBEDDINGS [N, T, D] is its `last_hidden_state`, of CLIP
+                without the class token; MEAN_EMBEDDING [N, D] the mean over these. None is normalised.
         """
         wanted = [name for name in OUTPUTS if name in set(outputs)]
         return in_passes(pixels, self.runner.max_rows, lambda part: self.runner(part, wanted))
@@ -158,7 +174,7 @@ class VisionEngine:
 
         Args:
             pixels: [1, S, S, 3] RGB.
-            vectors: [P, D], in the space of the embeddings.
+            vectors: [P, E], in the space of the embeddings.
 
         Raises:
             DeviceMemoryError: there is no memory for so many vectors.
@@ -176,7 +192,7 @@ class Explained:
     Attributes:
         maps: [P, T]; with `unattributed` its sums are the scores, <vector, embedding> / |embedding|.
         unattributed: [P].
-        embedding: [D], not normalised.
+        embedding: [E], not normalised.
     """
 
     maps: NDArray[np.float32]
@@ -187,16 +203,21 @@ class Explained:
 class TextEngine:
     """Token ids -> float32 embeddings; arguments as for `VisionEngine`."""
 
-    def __init__(self, tower: TextTower, plan: Plan) -> None:
-        self.plan = _prepare(plan)
+    def __init__(self, tower: AnyTextTower, plan: Plan) -> None:
+        self.plan = _prepare(plan, tower)
         self.runner = _text_runner(tower, self.plan)
 
     def __call__(self, ids: NDArray[np.int64]) -> Batch:
-        """EMBEDDING [N, P], the reference's `pooler_output`, of ids [N, T]; at least one row."""
+        """EMBEDDING [N, E], the reference's `pooler_output`, of CLIP with the projection, of ids [N, T].
+
+        There is at least one row.
+        """
         return in_passes(ids, self.runner.max_rows, lambda part: self.runner(part, ["EMBEDDING"]))
 
 
-def _vision_runner(tower: VisionTower, image: ImageConfig, plan: Plan) -> VisionRunner:
+def _vision_runner(tower: AnyVisionTower, image: ImageConfig, plan: Plan) -> VisionRunner:
+    if isinstance(tower, ClipVisionTower) or plan.backend == "torch":
+        return PlainVision(tower, image, torch.device(plan.device), _dtype(plan), plan.max_rows)
     if plan.backend == "fused":
         from siglip_serve.engine.blocks import Levers
         from siglip_serve.engine.fused import FusedVision
@@ -204,23 +225,21 @@ def _vision_runner(tower: VisionTower, image: ImageConfig, plan: Plan) -> Vision
         levers = Levers(float8=plan.dtype == "float8")
         device, blocks = torch.device(plan.device), min(plan.heatmap_blocks, len(tower.encoder.layers))
         return FusedVision(tower, image, device, _dtype(plan), levers, plan.max_rows, blocks)
-    if plan.backend == "openvino":
-        from siglip_serve.engine.openvino import OpenVinoVision
+    from siglip_serve.engine.openvino import OpenVinoVision
 
-        return OpenVinoVision(tower, image, plan)
-    return PlainVision(tower, image, torch.device(plan.device), _dtype(plan), plan.max_rows)
+    return OpenVinoVision(tower, image, plan)
 
 
-def _text_runner(tower: TextTower, plan: Plan) -> Runner:
+def _text_runner(tower: AnyTextTower, plan: Plan) -> Runner:
+    if isinstance(tower, ClipTextTower) or plan.backend == "torch":
+        return PlainText(tower, torch.device(plan.device), _dtype(plan), plan.max_rows)
     if plan.backend == "fused":
         from siglip_serve.engine.fused import FusedText
 
         return FusedText(tower, torch.device(plan.device), _dtype(plan), plan.max_rows)
-    if plan.backend == "openvino":
-        from siglip_serve.engine.openvino import OpenVinoText
+    from siglip_serve.engine.openvino import OpenVinoText
 
-        return OpenVinoText(tower, plan)
-    return PlainText(tower, torch.device(plan.device), _dtype(plan), plan.max_rows)
+    return OpenVinoText(tower, plan)
 
 
 def _dtype(plan: Plan) -> torch.dtype:
@@ -228,9 +247,9 @@ def _dtype(plan: Plan) -> torch.dtype:
     return _TORCH.get(plan.dtype, torch.bfloat16)
 
 
-def _prepare(plan: Plan) -> Plan:
+def _prepare(plan: Plan, tower: AnyVisionTower | AnyTextTower) -> Plan:
     """The plan without `auto`, with its GPU as the current one: streams, graphs and kernels are its."""
-    plan = plan.resolve()
+    plan = (plan.for_clip() if isinstance(tower, ClipVisionTower | ClipTextTower) else plan).resolve()
     if plan.device != "cpu":
         torch.cuda.set_device(plan.device)
     return plan
