@@ -190,7 +190,10 @@ class ExplainVectors:
 
 
 class ExplainMapper:
-    """`explain_maps`: what was found -> HEATMAPS, SCORES, UNATTRIBUTED and PATCH_MAPS."""
+    """`explain_maps`: what was found -> HEATMAPS, SCORES, UNATTRIBUTED, PATCH_MAPS.
+
+    HEAT are PATCH_MAPS scaled to 0 to 1 as NORMALIZE says, each by itself where that is `none`.
+    """
 
     def __init__(self, context: Context) -> None:
         self._refusals = context.refusals
@@ -217,15 +220,16 @@ class ExplainMapper:
             "HEATMAPS": view.place(normalize(maps, plan.normalization), plan.height, plan.width),
             "SCORES": (prompts @ unit).astype(np.float32),
             "UNATTRIBUTED": unattributed.astype(np.float32),
-            "PATCH_MAPS": np.ascontiguousarray(maps),
+            "PATCH_MAPS": maps,
+            "HEAT": normalize(maps, "prompt" if plan.normalization == "none" else plan.normalization),
         }
 
 
 class ExplainOverlays:
-    """`explain_overlays`: PATCH_MAPS, PLAN and INPUT_IMAGE -> OVERLAY [P], PNG files: maps over the image.
+    """`explain_overlays`: HEAT [P, G, G], PLAN, INPUT_IMAGE -> OVERLAY [P], PNG files: maps over the image.
 
-    Optional COLORMAP [1] BYTES and OPACITY [1] FP32. Maps are scaled to 0 to 1 as NORMALIZE says, each by
-    itself where that is `none`. With the parameter `base64_encoded` the files are base64 text, as the image.
+    Optional COLORMAP [1] BYTES and OPACITY [1] FP32. With the parameter `base64_encoded` the files are
+    base64 text, as the image.
     """
 
     def __init__(self, context: Context) -> None:
@@ -242,7 +246,7 @@ class ExplainOverlays:
         plan, side = _Plan.of(request), self._context.config.vision.grid_size
         colormap, opacity = _choice(request, "COLORMAP", COLORMAPS), _opacity(request)
         encoded = request.flag("base64_encoded")
-        maps = request.array("PATCH_MAPS", [side, side], np.float32)
+        heat = request.array("HEAT", [side, side], np.float32)
         view = _view(self._context, request.array("IMAGE_SIZE", [2], np.int32)[0])
         height, width = plan.height, plan.width
 
@@ -252,12 +256,11 @@ class ExplainOverlays:
         picture = Image.fromarray(map_rows("INPUT_IMAGE", request.strings("INPUT_IMAGE"), read)[0])
         picture = picture.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
         seen = view.seen(height, width)
-        scaled = normalize(maps, "prompt" if plan.normalization == "none" else plan.normalization)
-        files = np.empty(len(maps), dtype=np.object_)
-        for index in range(len(maps)):  # one at a time, so that only one lies in memory
-            heat = view.place(scaled[index : index + 1], height, width)[0]
+        files = np.empty(len(heat), dtype=np.object_)
+        for index in range(len(heat)):  # one at a time, so that only one lies in memory
+            placed = view.place(heat[index : index + 1], height, width)[0]
             file = io.BytesIO()
-            overlay(picture, heat, seen, colormap, opacity).save(file, "PNG", compress_level=1)
+            overlay(picture, placed, seen, colormap, opacity).save(file, "PNG", compress_level=1)
             files[index] = base64.b64encode(file.getvalue()) if encoded else file.getvalue()
         return {"OVERLAY": files}
 

@@ -8,7 +8,7 @@ from siglip_serve import explain_handlers, serving
 
 
 class TritonPythonModel:
-    """PATCH_MAPS [P, G, G], INPUT_IMAGE [1, 1] -> OVERLAY [P], PNG files."""
+    """HEAT [P, G, G], INPUT_IMAGE [1, 1] -> OVERLAY [P], PNG files."""
 
     @staticmethod
     def auto_complete_config(config: Any) -> Any:
