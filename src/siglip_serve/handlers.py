@@ -163,6 +163,10 @@ class VisionEmbedder:
             raise InvalidInputError(f"PIXEL_VALUES: {len(pixels)} images with vectors, expected one")
         rows = request.shape("PROMPT_VECTORS")[1:2]
         vectors = request.array("PROMPT_VECTORS", [*rows, *self._width], np.float32)[0]
+        if not len(vectors):
+            raise InvalidInputError("PROMPT_VECTORS: no vectors, expected at least one")
+        if not np.isfinite(vectors).all():
+            raise InvalidInputError("PROMPT_VECTORS: not all finite")
         begin = time.perf_counter()
         found = self._engine.explain(pixels, vectors)
         self._meter.add(1, time.perf_counter() - begin)
