@@ -319,7 +319,7 @@ def test_the_tower_refuses_what_does_not_go_together(grpc: GrpcCaller) -> None:
         ((pixels[:1], vectors, ("MEAN_EMBEDDING",)), "MEAN_EMBEDDING: not of requests with"),
         ((pixels, np.concatenate([vectors] * 2), ("PATCH_MAPS",)), "PIXEL_VALUES: 2 images with vectors"),
         ((pixels, vectors, ("PATCH_MAPS",)), "batch size does not match"),
-        ((pixels[:1], vectors[..., :-1], ("PATCH_MAPS",)), "PROMPT_VECTORS: got float32"),
+        ((pixels[:1], vectors[..., :-1], ("PATCH_MAPS",)), "input 'PROMPT_VECTORS'"),
         ((pixels[:1], vectors[:, :0], ("PATCH_MAPS",)), "PROMPT_VECTORS: no vectors, expected at least one"),
         ((pixels[:1], np.full_like(vectors, np.nan), ("PATCH_MAPS",)), "PROMPT_VECTORS: not all finite"),
     ):
