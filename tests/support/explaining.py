@@ -67,7 +67,7 @@ def corner() -> Image.Image:
     side = min(drawing.size)
     left, part = (drawing.width - side) // 2, _SIDE * 2 // 5
     drawing = drawing.crop((left, 0, left + side, side)).resize((part, part), Image.Resampling.LANCZOS)
-    square = Image.new("RGB", (_SIDE, _SIDE), drawing.getpixel((0, 0)))  # type: ignore[arg-type]
+    square = Image.new("RGB", (_SIDE, _SIDE), drawing.getpixel((0, 0)))
     square.paste(drawing, (_SIDE - part, 0))
     return square
 

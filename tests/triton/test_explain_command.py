@@ -27,8 +27,8 @@ def test_grid_arrays_and_table(
     scheme: str, server: TritonServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output, arrays = tmp_path / "grid.png", tmp_path / "arrays"
-    words = ["--prompt", "dog", "--prompt", "a slice of pizza", "-o", output, "--npz", arrays]
-    assert run(server, DOG, *words, scheme=scheme) == 0
+    both = ["--prompt", "dog", "--prompt", "a slice of pizza"]
+    assert run(server, DOG, *both, "-o", output, "--npz", arrays, scheme=scheme) == 0
     with Image.open(output) as grid:
         assert grid.format == "PNG"
         assert grid.width > 800  # the picture and a map beside it

@@ -30,9 +30,9 @@ def grpc(server: TritonServer) -> GrpcCaller:
     return GrpcCaller(server.grpc_url)
 
 
-def refusal(call: Callable[[], Any]) -> str:
+def refusal(call: Callable[..., Any], *arguments: Any, **named: Any) -> str:
     with pytest.raises(InferenceServerException) as caught:
-        call()
+        call(*arguments, **named)
     assert caught.value.status() in {"StatusCode.INVALID_ARGUMENT", "400"}, caught.value
     message = str(caught.value.message())
     assert "Traceback" not in message
@@ -92,7 +92,7 @@ def test_refused(request_: dict[str, Any], expected: str, grpc: GrpcCaller) -> N
     """With overlays and without, since these are painted by a step that is left out otherwise."""
     asked: dict[str, Any] = {"image": SMALL, "prompts": ["dog"], **request_}
     for outputs in (MAPS, EVERY):
-        found = refusal(lambda outputs=outputs: explain(grpc, **{"outputs": outputs, **asked}))
+        found = refusal(explain, grpc, **{"outputs": outputs, **asked})
         assert expected in found
     assert np.isfinite(explain(grpc, SMALL, ["dog"])["SCORES"]).all()
 
@@ -111,7 +111,7 @@ def test_wrong_types_are_refused(grpc: GrpcCaller) -> None:
         wrong = module.InferInput(name, list(array.shape), kind)
         wrong.set_data_from_numpy(array)
         inputs = [one for one in made if one.name() != name] + [wrong]
-        assert name in refusal(lambda inputs=inputs: grpc.client.infer("explain_image", inputs))
+        assert name in refusal(grpc.client.infer, "explain_image", inputs)
 
 
 def test_what_is_too_long_may_be_cut(grpc: GrpcCaller) -> None:
@@ -146,7 +146,7 @@ def test_the_largest_answer_there_is(grpc: GrpcCaller) -> None:
     found = explain(grpc, SMALL, ["dog"] * 199 + ["cat"], SIZE=[side, side])["HEATMAPS"]
     assert found.shape == (200, side, side)
     assert np.isfinite(found).all()
-    message = refusal(lambda: explain(grpc, SMALL, ["dog"] * 200, SIZE=[side + 1, side + 1]))
+    message = refusal(explain, grpc, SMALL, ["dog"] * 200, SIZE=[side + 1, side + 1])
     assert f"SIZE: 200 maps of {side + 1}x{side + 1}" in message
     # Without SIZE they become smaller instead.
     large = encode(photo(1200, 900), "JPEG")
@@ -299,9 +299,9 @@ def test_requests_with_and_without_vectors_share_the_tower(grpc: GrpcCaller) -> 
         for name, array in alone[index].items():
             np.testing.assert_allclose(found[name], array, rtol=1e-3, atol=1e-3)
     maps = alone[0]
-    embedding, vectors = maps["EMBEDDING"][0], asked[0][1]
-    assert vectors is not None
-    scores = vectors[0] @ embedding / np.linalg.norm(embedding)
+    embedding, explained = maps["EMBEDDING"][0], asked[0][1]
+    assert explained is not None
+    scores = explained[0] @ embedding / np.linalg.norm(embedding)
     np.testing.assert_allclose(maps["PATCH_MAPS"][0].sum(-1) + maps["UNATTRIBUTED"][0], scores, atol=1e-4)
 
 
@@ -323,5 +323,5 @@ def test_the_tower_refuses_what_does_not_go_together(grpc: GrpcCaller) -> None:
         ((pixels[:1], vectors[:, :0], ("PATCH_MAPS",)), "PROMPT_VECTORS: no vectors, expected at least one"),
         ((pixels[:1], np.full_like(vectors, np.nan), ("PATCH_MAPS",)), "PROMPT_VECTORS: not all finite"),
     ):
-        assert expected in refusal(lambda asked=asked: tower(grpc, *asked))
+        assert expected in refusal(tower, grpc, *asked)
     assert np.isfinite(tower(grpc, pixels[:1], vectors, ("PATCH_MAPS",))["PATCH_MAPS"]).all()

@@ -154,6 +154,7 @@ def test_the_grid_is_about_as_wide_as_a_screen(
 
 
 def test_an_explanation_without_overlays_is_refused() -> None:
-    bare = Explanation(("a",), *[np.zeros((1, 2, 2), dtype=np.float32)] * 4)
+    maps, scores = np.zeros((1, 2, 2), dtype=np.float32), np.zeros(1, dtype=np.float32)
+    bare = Explanation(("a",), maps, scores, maps, scores)
     with pytest.raises(ValueError, match="overlays=True"):
         heatmap_grid(Image.new("RGB", (4, 4)), bare)
