@@ -36,7 +36,7 @@ def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     loads("--concurrency", type=positive, nargs="+", default=[1, 4, 16, 64], help="requests in flight")
     loads("--rate", type=above_zero, nargs="+", help="requests a second, instead of --concurrency")
     add = parser.add_argument
-    models = "embed_image, embed_text, classify_image, or several: embed_image:8,embed_text:1"
+    models = "embed_image, embed_text, classify_image, explain_image, or several: embed_image:8,embed_text:1"
     add("--model", default="embed_image", help=f"{models} (default: %(default)s)")
     mix = "sizes of the pictures: WIDTHxHEIGHT:WEIGHT,..."
     add("--mix", default="500x375", help=f"{mix} (default: %(default)s)")

@@ -95,10 +95,16 @@ def _inputs(prompts: Sequence[str], options: ExplainOptions) -> list[Tensor]:
     if "normalize" in options:
         inputs.append(strings("NORMALIZE", "normalize", utf8("normalize", [options["normalize"]])))
     if "size" in options:
-        inputs.append(Tensor("SIZE", "INT32", (2,), np.array(options["size"], dtype=np.int32)))
-    if options.get("overlays"):
-        if "colormap" in options:
-            inputs.append(strings("COLORMAP", "colormap", utf8("colormap", [options["colormap"]])))
-        if "opacity" in options:
-            inputs.append(Tensor("OPACITY", "FP32", (1,), np.array([options["opacity"]], dtype=np.float32)))
+        inputs.append(Tensor("SIZE", "INT32", (2,), _size(options["size"])))
+    if "colormap" in options:
+        inputs.append(strings("COLORMAP", "colormap", utf8("colormap", [options["colormap"]])))
+    if "opacity" in options:
+        inputs.append(Tensor("OPACITY", "FP32", (1,), np.array([options["opacity"]], dtype=np.float32)))
     return inputs
+
+
+def _size(given: tuple[int, int]) -> NDArray[np.int32]:
+    sides = np.asarray(given)
+    if sides.shape != (2,) or sides.dtype.kind not in "iu" or not (sides > 0).all() or sides.max() >= 2**31:
+        raise ValueError(f"size: {given!r}, expected height and width, whole numbers of at least 1")
+    return sides.astype(np.int32)

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from siglip_serve_client._arguments import positive
 from siglip_serve_client._connection import add_connection, connected
 from siglip_serve_client._explain import COLORMAPS, MODES, NORMALIZATIONS, ExplainOptions, Explanation
 from siglip_serve_client._heatmap_pictures import heatmap_grid
+from siglip_serve_client._images import on_white
 
 __all__ = ["add_explain"]
 
@@ -23,9 +25,11 @@ def add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "explain",
         help="show where in a picture a prompt's score comes from",
         description="Draw a labelled grid: the picture, and a heatmap of each prompt with score and colours.",
-        epilog="In the mode relative a map shows what speaks for a prompt more than for the background: the "
-        "texts of --background, else the mean of all prompts, or of general words for a single prompt. "
-        "In the mode absolute it shows what adds to the cosine itself, which is much alike for all prompts.",
+        epilog="The table has, for each prompt, its cosine with the picture, and that as the sum of what is "
+        "in places and what has none. In the mode relative a map shows what speaks for a prompt more than "
+        "for the background: the texts of --background, else the mean of all prompts, or of general words "
+        "for a single prompt. In the mode absolute it shows what adds to the cosine itself, which is much "
+        "alike for all prompts.",
     )
     add = parser.add_argument
     add("image", type=Path, metavar="IMAGE", help="a picture file")
@@ -43,7 +47,8 @@ def add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         default=NORMALIZATIONS[1],
         help="one scale of colours for each prompt, or a joint one (default: %(default)s)",
     )
-    add("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of a map; default: the picture's")
+    size = "of a map, in pixels; default: the picture's, at most 512"
+    add("--size", type=positive, nargs=2, metavar=("HEIGHT", "WIDTH"), help=size)
     add("--colormap", choices=COLORMAPS, default=COLORMAPS[0], help="default: %(default)s")
     add("--opacity", type=float, default=0.5, help="of the maps, 0 to 1 (default: %(default)s)")
     add_connection(parser)
@@ -51,27 +56,38 @@ def add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _explain(options: argparse.Namespace) -> int:
-    if options.output.suffix.lower() not in Image.registered_extensions():
-        print(
-            f"siglip-serve: {options.output}: not a picture's ending, such as .png or .jpg", file=sys.stderr
-        )
-        return 2
     try:
+        _check_files(options)
         data = options.image.read_bytes()
+        with connected(options) as client:
+            found = client.explain(data, options.prompts, **_asked(options))
+        with Image.open(io.BytesIO(data)) as file:
+            picture = on_white(ImageOps.exif_transpose(file))
+        grid = heatmap_grid(picture, found, options.colormap, options.normalize == "joint")
+        grid.save(options.output)
+        if options.npz:
+            _save(options.npz, found)
     except OSError as error:
-        print(f"siglip-serve: {options.image}: {error.strerror}", file=sys.stderr)
+        where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"siglip-serve: {where}", file=sys.stderr)
         return 2
-    with connected(options) as client:
-        found = client.explain(data, options.prompts, **_asked(options))
-    with Image.open(io.BytesIO(data)) as file:
-        picture = ImageOps.exif_transpose(file).convert("RGB")
-    joint = options.normalize == "joint"
-    heatmap_grid(picture, found, options.colormap, joint).save(options.output)
-    if options.npz:
-        _save(options.npz, found)
     _print(found)
     print(f"{options.output}: {len(found.prompts)} heatmaps")
     return 0
+
+
+def _check_files(options: argparse.Namespace) -> None:
+    """What can be known before anything runs.
+
+    Raises:
+        OSError: the message says what is wrong with which file.
+    """
+    kind = Image.registered_extensions().get(options.output.suffix.lower())
+    if kind not in Image.SAVE:
+        raise OSError(f"{options.output}: not a picture's ending, such as .png or .jpg")
+    for path in (options.output, options.npz):
+        if path and not path.parent.is_dir():
+            raise OSError(f"{path}: there is no folder {path.parent}")
 
 
 def _asked(options: argparse.Namespace) -> ExplainOptions:
@@ -92,14 +108,15 @@ def _asked(options: argparse.Namespace) -> ExplainOptions:
 
 
 def _save(path: Path, found: Explanation) -> None:
-    np.savez_compressed(
-        path,
-        prompts=np.array(found.prompts),
-        heatmaps=found.heatmaps,
-        patch_maps=found.patch_maps,
-        scores=found.scores,
-        unattributed=found.unattributed,
-    )
+    with path.open("wb") as file:  # by its name alone, NumPy would add an ending
+        np.savez_compressed(
+            file,
+            prompts=np.array(found.prompts),
+            heatmaps=found.heatmaps,
+            patch_maps=found.patch_maps,
+            scores=found.scores,
+            unattributed=found.unattributed,
+        )
 
 
 def _print(found: Explanation) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-__all__ = ["ColorOrder", "ImageLike", "encoded", "raw"]
+__all__ = ["ColorOrder", "ImageLike", "encoded", "on_white", "raw"]
 
 ColorOrder: TypeAlias = Literal["RGB", "BGR"]
 ImageLike: TypeAlias = bytes | str | Path | Image.Image | NDArray[np.uint8]
@@ -62,7 +62,7 @@ def raw(
                 f"{name}: PIL image of mode {image.mode} and {width}x{height} pixels, "
                 "expected 8 bits a channel and at least 1x1"
             )
-        return np.asarray(_on_white(image)), "RGB"
+        return np.asarray(on_white(image)), "RGB"
     if not isinstance(image, np.ndarray):
         raise TypeError(
             f"{name}: {type(image).__name__}, expected bytes, a path, a PIL image or a NumPy array"
@@ -81,7 +81,8 @@ def raw(
     return pixels, color_order
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def on_white(image: Image.Image) -> Image.Image:
+    """Mode RGB, transparency on white."""
     if image.has_transparency_data:
         visible = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), visible)

@@ -1,10 +1,11 @@
 """What the Triton models of `explain_image` answer; one class a model, used by its `model.py`.
 
-The steps run one after the other: image, prompts, text embeddings, vectors, the vision model, maps.
+The steps run one after the other: image, prompts, text embeddings, vectors, the vision model, maps, overlays.
 """
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from siglip_serve.errors import InvalidInputError
 from siglip_serve.handlers import image_reader, read_labels, read_templates
 from siglip_serve.heatmap_image import (
     COLORMAPS,
+    MOST_VALUES,
     NORMALIZATIONS,
     Normalization,
     View,
@@ -32,10 +34,10 @@ from siglip_serve.resize import shown
 from siglip_serve.serving import Context, Outputs, Request, map_rows, readable_start, respond_each
 from siglip_serve.tokenizer import load_tokenizer
 
-__all__ = ["ExplainMapper", "ExplainPrompter", "ExplainVectors"]
+__all__ = ["ExplainMapper", "ExplainOverlays", "ExplainPrompter", "ExplainVectors"]
 
 _MOST_PROMPTS = 1024
-_MOST_VALUES = 2**26
+_MOST_TEXTS = 65_536  # of the text tower's step
 _MODES = ("relative", "absolute")
 # What one prompt is compared with, where nothing else is named: things that pictures show at all.
 _BACKGROUND = (
@@ -82,11 +84,12 @@ class _Plan:
 
 
 class ExplainPrompter:
-    """`explain_prompts`: all that is asked of an image, checked -> INPUT_TEXT [n, 1] BYTES, PLAN [6] INT32.
+    """`explain_prompts`: all that is asked of an image, checked -> INPUT_IDS [n, T] INT64, PLAN [6] INT32.
 
     PROMPTS [P], optional TEMPLATE [K], BACKGROUND [Q], MODE [1], NORMALIZE [1] BYTES and SIZE [2] INT32. The
-    texts are each prompt, then each text of the background, in each template. IMAGE_SIZE [1, 2] INT32, height
-    and width, makes the step wait for the image.
+    ids are those of each prompt, then of each text of the background, in each template. IMAGE_SIZE [1, 2]
+    INT32, height and width, makes the step wait for the image. COLORMAP [1] BYTES and OPACITY [1] FP32 are
+    only checked, before the towers work for nothing.
     """
 
     def __init__(self, context: Context) -> None:
@@ -107,21 +110,22 @@ class ExplainPrompter:
         prompts = read_labels(request, "PROMPTS", self._max_bytes)
         templates = read_templates(request, self._max_bytes)
         relative = _choice(request, "MODE", _MODES) == "relative"
-        background = self._background(request, prompts, relative)
-        if len(prompts) + len(background) > _MOST_PROMPTS:
-            raise InvalidInputError(
-                f"PROMPTS: {len(prompts)} prompts and {len(background)} texts of BACKGROUND, "
-                f"expected at most {_MOST_PROMPTS}"
-            )
-        texts = self._texts(request, "PROMPTS", prompts, templates)
-        texts += self._texts(request, "BACKGROUND", background, templates)
         normalization = cast(Normalization, _choice(request, "NORMALIZE", NORMALIZATIONS))
+        background = self._background(request, prompts, relative)
+        texts = len(prompts) + len(background)
+        if texts > _MOST_PROMPTS or texts * len(templates) > _MOST_TEXTS:
+            raise InvalidInputError(
+                f"PROMPTS: {len(prompts)} prompts and {len(background)} texts of BACKGROUND in "
+                f"{len(templates)} templates, expected at most {_MOST_PROMPTS} prompts and texts, and "
+                f"{_MOST_TEXTS} with their templates"
+            )
         height, width = self._size(request, size[0], len(prompts))
+        _choice(request, "COLORMAP", COLORMAPS)
+        _opacity(request)
+        ids = self._ids(request, "PROMPTS", prompts, templates)
+        ids += self._ids(request, "BACKGROUND", background, templates)
         plan = _Plan(len(prompts), len(templates), relative, normalization, height, width)
-        return {
-            "INPUT_TEXT": np.array(texts, dtype=np.object_).reshape(-1, 1),
-            "PLAN": plan.tensor(),
-        }
+        return {"INPUT_IDS": np.stack(ids), "PLAN": plan.tensor()}
 
     def _background(self, request: Request, prompts: Sequence[str], relative: bool) -> list[str]:
         if request.has("BACKGROUND"):
@@ -130,31 +134,29 @@ class ExplainPrompter:
             return read_labels(request, "BACKGROUND", self._max_bytes)
         return list(_BACKGROUND) if relative and len(prompts) == 1 else []
 
-    def _texts(
+    def _ids(
         self, request: Request, name: str, labels: Sequence[str], templates: Sequence[str]
-    ) -> list[bytes]:
-        """Each label in each template; one that does not fit the text tower is named by its own index."""
+    ) -> list[NDArray[np.int64]]:
+        """Of each label in each template; one that does not fit the text tower is named by its own index."""
         truncation = request.flag("truncation")
-        texts = []
+        ids = []
         for index, label in enumerate(labels):
             for template in templates:
-                text = template.replace("{}", label)
                 try:
-                    self._tokenizer.encode(text, truncation)
+                    ids.append(self._tokenizer(template.replace("{}", label), truncation))
                 except InvalidInputError as error:
                     raise error.at(name, index) from error
-                texts.append(text.encode())
-        return texts
+        return ids
 
     def _size(self, request: Request, image: NDArray[np.int32], prompts: int) -> tuple[int, int]:
         asked = request.optional("SIZE", 2, np.int32)
         if asked is None:
             return default_size(_view(self._context, image), prompts)
         height, width = map(int, asked)
-        if min(height, width) < 1 or prompts * height * width > _MOST_VALUES:
+        if min(height, width) < 1 or prompts * height * width > MOST_VALUES:
             raise InvalidInputError(
                 f"SIZE: {prompts} maps of {height}x{width}, expected sides of at least 1 and "
-                f"at most {_MOST_VALUES} values in all"
+                f"at most {MOST_VALUES} values in all"
             )
         return height, width
 
@@ -189,12 +191,14 @@ class ExplainVectors:
 
 
 class ExplainMapper:
-    """`explain_maps`: what was found -> HEATMAPS, SCORES, UNATTRIBUTED, PATCH_MAPS and OVERLAY."""
+    """`explain_maps`: what was found -> HEATMAPS, SCORES, UNATTRIBUTED, PATCH_MAPS.
+
+    HEAT are PATCH_MAPS scaled to 0 to 1 as NORMALIZE says, each by itself where that is `none`.
+    """
 
     def __init__(self, context: Context) -> None:
         self._refusals = context.refusals
         self._context = context
-        self._preprocess, self._limits = image_reader(context)
         self._width = tensor_dims(context.config)["EMBEDDING"]
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
@@ -203,50 +207,63 @@ class ExplainMapper:
 
     def _map(self, request: Request) -> Outputs:
         plan, side = _Plan.of(request), self._context.config.vision.grid_size
-        colormap, opacity = _choice(request, "COLORMAP", COLORMAPS), _opacity(request)
         maps = request.array("FOUND_MAPS", [plan.prompts, side * side], np.float32)
         maps = maps.reshape(plan.prompts, side, side)
         embedding = request.array("EMBEDDING", self._width, np.float32)[0]
         prompts = request.array("PROMPT_EMBEDDING", self._width, np.float32)
         vectors = request.array("PROMPT_VECTORS", [plan.prompts, *self._width], np.float32)[0]
         unit = embedding / np.linalg.norm(embedding)
-        scores = prompts @ unit
         # In the mode `relative` what all prompts share has no place either.
         unattributed = request.array("FOUND_UNATTRIBUTED", [plan.prompts], np.float32)[0]
         unattributed = unattributed + (prompts - vectors) @ unit
         view = _view(self._context, request.array("IMAGE_SIZE", [2], np.int32)[0])
-        heatmaps = view.place(normalize(maps, plan.normalization), plan.height, plan.width)
-        outputs: dict[str, NDArray[Any]] = {
-            "HEATMAPS": heatmaps,
-            "SCORES": scores.astype(np.float32),
+        return {
+            "HEATMAPS": view.place(normalize(maps, plan.normalization), plan.height, plan.width),
+            "SCORES": (prompts @ unit).astype(np.float32),
             "UNATTRIBUTED": unattributed.astype(np.float32),
-            "PATCH_MAPS": np.ascontiguousarray(maps),
+            "PATCH_MAPS": maps,
+            "HEAT": normalize(maps, "prompt" if plan.normalization == "none" else plan.normalization),
         }
-        wanted = request.wanted()
-        if "OVERLAY" in wanted:
-            how = "prompt" if plan.normalization == "none" else plan.normalization
-            heat = view.place(normalize(maps, how), plan.height, plan.width)
-            outputs["OVERLAY"] = self._paint(request, heat, view, colormap, opacity)
-        return {name: outputs[name] for name in wanted}
 
-    def _paint(
-        self, request: Request, heat: NDArray[np.float32], view: View, colormap: str, opacity: float
-    ) -> NDArray[np.object_]:
+
+class ExplainOverlays:
+    """`explain_overlays`: HEAT [P, G, G], PLAN, INPUT_IMAGE -> OVERLAY [P], PNG files: maps over the image.
+
+    Optional COLORMAP [1] BYTES and OPACITY [1] FP32. With the parameter `base64_encoded` the files are
+    base64 text, as the image.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._refusals = context.refusals
+        self._context = context
+        # Not as the settings say: to look at, Pillow's pixels are as good, and need no torch in this process.
+        self._preprocess, self._limits = image_reader(context, "pil")
+
+    def answer(self, requests: Sequence[Any]) -> list[Any]:
+        """One response a request."""
+        return respond_each(requests, self._paint, self._refusals)
+
+    def _paint(self, request: Request) -> Outputs:
+        plan, side = _Plan.of(request), self._context.config.vision.grid_size
+        colormap, opacity = _choice(request, "COLORMAP", COLORMAPS), _opacity(request)
         encoded = request.flag("base64_encoded")
+        heat = request.array("HEAT", [side, side], np.float32)
+        view = _view(self._context, request.array("IMAGE_SIZE", [2], np.int32)[0])
+        height, width = plan.height, plan.width
 
         def read(row: bytes) -> NDArray[Any]:
             return self._preprocess.decode(decode_base64(row, self._limits) if encoded else row)
 
         picture = Image.fromarray(map_rows("INPUT_IMAGE", request.strings("INPUT_IMAGE"), read)[0])
-        height, width = heat.shape[1:]
         picture = picture.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
         seen = view.seen(height, width)
         files = np.empty(len(heat), dtype=np.object_)
-        for index, one in enumerate(heat):
+        for index in range(len(heat)):  # one at a time, so that only one lies in memory
+            placed = view.place(heat[index : index + 1], height, width)[0]
             file = io.BytesIO()
-            overlay(picture, one, seen, colormap, opacity).save(file, "PNG", compress_level=1)
-            files[index] = file.getvalue()
-        return files
+            overlay(picture, placed, seen, colormap, opacity).save(file, "PNG", compress_level=1)
+            files[index] = base64.b64encode(file.getvalue()) if encoded else file.getvalue()
+        return {"OVERLAY": files}
 
 
 def _choice(request: Request, name: str, choices: Sequence[str]) -> str:

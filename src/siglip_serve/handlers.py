@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from siglip_serve import zero_shot
 from siglip_serve.checkpoint import tensor_dims
-from siglip_serve.config import available_cores
+from siglip_serve.config import PreprocessMode, available_cores
 from siglip_serve.errors import InvalidInputError, ParameterError
 from siglip_serve.pooling import l2_normalize
 from siglip_serve.serving import (
@@ -95,21 +95,22 @@ class ImageReader:
         return {"PIXEL_VALUES": read, "IMAGE_SIZE": np.array(sizes, dtype=np.int32)}
 
 
-def image_reader(context: Context) -> tuple[Preprocessor, ImageLimits]:
-    """What reads images in a model process of its own, and within which limits."""
+def image_reader(context: Context, mode: PreprocessMode | None = None) -> tuple[Preprocessor, ImageLimits]:
+    """What reads images in a model process of its own, in this mode or the settings', and its limits."""
     from PIL import AvifImagePlugin, Image
 
     from siglip_serve.preprocess import ImageLimits, Preprocessor
 
     settings = context.settings
-    if settings.preprocess == "fast":
+    mode = mode or settings.preprocess
+    if mode == "fast":
         import torch
 
         torch.set_num_threads(1)  # the other cores belong to the other instances
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     Image.MAX_IMAGE_PIXELS = None  # our own limit stands in its place, at the same point: the header
     limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
-    return Preprocessor(context.config.image, settings.preprocess, limits), limits
+    return Preprocessor(context.config.image, mode, limits), limits
 
 
 class VisionEmbedder:
@@ -162,6 +163,10 @@ class VisionEmbedder:
             raise InvalidInputError(f"PIXEL_VALUES: {len(pixels)} images with vectors, expected one")
         rows = request.shape("PROMPT_VECTORS")[1:2]
         vectors = request.array("PROMPT_VECTORS", [*rows, *self._width], np.float32)[0]
+        if not len(vectors):
+            raise InvalidInputError("PROMPT_VECTORS: no vectors, expected at least one")
+        if not np.isfinite(vectors).all():
+            raise InvalidInputError("PROMPT_VECTORS: not all finite")
         begin = time.perf_counter()
         found = self._engine.explain(pixels, vectors)
         self._meter.add(1, time.perf_counter() - begin)

@@ -14,7 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-__all__ = ["COLORMAPS", "NORMALIZATIONS", "Normalization", "View", "default_size", "normalize", "overlay"]
+__all__ = [
+    "COLORMAPS",
+    "MOST_VALUES",
+    "NORMALIZATIONS",
+    "Normalization",
+    "View",
+    "default_size",
+    "normalize",
+    "overlay",
+]
 
 Maps = NDArray[np.float32]
 Normalization = Literal["none", "prompt", "joint"]
@@ -22,8 +31,10 @@ Normalization = Literal["none", "prompt", "joint"]
 NORMALIZATIONS: tuple[Normalization, ...] = ("none", "prompt", "joint")
 # Two of these can be told apart whatever colours one sees.
 COLORMAPS = ("jet", "viridis", "cividis")
+MOST_VALUES = 2**24  # of all maps of a request: 64 MiB
 _DEFAULT_SIDE = 512
-_DEFAULT_VALUES = 2**24
+# A map that varies less over its picture than float32 resolves is level, and not to be blown up to 0 to 1.
+_LEAST_RANGE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -59,9 +70,7 @@ class View:
 def default_size(view: View, prompts: int) -> tuple[int, int]:
     """Height and width of maps unless others are asked for: the picture's own, or smaller if that is much."""
     pixels = view.width * view.height
-    scale = min(
-        1.0, _DEFAULT_SIDE / max(view.width, view.height), (_DEFAULT_VALUES / prompts / pixels) ** 0.5
-    )
+    scale = min(1.0, _DEFAULT_SIDE / max(view.width, view.height), (MOST_VALUES / prompts / pixels) ** 0.5)
     return max(1, round(view.height * scale)), max(1, round(view.width * scale))
 
 
@@ -76,7 +85,7 @@ def normalize(maps: Maps, how: Normalization) -> Maps:
         return maps
     axes = tuple(range(0 if how == "joint" else 1, maps.ndim))
     low, high = maps.min(axis=axes, keepdims=True), maps.max(axis=axes, keepdims=True)
-    return np.asarray((maps - low) / np.maximum(high - low, np.finfo(np.float32).tiny), dtype=np.float32)
+    return np.asarray((maps - low) / np.maximum(high - low, _LEAST_RANGE), dtype=np.float32)
 
 
 def overlay(
@@ -96,16 +105,19 @@ def overlay(
         opacity: 0 to 1, of the map.
     """
     height, width = heat.shape
-    ground = np.asarray(picture.convert("RGB").resize((width, height), Image.Resampling.BILINEAR), np.float32)
-    colors = _table(colormap)[np.clip(np.rint(heat * 255), 0, 255).astype(np.uint8)]
-    alpha = np.float32(opacity) * seen[..., None]
-    return Image.fromarray(np.rint(ground + (colors - ground) * alpha).astype(np.uint8))
+    ground = picture.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+    colors = Image.fromarray(np.clip(np.rint(heat * 255), 0, 255).astype(np.uint8))
+    colors.putpalette(_palette(colormap))
+    mixed = Image.blend(ground, colors.convert("RGB"), opacity)
+    if seen.all():
+        return mixed
+    return Image.composite(mixed, ground, Image.fromarray(seen.astype(np.uint8) * 255))
 
 
 @lru_cache(maxsize=len(COLORMAPS))
-def _table(colormap: str) -> NDArray[np.float32]:
-    """[256, 3], 0 to 255."""
-    return np.asarray(cmap.Colormap(colormap).lut(256)[:, :3] * 255, dtype=np.float32)
+def _palette(colormap: str) -> bytes:
+    """Red, green and blue of 0 to 255, one after the other."""
+    return np.rint(cmap.Colormap(colormap).lut(256)[:, :3] * 255).astype(np.uint8).tobytes()
 
 
 def _centers(side: int, count: int) -> NDArray[np.float64]:

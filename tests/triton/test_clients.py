@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import io
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from explaining import MAPS, explain
 from images import encode, photo
 from numpy.typing import NDArray
 from PIL import Image
@@ -20,6 +22,7 @@ from siglip_serve_client import (
     Client,
     ClientError,
     DeadlineError,
+    Explanation,
     InvalidInputError,
     ServerError,
     UnavailableError,
@@ -146,6 +149,82 @@ def test_classify(run: Run) -> None:
         run("classify", dog, "dog")
 
 
+def test_explain(run: Run, server: TritonServer) -> None:
+    dog = TINY / "samples" / "dog.jpg"
+    found = run("explain", dog, LABELS)
+    plain = explain(GrpcCaller(server.grpc_url), dog.read_bytes(), LABELS)
+    assert isinstance(found, Explanation)
+    assert (found.prompts, found.overlays) == (tuple(LABELS), ())
+    for name in ("heatmaps", "scores", "patch_maps", "unattributed"):
+        array = getattr(found, name)
+        assert array.dtype == np.float32
+        np.testing.assert_allclose(array, plain[name.upper()], atol=1e-5)
+    total = found.patch_maps.sum((1, 2)) + found.unattributed
+    np.testing.assert_allclose(total, found.scores, atol=1e-5)
+    assert found.heatmaps.shape == (3, 300, 400)
+    assert found.scores.argmax() == 0
+
+
+def test_what_explain_is_told_reaches_the_server(run: Run, server: TritonServer) -> None:
+    pixels = photo(90, 70, 5)
+    options: dict[str, Any] = {
+        "templates": ["a photo of a {}.", "{}"],
+        "background": ["sky", "thing"],
+        "normalize": "joint",
+        "size": (30, 40),
+        "overlays": True,
+        "colormap": "viridis",
+        "opacity": 0.25,
+    }
+    wanted = explain(
+        GrpcCaller(server.grpc_url),
+        encode(pixels, "PNG"),
+        LABELS,
+        (*MAPS, "OVERLAY"),
+        TEMPLATE=options["templates"],
+        BACKGROUND=options["background"],
+        NORMALIZE=["joint"],
+        SIZE=[30, 40],
+        COLORMAP=["viridis"],
+        OPACITY=[0.25],
+    )
+    for image, order in ((pixels, None), (np.asarray(pixels), "RGB"), (np.asarray(pixels)[..., ::-1], "BGR")):
+        found = run("explain", image, LABELS, color_order=order, **options)
+        np.testing.assert_allclose(found.heatmaps, wanted["HEATMAPS"], atol=1e-4)
+        assert [overlay.size for overlay in found.overlays] == [(40, 30)] * 3
+    for overlay, file in zip(found.overlays, wanted["OVERLAY"], strict=True):
+        with Image.open(io.BytesIO(file)) as expected_overlay:
+            difference = np.asarray(overlay, dtype=int) - np.asarray(expected_overlay, dtype=int)
+        assert np.abs(difference).max() <= 2
+    absolute = run("explain", pixels, LABELS, mode="absolute", size=(5, 5))
+    assert np.abs(absolute.patch_maps.sum(0)).max() > 1e-4  # relative ones sum to 0
+
+
+def test_what_explain_refuses(run: Run) -> None:
+    picture = PICTURES[0]
+    for refused, message in (
+        ({"prompts": ["dog", ""]}, r"^PROMPTS\[1\]: the text is empty"),
+        ({"prompts": []}, r"^PROMPTS: no rows"),
+        ({"prompts": ["dog"], "mode": "other"}, "^MODE: got 'other'"),
+        ({"prompts": ["dog"], "colormap": "hot"}, "^COLORMAP: got 'hot'"),
+        ({"prompts": ["dog"], "opacity": 2}, "^OPACITY: got 2"),
+        ({"prompts": ["dog"], "size": (5000, 5000)}, "^SIZE: 1 maps of 5000x5000"),
+    ):
+        with pytest.raises(InvalidInputError, match=message):
+            run("explain", picture, **refused)
+    with pytest.raises(InvalidInputError, match=r"^INPUT_IMAGE\[0\]: not a decodable image"):
+        run("explain", b"no image", ["dog"])
+    with pytest.raises(TypeError, match="prompts: one str"):
+        run("explain", picture, "dog")
+    with pytest.raises(TypeError, match=r"background\[1\]: int"):
+        run("explain", picture, ["dog"], background=["sky", 3])
+    with pytest.raises(TypeError, match="no argument 'overlay'"):
+        run("explain", picture, ["dog"], overlay=True)
+    for size in ((5,), (5, 0), (5.5, 2), (2**31, 1), "55"):
+        with pytest.raises(ValueError, match="size: "):
+            run("explain", picture, ["dog"], size=size)
+
+
 def test_health(run: Run) -> None:
     assert run("check_health") == 128
 
@@ -259,7 +338,7 @@ def test_frames_through_shared_memory(tmp_path: Path) -> None:
     options = ServeOptions(
         ROOT / "model_repository",
         str(TINY),
-        models=("embed_image", "classify_image"),
+        models=("embed_image", "classify_image", "explain_image"),
         shared_memory=True,
         log_file=tmp_path / "log",
         settings={"dtype": "float32", "teams_checkpoint": str(JERSEY)},
@@ -274,6 +353,8 @@ def test_frames_through_shared_memory(tmp_path: Path) -> None:
                 close(np.stack(got), np.stack([wanted] * 20))  # type: ignore[arg-type]
                 with pytest.raises(InvalidInputError):
                     client.classify(frame, ["dog", ""], color_order="RGB")
+                found = client.explain(frame, ["dog"], overlays=True, color_order="RGB")
+                assert found.overlays[0].size == (400, 300)
             again = asyncio.run(
                 awaited(
                     url(server, scheme),

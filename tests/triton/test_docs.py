@@ -37,7 +37,9 @@ def test_block_runs(language: str, block: str, server: TritonServer, tmp_path: P
         block = re.sub(rf"\b(127\.0\.0\.1|localhost):{port}\b", f"127.0.0.1:{own}", block)
     block = re.sub(r"\.venv/bin/", "", block)
     block = re.sub(
-        r"siglip-serve (embed|classify|bench|health)", rf"siglip-serve \1 --url {server.grpc_url}", block
+        r"siglip-serve (embed|classify|explain|bench|health)",
+        rf"siglip-serve \1 --url {server.grpc_url}",
+        block,
     )
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     run = [sys.executable, "-c"] if language == "python" else ["bash", "-euo", "pipefail", "-c"]
@@ -58,6 +60,14 @@ def test_block_runs(language: str, block: str, server: TritonServer, tmp_path: P
 @pytest.mark.parametrize("page", DEPLOYMENTS, ids=lambda page: page.name)
 def test_pages_have_the_fixed_headings(page: Path) -> None:
     assert re.findall(r"^## (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE) == HEADINGS
+
+
+def test_the_page_of_heatmaps_lists_the_words_that_one_prompt_is_compared_with() -> None:
+    source = (ROOT / "src" / "siglip_serve" / "explain_handlers.py").read_text(encoding="utf-8")
+    words = re.findall(r'"(\w+)"', source.partition("_BACKGROUND = (")[2].partition(")")[0])
+    page = (ROOT / "deployments" / "explain_image.md").read_text(encoding="utf-8")
+    assert len(words) > 10
+    assert f"{', '.join(words)}." in page.replace("\n", " ")
 
 
 @pytest.mark.parametrize("page", [*PAGES, *FURTHER], ids=lambda page: f"{page.parent.name}-{page.name}")

@@ -49,6 +49,7 @@ def test_the_right_key_over_tls(server: TritonServer, front: Front, scheme: str)
         np.testing.assert_allclose(client.embed_image(PICTURE), expected, rtol=1e-3, atol=1e-4)
         assert client.describe()["checkpoint_name"] == "siglip-tiny"
         assert client.embed_texts(["a dog"] * 300).shape[0] == 300
+        assert client.explain(PICTURE, ["a dog"], overlays=True).overlays[0].size == (64, 48)
         with pytest.raises(InvalidInputError, match="not a decodable image"):
             client.embed_image(b"no image")
     np.testing.assert_allclose(asyncio.run(embed()), expected, rtol=1e-3, atol=1e-4)

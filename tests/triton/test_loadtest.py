@@ -67,7 +67,9 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def test_loads_over_grpc_and_http(start: Start, server: TritonServer, tmp_path: Path) -> None:
-    models = ["--model", "embed_image:4,embed_text:2,classify_image:2", "--mix", "64x128:3,320x240:1"]
+    names = ("embed_image", "embed_text", "classify_image", "explain_image")
+    weights = "embed_image:4,embed_text:2,classify_image:2,explain_image:2"
+    models = ["--model", weights, "--mix", "64x128:3,320x240:1"]
     over_grpc = start(
         "grpc", "--url", server.grpc_url, "--concurrency", "2", *models, "--seconds", "2", "--warmup", "0.5"
     )
@@ -83,7 +85,7 @@ def test_loads_over_grpc_and_http(start: Start, server: TritonServer, tmp_path: 
         assert float(row["requests_per_second"]) > 0
         assert float(row["client_cores"]) > 0
     log = (tmp_path / "grpc" / "locust-2.log").read_text()
-    assert all(f"grpc     {model}" in log for model in ("embed_image", "embed_text", "classify_image"))
+    assert all(f"grpc     {model}" in log for model in names)
 
 
 def test_failures_are_counted(start: Start, server: TritonServer, tmp_path: Path) -> None:

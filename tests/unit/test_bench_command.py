@@ -105,6 +105,47 @@ def test_requests_over_grpc() -> None:
     assert request.raw_input_contents[1].startswith(b"\x05\0\0\0a dog")
 
 
+def test_explanations_are_asked_for_without_pictures() -> None:
+    call = make_call("explain_image", b"JPEG", Random(0))
+    request = service_pb2.ModelInferRequest.FromString(grpc_body(call))
+    assert [tensor.name for tensor in request.inputs] == ["INPUT_IMAGE", "PROMPTS"]
+    assert {tensor.name for tensor in request.outputs} == {"HEATMAPS", "SCORES", "UNATTRIBUTED", "PATCH_MAPS"}
+
+
+class Explained:
+    """An answer of explain_image, with some outputs replaced."""
+
+    def __init__(self, **other: Any) -> None:
+        maps = np.arange(len(LABELS) * 4, dtype=np.float32).reshape(-1, 2, 2) / 100
+        self.outputs: dict[str, Any] = {
+            "HEATMAPS": np.zeros((len(LABELS), 6, 9), np.float32),
+            "PATCH_MAPS": maps,
+            "UNATTRIBUTED": np.full(len(LABELS), -0.1, np.float32),
+            "SCORES": maps.sum((1, 2)) - np.float32(0.1),
+            **other,
+        }
+
+    def as_numpy(self, name: str) -> Any:
+        return self.outputs[name]
+
+
+@pytest.mark.parametrize(
+    ("other", "fault"),
+    [
+        ({"HEATMAPS": np.zeros((4, 6, 9), np.float32)}, "HEATMAPS: float32 of shape"),
+        ({"PATCH_MAPS": np.zeros((5, 4), np.float32)}, "PATCH_MAPS: float32 of shape"),
+        ({"SCORES": np.zeros(5)}, "SCORES: float64"),
+        ({"UNATTRIBUTED": np.full(5, np.nan, np.float32)}, "UNATTRIBUTED: values are not finite"),
+        ({"UNATTRIBUTED": np.zeros(5, np.float32)}, "do not sum to SCORES"),
+        ({"HEATMAPS": None}, "no output HEATMAPS"),
+    ],
+)
+def test_wrong_explanations_are_found(other: dict[str, Any], fault: str) -> None:
+    check_answer("explain_image", Explained())
+    with pytest.raises(ServerError, match=fault):
+        check_answer("explain_image", Explained(**other))
+
+
 class Answered:
     """An answer with one output."""
 

@@ -62,6 +62,19 @@ def test_the_compared_measures_are_recorded() -> None:
     assert used == recorded
 
 
+def test_every_public_model_is_watched() -> None:
+    public = {page.stem for page in (ROOT / "deployments").glob("*.md")} - {"siglip_text", "siglip_vision"}
+    expressions = [rule["expr"] for rule in rules("record")]
+    expressions += [target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", [])]
+    lists = [
+        set(names.split("|")) for text in expressions for names in re.findall(r'=~"(embed_image[^"]+)"', text)
+    ]
+    assert len(lists) >= 6
+    for names in lists:
+        # A fit takes seconds, which is no fault.
+        assert names in (public, public - {"fit_teams"})
+
+
 def test_panels_have_places_and_queries_of_their_own() -> None:
     panels = DASHBOARD["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)

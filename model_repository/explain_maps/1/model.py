@@ -8,7 +8,7 @@ from siglip_serve import explain_handlers, serving
 
 
 class TritonPythonModel:
-    """Maps on the patch grid -> HEATMAPS [P, H, W], SCORES [P], UNATTRIBUTED [P], PATCH_MAPS, OVERLAY."""
+    """Maps on the patch grid -> HEATMAPS [P, H, W], SCORES [P], UNATTRIBUTED [P], PATCH_MAPS, HEAT."""
 
     @staticmethod
     def auto_complete_config(config: Any) -> Any:

@@ -1,4 +1,4 @@
-"""explain_prompts: what is asked of an image becomes texts."""
+"""explain_prompts: what is asked of an image becomes token ids."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from siglip_serve import explain_handlers, serving
 
 
 class TritonPythonModel:
-    """PROMPTS [P] and options -> INPUT_TEXT [n, 1], PLAN [6]."""
+    """PROMPTS [P] and options -> INPUT_IDS [n, T], PLAN [6]."""
 
     @staticmethod
     def auto_complete_config(config: Any) -> Any:
