@@ -166,8 +166,8 @@ def removal_steps(scores: Floats, steps: int) -> Mask:
 def area_under_curve(values: Floats) -> float:
     """Area under values [..., n] at even distances over 0..1, by trapezoids.
 
-    Of a score, while an image is deleted, it should be low, while one is inserted high. Source: "RISE" (Petsiuk,
-    Das and Saenko, 2018, arXiv 1806.07421).
+    Of a score, while an image is deleted, it should be low, while one is inserted high. Source: "RISE"
+    (Petsiuk, Das and Saenko, 2018, arXiv 1806.07421).
 
     Raises:
         InvalidInputError: there are fewer than two values.

@@ -114,7 +114,7 @@ def test_what_has_no_answer_is_refused() -> None:
         localization.pointing_game(RIGHT, MASK[0])
     with pytest.raises(InvalidInputError, match="not finite"):
         localization.mean_iou(np.full((2, 3), np.nan), MASK)
-    with pytest.raises(InvalidInputError, match="at least 2 maps"):
+    with pytest.raises(InvalidInputError, match="expected at least 2 and as many masks"):
         localization.pairwise_contrast(RIGHT[None], MASK[None])
     with pytest.raises(InvalidInputError, match="steps: got 0"):
         localization.removal_steps(RIGHT, 0)
