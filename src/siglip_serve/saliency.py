@@ -115,8 +115,12 @@ def legrad(
     """Gradients of scores by attention weights; negative ones count as 0, then the mean is taken.
 
     Every traced block gives its own score: the cosine that the tower would return if that block were its
-    last one. Its map is the gradient of this score by an attention map, as if each weight could change by
-    itself, averaged over the heads and queries. The maps of the blocks are averaged too.
+    last one; of CLIP, as in the authors' code, with the mean of all tokens in place of the class token. Its
+    map is the gradient of this score by an attention map, as if each weight could change by itself, averaged
+    over the heads and queries. The maps of the blocks are averaged too.
+
+    Unlike the authors' code for SigLIP the pooling head gets its tokens through the last LayerNorm, as it
+    does in the tower, and what an empty prompt finds is not masked out.
 
     Args:
         tower: which was traced.
@@ -137,14 +141,10 @@ def legrad(
             if of == "pooler":
                 maps.append(by_weight.relu().mean(2))
                 continue
-            by_between = by_stream + _mlp_gradient(layer.mlp, layer.layer_norm2, between, by_stream)
-            maps.append(_by_attention(layer, block, by_between))
         else:
-            token = between[:, :1]
-            by_stream = _class_token_gradient(tower, stream[:, :1], vectors)
-            by_token = by_stream + _mlp_gradient(layer.mlp, layer.layer_norm2, token, by_stream)
-            # Only the class token is scored, so only its queries' rows are not 0.
-            maps.append(_by_attention(layer, block, by_token)[..., 1:] / stream.shape[1])
+            by_stream = _mean_token_gradient(tower, stream, vectors)
+        by_between = by_stream + _mlp_gradient(layer.mlp, layer.layer_norm2, between, by_stream)
+        maps.append(_by_attention(layer, block, by_between)[..., _first_patch(tower) :])
     return torch.stack(maps).mean(0)
 
 
@@ -182,11 +182,13 @@ def _score_gradients(tower: VisionTower, stream: Tensor, vectors: Tensor) -> tup
     return by_weight, _norm_gradient(norm, stream, by_tokens)
 
 
-def _class_token_gradient(tower: ClipVisionTower, token: Tensor, vectors: Tensor) -> Tensor:
-    """Of cosines with vectors, by the class token of the stream: [B, 1, D] -> [B, P, 1, D]."""
+def _mean_token_gradient(tower: ClipVisionTower, stream: Tensor, vectors: Tensor) -> Tensor:
+    """Of cosines of the mean token with vectors, by the stream: [B, N, D] -> [B, P, N, D]."""
+    token = stream.mean(1, keepdim=True)
     embedding = tower.projection(tower.post_layernorm(token))[:, 0]
     by_normalised = _cosine_gradient(embedding, vectors) @ tower.projection.weight
-    return _norm_gradient(tower.post_layernorm, token, by_normalised[:, :, None])
+    by_token = _norm_gradient(tower.post_layernorm, token, by_normalised[:, :, None])
+    return by_token.expand(-1, -1, stream.shape[1], -1) / stream.shape[1]
 
 
 def _cosine_gradient(embedding: Tensor, vectors: Tensor) -> Tensor:
@@ -223,6 +225,11 @@ def _probe_attention(head: AttentionPooling, tokens: Tensor) -> tuple[Tensor, Te
     folded = torch.einsum("he,hed->hd", query, w_k.unflatten(0, heads))
     shift = (query * b_k.unflatten(0, heads)).sum(-1)[:, None]
     return (torch.einsum("btd,hd->bht", tokens, folded) + shift).softmax(-1), folded
+
+
+def _first_patch(tower: Tower) -> int:
+    """The first token of a patch; CLIP's class token comes before."""
+    return 0 if isinstance(tower, VisionTower) else 1
 
 
 def _layers(tower: Tower, trace: TowerTrace) -> list[Block]:

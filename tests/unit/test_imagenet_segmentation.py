@@ -44,11 +44,7 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     ],
 )
 def test_an_image_of_another_form_is_named(
-    image: tuple[
-        str, np.ndarray[tuple[int, ...], np.dtype[np.uint8]], np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
-    ],
-    message: str,
-    tmp_path: Path,
+    image: tuple[str, NDArray[np.uint8], NDArray[np.bool_]], message: str, tmp_path: Path
 ) -> None:
     with (
         Segments(write_segments(tmp_path / "a.mat", [image])) as segments,
