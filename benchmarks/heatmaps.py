@@ -111,8 +111,10 @@ class Setup:
 def read(scenes: Scenes) -> list[Scene]:
     """Scenes in which at least two kinds of objects are seen; the places of one kind are joined."""
     found = []
-    pictures = np.rint(scenes.pictures.numpy() * 255).astype(np.uint8).transpose(0, 2, 3, 1)
-    for picture, masks, concepts in zip(pictures, scenes.masks.numpy(), scenes.concepts.numpy(), strict=True):
+    pictures = np.rint(np.asarray(scenes.pictures) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    for picture, masks, concepts in zip(
+        pictures, np.asarray(scenes.masks), np.asarray(scenes.concepts), strict=True
+    ):
         places = {int(c): masks[concepts == c].any(axis=0) for c in np.unique(concepts) if c >= 0}
         seen = {concept: mask for concept, mask in places.items() if mask.any()}
         if len(seen) > 1:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +22,7 @@ from benchmarks.heatmap_methods import Maps, Method, Model, hide, methods, untra
 from benchmarks.heatmaps import METRICS, Perturbation, Setup, collect, prepare, read, sheet, variants
 from siglip_serve.localization import average_precision
 from siglip_serve.towers import load_vision
+from training.pack import Pack
 
 TINY = Path(__file__).parents[2] / "checkpoints" / "siglip-tiny"
 LABELS = ["red square", "blue square", "green square", "cat", "dog", "tree"]
@@ -97,6 +102,42 @@ def test_rows_of_a_run(model: Model, setup: Setup, tmp_path: Path) -> None:
     with Image.open(plots.draw("heatmaps", tmp_path)) as image:
         assert len(set(np.asarray(image.convert("L")).ravel().tolist())) > 10
     assert "LeGrad, pooler" in heatmaps.summary(rows)
+
+
+def test_the_command_writes_rows_and_sheets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    meta: dict[str, object] = {
+        "styles": [],
+        "never_trained": [],
+        "size": 1,
+        "classes": list(range(len(LABELS))),
+    }
+    meta["concepts"] = [{"label": label} for label in LABELS]
+    nothing = np.zeros(0, dtype=np.uint8)
+    pack, output = tmp_path / "art.npz", tmp_path / "heatmaps.csv"
+    np.savez(pack, blob=nothing, offsets=nothing, concept=nothing, style=nothing, meta=json.dumps(meta))
+    asked = []
+
+    def draw_scenes(_: Pack, count: int, canvas: int, seed: int, role: str = "held-out") -> Shapes:
+        asked.append((count, canvas, seed, role))
+        return shapes(canvas, count)
+
+    monkeypatch.setitem(sys.modules, "training.composed", SimpleNamespace(draw_scenes=draw_scenes))
+    options = ["--checkpoint", str(TINY), "--pack", str(pack), "--scenes", "1", "--perturbed", "0"]
+    heatmaps.main([*options, "--output", str(output), "--sheets", str(tmp_path), "--seed", "3"])
+    assert asked == [(1, 96, 3, "held-out")]
+    with output.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == [
+        *("date", "commit", "device", "python", "torch", "openvino", "numpy", "command"),
+        *("checkpoint", "scenes", "objects", "perturbed", "method", "blocks", "prompts", "passes"),
+        *(f"{name}{end}" for name in METRICS for end in ("", "_low", "_high")),
+        "completeness",
+    ]
+    assert {row["deletion"] for row in rows} == {""}
+    assert (tmp_path / "scene_0.png").is_file()
+    assert "pointing" in capsys.readouterr().out
 
 
 def test_a_sheet_shows_every_way(model: Model, setup: Setup) -> None:
