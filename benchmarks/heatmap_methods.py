@@ -31,7 +31,7 @@ from siglip_serve.tokenizer import load_tokenizer
 from siglip_serve.towers import load_vision
 from siglip_serve.zero_shot import build_class_embeddings, cosine
 
-__all__ = ["Case", "Maps", "Method", "Model", "Picture", "Scenes", "methods", "untrained"]
+__all__ = ["Case", "Maps", "Method", "Model", "Picture", "Scenes", "hide", "methods", "untrained", "windows"]
 
 Picture = NDArray[np.uint8]
 Rows = NDArray[np.float32]
@@ -39,8 +39,8 @@ Places = NDArray[np.floating[Any]]
 
 # Of LeGrad: the blocks that it averages over, as many as are rolled back by default.
 DEFAULT_BLOCKS = 2
-WINDOW = 3  # patches that are hidden at once, a side
-POSITIONS = 8  # of that window, a side
+# Of occlusion: patches that are hidden at once, a side, and windows a side, on small grids and on others.
+WINDOW, POSITIONS, MORE_POSITIONS, SMALL_GRID = 3, 8, 12, 12
 
 
 class Scenes(Protocol):
@@ -227,7 +227,7 @@ def methods(model: Model, seed: int) -> list[Method]:
         *found,
         Method("LeGrad, blocks", last, 1, lambda case: _legrad(case, last, "blocks")),
         Method("dense", None, 1, _dense),
-        Method("occlusion", None, POSITIONS**2 + 1, _occlusion),
+        Method("occlusion", None, len(windows(model)) + 1, _occlusion),
         Method("pool attention", None, 1, _pool_attention, relative=False),
         Method("ours, untrained", default, 1, lambda case: ours(_as_seen_by(random_weights, case))),
         Method("random", None, 0, lambda case: _random(case, generator), relative=False),
@@ -285,18 +285,28 @@ def _occlusion(case: Case) -> Maps:
 
     The window stands at evenly spaced places; a pixel has the mean over the windows that covered it.
     """
-    size, vision = len(case.picture), case.model.config.vision
-    window = min(WINDOW, case.side - 1) * vision.patch_size
-    starts = np.rint(np.linspace(0, size - window, POSITIONS)).astype(int)
-    windows = np.zeros((POSITIONS**2, size, size), dtype=bool)
-    for number, (top, left) in enumerate(np.stack(np.meshgrid(starts, starts), -1).reshape(-1, 2)):
-        windows[number, top : top + window, left : left + window] = True
-    pictures = np.concatenate([case.picture[None], hide(case.picture, windows)])
+    gone, size = windows(case.model), len(case.picture)
+    pictures = np.concatenate([case.picture[None], hide(case.picture, gone)])
     cosines = cosine(case.model.embed(pictures), case.vectors.numpy())  # [windows + 1, K + Q]
     drops = (cosines[0] - cosines[1:]).astype(np.float32)
-    shown = windows.reshape(len(windows), -1).astype(np.float32)
-    maps = (drops.T @ shown / np.maximum(shown.sum(0), 1)).reshape(-1, size, size)
+    covered = gone.reshape(len(gone), -1).astype(np.float32)
+    maps = (drops.T @ covered / covered.sum(0)).reshape(-1, size, size)
     return Maps(maps[: len(case.prompts)], maps[len(case.prompts) :].mean(0))
+
+
+def windows(model: Model) -> NDArray[np.bool_]:
+    """What occlusion hides, bool [n, S, S]: windows that overlap by half or more, and leave out no pixel."""
+    vision = model.config.vision
+    size, patch = vision.image_size, vision.patch_size
+    side = size // patch
+    positions = POSITIONS if side <= SMALL_GRID else MORE_POSITIONS
+    window = min(max(WINDOW, -(-2 * side // (positions + 1))), side - 1) * patch
+    starts = np.rint(np.linspace(0, size - window, positions)).astype(int)
+    found = np.zeros((positions, positions, size, size), dtype=bool)
+    for row, top in enumerate(starts):
+        for column, left in enumerate(starts):
+            found[row, column, top : top + window, left : left + window] = True
+    return found.reshape(-1, size, size)
 
 
 def hide(picture: Picture, gone: NDArray[np.bool_]) -> Picture:

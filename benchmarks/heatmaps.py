@@ -6,7 +6,7 @@ Ways to draw a map of a prompt:
 
     ours             the maps that the server gives, for every number of last blocks that it goes back through
     ours, untrained  the same of a tower with random weights: what the method makes up
-    occlusion        by how much the cosine drops when a window is hidden; 64 windows
+    occlusion        by how much the cosine drops when a window is hidden; 64 windows, 144 on large grids
     LeGrad, pooler   gradients by the pooling head's attention, as the authors do for SigLIP; last 2 blocks
     LeGrad, blocks   gradients by the blocks' self-attention; last 2 blocks
     dense            cosine of each patch alone, as MaskCLIP
@@ -27,8 +27,9 @@ Numbers, each the mean over scenes with its 95 % interval from drawing scenes ag
     insertion    the same while they come first, on the mean colour: high is good
 
 Deletion and insertion are measured on the first `--perturbed` scenes, with maps relative to the scene. Their
-score is the trained tower's cosine with the prompt minus the mean over the scene's prompts. `completeness` is
-the largest difference between a map's sum with its unattributed rest and the cosine; only `ours` claims one.
+score is the trained tower's cosine with the prompt minus the mean over the scene's prompts, so that one map for
+all prompts gets 0. `completeness` is the largest difference between a map's sum with its unattributed rest and
+the cosine; only `ours` claims to add up.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from tqdm import tqdm
@@ -111,10 +113,9 @@ class Setup:
 def read(scenes: Scenes) -> list[Scene]:
     """Scenes in which at least two kinds of objects are seen; the places of one kind are joined."""
     found = []
+    masks_of, concepts_of = np.asarray(scenes.masks), np.asarray(scenes.concepts)
     pictures = np.rint(np.asarray(scenes.pictures) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
-    for picture, masks, concepts in zip(
-        pictures, np.asarray(scenes.masks), np.asarray(scenes.concepts), strict=True
-    ):
+    for picture, masks, concepts in zip(pictures, masks_of, concepts_of, strict=True):
         places = {int(c): masks[concepts == c].any(axis=0) for c in np.unique(concepts) if c >= 0}
         seen = {concept: mask for concept, mask in places.items() if mask.any()}
         if len(seen) > 1:
@@ -292,7 +293,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--output", type=Path, help="the .csv file to write")
     add("--append", action="store_true", help="keep the rows that --output has")
     add("--sheets", type=Path, help="folder for pictures of the first scenes with all maps")
+    add("--threads", type=int, default=1, help="of what looks into the tower; more pay for large ones (1)")
     options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
     model, pack = Model(options.checkpoint), load_pack(options.pack)
     draw_scenes = import_module("training.composed").draw_scenes
     canvas = model.config.vision.image_size

@@ -66,11 +66,11 @@ def two_class_precision(scores: Floats, mask: Mask) -> float:
 
 
 def pointing_game(scores: Floats, mask: Mask) -> float:
-    """Whether the highest pixel is the object's, 0 or 1, without a margin; of several equally high ones the
-    share that is.
+    """Whether the highest pixel is the object's, 0 or 1, without a margin.
 
-    Source: "Top-down Neural Attention by Excitation Backprop" (Zhang et al., 2016, arXiv 1608.00507), whose
-    margin of 15 pixels is for photographs of several hundred.
+    Of several equally high ones the share counts that is. Source: "Top-down Neural Attention by Excitation
+    Backprop" (Zhang et al., 2016, arXiv 1608.00507), whose margin of 15 pixels is for photographs of several
+    hundred.
 
     Raises:
         InvalidInputError: as `average_precision`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import sys
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from benchmarks import heatmaps, plots
 from benchmarks.common import write_csv
-from benchmarks.heatmap_methods import Maps, Method, Model, hide, methods, untrained
+from benchmarks.heatmap_methods import Maps, Method, Model, hide, methods, untrained, windows
 from benchmarks.heatmaps import METRICS, Perturbation, Setup, collect, prepare, read, sheet, variants
 from siglip_serve.localization import average_precision
 from siglip_serve.towers import load_vision
@@ -226,6 +227,20 @@ def test_every_way_draws_maps_of_a_clip_tower(setup: Setup, tmp_path: Path) -> N
         assert maps.own.std(axis=(1, 2)).min() > 0
         assert np.isfinite(maps.completeness) == way.name.startswith("ours")
         assert not maps.completeness > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("image", "patch", "count", "side"), [(96, 8, 64, 3), (224, 16, 144, 3), (378, 14, 144, 5)]
+)
+def test_occlusion_hides_every_pixel(setup: Setup, image: int, patch: int, count: int, side: int) -> None:
+    config = setup.model.config
+    model = copy.copy(setup.model)
+    model.config = replace(config, vision=replace(config.vision, image_size=image, patch_size=patch))
+    found = windows(model)
+    assert len(found) == count
+    assert (found.sum(axis=(1, 2)) == (side * patch) ** 2).all()
+    assert found.any(axis=0).all()
+    assert len({each.tobytes() for each in found}) == count
 
 
 def test_hidden_places_have_the_mean_colour() -> None:
