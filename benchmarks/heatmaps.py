@@ -27,9 +27,9 @@ Numbers, each the mean over scenes with its 95 % interval from drawing scenes ag
     insertion    the same while they come first, on the mean colour: high is good
 
 Deletion and insertion are measured on the first `--perturbed` scenes, with maps relative to the scene. Their
-score is the trained tower's cosine with the prompt minus the mean over the scene's prompts, so that one map for
-all prompts gets 0. `completeness` is the largest difference between a map's sum with its unattributed rest and
-the cosine; only `ours` claims to add up.
+score is the trained tower's cosine with the prompt minus the mean over the scene's prompts, so that one map
+for all prompts gets 0. `completeness` is the largest difference between a map's sum with its unattributed
+rest and the cosine; only `ours` claims to add up.
 """
 
 from __future__ import annotations
