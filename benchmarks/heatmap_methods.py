@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from siglip_serve.checkpoint import ModelConfig, load_config, resolve
 from siglip_serve.engine import Plan, TextEngine, VisionEngine
 from siglip_serve.heatmap import ClipExplainer, Explanation, SiglipExplainer
 from siglip_serve.saliency import (
-    Tower,
     dense,
     last_blocks,
     legrad,
@@ -26,12 +25,12 @@ from siglip_serve.saliency import (
     streams,
     trace_tower,
 )
-from siglip_serve.siglip import TowerTrace, VisionTower, load_text
+from siglip_serve.siglip import TowerTrace, VisionTower
 from siglip_serve.tokenizer import load_tokenizer
-from siglip_serve.towers import load_vision
+from siglip_serve.towers import AnyVisionTower, load_text, load_vision
 from siglip_serve.zero_shot import build_class_embeddings, cosine
 
-__all__ = ["Case", "Maps", "Method", "Model", "Picture", "Scenes", "hide", "methods", "untrained", "windows"]
+__all__ = ["Case", "Maps", "Method", "Model", "Picture", "hide", "methods", "untrained", "windows"]
 
 Picture = NDArray[np.uint8]
 Rows = NDArray[np.float32]
@@ -41,22 +40,6 @@ Places = NDArray[np.floating[Any]]
 DEFAULT_BLOCKS = 2
 # Of occlusion: patches that are hidden at once, a side, and windows a side, on small grids and on others.
 WINDOW, POSITIONS, MORE_POSITIONS, SMALL_GRID = 3, 8, 12, 12
-
-
-class Scenes(Protocol):
-    """N pictures of up to K objects each, as `training.composed` draws them."""
-
-    @property
-    def pictures(self) -> Tensor:
-        """float32 [N, 3, S, S], RGB, 0 to 1."""
-
-    @property
-    def masks(self) -> Tensor:
-        """bool [N, K, S, S], the pixels that show an object; none where there is no object."""
-
-    @property
-    def concepts(self) -> Tensor:
-        """int64 [N, K], what it is; -1 where there is no object."""
 
 
 class Model:
@@ -72,11 +55,10 @@ class Model:
 
     def __init__(self, name: str) -> None:
         self.config: ModelConfig = load_config(resolve(name))
-        self.tower: Tower = load_vision(self.config.path)
-        # The towers that the engines get are their own: they change the weights' layout.
-        backend: Any = "auto" if isinstance(self.tower, VisionTower) else "torch"
-        tower: Any = load_vision(self.config.path)
-        self._vision = VisionEngine(tower, self.config.image, Plan("cpu", "float32", backend))
+        self.tower: AnyVisionTower = load_vision(self.config.path)
+        # The engines get towers of their own: they change the weights' layout.
+        tower = load_vision(self.config.path)
+        self._vision = VisionEngine(tower, self.config.image, Plan("cpu", "float32"))
 
     @cached_property
     def _text(self) -> TextEngine:
@@ -164,8 +146,11 @@ class Case:
     @cached_property
     def embedding(self) -> Tensor:
         """[1, E], as the tower itself pools it."""
+        tower, tokens = self.model.tower, self.trace.after
         with torch.inference_mode():
-            pooled: Tensor = self.model.tower.head(self.model.tower.post_layernorm(self.trace.after))
+            pooled: Tensor = tower.head(
+                tower.post_layernorm(tokens) if isinstance(tower, VisionTower) else tokens
+            )
         return pooled
 
     def last(self, blocks: int) -> TowerTrace:

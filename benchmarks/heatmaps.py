@@ -37,7 +37,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +47,11 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from benchmarks.common import about, write_csv
-from benchmarks.heatmap_methods import Case, Maps, Method, Model, Picture, Scenes, hide, methods
+from benchmarks.heatmap_methods import Case, Maps, Method, Model, Picture, hide, methods
 from siglip_serve import localization
 from siglip_serve.heatmap_image import View, normalize, overlay
 from siglip_serve.zero_shot import cosine
+from training.composed import Scenes, draw_scenes
 from training.pack import load_pack
 from training.tokenizer import PROMPTS
 
@@ -113,8 +113,8 @@ class Setup:
 def read(scenes: Scenes) -> list[Scene]:
     """Scenes in which at least two kinds of objects are seen; the places of one kind are joined."""
     found = []
-    masks_of, concepts_of = np.asarray(scenes.masks), np.asarray(scenes.concepts)
-    pictures = np.rint(np.asarray(scenes.pictures) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    masks_of, concepts_of = scenes.masks.numpy(), scenes.concepts.numpy()
+    pictures = np.rint(scenes.pictures.numpy() * 255).astype(np.uint8).transpose(0, 2, 3, 1)
     for picture, masks, concepts in zip(pictures, masks_of, concepts_of, strict=True):
         places = {int(c): masks[concepts == c].any(axis=0) for c in np.unique(concepts) if c >= 0}
         seen = {concept: mask for concept, mask in places.items() if mask.any()}
@@ -297,7 +297,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     model, pack = Model(options.checkpoint), load_pack(options.pack)
-    draw_scenes = import_module("training.composed").draw_scenes
     canvas = model.config.vision.image_size
     scenes = read(draw_scenes(pack, options.scenes, canvas, options.seed, role="held-out"))
     labels = [concept["label"] for concept in pack.concepts]

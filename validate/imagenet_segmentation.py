@@ -42,7 +42,7 @@ from validate.protocols import curated_names, imagenet_classnames, imagenet_temp
 from validate.segments import Segment, Segments
 from validate.server import Server
 
-__all__ = ["Figures", "Outcome", "judge", "main", "parser", "run", "total"]
+__all__ = ["Figures", "Outcome", "judge", "main", "parser", "run", "square", "total"]
 
 _TEMPLATE = "a photo of a {}."
 _TEXT_ROWS = 64
@@ -207,13 +207,19 @@ def table(figures: Figures) -> str:
     )
 
 
+def square(segment: Segment) -> bytes:
+    """The photograph stretched to a square, as published: a server that cuts one out sees all of it too."""
+    side, file = max(segment.mask.shape), io.BytesIO()
+    picture = Image.fromarray(segment.picture).resize((side, side), Image.Resampling.BICUBIC)
+    picture.save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
 def _outcome(
     segment: Segment, words: Vocabulary, classify: Callable[[bytes], int] | None, explain: Explain
 ) -> Outcome | None:
     """None where the class is not known."""
-    file = io.BytesIO()
-    Image.fromarray(segment.picture).save(file, "PNG", compress_level=1)
-    picture = file.getvalue()
+    picture = square(segment)
     number = words.index.get(segment.synset) if classify is None else classify(picture)
     if number is None:
         return None

@@ -16,7 +16,7 @@ token), D hidden size, H heads.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal, TypeAlias, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,13 +32,12 @@ from siglip_serve.siglip import (
     VisionTower,
     trace_blocks,
 )
+from siglip_serve.towers import AnyVisionTower
 
-__all__ = ["Tower", "dense", "last_blocks", "legrad", "pool_attention", "streams", "trace_tower"]
-
-Tower: TypeAlias = VisionTower | ClipVisionTower
+__all__ = ["dense", "last_blocks", "legrad", "pool_attention", "streams", "trace_tower"]
 
 
-def trace_tower(tower: Tower, pixels: Tensor, blocks: int) -> TowerTrace:
+def trace_tower(tower: AnyVisionTower, pixels: Tensor, blocks: int) -> TowerTrace:
     """What the last `blocks` blocks of either tower compute of pixels [B, 3, S, S]."""
     if isinstance(tower, VisionTower):
         return tower.trace(pixels, blocks)
@@ -48,7 +47,7 @@ def trace_tower(tower: Tower, pixels: Tensor, blocks: int) -> TowerTrace:
     return trace_blocks(x, tower.encoder.layers[split:])
 
 
-def streams(tower: Tower, trace: TowerTrace) -> list[Tensor]:
+def streams(tower: AnyVisionTower, trace: TowerTrace) -> list[Tensor]:
     """The residual stream [B, N, D] before each traced block, and behind the last."""
     found = [trace.before]
     for layer, block in zip(_layers(tower, trace), trace.blocks, strict=True):
@@ -63,7 +62,7 @@ def last_blocks(trace: TowerTrace, before: list[Tensor], blocks: int) -> TowerTr
 
 
 @torch.inference_mode()
-def dense(tower: Tower, trace: TowerTrace, vectors: Tensor) -> Tensor:
+def dense(tower: AnyVisionTower, trace: TowerTrace, vectors: Tensor) -> Tensor:
     """Cosine of every patch, as if it were the whole image, with vectors.
 
     The token attends to nothing but itself: in the pooling head, or in CLIP's last block.
@@ -92,7 +91,7 @@ def dense(tower: Tower, trace: TowerTrace, vectors: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def pool_attention(tower: Tower, trace: TowerTrace) -> Tensor:
+def pool_attention(tower: AnyVisionTower, trace: TowerTrace) -> Tensor:
     """Mean over the heads of what the pooling head, or the class token in CLIP's last block, attends to.
 
     Args:
@@ -110,7 +109,7 @@ def pool_attention(tower: Tower, trace: TowerTrace) -> Tensor:
 
 @torch.inference_mode()
 def legrad(
-    tower: Tower, trace: TowerTrace, vectors: Tensor, of: Literal["pooler", "blocks"] = "pooler"
+    tower: AnyVisionTower, trace: TowerTrace, vectors: Tensor, of: Literal["pooler", "blocks"] = "pooler"
 ) -> Tensor:
     """Gradients of scores by attention weights; negative ones count as 0, then the mean is taken.
 
@@ -227,12 +226,12 @@ def _probe_attention(head: AttentionPooling, tokens: Tensor) -> tuple[Tensor, Te
     return (torch.einsum("btd,hd->bht", tokens, folded) + shift).softmax(-1), folded
 
 
-def _first_patch(tower: Tower) -> int:
+def _first_patch(tower: AnyVisionTower) -> int:
     """The first token of a patch; CLIP's class token comes before."""
     return 0 if isinstance(tower, VisionTower) else 1
 
 
-def _layers(tower: Tower, trace: TowerTrace) -> list[Block]:
+def _layers(tower: AnyVisionTower, trace: TowerTrace) -> list[Block]:
     """The blocks that were traced."""
     layers = cast("list[Block]", list(tower.encoder.layers))
     return layers[len(layers) - len(trace.blocks) :]

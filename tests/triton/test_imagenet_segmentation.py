@@ -16,7 +16,7 @@ from segmentation_files import write_segments
 
 from siglip_serve.launcher import TritonServer
 from validate import imagenet_segmentation
-from validate.imagenet_segmentation import judge, total
+from validate.imagenet_segmentation import judge, square, total
 
 SYNSETS = ("n01440764", "n02099601", "n09999999")
 
@@ -67,7 +67,7 @@ def test_the_figures_are_those_of_the_servers_maps(server: TritonServer, data: P
         texts = client.embed_texts([f"a photo of a {name}." for name in names])
         classes = build_class_embeddings(texts[:, None])
         for segment in (segments[index] for index in range(len(segments))):
-            picture = Image.fromarray(segment.picture)
+            picture = square(segment)
             best = int(cosine(client.embed_image(picture)[None], classes)[0].argmax())
             maps = client.explain(
                 picture,

@@ -5,17 +5,14 @@ from __future__ import annotations
 import copy
 import csv
 import json
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from random_checkpoints import random_clip
-from torch import Tensor
 
 from benchmarks import heatmaps, plots
 from benchmarks.common import write_csv
@@ -23,6 +20,7 @@ from benchmarks.heatmap_methods import Maps, Method, Model, hide, methods, untra
 from benchmarks.heatmaps import METRICS, Perturbation, Setup, collect, prepare, read, sheet, variants
 from siglip_serve.localization import average_precision
 from siglip_serve.towers import load_vision
+from training.composed import Scenes
 from training.pack import Pack
 
 TINY = Path(__file__).parents[2] / "checkpoints" / "siglip-tiny"
@@ -30,16 +28,8 @@ LABELS = ["red square", "blue square", "green square", "cat", "dog", "tree"]
 COLORS = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.1, 0.9], [0.1, 0.7, 0.1]])
 
 
-@dataclass(frozen=True)
-class Shapes:
+def shapes(size: int, count: int = 3) -> Scenes:
     """Squares of different colours, two in each scene and, in the last, three."""
-
-    pictures: Tensor
-    masks: Tensor
-    concepts: Tensor
-
-
-def shapes(size: int, count: int = 3) -> Shapes:
     pictures = torch.full((count, 3, size, size), 0.9)
     masks = torch.zeros(count, 4, size, size, dtype=torch.bool)
     concepts = torch.full((count, 4), -1)
@@ -51,7 +41,7 @@ def shapes(size: int, count: int = 3) -> Shapes:
             pictures[scene, :, top : top + third, left : left + third] = COLORS[concept][:, None, None]
             masks[scene, place, top : top + third, left : left + third] = True
             concepts[scene, place] = concept
-    return Shapes(pictures, masks, concepts)
+    return Scenes(pictures, masks, concepts)
 
 
 @pytest.fixture(scope="module")
@@ -120,11 +110,11 @@ def test_the_command_writes_rows_and_sheets(
     np.savez(pack, blob=nothing, offsets=nothing, concept=nothing, style=nothing, meta=json.dumps(meta))
     asked = []
 
-    def draw_scenes(_: Pack, count: int, canvas: int, seed: int, role: str = "held-out") -> Shapes:
+    def draw_scenes(_: Pack, count: int, canvas: int, seed: int, role: str = "held-out") -> Scenes:
         asked.append((count, canvas, seed, role))
         return shapes(canvas, count)
 
-    monkeypatch.setitem(sys.modules, "training.composed", SimpleNamespace(draw_scenes=draw_scenes))
+    monkeypatch.setattr(heatmaps, "draw_scenes", draw_scenes)
     options = ["--checkpoint", str(TINY), "--pack", str(pack), "--scenes", "1", "--perturbed", "0"]
     heatmaps.main([*options, "--output", str(output), "--sheets", str(tmp_path), "--seed", "3"])
     assert asked == [(1, 96, 3, "held-out")]

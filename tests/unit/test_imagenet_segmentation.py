@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 pytest.importorskip("h5py")
 
@@ -14,8 +16,8 @@ from segmentation_files import write_segments
 
 from validate import imagenet_segmentation
 from validate.errors import DatasetError
-from validate.imagenet_segmentation import judge, table, total, vocabulary
-from validate.segments import Segments
+from validate.imagenet_segmentation import judge, square, table, total, vocabulary
+from validate.segments import Segment, Segments
 
 PICTURE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
 MASK = np.zeros((4, 6), dtype=bool)
@@ -90,6 +92,12 @@ def test_what_is_below_the_mean_of_the_classes_does_not_count() -> None:
     heat = np.where(MASK, 0.5, -1.0)
     heat[0, 0] = -100
     assert judge(heat, MASK).right == MASK.size
+
+
+def test_photographs_are_stretched_to_a_square() -> None:
+    with Image.open(io.BytesIO(square(Segment("n01440764_1", PICTURE, MASK)))) as image:
+        assert image.size == (6, 6)
+        assert np.array_equal(np.asarray(image)[0, :, 0] > 0, PICTURE[0, :, 0] > 0)
 
 
 def test_classes_are_imagenets_or_those_of_a_mapping(tmp_path: Path) -> None:
