@@ -3,6 +3,7 @@
 serve_load.csv: requests in flight against images a second and latencies, closed loop, one device.
 vision_waterfall.csv: what each step gains, one bar a step, with its fidelity.
 peers.csv: this server beside its peer.
+heatmaps.csv: average precision against the blocks that are gone back through, and every way beside it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-__all__ = ["PLOTS", "draw", "peers", "serve_load", "waterfall"]
+__all__ = ["PLOTS", "draw", "heatmaps", "peers", "serve_load", "waterfall"]
 
 Row = dict[str, str]
 
@@ -133,6 +134,39 @@ def peers(rows: Sequence[Row], device: str | None = None) -> Figure:
     return figure
 
 
+def heatmaps(rows: Sequence[Row], device: str | None = None) -> Figure:
+    """Average precision over the blocks, and of every way, of the last row's checkpoint; 95 % intervals."""
+    device = device or rows[-1]["device"]
+    checkpoint = rows[-1]["checkpoint"]
+    chosen = [row for row in rows if (row["device"], row["checkpoint"]) == (device, checkpoint)]
+    figure, (left, right) = _figure(5.4, 1, 2)
+    names = {"scene": "relative to the scene's prompts", "many": "relative to a bank of prompts"}
+    for number, (prompts, name) in enumerate(names.items()):
+        # The last run counts.
+        points = {int(r["blocks"]): r for r in chosen if (r["method"], r["prompts"]) == ("ours", prompts)}
+        x = sorted(points)
+        low, mean, high = ([_value(points[k], c) for k in x] for c in ("ap_low", "ap", "ap_high"))
+        left.plot(x, mean, color=_COLORS[number], marker=_MARKERS[number], label=name)
+        left.fill_between(x, low, high, color=_COLORS[number], alpha=0.15, linewidth=0)
+        left.set_xticks(x)
+    left.set(xlabel="last blocks that are gone back through", ylabel="average precision", ylim=(0, None))
+    left.legend(loc="lower right", frameon=False)
+    default = next(row["blocks"] for row in chosen if row["method"] == "ours, untrained")
+    shown = [row for row in chosen if row["method"] != "ours" or row["blocks"] == default]
+    bars = {row["method"]: row for row in shown if row["prompts"] != "many"}
+    for place, (name, row) in enumerate(bars.items()):
+        value = _value(row, "ap")
+        error = [[value - _value(row, "ap_low")], [_value(row, "ap_high") - value]]
+        color = _OURS if name.startswith("ours") else _BASE
+        right.barh(place, value, 0.72, xerr=error, color=color, error_kw={"linewidth": 1, "capsize": 3})
+    right.set_yticks(range(len(bars)), list(bars))
+    right.invert_yaxis()
+    right.grid(visible=False, axis="y")
+    right.set_xlabel("average precision, relative to the scene's prompts")
+    figure.suptitle(f"Heatmaps of {checkpoint} on {chosen[-1]['scenes']} composed scenes, {_dates(chosen)}")
+    return figure
+
+
 def _measured_on_both_sides(rows: Sequence[Row]) -> str:
     sides: dict[str, set[str]] = {}
     for row in rows:
@@ -145,6 +179,7 @@ PLOTS: dict[str, Callable[[Sequence[Row], str | None], Figure]] = {
     "serve_load": serve_load,
     "vision_waterfall": waterfall,
     "peers": peers,
+    "heatmaps": heatmaps,
 }
 
 

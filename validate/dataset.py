@@ -24,6 +24,7 @@ __all__ = [
     "few_shot",
     "load_dataset",
     "read_class_list",
+    "read_mapping",
 ]
 
 MAPPING = "LOC_synset_mapping.txt"
@@ -104,6 +105,15 @@ def load_dataset(root: Path, on_error: OnError, valid_per_class: int = 0) -> Dat
     if not dataset.valid:
         raise DatasetError(f"{root / 'valid'}: no images of any class in {MAPPING}")
     return dataset
+
+
+def read_mapping(file: Path) -> list[ClassInfo]:
+    """The classes of a `LOC_synset_mapping.txt`, by synset id.
+
+    Raises:
+        DatasetError: it cannot be read, or a row is bad.
+    """
+    return _read_mapping(file, _Problems("stop"))
 
 
 def _read_mapping(file: Path, problems: _Problems) -> list[ClassInfo]:

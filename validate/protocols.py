@@ -32,7 +32,10 @@ __all__ = [
     "Row",
     "ZeroShot",
     "canonicalize",
+    "curated_names",
     "few_shot_row",
+    "imagenet_classnames",
+    "imagenet_templates",
     "linear_probe_row",
     "raw_pixel_row",
     "zero_shot_protocols",
@@ -105,7 +108,7 @@ def _argmax(classes: Sequence[ClassInfo]) -> Iterator[ZeroShot]:
 
 
 def _open_clip(classes: Sequence[ClassInfo]) -> Iterator[ZeroShot]:
-    templates, names, whose = _templates(), _curated_names(classes), "curated names"
+    templates, names, whose = imagenet_templates(), curated_names(classes), "curated names"
     if names is None:
         names, whose = [row.first_name for row in classes], "first names"
     prompts = [[template.replace("{}", name) for template in templates] for name in names]
@@ -113,8 +116,8 @@ def _open_clip(classes: Sequence[ClassInfo]) -> Iterator[ZeroShot]:
 
 
 def _big_vision(classes: Sequence[ClassInfo]) -> Iterator[ZeroShot]:
-    templates = [*_templates(), "{}"]
-    names = _curated_names(classes) or [row.text for row in classes]
+    templates = [*imagenet_templates(), "{}"]
+    names = curated_names(classes) or [row.text for row in classes]
     first = [canonicalize(name.split(",")[0]) for name in names]
     prompts = [[canonicalize(template.replace("{}", name)) for template in templates] for name in first]
     yield ZeroShot("zero-shot, big_vision", f"{len(templates)} templates, canonical first names", prompts)
@@ -135,15 +138,21 @@ def _data(name: str) -> dict[str, Any]:
     return content
 
 
-def _templates() -> list[str]:
+def imagenet_templates() -> list[str]:
+    """OpenAI's 80 templates, `{}` where a name goes."""
     templates: list[str] = _data("imagenet_templates.json")["templates"]
     return templates
 
 
-def _curated_names(classes: Sequence[ClassInfo]) -> list[str] | None:
+def imagenet_classnames() -> list[str]:
+    """The curated names of ImageNet's 1,000 classes, in the order of their synset ids."""
+    names: list[str] = _data("imagenet_classnames.json")["classnames"]
+    return names
+
+
+def curated_names(classes: Sequence[ClassInfo]) -> list[str] | None:
     """The curated names, when `classes` are ImageNet's 1,000 and so in the same order."""
-    data = _data("imagenet_classnames.json")
-    names: list[str] = data["classnames"]
+    data, names = _data("imagenet_classnames.json"), imagenet_classnames()
     ends = (classes[0].synset, classes[-1].synset)
     fits = len(classes) == len(names) and ends == (data["first_synset"], data["last_synset"])
     return names if fits else None

@@ -16,9 +16,9 @@ LAYERS = [
     {"checkpoint"},
     {"resize", "preprocess", "tokenizer", "team_state", "trimmed_kmeans", "weights"},
     {"siglip", "clip", "towers", "pooling", "jersey"},
-    {"heatmap", "heatmap_image", "zero_shot", "clustering"},
+    {"heatmap", "heatmap_image", "saliency", "zero_shot", "clustering"},
     {"engine"},
-    {"knn", "metrics"},
+    {"knn", "localization", "metrics"},
     {"telemetry"},
     {"serving"},
     {"handlers"},
@@ -52,7 +52,7 @@ def test_dependencies_point_one_way() -> None:
 
 
 def test_clients_and_validation_know_the_server_only_by_wire() -> None:
-    evaluation = {"errors", "knn", "metrics", "pooling", "zero_shot"}
+    evaluation = {"errors", "knn", "localization", "metrics", "pooling", "zero_shot"}
     for file in (ROOT / "validate").glob("*.py"):
         assert imported(file, "siglip_serve") <= evaluation, file
     for file in (ROOT / "clients").rglob("*.py"):
