@@ -378,7 +378,7 @@ def _image_config(
         if processor.get(step) is False:
             raise CheckpointError(f"{file}: the image processor sets {step} to false, which is not supported")
     values = {**defaults, **{key: value for key, value in processor.items() if value is not None}}
-    if values["resample"] not in _RESAMPLING:
+    if values["resample"] not in list(_RESAMPLING):
         raise CheckpointError(f"{file}: resample is {values['resample']}, expected one of {_RESAMPLING}")
     for key in ("image_mean", "image_std"):
         given = values[key]

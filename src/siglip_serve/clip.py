@@ -136,7 +136,7 @@ def load_vision(path: Path) -> ClipVisionTower:
     """
     config = load_config(path).vision
     if not isinstance(config, ClipVisionConfig):
-        raise CheckpointError(f"{path / 'config.json'}: not of a CLIP")
+        raise CheckpointError(f"{path / 'config.json'}: model_type is not 'clip'")
     with torch.device("meta"):
         tower = ClipVisionTower(config)
     load_strictly(tower, path, {"vision_model.": "", "visual_projection.": "projection."})
@@ -151,7 +151,7 @@ def load_text(path: Path) -> ClipTextTower:
     """
     config = load_config(path).text
     if not isinstance(config, ClipTextConfig):
-        raise CheckpointError(f"{path / 'config.json'}: not of a CLIP")
+        raise CheckpointError(f"{path / 'config.json'}: model_type is not 'clip'")
     with torch.device("meta"):
         tower = ClipTextTower(config)
     load_strictly(tower, path, {"text_model.": "", "text_projection.": "projection."})

@@ -22,8 +22,8 @@ Mode = Literal["fast", "pil"]
 Pixels = NDArray[np.uint8]
 Resample = Literal["bilinear", "bicubic"]
 
-# A picture that is longer in proportion is cut before it is resized: of a line of 60,000 pixels nearly all
-# would be resized for nothing, to some thousand times as many.
+# A picture that is longer in proportion is cut before it is resized: a line of 60,000 pixels would become
+# millions of columns for the sake of one square.
 _LONGEST = 16
 _SUPPORT = 2  # pixels on each side that a bicubic weighs; a bilinear one weighs fewer
 

@@ -255,7 +255,7 @@ class _Clip:
 
         saved = read_json(path / "tokenizer.json", missing_ok=True)
         named, added = _clip_tokens(path, settings, saved)
-        self._tokenizer = backend = Backend(_load_clip_pairs(path, saved, _content(named["unk_token"])))
+        self._tokenizer = backend = Backend(_load_clip_pairs(path, saved, named["unk_token"]))
         backend.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
         )
@@ -265,8 +265,9 @@ class _Clip:
                 pre_tokenizers.ByteLevel(add_prefix_space=False),
             ]
         )
-        backend.add_tokens([_added_token(token) for token in (*added, *named.values())])
-        start, end, pad = (_content(named[key]) for key in ("bos_token", "eos_token", "pad_token"))
+        backend.add_tokens(added)
+        backend.encode_special_tokens = settings.get("split_special_tokens") is True
+        start, end, pad = named["bos_token"], named["eos_token"], named["pad_token"]
         self.ids = {token: _token_id(backend, path, token) for token in (start, end, pad)}
         self.pad_id = self.ids[pad]
         backend.post_processor = processors.RobertaProcessing(
@@ -283,21 +284,40 @@ class _Clip:
 
 def _clip_tokens(
     path: Path, settings: dict[str, Any], saved: dict[str, Any]
-) -> tuple[dict[str, Any], list[Any]]:
-    """The four named tokens, and those that are added to the vocabulary, each as text or as a description."""
-    named = {key: settings.get(key) or default for key, default in _CLIP_NAMED.items()}
-    decoder = settings.get("added_tokens_decoder")
-    if decoder is None:  # the layout of old versions of the reference
-        decoder = {token["id"]: token for token in saved.get("added_tokens", [])}
-        named |= {
-            key: value
-            for key, value in read_json(path / "special_tokens_map.json", missing_ok=True).items()
-            if key in named and value
-        }
-    added = [decoder[index] for index in sorted(decoder, key=int)]
-    described = {_content(token): token for token in added}
-    named = {key: described.get(_content(token), token) for key, token in named.items()}
-    return named, added
+) -> tuple[dict[str, str], list[tokenizers.AddedToken]]:
+    """The four named tokens, and what is added to the vocabulary unless it is there, in this order."""
+    from tokenizers import AddedToken
+
+    try:
+        named = {key: settings.get(key) or default for key, default in _CLIP_NAMED.items()}
+        extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+        extra = list(extra.values() if isinstance(extra, dict) else extra)
+        decoder = settings.get("added_tokens_decoder")
+        if decoder is None:  # the layout of old versions of the reference
+            texts = read_json(path / "special_tokens_map.json", missing_ok=True)
+            named |= {key: texts[key] for key in named if texts.get(key)}
+            special = {_content(token) for token in (*named.values(), *extra)}
+            decoder = {
+                index: {"content": token, "special": token in special, "normalized": token not in special}
+                for token, index in read_json(path / "added_tokens.json", missing_ok=True).items()
+            }
+            decoder |= {token["id"]: token for token in saved.get("added_tokens", [])}
+        added = [decoder[index] for index in sorted(decoder, key=int)]
+        described = {_content(token): token for token in added}
+        tokens = [described.get(_content(token), token) for token in (*named.values(), *extra)]
+        flags = ("special", "single_word", "lstrip", "rstrip", "normalized")
+        return {key: _content(token) for key, token in named.items()}, [
+            AddedToken(token, special=True)
+            if isinstance(token, str)
+            else AddedToken(
+                _content(token), **{"special": True, **{flag: token[flag] for flag in flags if flag in token}}
+            )
+            for token in (*added, *tokens)
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: the special tokens of the tokenizer are malformed ({error})"
+        ) from error
 
 
 def _load_clip_pairs(path: Path, saved: dict[str, Any], unknown: str) -> tokenizers.models.BPE:
@@ -327,19 +347,6 @@ def _load_clip_pairs(path: Path, saved: dict[str, Any], unknown: str) -> tokeniz
             raise
         named = "tokenizer.json" if saved else "vocab.json and merges.txt"
         raise CheckpointError(f"{path}: {named}: not a byte-pair vocabulary ({error})") from error
-
-
-def _added_token(token: str | dict[str, Any]) -> tokenizers.AddedToken:
-    from tokenizers import AddedToken
-
-    if isinstance(token, str):
-        return AddedToken(token, special=True)
-    flags = ("single_word", "lstrip", "rstrip", "normalized")
-    return AddedToken(
-        _content(token),
-        special=bool(token.get("special", True)),
-        **{key: bool(token[key]) for key in flags if key in token},
-    )
 
 
 def _load_sentencepiece(file: Path) -> sentencepiece.SentencePieceProcessor:

@@ -323,6 +323,37 @@ def test_clip_settings_in_the_published_form(
     compare(tmp_path, reference, seed=9, count=500, family="clip")
 
 
+def test_clip_tokens_of_a_file_of_their_own(clip_dir: Path, tmp_path: Path) -> None:
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes((clip_dir / name).read_bytes())
+    added = {"<mask>": 900, "Straße": 901, "<table>": 902}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"extra_special_tokens": ["<mask>"]}))
+    reference = CLIPTokenizer.from_pretrained(tmp_path)
+    assert reference("<mask>")["input_ids"][1] == 900
+    compare(tmp_path, reference, seed=12, count=500, family="clip")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"additional_special_tokens": ["<mask>", "</s>"]},
+        {"extra_special_tokens": {"mask_token": "<mask>"}},
+        {"split_special_tokens": True},
+    ],
+    ids=["list", "named", "split"],
+)
+def test_clip_settings(clip_dir: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    path = with_settings(saved_by_reference(clip_dir), tmp_path, **settings)
+    compare(path, CLIPTokenizer.from_pretrained(path), seed=13, count=500, family="clip")
+
+
+def saved_by_reference(source: Path) -> Path:
+    target = source.with_name("clip_saved")
+    CLIPTokenizer.from_pretrained(source).save_pretrained(target)
+    return target
+
+
 def test_clip_tokens_that_were_added(clip_dir: Path, tmp_path: Path) -> None:
     """Some are of the vocabulary, some come behind it."""
     tokenizer = CLIPTokenizer.from_pretrained(clip_dir)

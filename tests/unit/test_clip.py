@@ -105,6 +105,7 @@ def test_how_pictures_are_fitted(
         ("preprocessor_config.json", {"crop_size": 40}, "crop_size is 40, the vision tower takes a square"),
         ("preprocessor_config.json", {"do_center_crop": False}, "do_center_crop is false"),
         ("preprocessor_config.json", {"do_resize": False}, "sets do_resize to false"),
+        ("preprocessor_config.json", {"resample": [3]}, "resample is .3., expected one of"),
         ("preprocessor_config.json", {"image_mean": 0.5}, "image_mean is 0.5, expected three numbers"),
         ("preprocessor_config.json", {"image_std": [1, 1, None]}, "image_std is .1, 1, None."),
     ],
@@ -312,6 +313,12 @@ def test_texts_stand_between_their_tokens(checkpoint: Path) -> None:
         ({"tokenizer_config.json": '{"tokenizer_class": "GPT2Tokenizer"}'}, "expected one of CLIPTokenizer"),
         ({"tokenizer_config.json": '{"padding_side": "left"}'}, "padding_side is 'left', expected 'right'"),
         ({"tokenizer_config.json": '{"truncation_side": "left"}'}, "truncation_side is 'left'"),
+        ({"tokenizer_config.json": '{"pad_token": 5}'}, "the special tokens of the tokenizer are malformed"),
+        (
+            {"tokenizer_config.json": '{"added_tokens_decoder": {"x": "y"}}'},
+            "special tokens .* are malformed",
+        ),
+        ({"tokenizer.json": '{"added_tokens": [{"content": "a"}]}'}, "special tokens .* are malformed"),
         ({"tokenizer_config.json": '{"pad_token": "<pad>"}'}, "the token '<pad>' has id 300"),
     ],
 )

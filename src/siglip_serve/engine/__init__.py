@@ -1,4 +1,4 @@
-"""How a tower is run fast. The towers in `siglip.py` stay as they read; what makes them fast is done here.
+"""How a tower is run fast. The towers stay as they read; what makes them fast is done here.
 
 `VisionEngine` and `TextEngine` choose a runner for the device and the dtype, and cut rows into passes that
 fit the device's memory. A runner is one way to run a tower:
