@@ -170,6 +170,7 @@ class ExplainVectors:
     def __init__(self, context: Context) -> None:
         self._refusals = context.refusals
         self._width = tensor_dims(context.config)["EMBEDDING"]
+        _one_thread()
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request."""
@@ -199,6 +200,7 @@ class ExplainMapper:
         self._refusals = context.refusals
         self._context = context
         self._width = tensor_dims(context.config)["EMBEDDING"]
+        _one_thread()
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request."""
@@ -237,6 +239,7 @@ class ExplainOverlays:
         self._context = context
         # Not as the settings say: to look at, Pillow's pixels are as good, and need no torch in this process.
         self._preprocess, self._limits = image_reader(context, "pil")
+        _one_thread()
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request."""
@@ -263,6 +266,13 @@ class ExplainOverlays:
             overlay(picture, placed, seen, colormap, opacity).save(file, "PNG", compress_level=1)
             files[index] = base64.b64encode(file.getvalue()) if encoded else file.getvalue()
         return {"OVERLAY": files}
+
+
+def _one_thread() -> None:
+    """From here on NumPy multiplies in one thread: to wake others takes longer than products of this size."""
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(1)
 
 
 def _choice(request: Request, name: str, choices: Sequence[str]) -> str:
