@@ -205,7 +205,7 @@ def test_steps_that_are_called_by_themselves_refuse_what_does_not_fit(grpc: Grpc
 
 
 def test_two_hundred_prompts(grpc: GrpcCaller) -> None:
-    prompts = [f"thing number {number}" for number in range(200)]
+    prompts = [f"prompt number {number}" for number in range(200)]
     found = explain(grpc, SMALL, prompts)
     assert found["HEATMAPS"].shape == (200, 50, 70)
     total = found["PATCH_MAPS"].sum((1, 2)) + found["UNATTRIBUTED"]
