@@ -18,7 +18,7 @@ from PIL import Image
 from siglip_serve import zero_shot
 from siglip_serve.checkpoint import tensor_dims
 from siglip_serve.errors import InvalidInputError
-from siglip_serve.handlers import image_reader, read_labels, read_templates
+from siglip_serve.handlers import MOST_VECTORS, image_reader, read_labels, read_templates
 from siglip_serve.heatmap_image import (
     COLORMAPS,
     MOST_VALUES,
@@ -36,7 +36,6 @@ from siglip_serve.tokenizer import load_tokenizer
 
 __all__ = ["ExplainMapper", "ExplainOverlays", "ExplainPrompter", "ExplainVectors"]
 
-_MOST_PROMPTS = 1024
 _MOST_TEXTS = 65_536  # of the text tower's step
 _MODES = ("relative", "absolute")
 # What one prompt is compared with, where nothing else is named: things that pictures show at all.
@@ -79,8 +78,22 @@ class _Plan:
 
     @classmethod
     def of(cls, request: Request) -> _Plan:
-        prompts, templates, relative, how, height, width = map(int, request.array("PLAN", [], np.int32))
+        """The plan of a request, which may come from anybody: the steps can be called by themselves."""
+        given = list(map(int, request.array("PLAN", [], np.int32)))
+        prompts, templates, relative, how, height, width = given
+        most = MOST_VALUES // max(prompts, 1)
+        if (
+            min(prompts, templates, height, width) < 1
+            or height * width > most
+            or how not in range(len(NORMALIZATIONS))
+        ):
+            raise InvalidInputError(f"PLAN: got {given}, expected what explain_prompts gives")
         return cls(prompts, templates, bool(relative), NORMALIZATIONS[how], height, width)
+
+    def check(self, name: str, rows: int, expected: int) -> None:
+        """Refuse an input whose rows are not those of the plan."""
+        if rows != expected:
+            raise InvalidInputError(f"{name}: {rows} rows, expected {expected} as PLAN says")
 
 
 class ExplainPrompter:
@@ -104,22 +117,20 @@ class ExplainPrompter:
         return respond_each(requests, self._plan, self._refusals)
 
     def _plan(self, request: Request) -> Outputs:
-        size = request.array("IMAGE_SIZE", [2], np.int32)
-        if len(size) != 1:
-            raise InvalidInputError(f"INPUT_IMAGE: got {len(size)} images, expected one")
+        image = _image_size(request)
         prompts = read_labels(request, "PROMPTS", self._max_bytes)
         templates = read_templates(request, self._max_bytes)
         relative = _choice(request, "MODE", _MODES) == "relative"
         normalization = cast(Normalization, _choice(request, "NORMALIZE", NORMALIZATIONS))
         background = self._background(request, prompts, relative)
         texts = len(prompts) + len(background)
-        if texts > _MOST_PROMPTS or texts * len(templates) > _MOST_TEXTS:
+        if texts > MOST_VECTORS or texts * len(templates) > _MOST_TEXTS:
             raise InvalidInputError(
                 f"PROMPTS: {len(prompts)} prompts and {len(background)} texts of BACKGROUND in "
-                f"{len(templates)} templates, expected at most {_MOST_PROMPTS} prompts and texts, and "
+                f"{len(templates)} templates, expected at most {MOST_VECTORS} prompts and texts, and "
                 f"{_MOST_TEXTS} with their templates"
             )
-        height, width = self._size(request, size[0], len(prompts))
+        height, width = self._size(request, image, len(prompts))
         _choice(request, "COLORMAP", COLORMAPS)
         _opacity(request)
         ids = self._ids(request, "PROMPTS", prompts, templates)
@@ -171,6 +182,7 @@ class ExplainVectors:
     def __init__(self, context: Context) -> None:
         self._refusals = context.refusals
         self._width = tensor_dims(context.config)["EMBEDDING"]
+        _one_thread()
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request."""
@@ -179,6 +191,11 @@ class ExplainVectors:
     def _vectors(self, request: Request) -> Outputs:
         plan = _Plan.of(request)
         texts = request.array("TEXT_EMBEDDING", self._width, np.float32)
+        if len(texts) < plan.prompts * plan.templates or len(texts) % plan.templates:
+            raise InvalidInputError(
+                f"TEXT_EMBEDDING: {len(texts)} rows, expected {plan.prompts} or more times {plan.templates} "
+                "as PLAN says"
+            )
         units = zero_shot.build_class_embeddings(texts.reshape(-1, plan.templates, *self._width))
         prompts, background = units[: plan.prompts], units[plan.prompts :]
         vectors = prompts
@@ -200,6 +217,7 @@ class ExplainMapper:
         self._refusals = context.refusals
         self._context = context
         self._width = tensor_dims(context.config)["EMBEDDING"]
+        _one_thread()
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request."""
@@ -211,12 +229,13 @@ class ExplainMapper:
         maps = maps.reshape(plan.prompts, side, side)
         embedding = request.array("EMBEDDING", self._width, np.float32)[0]
         prompts = request.array("PROMPT_EMBEDDING", self._width, np.float32)
+        plan.check("PROMPT_EMBEDDING", len(prompts), plan.prompts)
         vectors = request.array("PROMPT_VECTORS", [plan.prompts, *self._width], np.float32)[0]
         unit = embedding / np.linalg.norm(embedding)
         # In the mode `relative` what all prompts share has no place either.
         unattributed = request.array("FOUND_UNATTRIBUTED", [plan.prompts], np.float32)[0]
         unattributed = unattributed + (prompts - vectors) @ unit
-        view = _view(self._context, request.array("IMAGE_SIZE", [2], np.int32)[0])
+        view = _view(self._context, _image_size(request))
         return {
             "HEATMAPS": view.place(normalize(maps, plan.normalization), plan.height, plan.width),
             "SCORES": (prompts @ unit).astype(np.float32),
@@ -238,6 +257,7 @@ class ExplainOverlays:
         self._context = context
         # Not as the settings say: to look at, Pillow's pixels are as good, and need no torch in this process.
         self._preprocess, self._limits = image_reader(context, "pil")
+        _one_thread()
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request."""
@@ -248,7 +268,8 @@ class ExplainOverlays:
         colormap, opacity = _choice(request, "COLORMAP", COLORMAPS), _opacity(request)
         encoded = request.flag("base64_encoded")
         heat = request.array("HEAT", [side, side], np.float32)
-        view = _view(self._context, request.array("IMAGE_SIZE", [2], np.int32)[0])
+        plan.check("HEAT", len(heat), plan.prompts)
+        view = _view(self._context, _image_size(request))
         height, width = plan.height, plan.width
 
         def read(row: bytes) -> NDArray[Any]:
@@ -264,6 +285,13 @@ class ExplainOverlays:
             overlay(picture, placed, seen, colormap, opacity).save(file, "PNG", compress_level=1)
             files[index] = base64.b64encode(file.getvalue()) if encoded else file.getvalue()
         return {"OVERLAY": files}
+
+
+def _one_thread() -> None:
+    """From here on NumPy multiplies in one thread: to wake others takes longer than products of this size."""
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(1)
 
 
 def _choice(request: Request, name: str, choices: Sequence[str]) -> str:
@@ -284,6 +312,14 @@ def _opacity(request: Request) -> float:
     if not 0 <= opacity <= 1:
         raise InvalidInputError(f"OPACITY: got {opacity:g}, expected 0 to 1")
     return opacity
+
+
+def _image_size(request: Request) -> NDArray[np.int32]:
+    """Height and width of the one image."""
+    sizes = request.array("IMAGE_SIZE", [2], np.int32)
+    if len(sizes) != 1 or sizes.min() < 1:
+        raise InvalidInputError(f"IMAGE_SIZE: got {sizes.tolist()}, expected that of one image")
+    return np.asarray(sizes[0])
 
 
 def _view(context: Context, size: NDArray[np.int32]) -> View:

@@ -45,8 +45,10 @@ _LONGEST_KEY = 1024
 _MOST_PROMPTS = 65_536
 _MOST_PLACES = 4
 _EXPLAINED = ("PATCH_MAPS", "UNATTRIBUTED")
+MOST_VECTORS = 1024  # of one image that is explained
 
 __all__ = [
+    "MOST_VECTORS",
     "ImageReader",
     "LabelPrompter",
     "LabelScorer",
@@ -163,8 +165,8 @@ class VisionEmbedder:
             raise InvalidInputError(f"PIXEL_VALUES: {len(pixels)} images with vectors, expected one")
         rows = request.shape("PROMPT_VECTORS")[1:2]
         vectors = request.array("PROMPT_VECTORS", [*rows, *self._width], np.float32)[0]
-        if not len(vectors):
-            raise InvalidInputError("PROMPT_VECTORS: no vectors, expected at least one")
+        if not 1 <= len(vectors) <= MOST_VECTORS:
+            raise InvalidInputError(f"PROMPT_VECTORS: {len(vectors)} vectors, expected 1 to {MOST_VECTORS}")
         if not np.isfinite(vectors).all():
             raise InvalidInputError("PROMPT_VECTORS: not all finite")
         begin = time.perf_counter()

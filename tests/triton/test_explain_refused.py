@@ -128,11 +128,84 @@ def test_base64_over_grpc(grpc: GrpcCaller) -> None:
         assert base64.b64decode(text, validate=True) == file
 
 
+def step(grpc: GrpcCaller, model: str, inputs: dict[str, Any]) -> None:
+    tensors = []
+    for name, given in inputs.items():
+        array = np.array([[given]], dtype=np.object_) if isinstance(given, bytes) else given
+        if isinstance(given, list):
+            array = np.array([text.encode() for text in given], dtype=np.object_)
+        kind = {"O": "BYTES", "i": "INT32", "f": "FP32"}[array.dtype.kind]
+        tensors.append(grpc.module.InferInput(name, list(array.shape), kind))
+        tensors[-1].set_data_from_numpy(array)
+    grpc.client.infer(model, tensors)
+
+
+def plan(*numbers: int) -> NDArray[np.int32]:
+    return np.array(numbers, dtype=np.int32)
+
+
+def test_steps_that_are_called_by_themselves_refuse_what_does_not_fit(grpc: GrpcCaller) -> None:
+    """Who can reach the server can reach each of them; none may fail, or take all memory."""
+    found = explain(grpc, SMALL, ["dog", "cat"])
+    side, width = found["PATCH_MAPS"].shape[1], grpc.embed([SMALL]).shape[1]
+    ones = np.ones
+    size, texts = plan(50, 70)[None], ones((2, width), np.float32)
+    maps: dict[str, Any] = {
+        "FOUND_MAPS": ones((1, 2, side * side), np.float32),
+        "FOUND_UNATTRIBUTED": ones((1, 2), np.float32),
+        "EMBEDDING": texts[:1],
+        "PROMPT_VECTORS": texts[None],
+        "PROMPT_EMBEDDING": texts,
+        "IMAGE_SIZE": size,
+        "PLAN": plan(2, 1, 1, 0, 5, 7),
+    }
+    heat: dict[str, Any] = {
+        "HEAT": ones((2, side, side), np.float32),
+        "INPUT_IMAGE": SMALL,
+        "IMAGE_SIZE": size,
+        "PLAN": plan(2, 1, 1, 0, 5, 7),
+    }
+    right: dict[str, dict[str, Any]] = {
+        "explain_prompts": {"IMAGE_SIZE": size, "PROMPTS": ["dog"]},
+        "explain_vectors": {"TEXT_EMBEDDING": texts, "PLAN": plan(2, 1, 1, 0, 5, 7)},
+        "explain_maps": maps,
+        "explain_overlays": heat,
+    }
+    wrong_plans = [
+        plan(0, 1, 1, 0, 5, 7),
+        plan(2, 0, 1, 0, 5, 7),
+        plan(2, 1, 1, 3, 5, 7),
+        plan(2, 1, 1, -1, 5, 7),
+        plan(2, 1, 1, 0, 0, 7),
+        plan(2, 1, 1, 0, 40_000, 40_000),
+        plan(2**31 - 1, 1, 1, 0, 5, 7),
+    ]
+    for model, inputs in right.items():
+        step(grpc, model, inputs)
+        for wrong in wrong_plans if "PLAN" in inputs else []:
+            assert "PLAN: got [" in refusal(step, grpc, model, {**inputs, "PLAN": wrong})
+        if "IMAGE_SIZE" in inputs:
+            for wrong in (plan(0, 0)[None], plan(-5, 5)[None]):
+                assert "IMAGE_SIZE: got" in refusal(step, grpc, model, {**inputs, "IMAGE_SIZE": wrong})
+    for model, change, expected in (
+        ("explain_prompts", {"IMAGE_SIZE": np.tile(size, (2, 1))}, "IMAGE_SIZE: got [[50, 70], [50, 70]]"),
+        ("explain_vectors", {"TEXT_EMBEDDING": texts[:1]}, "TEXT_EMBEDDING: 1 rows"),
+        ("explain_vectors", {"PLAN": plan(1, 3, 1, 0, 5, 7)}, "TEXT_EMBEDDING: 2 rows"),
+        ("explain_maps", {"PROMPT_EMBEDDING": texts[:1]}, "PROMPT_EMBEDDING: 1 rows, expected 2"),
+        ("explain_maps", {"PROMPT_VECTORS": texts[None, :1]}, "PROMPT_VECTORS: got float32"),
+        ("explain_maps", {"FOUND_MAPS": maps["FOUND_MAPS"][..., 1:]}, "FOUND_MAPS: got float32"),
+        ("explain_overlays", {"HEAT": heat["HEAT"][:1]}, "HEAT: 1 rows, expected 2"),
+        ("explain_overlays", {"HEAT": heat["HEAT"][:, 1:]}, "HEAT: got float32"),
+        ("explain_overlays", {"INPUT_IMAGE": b"no image"}, "INPUT_IMAGE[0]: not a decodable image"),
+    ):
+        assert expected in refusal(step, grpc, model, {**right[model], **change})
+
+
 # ---- many prompts
 
 
 def test_two_hundred_prompts(grpc: GrpcCaller) -> None:
-    prompts = [f"thing number {number}" for number in range(200)]
+    prompts = [f"prompt number {number}" for number in range(200)]
     found = explain(grpc, SMALL, prompts)
     assert found["HEATMAPS"].shape == (200, 50, 70)
     total = found["PATCH_MAPS"].sum((1, 2)) + found["UNATTRIBUTED"]
@@ -320,7 +393,11 @@ def test_the_tower_refuses_what_does_not_go_together(grpc: GrpcCaller) -> None:
         ((pixels, np.concatenate([vectors] * 2), ("PATCH_MAPS",)), "PIXEL_VALUES: 2 images with vectors"),
         ((pixels, vectors, ("PATCH_MAPS",)), "batch size does not match"),
         ((pixels[:1], vectors[..., :-1], ("PATCH_MAPS",)), "input 'PROMPT_VECTORS'"),
-        ((pixels[:1], vectors[:, :0], ("PATCH_MAPS",)), "PROMPT_VECTORS: no vectors, expected at least one"),
+        ((pixels[:1], vectors[:, :0], ("PATCH_MAPS",)), "PROMPT_VECTORS: 0 vectors, expected 1 to 1024"),
+        (
+            (pixels[:1], np.ones((1, 1025, width), np.float32), ("PATCH_MAPS",)),
+            "PROMPT_VECTORS: 1025 vectors",
+        ),
         ((pixels[:1], np.full_like(vectors, np.nan), ("PATCH_MAPS",)), "PROMPT_VECTORS: not all finite"),
     ):
         assert expected in refusal(tower, grpc, *asked)

@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from explaining import MAPS, explain
 from images import encode, photo
 from tritonclient.utils import InferenceServerException
-from wire import OPENER, ROOT, TINY, GrpcCaller, post, post_image
+from wire import OPENER, ROOT, TINY, GrpcCaller, HttpCaller, post, post_image
 
 from siglip_serve._staging import Stage
 from siglip_serve.errors import CheckpointError, ServerStartError, SettingsError
@@ -146,6 +147,17 @@ def wait_until_served(caller: GrpcCaller) -> None:
         except InferenceServerException:
             in_a_row = 0
             time.sleep(0.02)
+
+
+def test_what_is_named_is_served_with_its_steps_and_nothing_else(log: Path) -> None:
+    options = ServeOptions(REPOSITORY, str(TINY), models=("explain_image",), log_file=log)
+    with TritonServer(options) as server:
+        steps = ["explain_maps", "explain_overlays", "explain_prompts", "explain_vectors"]
+        towers = ["siglip_text_model", "siglip_vision_model", "siglip_vision_process"]
+        assert server.models == ["explain_image", *steps, *towers]
+        found = explain(GrpcCaller(server.grpc_url), PICTURE, ["dog"], (*MAPS, "OVERLAY"))
+        total = found["PATCH_MAPS"].sum((1, 2)) + found["UNATTRIBUTED"]
+        np.testing.assert_allclose(total, found["SCORES"], atol=1e-5)
 
 
 def test_stop_leaves_nothing(log: Path) -> None:
@@ -326,6 +338,8 @@ def test_a_plain_tritonserver_serves_the_repository(tmp_path: Path) -> None:
         ):
             try:
                 assert status_once_it_listens(f"127.0.0.1:{http_port}") == 200
+                found = explain(HttpCaller(f"127.0.0.1:{http_port}"), PICTURE, ["dog"])
+                assert found["HEATMAPS"].shape == (1, 60, 80)
             finally:
                 server.terminate()
     finally:
