@@ -80,6 +80,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"image": []}, "INPUT_IMAGE"),
     ({"image": base64.b64encode(SMALL)}, "INPUT_IMAGE[0]: not a decodable image"),
     ({"parameters": {"base64_encoded": True}}, "INPUT_IMAGE[0]: not base64"),
+    ({"parameters": {"embed_model": "siglip_text"}}, "parameter 'embed_model': got 'siglip_text'"),
     ({"parameters": {"overlay": True}}, "parameter 'overlay': unknown"),
     ({"parameters": {"truncation": "yes"}}, "parameter 'truncation': got 'yes'"),
     ({"outputs": ["HEATMAP"]}, "HEATMAP"),
@@ -118,6 +119,15 @@ def test_what_is_too_long_may_be_cut(grpc: GrpcCaller) -> None:
     found = explain(grpc, SMALL, ["dog " * 300, "cat"], parameters={"truncation": True})
     cut = explain(grpc, SMALL, ["dog " * 63, "cat"])
     np.testing.assert_allclose(found["SCORES"], cut["SCORES"], atol=1e-6)
+
+
+def test_parameters_of_embeddings_change_nothing(grpc: GrpcCaller) -> None:
+    plain = explain(grpc, SMALL, ["dog", "cat"])
+    given = explain(
+        grpc, SMALL, ["dog", "cat"], parameters={"embed_model": "siglip_vision", "normalized": True}
+    )
+    for name, array in plain.items():
+        np.testing.assert_allclose(given[name], array, atol=1e-6)
 
 
 def test_base64_over_grpc(grpc: GrpcCaller) -> None:
