@@ -71,7 +71,10 @@ def default_size(view: View, prompts: int) -> tuple[int, int]:
     """Height and width of maps unless others are asked for: the picture's own, or smaller if that is much."""
     pixels = view.width * view.height
     scale = min(1.0, _DEFAULT_SIDE / max(view.width, view.height), (MOST_VALUES / prompts / pixels) ** 0.5)
-    return max(1, round(view.height * scale)), max(1, round(view.width * scale))
+    height, width = (max(1, round(side * scale)) for side in (view.height, view.width))
+    if prompts * height * width > MOST_VALUES:  # only by rounding up
+        height, width = (max(1, int(side * scale)) for side in (view.height, view.width))
+    return height, width
 
 
 def normalize(maps: Maps, how: Normalization) -> Maps:

@@ -80,6 +80,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"image": []}, "INPUT_IMAGE"),
     ({"image": base64.b64encode(SMALL)}, "INPUT_IMAGE[0]: not a decodable image"),
     ({"parameters": {"base64_encoded": True}}, "INPUT_IMAGE[0]: not base64"),
+    ({"parameters": {"embed_model": "siglip_text"}}, "parameter 'embed_model': got 'siglip_text'"),
     ({"parameters": {"overlay": True}}, "parameter 'overlay': unknown"),
     ({"parameters": {"truncation": "yes"}}, "parameter 'truncation': got 'yes'"),
     ({"outputs": ["HEATMAP"]}, "HEATMAP"),
@@ -120,6 +121,15 @@ def test_what_is_too_long_may_be_cut(grpc: GrpcCaller) -> None:
     np.testing.assert_allclose(found["SCORES"], cut["SCORES"], atol=1e-6)
 
 
+def test_parameters_of_embeddings_change_nothing(grpc: GrpcCaller) -> None:
+    plain = explain(grpc, SMALL, ["dog", "cat"])
+    given = explain(
+        grpc, SMALL, ["dog", "cat"], parameters={"embed_model": "siglip_vision", "normalized": True}
+    )
+    for name, array in plain.items():
+        np.testing.assert_allclose(given[name], array, atol=1e-6)
+
+
 def test_base64_over_grpc(grpc: GrpcCaller) -> None:
     plain = explain(grpc, SMALL, ["dog", "cat"], EVERY)
     given = explain(grpc, base64.encodebytes(SMALL), ["dog", "cat"], EVERY, {"base64_encoded": True})
@@ -144,12 +154,11 @@ def plan(*numbers: int) -> NDArray[np.int32]:
     return np.array(numbers, dtype=np.int32)
 
 
-def test_steps_that_are_called_by_themselves_refuse_what_does_not_fit(grpc: GrpcCaller) -> None:
-    """Who can reach the server can reach each of them; none may fail, or take all memory."""
-    found = explain(grpc, SMALL, ["dog", "cat"])
-    side, width = found["PATCH_MAPS"].shape[1], grpc.embed([SMALL]).shape[1]
-    ones = np.ones
-    size, texts = plan(50, 70)[None], ones((2, width), np.float32)
+def right_inputs(grpc: GrpcCaller) -> dict[str, dict[str, Any]]:
+    """What each step of `explain_image` takes, by its name."""
+    side = explain(grpc, SMALL, ["dog"], ("PATCH_MAPS",))["PATCH_MAPS"].shape[1]
+    size, ones = plan(50, 70)[None], np.ones
+    texts = ones((2, grpc.embed([SMALL]).shape[1]), np.float32)
     maps: dict[str, Any] = {
         "FOUND_MAPS": ones((1, 2, side * side), np.float32),
         "FOUND_UNATTRIBUTED": ones((1, 2), np.float32),
@@ -165,12 +174,19 @@ def test_steps_that_are_called_by_themselves_refuse_what_does_not_fit(grpc: Grpc
         "IMAGE_SIZE": size,
         "PLAN": plan(2, 1, 1, 0, 5, 7),
     }
-    right: dict[str, dict[str, Any]] = {
+    return {
         "explain_prompts": {"IMAGE_SIZE": size, "PROMPTS": ["dog"]},
         "explain_vectors": {"TEXT_EMBEDDING": texts, "PLAN": plan(2, 1, 1, 0, 5, 7)},
         "explain_maps": maps,
         "explain_overlays": heat,
     }
+
+
+def test_steps_that_are_called_by_themselves_refuse_what_does_not_fit(grpc: GrpcCaller) -> None:
+    """Who can reach the server can reach each of them; none may fail, or take all memory."""
+    right = right_inputs(grpc)
+    maps, heat = right["explain_maps"], right["explain_overlays"]
+    size, texts = maps["IMAGE_SIZE"], maps["PROMPT_EMBEDDING"]
     wrong_plans = [
         plan(0, 1, 1, 0, 5, 7),
         plan(2, 0, 1, 0, 5, 7),

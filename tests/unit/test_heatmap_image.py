@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from siglip_serve.heatmap_image import COLORMAPS, View, default_size, normalize, overlay
+from siglip_serve.heatmap_image import COLORMAPS, MOST_VALUES, View, default_size, normalize, overlay
 
 GRID = np.arange(6, dtype=np.float32).reshape(1, 2, 3)
 
@@ -57,6 +57,22 @@ def test_default_size_is_the_picture_s_own_within_bounds(
     size: tuple[int, int], prompts: int, expected: tuple[int, int]
 ) -> None:
     assert default_size(whole(*size), prompts) == expected
+
+
+def test_default_size_never_exceeds_what_a_request_may_have() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(3000):
+        width, height = (int(side) for side in np.exp(rng.uniform(0, np.log(8000), 2)))
+        prompts = int(rng.integers(1, 1025))
+        rows, columns = default_size(whole(width, height), prompts)
+        assert min(rows, columns) >= 1
+        assert prompts * rows * columns <= MOST_VALUES
+
+
+def test_maps_that_are_level_but_for_rounding_stay_level() -> None:
+    noise = np.array([[[0.25, 0.25 + 3e-8]]], dtype=np.float32)
+    assert np.ptp(normalize(noise, "prompt")) < 0.1
+    assert np.ptp(normalize(noise * 1000, "prompt")) == pytest.approx(1)
 
 
 def test_normalizations() -> None:
