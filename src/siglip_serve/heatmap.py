@@ -20,7 +20,7 @@ Shapes: B images, P vectors of width E (of the embeddings), T patches, D hidden 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -34,6 +34,7 @@ from siglip_serve.siglip import Block, BlockTrace, TowerTrace, VisionTower
 __all__ = ["ClipExplainer", "Explainer", "Explanation", "SiglipExplainer", "explainer_of"]
 
 _SETS_KEPT = 16
+_LAYERS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ class ClipExplainer:
     What attention added is a sum over tokens and heads, of which each term is seen by a vector through the
     output projection, the last LayerNorm and the projection to the joint space: the same for all images, so
     that it is kept with the vectors. [L, T, H, D] is never made: a layer costs a row of attention, and one
-    product of its values with as many columns as there are vectors.
+    product of its values, [T, D], with as many columns as there are vectors.
 
     Args:
         tower: of which the output projections, the last LayerNorm and the projection are kept.
@@ -216,63 +217,87 @@ class ClipExplainer:
         self._per_head = per_head
         self._projections = [block.self_attn.out_proj for block in blocks]
         self._norm, self._projection = tower.post_layernorm, tower.projection
-        self._seen: OrderedDict[bytes, tuple[Tensor, list[Tensor]]] = OrderedDict()
+        self._seen: OrderedDict[bytes, tuple[Tensor, Tensor, Tensor]] = OrderedDict()
 
     @torch.inference_mode()
     def explain(self, tower: ClipVisionTower, pixels: Tensor, vectors: Tensor) -> Explanation:
         """See `Explainer`."""
-        form, seen = self._see(vectors)
+        form, seen, biases = self._see(vectors)
         x = tower.embed(pixels)  # [B, 1 + T, D]
-        rest = x[:, 0].float() @ form.T  # [B, P]
-        maps = rest.new_zeros(*rest.shape, x.shape[1] - 1)
+        maps = form.new_zeros(len(x), len(form), x.shape[1])  # [B, P, 1 + T]
+        without_place, placed, done = [x[:, 0]], [], 0
         by_head: list[Tensor] = []
         for number, block in enumerate(cast("list[Block]", list(tower.encoder.layers))):
             before = x[:, 0]
             x, trace = block.trace(x)
-            added = (x[:, 0] - before).float() @ form.T
-            if number not in self._placed:
-                rest += added
-                continue
-            placed = _by_class_token(trace, seen[number], self._per_head)  # [B, P, 1 + T] or [B, P, H, 1 + T]
-            if self._per_head:
-                by_head.append(placed[..., 1:])
-                placed = placed.sum(2)
-            maps += placed[..., 1:]
-            # What the class token kept of itself, the biases and the MLP have no place in the image.
-            bias = self._projections[number].bias.float() @ form.T
-            rest += placed[..., 0] + bias + trace.mlp[:, 0].float() @ form.T
+            if number in self._placed:
+                placed.append(trace)
+                without_place.append(trace.mlp[:, 0])
+            else:
+                without_place.append(x[:, 0] - before)
+            if len(placed) == _LAYERS_AT_ONCE or (placed and done + len(placed) == len(self._placed)):
+                found = _by_class_token(placed, seen[done : done + len(placed)], self._per_head)
+                placed, done = [], done + len(placed)
+                if self._per_head:  # [B, P, L, H, 1 + T]
+                    by_head.append(found)
+                    found = found.sum((2, 3))
+                maps += found
+        # What the class token kept of itself has no place in the image either.
+        rest = torch.stack(without_place).float().sum(0) @ form.T + biases + maps[..., 0]
         last, norm = x[:, 0].float(), self._norm
         centred, scale = _standardize(last, norm.eps)
         matrix = self._projection.weight.float()
         embedding = (centred / scale * norm.weight.float() + norm.bias.float()) @ matrix.T
         length = embedding.norm(dim=-1, keepdim=True)
         constant = vectors @ (matrix @ norm.bias.float())
-        heads = torch.stack(by_head, 2) / (scale * length)[..., None, None, None] if by_head else None
+        heads = torch.cat(by_head, 2)[..., 1:] / (scale * length)[..., None, None, None] if by_head else None
         return Explanation(
-            maps / (scale * length)[..., None], rest / (scale * length) + constant / length, embedding, heads
+            maps[..., 1:] / (scale * length)[..., None],
+            rest / (scale * length) + constant / length,
+            embedding,
+            heads,
         )
 
-    def _see(self, vectors: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """What vectors see of the class token, [P, D]; and of each layer's mixed values, [P, D]."""
+    def _see(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What vectors see of the class token, [P, D]; of each placed layer's mixed values, [L, P, D]; and of
+        these layers' biases together, [P]."""
         key = vectors.cpu().numpy().tobytes()
         found = self._seen.pop(key, None)
         if found is None:
             # The mean that the last LayerNorm takes off is taken off here.
             form = _centre((vectors @ self._projection.weight.float()) * self._norm.weight.float())
-            found = form, [form @ projection.weight.float() for projection in self._projections]
+            layers = [self._projections[number] for number in sorted(self._placed)]
+            seen = [form @ projection.weight.float() for projection in layers]
+            biases = [form @ projection.bias.float() for projection in layers]
+            found = (
+                form,
+                torch.stack(seen) if seen else form.new_zeros(0, *form.shape),
+                torch.stack(biases).sum(0) if biases else form.new_zeros(len(form)),
+            )
         self._seen[key] = found
         if len(self._seen) > _SETS_KEPT:
             self._seen.popitem(last=False)
         return found
 
 
-def _by_class_token(block: BlockTrace, seen: Tensor, per_head: bool) -> Tensor:
-    """What the class token takes from each token, as vectors see it: [B, P, T], or [B, P, H, T]."""
-    queries, keys, values = block.queries[:, :, :1].float(), block.keys.float(), block.values.float()
-    weights = (queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5).softmax(-1)[:, :, 0]  # [B, H, T]
-    seen = seen.unflatten(-1, (values.shape[1], -1))  # [P, H, D/H]
-    kept = "bpht" if per_head else "bpt"
-    return torch.einsum(f"bht,bhte,phe->{kept}", weights, values, seen)
+def _by_class_token(layers: Sequence[BlockTrace], seen: Tensor, per_head: bool) -> Tensor:
+    """What the class token takes from each token in some layers, as vectors see it through them, [L, P, D].
+
+    Layers are taken together, so that a GPU is not kept waiting for many small products.
+
+    Returns:
+        [B, P, 1 + T] over all layers and heads, or [B, P, L, H, 1 + T].
+    """
+    queries = torch.stack([layer.queries[:, :, 0] for layer in layers]).float()  # [L, B, H, D/H]
+    keys = torch.stack([layer.keys for layer in layers]).float()  # [L, B, H, 1 + T, D/H]
+    scores = (keys @ queries[..., None])[..., 0] * queries.shape[-1] ** -0.5
+    del keys
+    weighted = torch.stack([layer.values for layer in layers]).float()
+    weighted *= scores.softmax(-1)[..., None]
+    if per_head:
+        return torch.einsum("lbhte,lphe->bplht", weighted, seen.unflatten(-1, (queries.shape[2], -1)))
+    weighted = weighted.permute(1, 3, 0, 2, 4).flatten(2)  # [B, 1 + T, L * D]
+    return (weighted @ seen.permute(0, 2, 1).flatten(0, 1)).transpose(1, 2)
 
 
 _GELU_SLOPE = (2 / torch.pi) ** 0.5

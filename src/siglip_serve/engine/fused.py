@@ -20,6 +20,7 @@ from siglip_serve.heatmap import Explanation, SiglipExplainer
 from siglip_serve.siglip import (
     AttentionPooling,
     Block,
+    BlockTrace,
     Encoder,
     TextTower,
     TowerTrace,
@@ -84,6 +85,7 @@ class FusedVision:
         size = tower.config.image_size
         rows = torch.zeros(_largest(self._tokens, max_rows), size, size, 3, dtype=torch.uint8)
         self._replays = _Replays(self._forward, rows, device, levers.graphs)
+        self._traces = _Replays(self._trace, rows[:1], device, levers.graphs)
         self.max_rows = self._replays.max_rows
         self.staging: NDArray[np.uint8] | None = None
         if device.type == "cuda":
@@ -106,11 +108,10 @@ class FusedVision:
 
     @torch.inference_mode()
     def trace(self, pixels: NDArray[np.uint8]) -> TowerTrace:
-        """What the blocks that heatmaps are rolled back through compute of pixels [1, S, S, 3]."""
-        x = self._embed(torch.from_numpy(pixels).to(self._device))
-        stream = self._blocks.stream(x, len(pixels), self._before)
-        with torch.autocast(self._device.type, self._dtype):
-            return trace_blocks(stream.view(len(pixels), self._tokens, self._width), self._traced)
+        """What the blocks that heatmaps go back through compute of pixels [1, S, S, 3], until the next call."""
+        before, after, *parts = self._traces(pixels)
+        blocks = tuple(BlockTrace(*parts[start : start + 4]) for start in range(0, len(parts), 4))
+        return TowerTrace(before, blocks, after)
 
     def replay_of(self, rows: int) -> Callable[[], object]:
         """What computes the embedding of `rows` rows that lie on the device already; for measurements."""
@@ -122,6 +123,17 @@ class FusedVision:
         x = self._blocks(x, len(pixels))
         tokens = x.view(len(pixels), self._tokens, self._width)
         return tokens, self._head(tokens).float()
+
+    def _trace(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """[1, S, S, 3] uint8 -> the parts of a `TowerTrace`, one after the other"""
+        stream = self._blocks.stream(self._embed(pixels), len(pixels), self._before)
+        # Without a cache of weights: what a recording computes must not be kept for the next one.
+        with torch.autocast(self._device.type, self._dtype, cache_enabled=False):
+            found = trace_blocks(stream.view(len(pixels), self._tokens, self._width), self._traced)
+        parts = [
+            part for block in found.blocks for part in (block.queries, block.keys, block.values, block.mlp)
+        ]
+        return found.before, found.after, *parts
 
 
 class FusedText:
