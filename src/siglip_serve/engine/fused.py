@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -37,9 +38,12 @@ _TOKENS_OF_A_PASS = 38_000  # a GPU is full with fewer; beyond, the caches hold 
 _CALIBRATION_TOKENS = 12_000
 _FLOAT8_MULTIPLE = 16  # of the sides of a matrix of 8 bits
 _ALIGNMENT = 8  # elements: rows of a matrix product begin at multiples of 16 bytes
-
+_RECORDED_VECTORS = (
+    8  # so many prompts of a heatmap at most: more keep the GPU busy while the next is launched
+)
 
 _ALL_LEVERS = Levers()
+_Computed = TypeVar("_Computed")
 
 
 class FusedVision:
@@ -86,6 +90,8 @@ class FusedVision:
         rows = torch.zeros(_largest(self._tokens, max_rows), size, size, 3, dtype=torch.uint8)
         self._replays = _Replays(self._forward, rows, device, levers.graphs)
         self._traces = _Replays(self._trace, rows[:1], device, levers.graphs)
+        self._graphs = levers.graphs
+        self._explainers: dict[tuple[SiglipExplainer, int], _RecordedExplainer] = {}
         self.max_rows = self._replays.max_rows
         self.staging: NDArray[np.uint8] | None = None
         if device.type == "cuda":
@@ -104,11 +110,20 @@ class FusedVision:
 
     def explain(self, explainer: SiglipExplainer, pixels: NDArray[np.uint8], vectors: Tensor) -> Explanation:
         """As `VisionRunner`."""
-        return explainer(self.trace(pixels), vectors.to(self._device))
+        trace, count = self.trace(pixels), len(vectors)
+        if not self._graphs or count > _RECORDED_VECTORS:
+            return explainer(trace, vectors.to(self._device))
+        key = explainer, count
+        if key not in self._explainers:
+            self._explainers[key] = _RecordedExplainer(explainer, trace, vectors.to(self._device))
+        return self._explainers[key](vectors)
 
     @torch.inference_mode()
     def trace(self, pixels: NDArray[np.uint8]) -> TowerTrace:
-        """What the blocks that heatmaps go back through compute of pixels [1, S, S, 3], until the next call."""
+        """What the blocks that heatmaps go back through compute of pixels [1, S, S, 3].
+
+        Its tensors hold until the next call.
+        """
         before, after, *parts = self._traces(pixels)
         blocks = tuple(BlockTrace(*parts[start : start + 4]) for start in range(0, len(parts), 4))
         return TowerTrace(before, blocks, after)
@@ -134,6 +149,26 @@ class FusedVision:
             part for block in found.blocks for part in (block.queries, block.keys, block.values, block.mlp)
         ]
         return found.before, found.after, *parts
+
+
+class _RecordedExplainer:
+    """What an explainer makes of one trace and so many vectors, recorded.
+
+    Args:
+        trace: whose tensors are written anew before each call.
+        vectors: [P, D] on the device.
+    """
+
+    def __init__(self, explainer: SiglipExplainer, trace: TowerTrace, vectors: Tensor) -> None:
+        self._vectors = vectors.clone()
+        self._graph, self._found = _record(lambda: explainer(trace, self._vectors))
+
+    @torch.inference_mode()
+    def __call__(self, vectors: Tensor) -> Explanation:
+        """The explanation for vectors [P, D], until the next call."""
+        self._vectors.copy_(vectors)
+        self._graph.replay()
+        return self._found
 
 
 class FusedText:
@@ -377,19 +412,21 @@ class _Replays:
         sizes = {size for size in _BUCKETS if size < self.max_rows} | {self.max_rows}
         for rows in sorted(sizes, reverse=True):  # the largest first: the others fit into its memory
             try:
-                self._recorded[rows] = self._record(rows, pool)
+                self._recorded[rows] = _record(partial(self._compute, self._input[:rows]), pool)
             except RuntimeError as error:
                 if rows == 1 or not is_out_of_memory(error):
                     raise
         self.max_rows = max(self._recorded)
 
-    def _record(self, rows: int, pool: Any) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles, allocates and chooses, which a recording must not
-            self._compute(self._input[:rows])
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            outputs = self._compute(self._input[:rows])
-        return graph, outputs
+
+def _record(compute: Callable[[], _Computed], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, _Computed]:
+    """A graph of what `compute` does, and what it returned, which each replay writes anew."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles, allocates and chooses, which a recording must not
+        compute()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        outputs = compute()
+    return graph, outputs
