@@ -182,13 +182,12 @@ class SiglipExplainer:
         for block, projection in zip(trace.blocks, self._projections, strict=True):
             maps += torch.einsum("bptd,btd->bpt", forms, block.mlp.float())
             rest = rest + (forms @ projection.bias.float()).sum(-1)
-            per_head = forms @ projection.weight.float()  # [B, P, T, D]
-            per_head = per_head.unflatten(-1, (block.values.shape[1], -1)).transpose(
-                2, 3
-            )  # [B, P, H, T, D/H]
+            per_head = (forms @ projection.weight.float()).unflatten(-1, (block.values.shape[1], -1))
+            # Vectors side by side, so that each head's attention is multiplied once: [B, H, T, P * D/H].
+            columns = per_head.permute(0, 3, 2, 1, 4).flatten(3)
             # What the forms of all tokens see of the token that a value comes from.
-            gathered = _attention(block).transpose(-1, -2)[:, None] @ per_head
-            maps += torch.einsum("bphse,bhse->bps", gathered, block.values.float())
+            gathered = (_attention(block).mT @ columns).unflatten(-1, (forms.shape[1], -1))
+            maps += (gathered * block.values.float()[:, :, :, None]).sum((1, 4)).mT
         return maps, rest
 
 
