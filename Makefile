@@ -26,10 +26,10 @@ DEV := $(VENV)/.dev
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
-	@echo "Variables of serve: CHECKPOINT (a directory, or a hub id such as google/siglip-so400m-patch14-384,"
-	@echo "owner/name@revision), TEAMS_CHECKPOINT (what looks at jerseys; likewise), DEVICE (auto, cpu, cuda), HOST,"
-	@echo "HTTP_PORT, GRPC_PORT, METRICS_PORT, and ARGS for any further option of siglip-serve serve. PYTHON chooses"
-	@echo "the interpreter (3.11 or 3.12)."
+	@echo "Variables of serve: CHECKPOINT (SigLIP or CLIP: a directory, or a hub id such as"
+	@echo "google/siglip-so400m-patch14-384 or openai/clip-vit-large-patch14, owner/name@revision), TEAMS_CHECKPOINT"
+	@echo "(what looks at jerseys; likewise), DEVICE (auto, cpu, cuda), HOST, HTTP_PORT, GRPC_PORT, METRICS_PORT, and"
+	@echo "ARGS for any further option of siglip-serve serve. PYTHON chooses the interpreter (3.11 or 3.12)."
 	@echo "Variables of validate: URL (host:port of gRPC), DATA (an ImageNet-shaped folder), CHECKPOINT."
 
 install: $(SERVER) ## A virtual environment in .venv with all that serving needs
