@@ -67,6 +67,9 @@ def _explain(options: argparse.Namespace) -> int:
         grid.save(options.output)
         if options.npz:
             _save(options.npz, found)
+    except Image.DecompressionBombError as error:
+        print(f"siglip-serve: {options.image}: {error}", file=sys.stderr)
+        return 2
     except OSError as error:
         where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         print(f"siglip-serve: {where}", file=sys.stderr)

@@ -18,9 +18,10 @@ from PIL import Image
 from siglip_serve import zero_shot
 from siglip_serve.checkpoint import tensor_dims
 from siglip_serve.errors import InvalidInputError
-from siglip_serve.handlers import MOST_VECTORS, image_reader, read_labels, read_templates
+from siglip_serve.handlers import MOST_TEXTS, MOST_VECTORS, image_reader, read_labels, read_templates
 from siglip_serve.heatmap_image import (
     COLORMAPS,
+    MOST_SIDE,
     MOST_VALUES,
     NORMALIZATIONS,
     Normalization,
@@ -36,7 +37,6 @@ from siglip_serve.tokenizer import load_tokenizer
 
 __all__ = ["ExplainMapper", "ExplainOverlays", "ExplainPrompter", "ExplainVectors"]
 
-_MOST_TEXTS = 65_536  # of the text tower's step
 _MODES = ("relative", "absolute")
 # What one prompt is compared with, where nothing else is named: things that pictures show at all.
 _BACKGROUND = (
@@ -84,6 +84,7 @@ class _Plan:
         most = MOST_VALUES // max(prompts, 1)
         if (
             min(prompts, templates, height, width) < 1
+            or max(height, width) > MOST_SIDE
             or height * width > most
             or how not in range(len(NORMALIZATIONS))
         ):
@@ -124,11 +125,11 @@ class ExplainPrompter:
         normalization = cast(Normalization, _choice(request, "NORMALIZE", NORMALIZATIONS))
         background = self._background(request, prompts, relative)
         texts = len(prompts) + len(background)
-        if texts > MOST_VECTORS or texts * len(templates) > _MOST_TEXTS:
+        if texts > MOST_VECTORS or texts * len(templates) > MOST_TEXTS:
             raise InvalidInputError(
                 f"PROMPTS: {len(prompts)} prompts and {len(background)} texts of BACKGROUND in "
                 f"{len(templates)} templates, expected at most {MOST_VECTORS} prompts and texts, and "
-                f"{_MOST_TEXTS} with their templates"
+                f"{MOST_TEXTS} with their templates"
             )
         height, width = self._size(request, image, len(prompts))
         _choice(request, "COLORMAP", COLORMAPS)
@@ -164,9 +165,10 @@ class ExplainPrompter:
         if asked is None:
             return default_size(_view(self._context, image), prompts)
         height, width = map(int, asked)
-        if min(height, width) < 1 or prompts * height * width > MOST_VALUES:
+        fit = max(height, width) <= MOST_SIDE and prompts * height * width <= MOST_VALUES
+        if min(height, width) < 1 or not fit:
             raise InvalidInputError(
-                f"SIZE: {prompts} maps of {height}x{width}, expected sides of at least 1 and "
+                f"SIZE: {prompts} maps of {height}x{width}, expected sides of 1 to {MOST_SIDE} and "
                 f"at most {MOST_VALUES} values in all"
             )
         return height, width
@@ -225,12 +227,14 @@ class ExplainMapper:
 
     def _map(self, request: Request) -> Outputs:
         plan, side = _Plan.of(request), self._context.config.vision.grid_size
-        maps = request.array("FOUND_MAPS", [plan.prompts, side * side], np.float32)
+        maps = _finite(request, "FOUND_MAPS", [plan.prompts, side * side])
         maps = maps.reshape(plan.prompts, side, side)
-        embedding = request.array("EMBEDDING", self._width, np.float32)[0]
+        embedding = _finite(request, "EMBEDDING", self._width)[0]
         prompts = request.array("PROMPT_EMBEDDING", self._width, np.float32)
         plan.check("PROMPT_EMBEDDING", len(prompts), plan.prompts)
         vectors = request.array("PROMPT_VECTORS", [plan.prompts, *self._width], np.float32)[0]
+        if not embedding.any():
+            raise InvalidInputError("EMBEDDING[0]: all zero, which has no direction")
         unit = embedding / np.linalg.norm(embedding)
         # In the mode `relative` what all prompts share has no place either.
         unattributed = request.array("FOUND_UNATTRIBUTED", [plan.prompts], np.float32)[0]
@@ -267,7 +271,7 @@ class ExplainOverlays:
         plan, side = _Plan.of(request), self._context.config.vision.grid_size
         colormap, opacity = _choice(request, "COLORMAP", COLORMAPS), _opacity(request)
         encoded = request.flag("base64_encoded")
-        heat = request.array("HEAT", [side, side], np.float32)
+        heat = _finite(request, "HEAT", [side, side])
         plan.check("HEAT", len(heat), plan.prompts)
         view = _view(self._context, _image_size(request))
         height, width = plan.height, plan.width
@@ -292,6 +296,14 @@ def _one_thread() -> None:
     from threadpoolctl import threadpool_limits
 
     threadpool_limits(1)
+
+
+def _finite(request: Request, name: str, shape: Sequence[int]) -> NDArray[np.float32]:
+    """An input [n, *shape] FP32, which may come from anybody: the steps can be called by themselves."""
+    array: NDArray[np.float32] = request.array(name, shape, np.float32)
+    if not np.isfinite(array).all():
+        raise InvalidInputError(f"{name}: not all finite")
+    return array
 
 
 def _choice(request: Request, name: str, choices: Sequence[str]) -> str:

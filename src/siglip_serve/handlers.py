@@ -42,12 +42,13 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _LONGEST_KEY = 1024
-_MOST_PROMPTS = 65_536
+MOST_TEXTS = 65_536
 _MOST_PLACES = 4
 _EXPLAINED = ("PATCH_MAPS", "UNATTRIBUTED")
 MOST_VECTORS = 1024  # of one image that is explained
 
 __all__ = [
+    "MOST_TEXTS",
     "MOST_VECTORS",
     "ImageReader",
     "LabelPrompter",
@@ -118,9 +119,9 @@ def image_reader(context: Context, mode: PreprocessMode | None = None) -> tuple[
 class VisionEmbedder:
     """`siglip_vision_model`, `siglip_base_model`: PIXEL_VALUES -> the outputs that each request asks for.
 
-    With the parameter `normalized`, vectors have unit length. A request with PROMPT_VECTORS [1, P, D] is
-    answered with what the places of its one image add to each vector's score: PATCH_MAPS [1, P, T] and
-    UNATTRIBUTED [1, P].
+    With the parameter `normalized`, vectors have unit length. Where the model has the input, a request with
+    PROMPT_VECTORS [1, P, D] is answered with what the places of its one image add to each vector's score,
+    PATCH_MAPS [1, P, T] and UNATTRIBUTED [1, P], and with the EMBEDDING [1, D] that it is the score of.
     """
 
     def __init__(self, context: Context) -> None:
@@ -154,9 +155,10 @@ class VisionEmbedder:
 
     def _read(self, request: Request) -> NDArray[Any]:
         request.flag("normalized")
-        for name in request.wanted():
-            if name in _EXPLAINED:
-                raise InvalidInputError(f"{name}: only of requests with the input PROMPT_VECTORS")
+        wanted = request.wanted()
+        # A request that names no output is asked for all: it gets those that there are.
+        if wanted and set(wanted) <= set(_EXPLAINED):
+            raise InvalidInputError(f"{wanted[0]}: only of requests with the input PROMPT_VECTORS")
         return request.array("PIXEL_VALUES", self._shape, np.uint8)
 
     def _explain(self, request: Request) -> Outputs:
@@ -177,10 +179,12 @@ class VisionEmbedder:
             "UNATTRIBUTED": found.unattributed,
             "EMBEDDING": found.embedding,
         }
-        for name in request.wanted():
-            if name not in outputs:
-                raise InvalidInputError(f"{name}: not of requests with the input PROMPT_VECTORS")
-        return {name: outputs[name][None] for name in request.wanted()}
+        asked = {name: outputs[name][None] for name in request.wanted() if name in outputs}
+        if not asked:
+            raise InvalidInputError(
+                f"{', '.join(request.wanted())}: not of requests with the input PROMPT_VECTORS"
+            )
+        return asked
 
     def _compute(self, parts: Sequence[NDArray[Any]], requests: Sequence[Request]) -> Batch:
         pixels = self._buffer.join(parts)
@@ -304,10 +308,10 @@ class LabelPrompter:
     def _prompts(self, request: Request) -> Outputs:
         labels = read_labels(request, "LABELS", self._max_bytes)
         templates = read_templates(request, self._max_bytes)
-        if len(labels) * len(templates) > _MOST_PROMPTS:
+        if len(labels) * len(templates) > MOST_TEXTS:
             raise InvalidInputError(
                 f"LABELS: {len(labels)} labels with {len(templates)} templates, "
-                f"expected at most {_MOST_PROMPTS} prompts"
+                f"expected at most {MOST_TEXTS} prompts"
             )
         prompts = [template.replace("{}", label).encode() for label in labels for template in templates]
         return {
@@ -429,7 +433,7 @@ def _plan(context: Context) -> Plan:
 
 
 def _finish(request: Request, outputs: Outputs) -> Outputs:
-    asked = {name: outputs[name] for name in request.wanted()}
+    asked = {name: outputs[name] for name in request.wanted() if name in outputs}
     if request.flag("normalized"):
         asked = {name: l2_normalize(array) for name, array in asked.items()}
     return asked

@@ -33,7 +33,8 @@ from siglip_serve.siglip import Block, BlockTrace, TowerTrace, VisionTower
 
 __all__ = ["ClipExplainer", "Explainer", "Explanation", "SiglipExplainer", "explainer_of"]
 
-_SETS_KEPT = 16
+# Of vectors that came before, how many sets are kept, and of how many values at most: they lie on the device.
+_SETS_KEPT, _VALUES_KEPT = 16, 2**20
 _LAYERS_AT_ONCE = 8
 
 
@@ -186,7 +187,7 @@ class SiglipExplainer:
             # Vectors side by side, so that each head's attention is multiplied once: [B, H, T, P * D/H].
             columns = per_head.permute(0, 3, 2, 1, 4).flatten(3)
             # What the forms of all tokens see of the token that a value comes from.
-            gathered = (_attention(block).mT @ columns).unflatten(-1, (forms.shape[1], -1))
+            gathered = (block.attention().mT @ columns).unflatten(-1, (forms.shape[1], -1))
             maps += (gathered * block.values.float()[:, :, :, None]).sum((1, 4)).mT
         return maps, rest
 
@@ -273,9 +274,10 @@ class ClipExplainer:
                 torch.stack(seen) if seen else form.new_zeros(0, *form.shape),
                 torch.stack(biases).sum(0) if biases else form.new_zeros(len(form)),
             )
-        self._seen[key] = found
-        if len(self._seen) > _SETS_KEPT:
-            self._seen.popitem(last=False)
+        if found[1].numel() <= _VALUES_KEPT:
+            self._seen[key] = found
+            if len(self._seen) > _SETS_KEPT:
+                self._seen.popitem(last=False)
         return found
 
 
@@ -301,12 +303,6 @@ def _by_class_token(layers: Sequence[BlockTrace], seen: Tensor, per_head: bool) 
 
 _GELU_SLOPE = (2 / torch.pi) ** 0.5
 _GELU_CUBIC = 0.044715
-
-
-def _attention(block: BlockTrace) -> Tensor:
-    """[B, H, T, T], rows sum to 1."""
-    queries, keys = block.queries.float(), block.keys.float()
-    return (queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5).softmax(-1)
 
 
 def _centre(x: Tensor) -> Tensor:

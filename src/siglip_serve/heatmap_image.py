@@ -16,6 +16,7 @@ from PIL import Image
 
 __all__ = [
     "COLORMAPS",
+    "MOST_SIDE",
     "MOST_VALUES",
     "NORMALIZATIONS",
     "Normalization",
@@ -32,6 +33,7 @@ NORMALIZATIONS: tuple[Normalization, ...] = ("none", "prompt", "joint")
 # Two of these can be told apart whatever colours one sees.
 COLORMAPS = ("jet", "viridis", "cividis")
 MOST_VALUES = 2**24  # of all maps of a request: 64 MiB
+MOST_SIDE = 8192  # of a map: what each patch counts for each pixel of a side lies in memory
 _DEFAULT_SIDE = 512
 # A map that varies less over its picture than float32 resolves is level, and not to be blown up to 0 to 1.
 _LEAST_RANGE = 1e-6

@@ -104,7 +104,7 @@ def pool_attention(tower: AnyVisionTower, trace: TowerTrace) -> Tensor:
     if isinstance(tower, VisionTower):
         weights, _ = _probe_attention(tower.head, tower.post_layernorm(trace.after))
         return weights.mean(1)
-    return _attention(trace.blocks[-1])[:, :, 0, 1:].mean(1)
+    return trace.blocks[-1].attention()[:, :, 0, 1:].mean(1)
 
 
 @torch.inference_mode()
@@ -241,11 +241,6 @@ def _mixed(layer: Block, block: BlockTrace) -> Tensor:
     """What a block's attention added, [B, N, D]."""
     added: Tensor = layer.self_attn.mix(block.queries, block.keys, block.values)
     return added
-
-
-def _attention(block: BlockTrace) -> Tensor:
-    """[B, H, N, N], rows sum to 1."""
-    return (block.queries @ block.keys.transpose(-1, -2) * block.queries.shape[-1] ** -0.5).softmax(-1)
 
 
 def _gelu_slope(x: Tensor) -> Tensor:

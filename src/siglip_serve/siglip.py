@@ -60,6 +60,11 @@ class BlockTrace:
     values: Tensor
     mlp: Tensor
 
+    def attention(self) -> Tensor:
+        """[B, H, T, T] float32, by which each token takes from each other one; rows sum to 1."""
+        queries, keys = self.queries.float(), self.keys.float()
+        return (queries @ keys.mT * queries.shape[-1] ** -0.5).softmax(-1)
+
 
 @dataclass(frozen=True)
 class TowerTrace:

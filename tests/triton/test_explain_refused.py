@@ -69,9 +69,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"SIZE": [-5, 10]}, "SIZE: 1 maps of -5x10"),
     (
         {"SIZE": [4097, 4096]},
-        f"SIZE: 1 maps of 4097x4096, expected sides of at least 1 and at most {LARGEST}",
+        f"SIZE: 1 maps of 4097x4096, expected sides of 1 to 8192 and at most {LARGEST}",
     ),
     ({"SIZE": [2**31 - 1, 2**31 - 1]}, "SIZE: 1 maps of 2147483647x2147483647"),
+    ({"SIZE": [1, LARGEST]}, f"SIZE: 1 maps of 1x{LARGEST}, expected sides of 1 to 8192"),
     ({"SIZE": [10]}, "SIZE"),
     ({"image": b"no image"}, "INPUT_IMAGE[0]: not a decodable image"),
     ({"image": b""}, "INPUT_IMAGE[0]: empty"),
@@ -210,6 +211,9 @@ def test_steps_that_are_called_by_themselves_refuse_what_does_not_fit(grpc: Grpc
         ("explain_maps", {"PROMPT_EMBEDDING": texts[:1]}, "PROMPT_EMBEDDING: 1 rows, expected 2"),
         ("explain_maps", {"PROMPT_VECTORS": texts[None, :1]}, "PROMPT_VECTORS: got float32"),
         ("explain_maps", {"FOUND_MAPS": maps["FOUND_MAPS"][..., 1:]}, "FOUND_MAPS: got float32"),
+        ("explain_maps", {"FOUND_MAPS": maps["FOUND_MAPS"] * np.nan}, "FOUND_MAPS: not all finite"),
+        ("explain_maps", {"EMBEDDING": maps["EMBEDDING"] * 0}, "EMBEDDING[0]: all zero"),
+        ("explain_overlays", {"HEAT": heat["HEAT"] * np.inf}, "HEAT: not all finite"),
         ("explain_overlays", {"HEAT": heat["HEAT"][:1]}, "HEAT: 1 rows, expected 2"),
         ("explain_overlays", {"HEAT": heat["HEAT"][:, 1:]}, "HEAT: got float32"),
         ("explain_overlays", {"INPUT_IMAGE": b"no image"}, "INPUT_IMAGE[0]: not a decodable image"),
@@ -392,6 +396,24 @@ def test_requests_with_and_without_vectors_share_the_tower(grpc: GrpcCaller) -> 
     assert explained is not None
     scores = explained[0] @ embedding / np.linalg.norm(embedding)
     np.testing.assert_allclose(maps["PATCH_MAPS"][0].sum(-1) + maps["UNATTRIBUTED"][0], scores, atol=1e-4)
+
+
+def test_a_request_that_names_no_output_gets_those_that_there_are(grpc: GrpcCaller) -> None:
+    """As measuring tools ask."""
+    pixels = pixels_of(grpc, [encode(photo(60, 50, 1), "JPEG")])
+    inputs = [grpc.module.InferInput("PIXEL_VALUES", list(pixels.shape), "UINT8")]
+    inputs[0].set_data_from_numpy(pixels)
+    found = grpc.client.infer("siglip_vision_model", inputs)
+    expected = tower(grpc, pixels, None, ("EMBEDDING",))
+    np.testing.assert_allclose(found.as_numpy("EMBEDDING"), expected["EMBEDDING"], rtol=1e-5, atol=1e-5)
+    assert found.as_numpy("MEAN_EMBEDDING") is not None
+    assert found.as_numpy("PATCH_MAPS") is None
+    vectors = np.ones((1, 2, expected["EMBEDDING"].shape[1]), np.float32)
+    inputs.append(grpc.module.InferInput("PROMPT_VECTORS", list(vectors.shape), "FP32"))
+    inputs[1].set_data_from_numpy(vectors)
+    explained = grpc.client.infer("siglip_vision_model", inputs)
+    assert explained.as_numpy("PATCH_MAPS").shape[:2] == (1, 2)
+    assert explained.as_numpy("MEAN_EMBEDDING") is None
 
 
 def batches(grpc: GrpcCaller) -> int:

@@ -10,7 +10,8 @@ from siglip_serve import handlers, serving
 class TritonPythonModel:
     """PIXEL_VALUES [n, S, S, 3] -> EMBEDDING [n, D], MEAN_EMBEDDING [n, D], PATCH_EMBEDDINGS [n, T, D].
 
-    PIXEL_VALUES [1, S, S, 3], PROMPT_VECTORS [1, P, D] -> PATCH_MAPS [1, P, T], UNATTRIBUTED [1, P].
+    PIXEL_VALUES [1, S, S, 3], PROMPT_VECTORS [1, P, D] -> PATCH_MAPS [1, P, T], UNATTRIBUTED [1, P],
+    EMBEDDING [1, D].
     """
 
     @staticmethod

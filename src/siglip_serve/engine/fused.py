@@ -56,7 +56,7 @@ class FusedVision:
         dtype: bfloat16 or float16; of what is not float8.
         levers: what is on.
         max_rows: no larger batch is recorded; 0: as fits the device.
-        blocks: how many heatmaps are rolled back through.
+        blocks: how many of the last blocks heatmaps are rolled back through.
 
     Attributes:
         staging: on GPUs, uint8 [rows, S, S, 3] in memory that the device reads by itself: pixels that a
@@ -77,7 +77,8 @@ class FusedVision:
         tower.to(device)
         self._tokens, self._width = tower.context, tower.config.hidden_size
         self._embed = _PatchEmbedding(tower.embeddings, image, dtype, levers.fold)
-        # Heatmaps are traced through the blocks as they read, whose matrices are those that the stack takes.
+        # Heatmaps are traced through the blocks as they read, whose matrices are rounded as those of the
+        # stack; but to 16 bits where that has 8.
         self._device, self._dtype = device, dtype
         self._before = len(tower.encoder.layers) - blocks
         self._traced = _layers(tower.encoder)[self._before :]
@@ -91,7 +92,9 @@ class FusedVision:
         self._replays = _Replays(self._forward, rows, device, levers.graphs)
         self._traces = _Replays(self._trace, rows[:1], device, levers.graphs)
         self._graphs = levers.graphs
-        self._explainers: dict[tuple[SiglipExplainer, int], _RecordedExplainer] = {}
+        self._explainers: dict[tuple[SiglipExplainer, int], _RecordedExplainer | None] = {}
+        # One after the other they run in the same memory.
+        self._pool = torch.cuda.graph_pool_handle() if levers.graphs else None
         self.max_rows = self._replays.max_rows
         self.staging: NDArray[np.uint8] | None = None
         if device.type == "cuda":
@@ -115,8 +118,9 @@ class FusedVision:
             return explainer(trace, vectors.to(self._device))
         key = explainer, count
         if key not in self._explainers:
-            self._explainers[key] = _RecordedExplainer(explainer, trace, vectors.to(self._device))
-        return self._explainers[key](vectors)
+            self._explainers[key] = self._record_explainer(explainer, trace, vectors.to(self._device))
+        recorded = self._explainers[key]
+        return recorded(vectors) if recorded else explainer(trace, vectors.to(self._device))
 
     @torch.inference_mode()
     def trace(self, pixels: NDArray[np.uint8]) -> TowerTrace:
@@ -127,6 +131,17 @@ class FusedVision:
         before, after, *parts = self._traces(pixels)
         blocks = tuple(BlockTrace(*parts[start : start + 4]) for start in range(0, len(parts), 4))
         return TowerTrace(before, blocks, after)
+
+    def _record_explainer(
+        self, explainer: SiglipExplainer, trace: TowerTrace, vectors: Tensor
+    ) -> _RecordedExplainer | None:
+        """None if there is no memory for it: then the explainer runs as it is, with what there is."""
+        try:
+            return _RecordedExplainer(explainer, trace, vectors, self._pool)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
 
     def replay_of(self, rows: int) -> Callable[[], object]:
         """What computes the embedding of `rows` rows that lie on the device already; for measurements."""
@@ -157,11 +172,12 @@ class _RecordedExplainer:
     Args:
         trace: whose tensors are written anew before each call.
         vectors: [P, D] on the device.
+        pool: what to take memory from.
     """
 
-    def __init__(self, explainer: SiglipExplainer, trace: TowerTrace, vectors: Tensor) -> None:
+    def __init__(self, explainer: SiglipExplainer, trace: TowerTrace, vectors: Tensor, pool: Any) -> None:
         self._vectors = vectors.clone()
-        self._graph, self._found = _record(lambda: explainer(trace, self._vectors))
+        self._graph, self._found = _record(lambda: explainer(trace, self._vectors), pool)
 
     @torch.inference_mode()
     def __call__(self, vectors: Tensor) -> Explanation:
