@@ -28,8 +28,8 @@ def add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         epilog="The table has, for each prompt, its cosine with the picture, and that as the sum of what is "
         "in places and what has none. In the mode relative a map shows what speaks for a prompt more than "
         "for the background: the texts of --background, else the mean of all prompts, or of general words "
-        "for a single prompt. In the mode absolute it shows what adds to the cosine itself, which is much "
-        "alike for all prompts.",
+        "for a single prompt. In the mode absolute it shows what adds to the cosine itself, much of "
+        "which is alike for all prompts.",
     )
     add = parser.add_argument
     add("image", type=Path, metavar="IMAGE", help="a picture file")
