@@ -333,14 +333,14 @@ def test_memory_does_not_grow_with_requests(server: TritonServer, grpc: GrpcCall
             prompts = [f"thing {number} of {one}" for one in range(1 + number % 7)]
             explain(grpc, picture, prompts, EVERY if number % 4 == 0 else MAPS)
 
-    ask(60)
+    ask(40)
     before = resident(server)
     assert len(before) >= 6
-    ask(200)
+    ask(100)
     after = resident(server)
     assert before.keys() == after.keys()
     for name, size in after.items():
-        # 200 requests, some megabytes of arrays each: what stayed would be seen.
+        # 100 requests, some megabytes of arrays each: what stayed would be seen.
         assert size - before[name] < 40 * 2**20, (name, before[name], size)
 
 
