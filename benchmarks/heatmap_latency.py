@@ -21,6 +21,7 @@ from siglip_serve_client import Client
 from tqdm import tqdm
 
 from benchmarks.common import about, parse_settings, synthetic_jpeg, write_csv
+from benchmarks.serve_load import device_name
 from benchmarks.teams_latency import milliseconds, step_milliseconds
 from siglip_serve.launcher import ServeOptions, TritonServer
 
@@ -66,7 +67,7 @@ def measure(options: argparse.Namespace, server: TritonServer) -> list[dict[str,
             after = {step: step_milliseconds(statistics, step) for step in STEPS}
             rows.append(
                 {
-                    **about(PACKAGES),
+                    **about(PACKAGES, device_name(None) if server.device == "cuda" else None),
                     "checkpoint": options.checkpoint.name,
                     "served_on": server.device,
                     "dtype": options.dtype,
