@@ -42,7 +42,8 @@ _STEPS: dict[str, Levers | None] = {
     "LayerNorm kernel, residual in the product": (kernels := replace(gelu, kernels=True)),
     "folded patch embedding and pooling query": (fold := replace(kernels, fold=True)),
     "CUDA graphs": (graphs := replace(fold, graphs=True)),
-    "float8": replace(graphs, float8=True),
+    "attention kernel": (own := replace(graphs, attention="own")),
+    "float8": replace(own, float8=True),
 }
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from siglip_serve.engine import kernels
+from siglip_serve.engine import attention, kernels
 from siglip_serve.siglip import Block
 
 __all__ = ["Blocks", "Levers", "Stack", "attend", "columns"]
@@ -37,7 +37,8 @@ class Levers:
         kernels: LayerNorm in one pass of our own. The last product of a branch adds to the residual stream by
             itself; its bias, and all biases before it, are added where the next LayerNorm reads the stream.
         gelu: computed by the matrix product that feeds it, before it is written.
-        attention: by torch's choice, or by cuDNN.
+        attention: by torch's choice, by cuDNN, or by a kernel of our own where there is one for the GPU and
+            the shape, else by cuDNN.
         fold: pixels are normalised by the weights of the patch embedding, which is a matrix product; and the
             pooling head multiplies its constant query into its key projection, so that it projects no token.
         graphs: a CUDA graph for every batch size, so that launches cost nothing.
@@ -46,7 +47,7 @@ class Levers:
 
     kernels: bool = True
     gelu: bool = True
-    attention: Literal["torch", "cudnn"] = "cudnn"
+    attention: Literal["torch", "cudnn", "own"] = "own"
     fold: bool = True
     graphs: bool = True
     float8: bool = False
@@ -132,12 +133,15 @@ class _Layer:
 
 def attend(qkv: Tensor, rows: int, heads: int, levers: Levers) -> Tensor:
     """Self-attention of [rows * T, 3 * W] -> [rows * T, W], without a copy of either."""
-    q, k, v = qkv.view(rows, -1, 3, heads, qkv.shape[1] // 3 // heads).permute(2, 0, 3, 1, 4)
-    if levers.attention == "cudnn":
+    depth = qkv.shape[1] // 3 // heads
+    if levers.attention == "own" and attention.is_supported(qkv, depth):
+        return attention.attend(qkv, rows, heads)
+    q, k, v = qkv.view(rows, -1, 3, heads, depth).permute(2, 0, 3, 1, 4)
+    if levers.attention == "torch":
+        y = F.scaled_dot_product_attention(q, k, v)
+    else:
         with sdpa_kernel(_ATTENTION, set_priority=True):
             y = F.scaled_dot_product_attention(q, k, v)  # [rows, H, T, W/H]
-    else:
-        y = F.scaled_dot_product_attention(q, k, v)
     return y.transpose(1, 2).reshape(len(qkv), -1)
 
 

@@ -15,7 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-__all__ = ["FLOAT8", "Branch", "gelu_quantize", "largest_norm_scale", "layer_norm", "normalize_quantize"]
+__all__ = [
+    "FLOAT8",
+    "Branch",
+    "cut_patches",
+    "gelu_quantize",
+    "largest_norm_scale",
+    "layer_norm",
+    "normalize_quantize",
+]
 
 FLOAT8 = torch.float8_e4m3fn
 Branch = tuple[Tensor, Tensor]
@@ -85,6 +93,21 @@ def gelu_quantize(x: Tensor, scale: Tensor) -> Branch:
         num_warps=4,
     )  # fmt: skip
     return out, scales
+
+
+def cut_patches(pixels: Tensor, patch: int, centre: Tensor, out: Tensor) -> None:
+    """Patches of images as rows of numbers, the middle of each channel taken off.
+
+    Args:
+        pixels: [n, S, S, 3] uint8; what lies beyond the last whole patch is not seen.
+        patch: pixels a side.
+        centre: [3] float32, whole numbers.
+        out: [n * (S // patch)^2, K], K at least patch * patch * 3; written, zeros where a patch has no more.
+    """
+    size, width = pixels.shape[1], out.shape[1]
+    _cut_patches[(len(out),)](
+        pixels, centre, out, size, size // patch, width, patch, triton.next_power_of_2(width), num_warps=4
+    )
 
 
 def _parts(width: int) -> tuple[int, int]:
@@ -184,3 +207,18 @@ def _gelu_quantize(
     _store(out + row, a * factor, 0, FIRST, width)
     if SECOND:
         _store(out + row, b * factor, FIRST, SECOND, width)
+
+
+@triton.jit
+def _cut_patches(
+    pixels, centre, out, size, grid, width, PATCH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    patch = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    line, place = column // (3 * PATCH), column % (3 * PATCH)  # of the patch, and in its line
+    image, down, across = patch // (grid * grid), patch // grid % grid, patch % grid
+    source = ((image.to(tl.int64) * size + down * PATCH + line) * size + across * PATCH) * 3 + place
+    inside = column < 3 * PATCH * PATCH
+    values = tl.load(pixels + source, mask=inside, other=0).to(tl.float32) - tl.load(centre + place % 3)
+    values = tl.where(inside, values, 0.0)
+    tl.store(out + patch.to(tl.int64) * width + column, values.to(out.dtype.element_ty), mask=column < width)

@@ -1,0 +1,63 @@
+"""The attention kernel without a GPU: how its work is cut, and that its source compiles where CUDA's compiler is.
+
+That its numbers are right is checked on a GPU by `python -m benchmarks.attention`.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from siglip_serve.engine.attention import Layout, Shape, is_supported, kernel_source
+
+# Of published towers: base and so400m at their sizes, and the text towers.
+PUBLISHED = [(196, 12, 64), (256, 12, 64), (576, 16, 64), (1024, 16, 64), (729, 16, 72), (256, 16, 72), (64, 16, 72)]
+
+
+@pytest.mark.parametrize("depth", [64, 72])
+def test_every_number_of_tokens_is_cut_into_what_fits(depth: int) -> None:
+    for tokens in range(1, 1300):
+        layout = Layout.of(tokens, depth)
+        assert layout.shared_bytes <= 232_448
+        assert layout.block % 16 == layout.half % 16 == 0
+        assert 64 * layout.share * layout.items(tokens) >= tokens
+        # Readers that share more tiles than they are would wait for each other, unless all keys are there.
+        assert layout.share <= 3 or layout.block >= tokens
+        assert layout.share <= layout.slots
+        widths = layout.widths(tokens)
+        assert all(0 < width <= 208 and width % 16 == 0 for width in widths)
+        if layout.block >= tokens:
+            assert tokens <= sum(widths) * (1 if len(widths) == 2 or not layout.half else 2) < tokens + 16
+
+
+@pytest.mark.parametrize(("tokens", "heads", "depth"), PUBLISHED)
+def test_the_source_has_the_products_that_it_uses(tokens: int, heads: int, depth: int) -> None:
+    source = kernel_source(Shape(tokens, heads, depth, torch.float16))
+    assert "\nPRODUCTS\n" not in source
+    written = {int(width) for width in re.findall(r"void scores<(\d+)>", source)}
+    assert written == set(Layout.of(tokens, depth).widths(tokens))
+    assert f"m64n{depth}k16.f32.f16.f16" in source
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="CUDA's compiler is not installed")
+@pytest.mark.parametrize(("tokens", "heads", "depth"), [*PUBLISHED, (1, 1, 72), (144, 3, 64), (209, 12, 72)])
+def test_the_source_compiles_without_spilling(tokens: int, heads: int, depth: int, tmp_path: Path) -> None:
+    source = tmp_path / "attention.cu"
+    source.write_text(kernel_source(Shape(tokens, heads, depth, torch.bfloat16)))
+    target = ["-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-Xptxas", "-v", "-cubin"]
+    command = ["nvcc", *target, "-o", str(tmp_path / "attention.cubin"), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr
+    spilled = re.search(r"(\d+) bytes spill stores", done.stderr)
+    assert spilled, done.stderr
+    assert int(spilled[1]) <= 64, done.stderr  # a few registers, of addresses
+
+
+def test_what_is_not_on_a_gpu_is_left_to_torch() -> None:
+    assert not is_supported(torch.zeros(4, 3 * 64, dtype=torch.bfloat16), 64)
