@@ -107,6 +107,8 @@ def speed(options: argparse.Namespace, cache: Path) -> list[dict[str, str]]:
     engines: dict[str, VisionEngine] = {}
     loads: dict[str, tuple[float, float]] = {}
     for backend, dtype in OURS:
+        if options.only and not any(word in f"{backend} {dtype}" for word in options.only):
+            continue
         plan = Plan("cpu", dtype, backend, 0, available_cores(), cache, options.data / "train")
         _, cold = load(model, plan, pixels)
         engines[f"{backend} {dtype}"], again = load(model, plan, pixels)
@@ -210,6 +212,7 @@ def main() -> None:
     add = parser.add_argument
     add("question", choices=["speed", "accuracy"])
     add("--data", type=Path, required=True, help="pictures in ImageNet's layout: train, valid, mapping")
+    add("--only", nargs="+", help="for speed, words of which the name of a way of ours must have one")
     add("--rows", type=int, nargs="+", default=[8, 1], help="images in one batch, default 8 1")
     add("--seconds", type=float, default=60, help="time for each number of rows, default %(default)s")
     add("--checkpoint", default="checkpoints/siglip-tiny", help="for accuracy, default %(default)s")
