@@ -14,7 +14,7 @@ SOURCE = ROOT / "src" / "siglip_serve"
 LAYERS = [
     {"errors", "config"},
     {"checkpoint"},
-    {"resize", "preprocess", "tokenizer", "team_state", "trimmed_kmeans", "weights"},
+    {"jpeg", "resize", "preprocess", "tokenizer", "team_state", "trimmed_kmeans", "weights"},
     {"siglip", "clip", "towers", "pooling", "jersey"},
     {"heatmap", "heatmap_image", "saliency", "zero_shot", "clustering"},
     {"engine"},
