@@ -27,6 +27,7 @@ __all__ = ["Stage", "Tower"]
 _NAME = "siglip-serve-"
 _SHM = Path("/dev/shm")
 _MOST_PROCESSES = 32
+_FILES = "INPUT_IMAGE"
 
 Config = Any  # model_config_pb2.ModelConfig, whose module has no types
 
@@ -49,13 +50,15 @@ class Stage:
 
     Attributes:
         root: the directory, named after this process; `remove` deletes it.
-        device: `cpu` or `cuda`; `cpu` takes a model's `configs/cpu.pbtxt` where there is one.
+        device: `cpu` or `cuda`.
+        variants: of a model's `configs/<variant>.pbtxt` the first that there is takes the place of its
+            `config.pbtxt`; the device is the last one.
         models: the staged model repository.
         empty: an empty working directory, since the model processes import from theirs.
         shm_prefix: of the shared-memory files that the backend makes.
     """
 
-    def __init__(self, repository: Path, device: str) -> None:
+    def __init__(self, repository: Path, device: str, *variants: str) -> None:
         _sweep()
         if not repository.is_dir():
             raise ServerStartError(
@@ -63,6 +66,7 @@ class Stage:
             )
         self.repository = repository.resolve()
         self.device = device
+        self.variants = (*variants, device)
         self.root = Path(tempfile.mkdtemp(prefix=f"{_NAME}{os.getpid()}-"))
         self._lock = _try_lock(self.root)
         self.models = self.root / "models"
@@ -75,7 +79,8 @@ class Stage:
 
         Args:
             towers: by the value of a model's parameter `tower`; `main` is for those that have none.
-            decoders: processes of a CPU model with several of them; 0 fits them to the cores.
+            decoders: processes of a CPU model with several of them; 0 fits them to the cores. Where images
+                are decoded on GPUs, processes on each; 0 leaves them as configured.
             wanted: models to serve, with the steps that they are made of; all, if none is named.
 
         Returns:
@@ -134,9 +139,9 @@ class Stage:
         return {"LD_LIBRARY_PATH": os.pathsep.join([*map(str, folders), *present])}
 
     def _read(self, source: Path) -> Config:
-        """A model's configuration: its variant for the device, if it has one."""
-        variant = source / "configs" / f"{self.device}.pbtxt"
-        chosen = variant if variant.is_file() else source / "config.pbtxt"
+        """A model's configuration: the first variant of it, if there is one."""
+        variants = [source / "configs" / f"{variant}.pbtxt" for variant in self.variants]
+        chosen = next((file for file in variants if file.is_file()), source / "config.pbtxt")
         try:
             config: Config = text_format.Parse(
                 chosen.read_text(encoding="utf-8"), model_config_pb2.ModelConfig()
@@ -164,10 +169,16 @@ class Stage:
             for name, value in tower.identity.items():
                 if name not in config.parameters:
                     config.parameters[name].string_value = value
-            for group in config.instance_group:
-                if group.kind == model_config_pb2.ModelInstanceGroup.KIND_CPU and group.count > 1:
-                    group.count = decoders or self._processes()
+            self._set_processes(config, decoders)
         (target / "config.pbtxt").write_text(text_format.MessageToString(config), encoding="utf-8")
+
+    def _set_processes(self, config: Config, decoders: int) -> None:
+        decodes = any(tensor.name == _FILES for tensor in config.input)
+        for group in config.instance_group:
+            if group.kind == model_config_pb2.ModelInstanceGroup.KIND_CPU and group.count > 1:
+                group.count = decoders or self._processes()
+            elif group.kind == model_config_pb2.ModelInstanceGroup.KIND_GPU and decodes and decoders:
+                group.count = decoders
 
     def _processes(self) -> int:
         cores = available_cores()

@@ -39,7 +39,7 @@ START_REFUSED = "siglip-serve cannot start: "
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float8", "int8"]
 Backend = Literal["auto", "torch", "openvino", "fused"]
-PreprocessMode = Literal["fast", "pil"]
+PreprocessMode = Literal["fast", "pil", "gpu"]
 TeamReducer = Literal["pca", "none", "umap"]
 Tower = Literal["main", "teams"]
 
@@ -82,7 +82,7 @@ class Settings:
     )
     preprocess: PreprocessMode = field(
         default="fast",
-        metadata={"help": "fast: libjpeg-turbo and torch; pil: pixel for pixel the published preprocessing"},
+        metadata={"help": "fast: libjpeg-turbo; pil: pixel for pixel as published; gpu: JPEG by the GPU"},
     )
     max_image_bytes: int = field(
         default=32 * 1024 * 1024, metadata={"help": "largest encoded image, in bytes"}
@@ -95,7 +95,7 @@ class Settings:
     )
     threads: int = field(default=0, metadata={"help": "CPU threads of one tower; 0: all cores"})
     decoders: int = field(
-        default=0, metadata={"help": "processes that decode images; 0: fitted to the cores"}
+        default=0, metadata={"help": "processes that decode images, with gpu on each GPU; 0: fitted"}
     )
     max_text_bytes: int = field(default=65_536, metadata={"help": "largest text or label, in bytes"})
     text_cache_rows: int = field(

@@ -18,7 +18,7 @@ from PIL import Image
 from siglip_serve import zero_shot
 from siglip_serve.checkpoint import tensor_dims
 from siglip_serve.errors import InvalidInputError
-from siglip_serve.handlers import MOST_TEXTS, MOST_VECTORS, image_reader, read_labels, read_templates
+from siglip_serve.handlers import MOST_TEXTS, MOST_VECTORS, read_labels, read_templates
 from siglip_serve.heatmap_image import (
     COLORMAPS,
     MOST_SIDE,
@@ -30,6 +30,7 @@ from siglip_serve.heatmap_image import (
     normalize,
     overlay,
 )
+from siglip_serve.image_handlers import image_reader
 from siglip_serve.preprocess import decode_base64
 from siglip_serve.resize import shown
 from siglip_serve.serving import Context, Outputs, Request, map_rows, readable_start, respond_each

@@ -6,7 +6,6 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from siglip_serve import zero_shot
 from siglip_serve.checkpoint import tensor_dims
-from siglip_serve.config import PreprocessMode, available_cores
+from siglip_serve.config import available_cores
 from siglip_serve.errors import InvalidInputError, ParameterError
 from siglip_serve.pooling import l2_normalize
 from siglip_serve.serving import (
@@ -30,16 +29,11 @@ from siglip_serve.serving import (
     respond_each,
     respond_together,
 )
-from siglip_serve.telemetry import ReadMeter, TowerMeter
+from siglip_serve.telemetry import TowerMeter
 from siglip_serve.tokenizer import decode_text, load_tokenizer
 
 if TYPE_CHECKING:
     from siglip_serve.engine import Batch, Plan
-    from siglip_serve.preprocess import ImageLimits, Preprocessor
-
-# Read by torch's OpenMP when torch is first imported, which is later than here. Threads that spin while
-# they wait take the cores from the other model processes: five times the throughput on two cores.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _LONGEST_KEY = 1024
 MOST_TEXTS = 65_536
@@ -50,70 +44,14 @@ MOST_VECTORS = 1024  # of one image that is explained
 __all__ = [
     "MOST_TEXTS",
     "MOST_VECTORS",
-    "ImageReader",
     "LabelPrompter",
     "LabelScorer",
     "TextEmbedder",
     "TextTokenizer",
     "VisionEmbedder",
-    "image_reader",
     "read_labels",
     "read_templates",
 ]
-
-
-class ImageReader:
-    """`siglip_vision_process`: INPUT_IMAGE [n, 1] BYTES -> PIXEL_VALUES [n, S, S, 3] UINT8.
-
-    IMAGE_SIZE [n, 2] INT32 are height and width of the upright images.
-    """
-
-    def __init__(self, context: Context) -> None:
-        from siglip_serve.preprocess import decode_base64
-
-        self._refusals = context.refusals
-        self._preprocess, limits = image_reader(context)
-        self._decode_base64 = partial(decode_base64, limits=limits)
-        self._embed_models = context.settings.embed_models
-        self._meter = ReadMeter(context.model)
-
-    def answer(self, requests: Sequence[Any]) -> list[Any]:
-        """One response a request."""
-        return respond_each(requests, self._read, self._refusals)
-
-    def _read(self, request: Request) -> Outputs:
-        request.choice("embed_model", self._embed_models)
-        encoded = request.flag("base64_encoded")
-
-        sizes: list[tuple[int, ...]] = []
-
-        def pixels(row: bytes) -> Row:
-            picture = self._preprocess.decode(self._decode_base64(row) if encoded else row)
-            sizes.append(picture.shape[:2])
-            return self._preprocess.resize(picture)
-
-        begin = time.perf_counter()
-        read = map_rows("INPUT_IMAGE", request.strings("INPUT_IMAGE"), pixels)
-        self._meter.add(len(read), time.perf_counter() - begin)
-        return {"PIXEL_VALUES": read, "IMAGE_SIZE": np.array(sizes, dtype=np.int32)}
-
-
-def image_reader(context: Context, mode: PreprocessMode | None = None) -> tuple[Preprocessor, ImageLimits]:
-    """What reads images in a model process of its own, in this mode or the settings', and its limits."""
-    from PIL import AvifImagePlugin, Image
-
-    from siglip_serve.preprocess import ImageLimits, Preprocessor
-
-    settings = context.settings
-    mode = mode or settings.preprocess
-    if mode == "fast":
-        import torch
-
-        torch.set_num_threads(1)  # the other cores belong to the other instances
-    AvifImagePlugin.DEFAULT_MAX_THREADS = 1
-    Image.MAX_IMAGE_PIXELS = None  # our own limit stands in its place, at the same point: the header
-    limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
-    return Preprocessor(context.config.image, mode, limits), limits
 
 
 class VisionEmbedder:

@@ -45,7 +45,7 @@ from siglip_serve import checkpoint
 from siglip_serve._staging import Stage, Tower
 from siglip_serve._watcher import Watcher
 from siglip_serve.config import PREFIX, START_REFUSED, Settings, fastest_dtype, load_settings
-from siglip_serve.errors import ServerStartError
+from siglip_serve.errors import ServerStartError, SettingsError
 
 __all__ = ["ServeOptions", "TritonServer"]
 
@@ -167,13 +167,16 @@ class TritonServer:
         options = self.options
         given = self._given()
         settings = load_settings(given)  # a typo ends the start here, before anything runs
+        if settings.preprocess == "gpu" and self.device != "cuda":
+            raise SettingsError("preprocess gpu: needs a GPU; fast and pil do without")
         resolved = _resolved(given)
         towers = {"main": self._tower(settings, given[_MAIN], resolved[_MAIN])}
         towers["teams"] = towers["main"]
         if settings.teams_checkpoint:
             towers["teams"] = self._tower(settings, given[_TEAMS], resolved[_TEAMS])
         self.width = towers["main"].dims["EMBEDDING"][0]
-        self._stage = stage = Stage(options.model_repository, self.device)
+        variants = ["decode_on_gpu"] if settings.preprocess == "gpu" else []
+        self._stage = stage = Stage(options.model_repository, self.device, *variants)
         try:
             self.models = stage.fill(towers, settings.decoders, options.models)
             self.log_file = _open_log(options.log_file, self.http_port)

@@ -34,9 +34,10 @@ from PIL import (
 
 from siglip_serve.checkpoint import ImageConfig
 from siglip_serve.errors import ImageError, ImageTooLargeError, InvalidInputError, SettingsError
+from siglip_serve.jpeg import PlainFrame, plain_frame, read_header, read_orientation
 from siglip_serve.resize import Mode, Pixels, fit
 
-__all__ = ["ImageLimits", "Mode", "Pixels", "Preprocessor", "decode_base64"]
+__all__ = ["ImageLimits", "Mode", "Pixels", "Preprocessor", "decode_base64", "plain_jpeg"]
 
 
 @dataclass(frozen=True)
@@ -82,22 +83,9 @@ _DECODER_ERRORS = (
     zlib.error,
 )
 
-# The first byte after a run of 0xFF that is neither stuffing nor fill names the segment.
-_JPEG_MARKER = re.compile(rb"\xff([^\x00\xff])")
-_JPEG_WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xDA), *range(0xF0, 0xFE)})
-_JPEG_START_OF_SCAN = 0xDA
-_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_JPEG_SEQUENTIAL = (b"\xc0", b"\xc1", b"\xc9")
-# APP0 (JFIF) and APP14 (Adobe) say how the colours are coded; no other APPn changes a pixel.
-_JPEG_METADATA = frozenset({*range(0xE1, 0xEE), 0xEF, 0xFE})
 _MAX_SIDE = 65_535
-_MAX_JPEG_SEGMENTS = 10_000
-_MAX_JPEG_SCANS = 50
 
-_XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 _AVIF_EXIF = re.compile(rb"(infe\x02.{7})Exif", re.DOTALL)
-_EXIF_ORIENTATION = 0x0112
-_EXIF_FORMATS = {3: "H", 4: "I"}
 
 _TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -194,6 +182,14 @@ def decode_base64(data: bytes, limits: ImageLimits = _DEFAULT_LIMITS) -> bytes:
         ) from error
 
 
+def plain_jpeg(data: bytes, limits: ImageLimits = _DEFAULT_LIMITS) -> PlainFrame | None:
+    """The frame of a JPEG that holds no surprises, as `plain_frame` says, and is within the limits."""
+    if not _SIGNATURES["JPEG"].match(data) or len(data) > limits.max_bytes:
+        return None
+    frame = plain_frame(data)
+    return frame if frame and frame.height * frame.width <= limits.max_pixels else None
+
+
 def _identify(data: bytes, limits: ImageLimits) -> str:
     """The format that the first bytes announce.
 
@@ -226,10 +222,10 @@ def _check_size(width: int, height: int, limits: ImageLimits) -> None:
 def _decode_fast(data: bytes, kind: str, limits: ImageLimits) -> Pixels:
     """uint8 RGB `[H, W, 3]`, upright, contiguous; by libjpeg-turbo without Pillow where both agree."""
     if kind == "JPEG":
-        header = _read_jpeg_header(data)
+        header = read_header(data)
         pixels = _decode_jpeg(data, limits)
         if pixels is not None:
-            return _orient(pixels, _orientation(header.exif, header.xmp))
+            return _orient(pixels, read_orientation(header.exif, header.xmp))
     # torch takes no read-only memory, which is what `asarray` would give.
     return np.array(_decode_with_pil(data, kind, limits))
 
@@ -254,7 +250,7 @@ def _decode_jpeg(data: bytes, limits: ImageLimits) -> Pixels | None:
 
 def _decode_with_pil(data: bytes, kind: str, limits: ImageLimits) -> Image.Image:
     """The first frame as Pillow decodes it, upright, mode RGB."""
-    header = _read_jpeg_header(data) if kind == "JPEG" else None
+    header = read_header(data) if kind == "JPEG" else None
     if header is not None:
         data = header.without_metadata(data)
     elif kind == "AVIF":
@@ -275,7 +271,7 @@ def _decode_with_pil(data: bytes, kind: str, limits: ImageLimits) -> Image.Image
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         fault = "truncated" if "truncated" in reason.lower() else "broken"
         raise ImageError(f"{fault} {kind}: {reason}") from error
-    transposition = _TRANSPOSITIONS.get(_orientation(exif, xmp))
+    transposition = _TRANSPOSITIONS.get(read_orientation(exif, xmp))
     return rgb if transposition is None else rgb.transpose(transposition)
 
 
@@ -307,75 +303,6 @@ def _scale_to_8_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey)
 
 
-@dataclass(frozen=True)
-class _JpegHeader:
-    """What lies before a JPEG's first scan: its metadata, and the parts that decoding needs."""
-
-    exif: bytes
-    xmp: bytes
-    needed: tuple[tuple[int, int], ...]
-    scan: int
-
-    def without_metadata(self, data: bytes) -> bytes:
-        """The same picture; Pillow then has no metadata to parse, which hostile files make slow or fatal."""
-        return b"".join([b"\xff\xd8", *(data[start:end] for start, end in self.needed), data[self.scan :]])
-
-
-def _read_jpeg_header(data: bytes) -> _JpegHeader:
-    """Split a JPEG at its markers.
-
-    Raises:
-        ImageError: no scan follows, or more segments or scans than any camera or editor writes.
-    """
-    exif: list[bytes] = []
-    xmp = b""
-    needed: list[tuple[int, int]] = []
-    frame = b""
-    for marker, start, end in _jpeg_segments(data):
-        if marker in _JPEG_FRAMES:
-            frame = data[start : start + 10]
-        if marker == _JPEG_START_OF_SCAN:
-            _check_scans(data, frame, start)
-            return _JpegHeader(b"".join(exif), xmp, tuple(needed), start)
-        if marker not in _JPEG_METADATA:
-            needed.append((start, end))
-        elif marker == 0xE1:
-            content = data[start + 4 : end]
-            if content.startswith(b"Exif\0\0"):
-                exif.append(content[6:])
-            elif content.startswith(b"http://ns.adobe.com/xap/1.0/\0"):
-                xmp = content
-    raise ImageError(f"truncated JPEG: its {len(data)} bytes hold no image data")
-
-
-def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """Marker, first byte and end of each segment, the first start of scan last."""
-    position = 2
-    for _ in range(_MAX_JPEG_SEGMENTS):
-        found = _JPEG_MARKER.search(data, position)
-        if found is None:
-            return
-        marker, start, position = found[1][0], found.start(), found.end()
-        if marker not in _JPEG_WITHOUT_LENGTH:
-            position += max(2, int.from_bytes(data[position : position + 2]))
-        yield marker, start, position
-        if marker == _JPEG_START_OF_SCAN:
-            return
-    raise ImageError(f"broken JPEG: more than {_MAX_JPEG_SEGMENTS} segments before the image data")
-
-
-def _check_scans(data: bytes, frame: bytes, first: int) -> None:
-    # Each scan of a progressive JPEG visits every block, even when it says nothing about it: a few
-    # kilobytes of empty scans would keep a decoder busy for minutes. A sequential JPEG whose first scan
-    # holds all components ends there, and need not be searched.
-    if frame[1:2] in _JPEG_SEQUENTIAL and frame[9:10] == data[first + 4 : first + 5]:
-        return
-    end = data.find(b"\xff\xd9", first)
-    scans = data.count(b"\xff\xda", first, end if end > 0 else len(data))
-    if scans > _MAX_JPEG_SCANS:
-        raise ImageError(f"broken JPEG: {scans} scans, expected at most {_MAX_JPEG_SCANS}")
-
-
 def _metadata(image: Image.Image) -> tuple[bytes, bytes]:
     """EXIF and XMP blocks of an image that is no JPEG, each empty where there is none."""
     if image.format == "TIFF":  # its orientation lies in the file's own tags, and Pillow has applied it
@@ -392,30 +319,6 @@ def _from_hex(text: str) -> bytes:
         return bytes.fromhex(text)
     except ValueError:
         return b""
-
-
-def _orientation(exif: bytes, xmp: bytes) -> int:
-    """1 to 8 as EXIF, or else XMP, says; 1 where neither does or both are broken."""
-    tiff = exif.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0")
-    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
-    value = _read_orientation_tag(tiff, order) if order else None
-    if value is None and (found := _XMP_ORIENTATION.search(xmp)):
-        value = int(found[1])
-    return value if value in _TRANSPOSITIONS else 1
-
-
-def _read_orientation_tag(tiff: bytes, order: str) -> int | None:
-    # Not Pillow's reader: it reads every tag, however many and large, and raises at the first broken one.
-    try:
-        (directory,) = struct.unpack_from(f"{order}I", tiff, 4)
-        (count,) = struct.unpack_from(f"{order}H", tiff, directory)
-        for entry in range(directory + 2, directory + 2 + 12 * count, 12):
-            tag, kind = struct.unpack_from(f"{order}HH", tiff, entry)
-            if tag == _EXIF_ORIENTATION and kind in _EXIF_FORMATS:
-                return int(struct.unpack_from(order + _EXIF_FORMATS[kind], tiff, entry + 8)[0])
-    except struct.error:
-        return None
-    return None
 
 
 def _orient(pixels: Pixels, orientation: int) -> Pixels:

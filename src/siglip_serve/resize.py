@@ -16,7 +16,17 @@ from PIL import Image
 
 from siglip_serve.checkpoint import ImageConfig
 
-__all__ = ["Mode", "Pixels", "fit", "shown"]
+__all__ = [
+    "LONGEST",
+    "Mode",
+    "Pixels",
+    "Resample",
+    "cut_offsets",
+    "down_first",
+    "fit",
+    "shown",
+    "target_size",
+]
 
 Mode = Literal["fast", "pil"]
 Pixels = NDArray[np.uint8]
@@ -24,7 +34,7 @@ Resample = Literal["bilinear", "bicubic"]
 
 # A picture that is longer in proportion is cut before it is resized: a line of 60,000 pixels would become
 # millions of columns for the sake of one square.
-_LONGEST = 16
+LONGEST = 16
 _SUPPORT = 2  # pixels on each side that a bicubic weighs; a bilinear one weighs fewer
 
 
@@ -34,24 +44,24 @@ def fit(pixels: Pixels, image: ImageConfig, mode: Mode) -> Pixels:
     Equal to the reference in `pil` mode unless one side is over 16 times the other: then within two levels.
     """
     height, width = pixels.shape[:2]
-    if max(height, width) > _LONGEST * min(height, width) and image.shortest_edge is not None:
+    if max(height, width) > LONGEST * min(height, width) and image.shortest_edge is not None:
         return _cut_and_resize(pixels, image)
-    size = _resized(image, height, width)
+    size = target_size(image, height, width)
     resized = (_resize_with_pil if mode == "pil" else _resize_with_torch)(pixels, size, image.resample)
-    top, left = _offsets(image, size)
+    top, left = cut_offsets(image, size)
     return np.ascontiguousarray(resized[top : top + image.size, left : left + image.size])
 
 
 def shown(image: ImageConfig, height: int, width: int) -> tuple[float, float, float, float]:
     """Left, top, right, bottom of what is left of a picture, in its own pixels."""
-    rows, columns = _resized(image, height, width)
-    top, left = _offsets(image, (rows, columns))
+    rows, columns = target_size(image, height, width)
+    top, left = cut_offsets(image, (rows, columns))
     across = (left * width / columns, (left + image.size) * width / columns)
     down = (top * height / rows, (top + image.size) * height / rows)
     return across[0], down[0], across[1], down[1]
 
 
-def _resized(image: ImageConfig, height: int, width: int) -> tuple[int, int]:
+def target_size(image: ImageConfig, height: int, width: int) -> tuple[int, int]:
     """Height and width to which a picture is resized before the square is cut out."""
     shortest = image.shortest_edge
     if shortest is None:
@@ -60,11 +70,12 @@ def _resized(image: ImageConfig, height: int, width: int) -> tuple[int, int]:
     return (long, shortest) if width <= height else (shortest, long)
 
 
-def _offsets(image: ImageConfig, size: tuple[int, int]) -> tuple[int, int]:
+def cut_offsets(image: ImageConfig, size: tuple[int, int]) -> tuple[int, int]:
+    """Top and left of the square in a picture that was resized to this height and width."""
     return (size[0] - image.size) // 2, (size[1] - image.size) // 2
 
 
-def _down_first(size: tuple[int, int], resized: tuple[int, int]) -> bool:
+def down_first(size: tuple[int, int], resized: tuple[int, int]) -> bool:
     """Whether Pillow 13 resizes first down, then across, which it does where that saves work.
 
     Because each pass rounds and clips, the order shows: ten levels at saturated edges.
@@ -84,7 +95,7 @@ def _cut_and_resize(pixels: Pixels, image: ImageConfig) -> Pixels:
     right, bottom = min(right - column, part.shape[1]), min(bottom - row, part.shape[0])
     across, down = (left - column, right), (top - row, bottom)
     picture, resample = Image.fromarray(part), Image.Resampling[image.resample.upper()]
-    if _down_first((height, width), _resized(image, height, width)):
+    if down_first((height, width), target_size(image, height, width)):
         picture = picture.resize((picture.width, image.size), resample, (0, down[0], picture.width, down[1]))
         down = (0, image.size)
     picture = picture.resize(
@@ -107,7 +118,7 @@ def _resize_with_torch(pixels: Pixels, size: tuple[int, int], resample: Resample
     planes = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # [1, 3, H, W]
     interpolate = partial(torch.nn.functional.interpolate, mode=resample, antialias=True)
     height, width = pixels.shape[:2]
-    if _down_first((height, width), size):  # torch resizes across first
+    if down_first((height, width), size):  # torch resizes across first
         planes = interpolate(planes, size=(size[0], width))  # [1, 3, rows, W]
     planes = interpolate(planes, size=size)  # [1, 3, rows, columns]
     result: Pixels = planes[0].permute(1, 2, 0).contiguous().numpy()  # [rows, columns, 3]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from siglip_serve import clustering
 from siglip_serve.checkpoint import fingerprint
 from siglip_serve.errors import InvalidInputError
-from siglip_serve.handlers import image_reader
+from siglip_serve.image_handlers import image_reader
 from siglip_serve.jersey import COLOR_ORDERS, ColorOrder, cut_box, jersey_roi, parse_region, rgb_frame
 from siglip_serve.preprocess import Pixels, decode_base64
 from siglip_serve.serving import Context, Outputs, Request, Row, map_rows, readable_start, respond_each

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from siglip_serve import handlers, serving
+from siglip_serve import image_handlers, serving
 
 
 class TritonPythonModel:
@@ -15,7 +15,7 @@ class TritonPythonModel:
         return serving.fill_dims(config)
 
     def initialize(self, args: dict[str, str]) -> None:
-        self.handler = handlers.ImageReader(serving.open_context(args))
+        self.handler = image_handlers.ImageReader(serving.open_context(args))
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return self.handler.answer(requests)

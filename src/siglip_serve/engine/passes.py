@@ -24,6 +24,7 @@ __all__ = [
     "Finish",
     "Runner",
     "VisionRunner",
+    "end_if_lost",
     "in_passes",
     "is_out_of_memory",
     "out_of_memory_refused",
@@ -100,7 +101,7 @@ def in_passes(rows: NDArray[Any], max_rows: int, start: Callable[[NDArray[Any]],
             started = first, start(part)
         except RuntimeError as error:
             if not is_out_of_memory(error):
-                _end_if_lost()
+                end_if_lost()
                 raise
             torch.cuda.empty_cache()
             if running:  # its memory comes back first
@@ -132,7 +133,7 @@ def _finish(finish: Finish) -> Arrays:
     try:
         return finish()
     except RuntimeError:
-        _end_if_lost()
+        end_if_lost()
         raise
 
 
@@ -161,11 +162,11 @@ def out_of_memory_refused(what: str) -> Iterator[None]:
             raise DeviceMemoryError(
                 f"the device has not enough free memory for {what}; try again later, or with less"
             ) from error
-        _end_if_lost()
+        end_if_lost()
         raise
 
 
-def _end_if_lost() -> None:
+def end_if_lost() -> None:
     """End the process if the GPU's context is lost, once its last answers are out.
 
     After a fault inside a kernel every further call fails, and only a new process serves again; the
