@@ -21,6 +21,7 @@ from tritonclient.grpc import model_config_pb2
 
 from siglip_serve.config import available_cores
 from siglip_serve.errors import ServerStartError
+from siglip_serve.turns import remove_unused
 
 __all__ = ["Stage", "Tower"]
 
@@ -110,8 +111,9 @@ class Stage:
         _remove_shared_memory(self.root.name)
 
     def remove(self) -> None:
-        """Delete the directory, and shared memory that a killed model process has left."""
+        """Delete the directory, and shared memory that killed model processes have left."""
         _remove(self.root.name)
+        remove_unused()
         if self._lock is not None:
             self._lock.close()
 

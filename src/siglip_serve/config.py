@@ -23,6 +23,7 @@ __all__ = [
     "Dtype",
     "PreprocessMode",
     "Settings",
+    "Switch",
     "TeamReducer",
     "Tower",
     "available_cores",
@@ -42,6 +43,7 @@ Backend = Literal["auto", "torch", "openvino", "fused"]
 PreprocessMode = Literal["fast", "pil", "gpu"]
 TeamReducer = Literal["pca", "none", "umap"]
 Tower = Literal["main", "teams"]
+Switch = Literal["on", "off"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,10 @@ class Settings:
     )
     max_rows: int = field(
         default=0, metadata={"help": "rows in one pass of a tower; 0: fitted to the device"}
+    )
+    turns: Switch = field(
+        default="on",
+        metadata={"help": "off: processes of one tower on one device compute at the same time, not in turns"},
     )
     threads: int = field(default=0, metadata={"help": "CPU threads of one tower; 0: all cores"})
     decoders: int = field(

@@ -25,6 +25,7 @@ from siglip_serve.serving import (
     RowBuffer,
     has_input,
     map_rows,
+    open_turns,
     readable_start,
     respond_each,
     respond_together,
@@ -76,6 +77,7 @@ class VisionEmbedder:
             self._engine(np.zeros((1, *self._shape), dtype=np.uint8)).rows(0, 1)
         self._buffer = RowBuffer(self._engine.staging)
         self._meter = TowerMeter(context.model)
+        self._turns = open_turns(context)
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
         """One response a request; their rows are computed together, those with vectors one by one."""
@@ -90,6 +92,10 @@ class VisionEmbedder:
             else next(rest)
             for request in requests
         ]
+
+    def close(self) -> None:
+        """To be called when no more requests come."""
+        self._turns.close()
 
     def _read(self, request: Request) -> NDArray[Any]:
         request.flag("normalized")
@@ -126,9 +132,12 @@ class VisionEmbedder:
 
     def _compute(self, parts: Sequence[NDArray[Any]], requests: Sequence[Request]) -> Batch:
         pixels = self._buffer.join(parts)
-        begin = time.perf_counter()
-        batch = self._engine(pixels, {name for request in requests for name in request.wanted()})
-        self._meter.add(len(pixels), time.perf_counter() - begin)
+        wanted = {name for request in requests for name in request.wanted()}
+        with self._turns.turn(len(pixels)):
+            begin = time.perf_counter()
+            batch = self._engine(pixels, wanted)
+            seconds = time.perf_counter() - begin
+        self._meter.add(len(pixels), seconds)
         return batch
 
 

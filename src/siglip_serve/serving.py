@@ -25,6 +25,7 @@ from siglip_serve.checkpoint import ModelConfig
 from siglip_serve.config import START_REFUSED, Settings, load_settings
 from siglip_serve.errors import InvalidInputError, ParameterError, SiglipServeError, UnavailableError
 from siglip_serve.telemetry import RefusalMeter
+from siglip_serve.turns import Turns, peers_name
 
 if TYPE_CHECKING:
     from siglip_serve.engine import Batch
@@ -38,6 +39,7 @@ __all__ = [
     "log_fault",
     "map_rows",
     "open_context",
+    "open_turns",
     "readable_start",
     "respond_each",
     "respond_together",
@@ -75,6 +77,7 @@ class Context:
         device: `cpu`, or `cuda:<index>` as Triton placed the instance.
         model: its name in the repository.
         refusals: counts what it refuses.
+        shared: whether the server has several processes of this model on the device.
     """
 
     settings: Settings
@@ -82,6 +85,7 @@ class Context:
     device: str
     model: str
     refusals: RefusalMeter
+    shared: bool
 
 
 def open_context(args: Mapping[str, str]) -> Context:
@@ -90,10 +94,24 @@ def open_context(args: Mapping[str, str]) -> Context:
     Raises:
         SettingsError, CheckpointError: with a message for the operator.
     """
-    settings, config = _read(json.loads(args["model_config"]))
+    described = json.loads(args["model_config"])
+    settings, config = _read(described)
     gpu = args["model_instance_kind"] == "GPU"
     device = f"cuda:{args['model_instance_device_id']}" if gpu else "cpu"
-    return Context(settings, config, device, args["model_name"], RefusalMeter(args["model_name"]))
+    model = args["model_name"]
+    shared = any(group["count"] > 1 for group in described["instance_group"])
+    return Context(settings, config, device, model, RefusalMeter(model), shared)
+
+
+def open_turns(context: Context) -> Turns:
+    """The turns of this process with those that compute the same on its device."""
+    if not context.shared or context.settings.turns == "off":
+        return Turns("")
+    try:
+        return Turns(peers_name(context.model, context.device))
+    except OSError as error:
+        pb_utils.Logger.log_warn(f"{context.model}: its processes compute without turns: {error}")
+        return Turns("")
 
 
 def fill_dims(model: Any) -> Any:

@@ -18,7 +18,7 @@ from siglip_serve.checkpoint import ModelConfig, load_config
 from siglip_serve.engine import OUTPUTS, Plan, VisionEngine, kernels, towers
 from siglip_serve.engine.blocks import Levers
 from siglip_serve.engine.float8 import draw_pictures, round_weight
-from siglip_serve.engine.fused import FusedText, FusedVision
+from siglip_serve.engine.fused import _BUCKETS, FusedText, FusedVision
 from siglip_serve.engine.passes import Arrays, in_passes
 from siglip_serve.engine.plain import PlainText, PlainVision
 from siglip_serve.errors import SettingsError
@@ -117,6 +117,14 @@ def test_pictures_are_the_same_every_time() -> None:
     assert first.shape == (6, 40, 40, 3)
     assert np.array_equal(first, draw_pictures(6, 40))
     assert len({picture.tobytes() for picture in first}) == 6
+
+
+def test_little_of_a_pass_is_padding() -> None:
+    """Of any number of rows a quarter at most, and three of the passes that towers with large images take."""
+    recorded = [min(size for size in _BUCKETS if size >= rows) for rows in range(1, _BUCKETS[-1] + 1)]
+    padding = [size - rows for rows, size in enumerate(recorded, 1)]
+    assert max(empty / size for empty, size in zip(padding, recorded, strict=True)) <= 1 / 4
+    assert max(padding[:48]) == 3
 
 
 def test_a_pass_starts_before_the_one_before_it_is_waited_for() -> None:

@@ -23,3 +23,6 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return self.handler.answer(requests)
+
+    def finalize(self) -> None:
+        self.handler.close()

@@ -33,8 +33,8 @@ from siglip_serve.siglip import (
 
 __all__ = ["FusedText", "FusedVision"]
 
-# The batch sizes that are recorded: at most a third of a pass is padding.
-_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 56, 64, 96, 128, 192, 256)
+# The batch sizes that are recorded. At most a quarter of a pass is padding, and less where large towers run.
+_BUCKETS = (1, 2, 3, 4, 6, 8, 12, *range(16, 49, 4), 56, 64, 80, 96, 112, 128, 160, 192, 256)
 _TOKENS_OF_A_PASS = 41_000  # a GPU is full with fewer; beyond, the caches hold less of a layer
 _CALIBRATION_TOKENS = 12_000
 _FLOAT8_MULTIPLE = 16  # of the sides of a matrix of 8 bits

@@ -90,8 +90,7 @@ def in_passes(rows: NDArray[Any], max_rows: int, start: Callable[[NDArray[Any]],
     A pass is started before the one before it is waited for, so that its rows are copied to the device
     while that one computes.
     """
-    failed = np.zeros(len(rows), dtype=np.bool_)
-    passes: list[tuple[int, Arrays]] = []
+    done = _Done(len(rows))
     running: tuple[int, Finish] | None = None
     first, size = 0, max_rows
     while first < len(rows):
@@ -105,40 +104,43 @@ def in_passes(rows: NDArray[Any], max_rows: int, start: Callable[[NDArray[Any]],
                 raise
             torch.cuda.empty_cache()
             if running:  # its memory comes back first
-                passes.append((running[0], _finish(running[1])))
+                done.add(*running)
                 running = None
                 continue
             if len(part) > 1:
                 size = (len(part) + 1) // 2
                 continue
-            failed[first] = True
+            done.failed[first] = True
         if running:
-            passes.append((running[0], _finish(running[1])))
+            done.add(*running)
         running = started
         first += len(part)
     if running:
-        passes.append((running[0], _finish(running[1])))
-    if not failed.any():
-        names = passes[0][1]
-        return Batch({name: _join([done[name] for _, done in passes]) for name in names}, failed)
-    outputs: Arrays = {}
-    for first, done in passes:
-        for name, array in done.items():
-            whole = outputs.setdefault(name, np.zeros((len(rows), *array.shape[1:]), dtype=np.float32))
-            whole[first : first + len(array)] = array
-    return Batch(outputs, failed)
+        done.add(*running)
+    return Batch(done.outputs, done.failed)
 
 
-def _finish(finish: Finish) -> Arrays:
-    try:
-        return finish()
-    except RuntimeError:
-        end_if_lost()
-        raise
+class _Done:
+    """What the passes over so many rows have given so far, as arrays of all rows."""
 
+    def __init__(self, rows: int) -> None:
+        self.outputs: Arrays = {}
+        self.failed = np.zeros(rows, dtype=np.bool_)
 
-def _join(arrays: list[NDArray[np.float32]]) -> NDArray[np.float32]:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    def add(self, first: int, finish: Finish) -> None:
+        """Wait for the pass that began with row `first`; the next one computes while this one is kept."""
+        try:
+            arrays = finish()
+        except RuntimeError:
+            end_if_lost()
+            raise
+        for name, array in arrays.items():
+            if len(array) == len(self.failed):  # all rows are one pass
+                self.outputs[name] = array
+                continue
+            if name not in self.outputs:
+                self.outputs[name] = np.zeros((len(self.failed), *array.shape[1:]), dtype=np.float32)
+            self.outputs[name][first : first + len(array)] = array
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
