@@ -7,7 +7,6 @@ sent at drawn times, and latency counts from the time drawn.
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -157,9 +156,9 @@ def main() -> None:
         return
     settings = parse_settings(options.setting)
     options.label = options.label or options.checkpoint.name
-    with run_ours(options.checkpoint, "auto", settings, 600) as server:
+    with run_ours(options.checkpoint, "auto", settings, 600, options.model) as server:
         options.server_pid = server.pid
-        measure(options, replace(server.aimed_at(options.client), where=options.model))
+        measure(options, server.aimed_at(options.client))
 
 
 if __name__ == "__main__":

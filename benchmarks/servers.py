@@ -45,8 +45,10 @@ class Running:
 
 
 @contextmanager
-def run_ours(checkpoint: Path, device: str, settings: Mapping[str, str], timeout: float) -> Iterator[Running]:
-    """This repository's server; `device` is auto, cpu or cuda."""
+def run_ours(
+    checkpoint: Path, device: str, settings: Mapping[str, str], timeout: float, model: str = "embed_image"
+) -> Iterator[Running]:
+    """This repository's server with one model and its steps; `device` is auto, cpu or cuda."""
     from siglip_serve.launcher import ServeOptions, TritonServer
 
     with tempfile.TemporaryDirectory() as folder:
@@ -57,6 +59,7 @@ def run_ours(checkpoint: Path, device: str, settings: Mapping[str, str], timeout
             settings=settings,
             log_file=Path(folder) / "server.log",
             start_timeout=timeout,
+            models=(model,),
         )
         with TritonServer(options) as server:
             config = _get(f"http://{server.http_url}/v2/models/siglip_vision_model/config")
@@ -67,7 +70,7 @@ def run_ours(checkpoint: Path, device: str, settings: Mapping[str, str], timeout
                 "preprocess": parameters.get("preprocess", ""),
             }
             yield Running(
-                Target("grpc", server.grpc_url, "embed_image"), server.http_url, server.pid, columns
+                Target("grpc", server.grpc_url, model), server.http_url, server.pid, columns
             )
 
 

@@ -41,8 +41,11 @@ static constexpr u32 kZeros = kValues + STAGES * kValueBytes;
 static constexpr int kZeroRows = kNarrow ? BLOCK > kTile ? BLOCK : kTile : 0;
 static_assert(kZeros + kZeroRows * 16 == SHARED_BYTES, "attention.py counts otherwise");
 static_assert(DEPTH == 64 || DEPTH == 72, "");
-static_assert(SHARE <= READERS || kBlocks == 1, "a reader would wait for keys that it holds back itself");
-static_assert(SHARE <= SLOTS && kQueryBytes >= kTile * DEPTH * 2, "");
+static_assert(kQueryBytes >= kTile * DEPTH * 2 && SHARE <= SLOTS, "");
+// A reader that waits for a barrier has to have waited for its phase before, since only two can be told apart: so it
+// must not pass over any stage between two of its own, nor take queries from a slot that is another reader's.
+static_assert(SLOTS % READERS == 0, "");
+static_assert(kBlocks == 1 ? SHARE >= READERS || STAGES % READERS == 0 : SHARE == READERS, "");
 
 // Barriers of 8 bytes: what is full was copied, what is empty may be overwritten.
 static constexpr u32 kKeyFull = 0, kKeyEmpty = STAGES * 8, kValueFull = STAGES * 16, kValueEmpty = STAGES * 24,

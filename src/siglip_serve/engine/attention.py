@@ -30,7 +30,7 @@ _READERS = 3
 _THREADS = 128 * (_READERS + 1)
 _MOST_SHARED_BYTES = 232_448
 _BARRIER_BYTES = 1024
-_MOST_AT_ONCE = 208  # keys of a short row that stay in shared memory as a whole
+_MOST_AT_ONCE = 256  # keys of a short row that stay in shared memory as a whole
 _BLOCK = 128
 _OPTIONS = (b"--gpu-architecture=sm_90a", b"--std=c++17")
 
@@ -67,14 +67,19 @@ class Layout:
     @classmethod
     def of(cls, tokens: int, depth: int) -> Layout:
         """The fastest that fits."""
-        tiles = -(-tokens // _TILE)
-        if tokens <= _MOST_AT_ONCE:
-            block, share, stages = _up(tokens, 16), tiles, 2
-            half = _up(block // 2, 16) if block > _BLOCK else 0
-        else:
-            block, half, stages = _BLOCK, 0, 3
-            share = min((3, 2), key=lambda size: _up(tiles, size))  # the fewest tiles without queries
-        for slots in (12, 8, 2 * _READERS):
+        share = -(-tokens // _TILE)
+        # Readers that are more than the tiles of an item pass over items, but always over as many.
+        stages = 2 if share >= _READERS else _READERS
+        layout = cls._with(_up(tokens, 16), share, stages, depth)
+        if tokens <= _MOST_AT_ONCE and layout.shared_bytes <= _MOST_SHARED_BYTES:
+            return layout
+        return cls._with(_BLOCK, _READERS, 3, depth)
+
+    @classmethod
+    def _with(cls, block: int, share: int, stages: int, depth: int) -> Layout:
+        """With as many slots as fit."""
+        half = _up(block // 2, 16) if block > _BLOCK else 0
+        for slots in (4 * _READERS, 3 * _READERS, 2 * _READERS):
             shared = _shared_bytes(block, stages, slots, depth)
             if shared <= _MOST_SHARED_BYTES:
                 break
