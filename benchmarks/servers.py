@@ -69,9 +69,7 @@ def run_ours(
                 "backend": " ".join(["triton", *(f"{name}={value}" for name, value in settings.items())]),
                 "preprocess": parameters.get("preprocess", ""),
             }
-            yield Running(
-                Target("grpc", server.grpc_url, model), server.http_url, server.pid, columns
-            )
+            yield Running(Target("grpc", server.grpc_url, model), server.http_url, server.pid, columns)
 
 
 @contextmanager

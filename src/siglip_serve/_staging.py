@@ -19,6 +19,7 @@ from typing import IO, Any
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from siglip_serve.batches import rows_of_a_pass
 from siglip_serve.config import available_cores
 from siglip_serve.errors import ServerStartError
 from siglip_serve.turns import remove_unused
@@ -29,6 +30,7 @@ _NAME = "siglip-serve-"
 _SHM = Path("/dev/shm")
 _MOST_PROCESSES = 32
 _FILES = "INPUT_IMAGE"
+_PIXELS = "PIXEL_VALUES"
 
 Config = Any  # model_config_pb2.ModelConfig, whose module has no types
 
@@ -172,6 +174,7 @@ class Stage:
                 if name not in config.parameters:
                     config.parameters[name].string_value = value
             self._set_processes(config, decoders)
+            _prefer_full_passes(config, tower)
         (target / "config.pbtxt").write_text(text_format.MessageToString(config), encoding="utf-8")
 
     def _set_processes(self, config: Config, decoders: int) -> None:
@@ -200,6 +203,16 @@ class Stage:
         for entry in [*(server / "backends/python").iterdir(), stub]:
             if entry.name != "__pycache__":
                 (target / entry.name).symlink_to(entry)
+
+
+def _prefer_full_passes(config: Config, tower: Tower) -> None:
+    """Of a tower in several processes on a GPU: what it computes at once, if it takes larger batches."""
+    gpu = model_config_pb2.ModelInstanceGroup.KIND_GPU
+    several = any(group.kind == gpu and group.count > 1 for group in config.instance_group)
+    if several and any(tensor.name == _PIXELS for tensor in config.input):
+        rows = rows_of_a_pass(tower.dims["PATCH_EMBEDDINGS"][0])
+        if rows < config.max_batch_size:
+            config.dynamic_batching.preferred_batch_size[:] = [rows]
 
 
 def _with_steps(configs: Mapping[str, Config], wanted: Sequence[str]) -> list[str]:

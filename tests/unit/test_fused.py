@@ -14,11 +14,12 @@ import pytest
 import torch
 from random_checkpoints import random_model, save_checkpoint
 
+from siglip_serve.batches import BUCKETS
 from siglip_serve.checkpoint import ModelConfig, load_config
 from siglip_serve.engine import OUTPUTS, Plan, VisionEngine, kernels, towers
 from siglip_serve.engine.blocks import Levers
 from siglip_serve.engine.float8 import draw_pictures, round_weight
-from siglip_serve.engine.fused import _BUCKETS, FusedText, FusedVision
+from siglip_serve.engine.fused import FusedText, FusedVision
 from siglip_serve.engine.passes import Arrays, in_passes
 from siglip_serve.engine.plain import PlainText, PlainVision
 from siglip_serve.errors import SettingsError
@@ -121,7 +122,7 @@ def test_pictures_are_the_same_every_time() -> None:
 
 def test_little_of_a_pass_is_padding() -> None:
     """Of any number of rows a quarter at most, and three of the passes that towers with large images take."""
-    recorded = [min(size for size in _BUCKETS if size >= rows) for rows in range(1, _BUCKETS[-1] + 1)]
+    recorded = [min(size for size in BUCKETS if size >= rows) for rows in range(1, BUCKETS[-1] + 1)]
     padding = [size - rows for rows, size in enumerate(recorded, 1)]
     assert max(empty / size for empty, size in zip(padding, recorded, strict=True)) <= 1 / 4
     assert max(padding[:48]) == 3

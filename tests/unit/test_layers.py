@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "siglip_serve"
 
 LAYERS = [
-    {"errors", "config", "turns"},
+    {"errors", "config", "turns", "batches"},
     {"checkpoint"},
     {"jpeg", "resize", "preprocess", "tokenizer", "team_state", "trimmed_kmeans", "weights"},
     {"siglip", "clip", "towers", "pooling", "jersey"},

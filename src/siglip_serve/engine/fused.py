@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from siglip_serve.batches import BUCKETS, rows_of_a_pass
 from siglip_serve.checkpoint import ImageConfig
 from siglip_serve.engine import kernels
 from siglip_serve.engine.blocks import Blocks, Levers, Stack
@@ -33,9 +34,6 @@ from siglip_serve.siglip import (
 
 __all__ = ["FusedText", "FusedVision"]
 
-# The batch sizes that are recorded. At most a quarter of a pass is padding, and less where large towers run.
-_BUCKETS = (1, 2, 3, 4, 6, 8, 12, *range(16, 49, 4), 56, 64, 80, 96, 112, 128, 160, 192, 256)
-_TOKENS_OF_A_PASS = 41_000  # a GPU is full with fewer; beyond, the caches hold less of a layer
 _CALIBRATION_TOKENS = 12_000
 _FLOAT8_MULTIPLE = 16  # of the sides of a matrix of 8 bits
 _ALIGNMENT = 8  # elements: rows of a matrix product begin at multiples of 16 bytes
@@ -89,7 +87,7 @@ class FusedVision:
         _round_matrices(self._traced, dtype)
         self._head = _FoldedPooling(tower.head, dtype) if levers.fold else tower.head.to(dtype)
         size = tower.config.image_size
-        rows = torch.zeros(_largest(self._tokens, max_rows), size, size, 3, dtype=torch.uint8)
+        rows = torch.zeros(rows_of_a_pass(self._tokens, max_rows), size, size, 3, dtype=torch.uint8)
         self._replays = _Replays(self._forward, rows, device, levers.graphs)
         self._traces = _Replays(self._trace, rows[:1], device, levers.graphs)
         self._graphs = levers.graphs
@@ -204,7 +202,7 @@ class FusedText:
         self._positions = tower.embeddings.position_embedding.weight.to(dtype)
         self._blocks = Blocks(_layers(tower.encoder), tower.final_layer_norm, dtype, levers)
         self._head = tower.head.to(dtype)
-        rows = torch.zeros(_largest(tower.context, max_rows), tower.context, dtype=torch.int64)
+        rows = torch.zeros(rows_of_a_pass(tower.context, max_rows), tower.context, dtype=torch.int64)
         self._replays = _Replays(self._forward, rows, device, levers.graphs)
         self.max_rows = self._replays.max_rows
 
@@ -311,13 +309,6 @@ def _layers(encoder: Encoder) -> list[Block]:
     return cast("list[Block]", list(encoder.layers))
 
 
-def _largest(tokens: int, max_rows: int) -> int:
-    """Rows of the largest batch that is worth recording."""
-    most = max(1, _TOKENS_OF_A_PASS // tokens)
-    fitting = max(size for size in _BUCKETS if size <= most)
-    return min(max_rows, most, _BUCKETS[-1]) if max_rows else fitting
-
-
 class _Slot:
     """Where rows wait on their way to the device."""
 
@@ -422,7 +413,7 @@ class _Replays:
     @torch.inference_mode()
     def _record_all(self) -> None:
         pool = torch.cuda.graph_pool_handle()
-        sizes = {size for size in _BUCKETS if size < self.max_rows} | {self.max_rows}
+        sizes = {size for size in BUCKETS if size < self.max_rows} | {self.max_rows}
         for rows in sorted(sizes, reverse=True):  # the largest first: the others fit into its memory
             try:
                 self._recorded[rows] = _record(partial(self._compute, self._input[:rows]), pool)
