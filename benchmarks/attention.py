@@ -25,6 +25,7 @@ from siglip_serve.engine.attention import Shape, attend, is_supported
 _TOKENS = (1, 16, 49, 64, 65, 100, 128, 129, 144, 196, 208, 209, 256, 257, 576, 729, 784, 1024)
 _FEW_ROWS = 5
 _CHECKED_TOKENS = 20_000  # so that each multiprocessor has several heads to do
+_SMALL = Shape(64, 1, 64, torch.bfloat16)
 _SETS = 3  # of tokens, in turns, so that none waits in a cache
 _MOST_ERROR = 0.5  # in rounding steps of the type; cuDNN's is .25, as ours
 _ROWS = {"base/16@224": (192, 1), "so400m/14@384": (48, 1)}
@@ -140,7 +141,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="CSV file to append to")
     options = parser.parse_args()
     torch.manual_seed(0)
-    if not torch.cuda.is_available() or not is_supported(torch.zeros(1, device="cuda").bfloat16(), 64):
+    if not torch.cuda.is_available() or not is_supported(
+        torch.zeros(64, 192, device="cuda").bfloat16(), 1, 1
+    ):
         sys.exit("needs a GPU of compute capability 9.0 and the package cuda-bindings")
     right = check()
     for geometry, sizes in _ROWS.items():

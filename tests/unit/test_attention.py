@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from siglip_serve.engine.attention import Layout, Shape, is_supported, kernel_source
+from siglip_serve.engine.attention import Layout, Shape, attend, find, is_supported, kernel_source
 
 # Of published towers: base and so400m at their sizes, and the text towers.
 PUBLISHED = [(t, h, 64) for t, h in ((196, 12), (256, 12), (576, 16), (1024, 16))]
@@ -64,4 +64,17 @@ def test_the_source_compiles_without_spilling(tokens: int, heads: int, depth: in
 
 
 def test_what_is_not_on_a_gpu_is_left_to_torch() -> None:
-    assert not is_supported(torch.zeros(4, 3 * 64, dtype=torch.bfloat16), 64)
+    qkv = torch.zeros(4, 3 * 64, dtype=torch.bfloat16)
+    assert not is_supported(qkv, 1, 1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, for which the kernel is compiled")
+def test_a_kernel_that_cannot_be_had_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    shape = Shape(21, 1, 64, torch.bfloat16)
+    assert find(shape, 0) is None
+    assert find(shape, 0) is None
+    told = capsys.readouterr().out
+    assert told.count("\n") == 1
+    assert "cuDNN's attention instead of ours" in told
+    with pytest.raises(RuntimeError, match="no attention kernel"):
+        attend(torch.zeros(21, 3 * 64, dtype=torch.bfloat16), 1, 1)

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Layout", "Shape", "attend", "is_supported", "kernel_source"]
+__all__ = ["Layout", "Shape", "attend", "find", "is_supported", "kernel_source"]
 
 _SOURCE = Path(__file__).with_name("attention.cu")
 _CAPABILITY = (9, 0)  # its matrix instructions are in no other generation
@@ -164,20 +163,15 @@ def _product(width: int, kind: str, left: Sequence[str], transposed: str) -> str
     return f'asm volatile("{text}" : {outputs} : {inputs});'
 
 
-def is_supported(qkv: Tensor, depth: int) -> bool:
-    """Whether `attend` computes heads of this depth of such a tensor."""
+def is_supported(qkv: Tensor, rows: int, heads: int) -> bool:
+    """Whether `attend` computes this on this GPU."""
     return (
         qkv.is_cuda
-        and depth in _DEPTHS
         and qkv.dtype in _TYPES
+        and qkv.shape[1] // 3 // heads in _DEPTHS
         and torch.cuda.get_device_capability(qkv.device) == _CAPABILITY
-        and _has_compiler()
+        and find(_shape(qkv, rows, heads), qkv.device.index) is not None
     )
-
-
-@lru_cache
-def _has_compiler() -> bool:
-    return bool(find_spec("cuda") and find_spec("cuda.bindings"))
 
 
 def attend(qkv: Tensor, rows: int, heads: int) -> Tensor:
@@ -186,21 +180,36 @@ def attend(qkv: Tensor, rows: int, heads: int) -> Tensor:
     Args:
         qkv: [rows * T, 3 * W], contiguous, 16 bits, on a GPU; queries, keys and values, head by head.
         rows: images.
-        heads: of depth W / heads, which `is_supported`.
+        heads: of depth W / heads.
 
     Returns:
         [rows * T, W] of the same dtype.
+
+    Raises:
+        RuntimeError: not what `is_supported`.
     """
-    width = qkv.shape[1] // 3
-    shape = Shape(len(qkv) // rows, heads, width // heads, qkv.dtype)
-    out = torch.empty(len(qkv), width, dtype=qkv.dtype, device=qkv.device)
-    _kernel(shape, qkv.device.index)(qkv, out, rows)
+    kernel = find(_shape(qkv, rows, heads), qkv.device.index)
+    if kernel is None:
+        raise RuntimeError("no attention kernel for this shape, type and GPU")
+    out = torch.empty(len(qkv), qkv.shape[1] // 3, dtype=qkv.dtype, device=qkv.device)
+    kernel(qkv, out, rows)
     return out
 
 
+def _shape(qkv: Tensor, rows: int, heads: int) -> Shape:
+    return Shape(len(qkv) // rows, heads, qkv.shape[1] // 3 // heads, qkv.dtype)
+
+
 @lru_cache
-def _kernel(shape: Shape, device: int) -> _Kernel:
-    return _Kernel(shape, device)
+def find(shape: Shape, device: int) -> _Kernel | None:
+    """The kernel for a shape, compiled for a GPU; None, after a line that says why, if it cannot be had."""
+    try:
+        return _Kernel(shape, device)
+    except (ImportError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        print(f"siglip-serve: cuDNN's attention instead of ours, which is faster: {error}", flush=True)
+        return None
 
 
 class _Kernel:

@@ -133,10 +133,9 @@ class _Layer:
 
 def attend(qkv: Tensor, rows: int, heads: int, levers: Levers) -> Tensor:
     """Self-attention of [rows * T, 3 * W] -> [rows * T, W], without a copy of either."""
-    depth = qkv.shape[1] // 3 // heads
-    if levers.attention == "own" and attention.is_supported(qkv, depth):
+    if levers.attention == "own" and attention.is_supported(qkv, rows, heads):
         return attention.attend(qkv, rows, heads)
-    q, k, v = qkv.view(rows, -1, 3, heads, depth).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.view(rows, -1, 3, heads, qkv.shape[1] // 3 // heads).permute(2, 0, 3, 1, 4)
     if levers.attention == "torch":
         y = F.scaled_dot_product_attention(q, k, v)
     else:
