@@ -30,6 +30,7 @@ __all__ = [
     "fastest_dtype",
     "load_settings",
     "processor_flags",
+    "tower_dtype",
 ]
 
 PREFIX = "SIGLIP_SERVE_"
@@ -44,6 +45,10 @@ PreprocessMode = Literal["fast", "pil", "gpu"]
 TeamReducer = Literal["pca", "none", "umap"]
 Tower = Literal["main", "teams"]
 Switch = Literal["on", "off"]
+
+
+# siglip-tiny, a quarter of it, loses by float8; base gains a third (benchmarks/results/vision_waterfall.csv).
+_FLOAT8_WIDTH = 512
 
 
 @dataclass(frozen=True)
@@ -181,6 +186,14 @@ def fastest_dtype(gpu_capability: int | None) -> Dtype:
     if gpu_capability is not None:
         return "bfloat16" if gpu_capability >= 8 else "float16"
     return "float32" if {"avx512_bf16", "amx_bf16"}.isdisjoint(processor_flags()) else "bfloat16"
+
+
+def tower_dtype(dtype: Dtype, width: int) -> Dtype:
+    """What a tower of this width is computed in on a GPU, where `dtype` is asked for.
+
+    float8 gains nothing on a narrow tower, and its errors average out over fewer numbers: bfloat16 then.
+    """
+    return "bfloat16" if dtype == "float8" and width < _FLOAT8_WIDTH else dtype
 
 
 def processor_flags() -> frozenset[str]:

@@ -44,7 +44,14 @@ from PIL import Image
 from siglip_serve import checkpoint
 from siglip_serve._staging import Stage, Tower
 from siglip_serve._watcher import Watcher
-from siglip_serve.config import PREFIX, START_REFUSED, Settings, fastest_dtype, load_settings
+from siglip_serve.config import (
+    PREFIX,
+    START_REFUSED,
+    Settings,
+    fastest_dtype,
+    load_settings,
+    tower_dtype,
+)
 from siglip_serve.errors import ServerStartError, SettingsError
 
 __all__ = ["ServeOptions", "TritonServer"]
@@ -285,14 +292,17 @@ class TritonServer:
         """A checkpoint, as named by the operator, as clients can read it in the model configurations."""
         path = Path(directory)
         hub = path.parent.name == "snapshots"
+        config = checkpoint.load_config(path)
         dtype = settings.dtype
+        if self.device == "cuda":  # the models do so too, but clients are to read the truth
+            dtype = tower_dtype(dtype, config.vision.hidden_size)
         identity = {
             "checkpoint_name": named.partition("@")[0] if hub else path.name,
             "checkpoint_revision": path.name if hub else "local",
             "dtype": fastest_dtype(self._gpu_capability) if dtype == "auto" else dtype,
             "preprocess": settings.preprocess,
         }
-        return Tower(identity, checkpoint.tensor_dims(checkpoint.load_config(path)))
+        return Tower(identity, checkpoint.tensor_dims(config))
 
     def _given(self) -> dict[str, str]:
         """The environment, and over it the settings of this start."""

@@ -10,9 +10,9 @@ import pytest
 import torch
 from random_checkpoints import random_model, save_checkpoint
 
-from siglip_serve.checkpoint import ModelConfig, load_config
+from siglip_serve.checkpoint import ModelConfig, VisionConfig, load_config
 from siglip_serve.config import Dtype
-from siglip_serve.engine import OUTPUTS, Plan, TextEngine, VisionEngine
+from siglip_serve.engine import OUTPUTS, Plan, TextEngine, VisionEngine, towers
 from siglip_serve.engine.passes import Arrays, Finish
 from siglip_serve.engine.plain import PlainVision
 from siglip_serve.errors import DeviceMemoryError, SettingsError
@@ -163,6 +163,26 @@ def test_memory_of_a_pass_under_way_comes_back_first(config: ModelConfig) -> Non
     batch = engine(pixels(5))
     assert not batch.failed.any()
     np.testing.assert_allclose(batch.outputs["EMBEDDING"], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(128, "bfloat16"), (512, "float8")])
+def test_a_narrow_tower_is_not_computed_in_float8(
+    width: int, dtype: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Plan, "resolve", lambda plan: plan)
+    config = VisionConfig(
+        hidden_size=width,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        image_size=4,
+        patch_size=4,
+        layer_norm_eps=1e-6,
+        hidden_act="gelu_pytorch_tanh",
+    )
+    prepared = towers._prepare(Plan("cpu", "float8", "fused"), VisionTower(config))
+    assert prepared.dtype == dtype
+    assert ("gains nothing in float8" in capsys.readouterr().out) == (dtype == "bfloat16")
 
 
 GPUS = {"7.5": (7, 5), "8.0": (8, 0), "8.9": (8, 9), "9.0": (9, 0)}

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from siglip_serve.checkpoint import ImageConfig
 from siglip_serve.clip import ClipTextTower, ClipVisionTower
-from siglip_serve.config import Backend, Dtype, fastest_dtype
+from siglip_serve.config import Backend, Dtype, fastest_dtype, tower_dtype
 from siglip_serve.engine.passes import (
     OUTPUTS,
     Batch,
@@ -25,6 +25,7 @@ from siglip_serve.engine.passes import (
 from siglip_serve.engine.plain import PlainText, PlainVision
 from siglip_serve.errors import SettingsError
 from siglip_serve.heatmap import explainer_of
+from siglip_serve.siglip import VisionTower
 from siglip_serve.towers import AnyTextTower, AnyVisionTower
 
 __all__ = ["Explained", "Plan", "TextEngine", "VisionEngine"]
@@ -252,4 +253,11 @@ def _prepare(plan: Plan, tower: AnyVisionTower | AnyTextTower) -> Plan:
     plan = (plan.for_clip() if isinstance(tower, ClipVisionTower | ClipTextTower) else plan).resolve()
     if plan.device != "cpu":
         torch.cuda.set_device(plan.device)
+    if isinstance(tower, VisionTower):
+        width = tower.config.hidden_size
+        dtype = tower_dtype(plan.dtype, width)
+        if dtype != plan.dtype:
+            why = f"a tower of width {width} gains nothing in {plan.dtype}"
+            print(f"siglip-serve: {dtype}, since {why}", flush=True)
+            plan = replace(plan, dtype=dtype)
     return plan
