@@ -47,7 +47,7 @@ def test_a_cpu_stops_the_start(log: Path) -> None:
 
 @pytest.mark.parametrize(("decoders", "expected"), [(0, 4), (7, 7)])
 def test_decoders_are_those_of_each_gpu(decoders: int, expected: int) -> None:
-    tower = Tower({}, {"PIXEL_VALUES": [3, 3, 3]})
+    tower = Tower({}, {"PIXEL_VALUES": [3, 3, 3], "PATCH_EMBEDDINGS": [9, 4]})
     stage = Stage(REPOSITORY, "cuda", "decode_on_gpu")
     try:
         stage.fill({"main": tower, "teams": tower}, decoders)
