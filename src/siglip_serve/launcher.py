@@ -296,6 +296,10 @@ class TritonServer:
         dtype = settings.dtype
         if self.device == "cuda":  # the models do so too, but clients are to read the truth
             dtype = tower_dtype(dtype, config.vision.hidden_size)
+            if dtype != settings.dtype:
+                print(
+                    f"siglip-serve: {path.name}: {dtype}, too narrow to gain in {settings.dtype}", flush=True
+                )
         identity = {
             "checkpoint_name": named.partition("@")[0] if hub else path.name,
             "checkpoint_revision": path.name if hub else "local",
