@@ -13,15 +13,15 @@ from typing import Self, TypeVar, Unpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from siglip_serve_client import _operations
-from siglip_serve_client._engine import Engine, Outcome, Progress
-from siglip_serve_client._explain import ExplainOptions, Explanation, ask_explanation
-from siglip_serve_client._images import ColorOrder, ImageLike
-from siglip_serve_client._operations import Link
-from siglip_serve_client._shared_memory import Regions
-from siglip_serve_client._steps import Operation
-from siglip_serve_client._teams import TeamFit, TeamImages, Teams, ask_fit, ask_teams, hint_inputs
-from siglip_serve_client._transports import Endpoint
+from siglip_serve_client._operations import images as _operations
+from siglip_serve_client._operations.encoding import ColorOrder, ImageLike
+from siglip_serve_client._operations.explain import ExplainOptions, Explanation, ask_explanation
+from siglip_serve_client._operations.images import Link
+from siglip_serve_client._operations.requests import Operation
+from siglip_serve_client._operations.shared_memory import Regions
+from siglip_serve_client._operations.teams import TeamFit, TeamImages, Teams, ask_fit, ask_teams, hint_inputs
+from siglip_serve_client._transports.background_loop import Engine, Outcome, Progress
+from siglip_serve_client._transports.http_transport import Endpoint
 
 __all__ = ["AsyncClient"]
 

@@ -66,7 +66,7 @@ def test_light_modules_do_not_import_torch() -> None:
         "for name in sys.argv[1:]: importlib.import_module(name)\n"
         "sys.exit('torch' in sys.modules)"
     )
-    names = [f"siglip_serve.{module}" for module in modules] + ["siglip_serve_client.cli"]
+    names = [f"siglip_serve.{module}" for module in modules] + ["siglip_serve_client.commands.main"]
     subprocess.run([sys.executable, "-c", code, *names], check=True)
 
 

@@ -1,0 +1,1 @@
+"""Ways to the server: gRPC and HTTP."""
