@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
+import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from itertools import count, islice
 from pathlib import Path
@@ -14,18 +14,22 @@ from typing import Any, Self, TypeVar, Unpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from siglip_serve_client._operations import images as _operations
 from siglip_serve_client._operations.encoding import ColorOrder, ImageLike
 from siglip_serve_client._operations.explain import ExplainOptions, Explanation, ask_explanation
-from siglip_serve_client._operations.images import Link
-from siglip_serve_client._operations.requests import Call, Describe, Operation, Pause, Register, Step, Work
+from siglip_serve_client._operations.images import ask_embedding, ask_probabilities, label_tensors
+from siglip_serve_client._operations.link import Link, Outcome, Progress
+from siglip_serve_client._operations.server import ask_description, ask_health
 from siglip_serve_client._operations.shared_memory import Regions
 from siglip_serve_client._operations.teams import TeamFit, TeamImages, Teams, ask_fit, ask_teams, hint_inputs
-from siglip_serve_client._transports.background_loop import Outcome, Progress, ThreadedEngine
-from siglip_serve_client._transports.http_transport import Endpoint, connect
+from siglip_serve_client._operations.texts import ask_text_embeddings, text_chunks
+from siglip_serve_client._operations.turns import Turns
+from siglip_serve_client._transports import connect
+from siglip_serve_client._transports.background_loop import BackgroundLoop
+from siglip_serve_client._transports.endpoint import Endpoint
 
 __all__ = ["Client"]
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -56,9 +60,11 @@ class Client:
         ca_file: Path | str | None = None,
     ) -> None:
         self.concurrency = concurrency
-        self._endpoint = Endpoint.parse(url, api_key, ca_file)
-        self._transport = connect(self._endpoint, concurrency)
-        self._link = Link(timeout, Regions() if shared_memory else None)
+        # Connections are not limited: an iteration limits itself, and so do the caller's threads.
+        transport = connect(Endpoint.parse(url, api_key, ca_file), 0)
+        self._link = Link(transport, timeout, Regions(transport) if shared_memory else None)
+        # A client that is not closed, as in short scripts, is closed when it is collected.
+        weakref.finalize(self, _close_later, self._link).atexit = False
 
     def __enter__(self) -> Self:
         return self
@@ -70,9 +76,7 @@ class Client:
 
     def close(self) -> None:
         """Remove what lies in shared memory, and close the connection."""
-        if self._link.regions is not None:
-            self._run(self._link.regions.close())
-        self._transport.close()
+        self._run(self._link.close())
 
     def embed_image(
         self, image: ImageLike, normalized: bool = False, *, color_order: ColorOrder | None = None
@@ -91,7 +95,7 @@ class Client:
             OSError: the path cannot be read.
             TypeError, ValueError: not an image of these kinds.
         """
-        return self._run(_operations.embed_image(self._link, image, normalized, color_order))
+        return self._run(ask_embedding(self._link, image, normalized, color_order))
 
     def embed_images(
         self,
@@ -108,16 +112,14 @@ class Client:
         """
         link = self._link
         return self._each(
-            (_operations.embed_image(link, image, normalized, color_order) for image in images), progress
+            iter(images), lambda image: ask_embedding(link, image, normalized, color_order), progress
         )
 
     def embed_text(
         self, text: str, normalized: bool = False, *, truncation: bool = False
     ) -> NDArray[np.float32]:
         """The embedding [D] float32 of one text; see `embed_texts`."""
-        return np.asarray(
-            self._run(_operations.embed_texts(self._link, [text], 0, normalized, truncation))[0]
-        )
+        return np.asarray(self._run(ask_text_embeddings(self._link, [text], 0, normalized, truncation))[0])
 
     def embed_texts(
         self,
@@ -138,11 +140,11 @@ class Client:
             ClientError, TypeError: as for `embed_image`.
         """
         parts: list[NDArray[np.float32]] = []
-        operations = (
-            _operations.embed_texts(self._link, chunk, first, normalized, truncation)
-            for first, chunk in _operations.chunks(texts)
-        )
-        for part in self._each(operations):
+
+        def operation(chunk: tuple[int, list[str]]) -> Awaitable[NDArray[np.float32]]:
+            return ask_text_embeddings(self._link, chunk[1], chunk[0], normalized, truncation)
+
+        for part in self._each(text_chunks(texts), operation):
             if isinstance(part, Exception):
                 raise part
             parts.append(part)
@@ -170,8 +172,8 @@ class Client:
         Raises:
             ClientError, OSError, TypeError, ValueError: as for `embed_image`.
         """
-        tensors = _operations.label_tensors(labels, templates)
-        return self._run(_operations.classify(self._link, image, tensors, softmax, color_order))
+        tensors = label_tensors(labels, templates)
+        return self._run(ask_probabilities(self._link, image, tensors, softmax, color_order))
 
     def classify_images(
         self,
@@ -184,10 +186,13 @@ class Client:
         progress: Progress | None = None,
     ) -> Iterator[Outcome]:
         """What `classify` says of any number of images, in their order; errors as in `embed_images`."""
-        tensors = _operations.label_tensors(labels, templates)
+        tensors = label_tensors(labels, templates)
         link = self._link
-        operations = (_operations.classify(link, image, tensors, softmax, color_order) for image in images)
-        return self._each(operations, progress)
+        return self._each(
+            iter(images),
+            lambda image: ask_probabilities(link, image, tensors, softmax, color_order),
+            progress,
+        )
 
     def explain(
         self, image: ImageLike, prompts: Sequence[str], **options: Unpack[ExplainOptions]
@@ -260,7 +265,7 @@ class Client:
         Raises:
             ClientError: as for `embed_image`.
         """
-        return self._run(_operations.describe(self._link))
+        return self._run(ask_description(self._link))
 
     def check_health(self) -> int:
         """Embed a small picture; the width of the embedding.
@@ -270,47 +275,34 @@ class Client:
         Raises:
             ClientError: it was not answered, or not with finite numbers.
         """
-        return self._run(_operations.check_health(self._link))
+        return self._run(ask_health(self._link))
 
     def _each(
-        self, operations: Iterable[Operation[NDArray[np.float32]]], progress: Progress | None = None
+        self,
+        items: Iterator[S],
+        operation: Callable[[S], Awaitable[NDArray[np.float32]]],
+        progress: Progress | None = None,
     ) -> Iterator[Outcome]:
-        """The outcome of each, in order; `concurrency` at a time, as many again read ahead."""
-        window: deque[Future[Outcome]] = deque()
-        rest = iter(operations)
-        with ThreadedEngine(self._endpoint, self.concurrency) as engine:
+        """The outcome of each item, in order; `concurrency` at a time, as many again are read ahead."""
+        turns, window = Turns(self.concurrency), deque[Future[Outcome]]()
+        submit = BackgroundLoop.shared().submit
+        try:
             for done in count(1):
                 # Those that are done come first: each change of the thread costs time.
                 if not (window and window[0].done()):
-                    window.extend(map(engine.submit, islice(rest, 2 * self.concurrency - len(window))))
+                    new = islice(items, 2 * self.concurrency - len(window))
+                    window.extend(submit(turns.outcome(operation, item)) for item in new)
                 if not window:
                     return
                 yield window.popleft().result()
                 if progress is not None:
                     progress(done)
+        finally:
+            BackgroundLoop.shared().finish(turns.cancel())
 
-    def _run(self, operation: Operation[T]) -> T:
-        try:
-            step = next(operation)
-            while True:
-                try:
-                    result = self._perform(step)
-                except BaseException as error:  # noqa: BLE001 - the operation raises what it does not handle
-                    step = operation.throw(error)
-                else:
-                    step = operation.send(result)
-        except StopIteration as end:
-            return end.value
+    def _run(self, operation: Coroutine[Any, Any, T]) -> T:
+        return BackgroundLoop.shared().run(operation)
 
-    def _perform(self, step: Step) -> Any:
-        if isinstance(step, Call):
-            return self._transport.infer(step)
-        if isinstance(step, Work):
-            return step.function()
-        if isinstance(step, Pause):
-            return time.sleep(step.seconds)
-        if isinstance(step, Describe):
-            return self._transport.describe(step)
-        if isinstance(step, Register):
-            return self._transport.register(step)
-        return self._transport.withdraw(step)
+
+def _close_later(link: Link) -> None:
+    BackgroundLoop.shared().submit(link.close())

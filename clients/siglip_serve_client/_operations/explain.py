@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from siglip_serve_client._operations.encoding import ColorOrder, ImageLike
-from siglip_serve_client._operations.images import Link, ask_image, utf8
-from siglip_serve_client._operations.requests import Call, Operation, Tensor, output, strings
+from siglip_serve_client._operations.images import ask_image
+from siglip_serve_client._operations.link import Link
+from siglip_serve_client._operations.requests import Call, Tensor, output, strings, utf8
 
 __all__ = ["COLORMAPS", "MODES", "NORMALIZATIONS", "ExplainOptions", "Explanation", "ask_explanation"]
 
@@ -27,7 +28,7 @@ COLORMAPS: tuple[Colormap, ...] = ("jet", "viridis", "cividis")
 
 
 class ExplainOptions(TypedDict, total=False):
-    """What can be asked of `explain`; see `Client.explain`."""
+    """The options of `Client.explain`, which describes them."""
 
     templates: Sequence[str]
     background: Sequence[str]
@@ -61,10 +62,10 @@ class Explanation:
     overlays: tuple[Image.Image, ...] = ()
 
 
-def ask_explanation(
+async def ask_explanation(
     link: Link, image: ImageLike, prompts: Sequence[str], options: ExplainOptions
-) -> Operation[Explanation]:
-    """See `Client.explain`."""
+) -> Explanation:
+    """The heatmaps of prompts; see `Client.explain`."""
     unknown = options.keys() - ExplainOptions.__annotations__.keys()
     if unknown:
         raise TypeError(f"explain() has no argument {min(unknown)!r}")
@@ -72,7 +73,7 @@ def ask_explanation(
     if options.get("overlays"):
         outputs.append("OVERLAY")
     call = Call("explain_image", _inputs(prompts, options), {}, link.timeout, outputs)
-    answer = yield from ask_image(link, call, image, options.get("color_order"))
+    answer = await ask_image(link, call, image, options.get("color_order"))
     files = output(answer, "OVERLAY") if options.get("overlays") else ()
     return Explanation(
         tuple(prompts),

@@ -1,7 +1,8 @@
-"""Teams of football players: what the client sends to `fit_teams` and `classify_teams`, and gets."""
+"""Teams of football players: requests to `fit_teams` and `classify_teams`, and their answers."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,13 +13,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from siglip_serve_client._operations.encoding import ColorOrder, ImageLike, encoded, raw
-from siglip_serve_client._operations.images import Link
+from siglip_serve_client._operations.link import Link
 from siglip_serve_client._operations.requests import (
     Answer,
     Call,
-    Operation,
     Tensor,
-    Work,
     ask,
     output,
     strings,
@@ -29,12 +28,12 @@ __all__ = ["TeamFit", "TeamImages", "Teams", "ask_fit", "ask_teams", "hint_input
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Teams:
-    """What the server says of N crops, in their order.
+    """The teams of N crops, in their order.
 
     Attributes:
-        labels: int32 [N], the team, from 0; -1: not assigned.
+        labels: int32 [N], the team, from 0; -1 is not assigned.
         margin: float32 [N], from 0 (half-way between two teams) to 1 (at a team's centre).
-        outlier_score: float32 [N]; 1 is typical, larger is unlike either team.
+        outlier_score: float32 [N]; 1 is typical, larger is less like any team.
         coordinates: float32 [N, 2], a projection to plot.
         region_fallback: bool [N]; the jersey region was empty and the whole crop was used.
     """
@@ -51,11 +50,11 @@ class Teams:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TeamFit(Teams):
-    """A fit, and what it says of the crops that it was made from.
+    """A fit, and the teams of the crops that it was made from.
 
     Attributes:
-        state: what `classify_teams` and later fits need; any server of the same checkpoint reads it. Empty
-            if no teams were found.
+        state: for `classify_teams` and later fits; any server of the same checkpoint reads it. Empty if no
+            teams were found.
         status: ("OK",), or one or more of LOW_SUPPORT, LOW_SEPARATION, DEGENERATE, ANCHOR_CONFLICT.
     """
 
@@ -81,10 +80,10 @@ class _Request:
     raw: NDArray[np.uint8] | None = None
 
 
-def ask_fit(link: Link, images: TeamImages, hints: Sequence[Tensor]) -> Operation[TeamFit]:
-    """See `Client.fit_teams`."""
-    request = yield Work(partial(_request, **images))
-    answer = yield from _infer(link, "fit_teams", request, hints)
+async def ask_fit(link: Link, images: TeamImages, hints: Sequence[Tensor]) -> TeamFit:
+    """A fit of teams; see `Client.fit_teams`."""
+    request = await asyncio.to_thread(partial(_request, **images))
+    answer = await _infer(link, "fit_teams", request, hints)
     return TeamFit(
         **_said_of_crops(answer),
         state=output(answer, "STATE").item(),
@@ -92,11 +91,11 @@ def ask_fit(link: Link, images: TeamImages, hints: Sequence[Tensor]) -> Operatio
     )
 
 
-def ask_teams(link: Link, images: TeamImages, state: bytes) -> Operation[Teams]:
-    """See `Client.classify_teams`."""
+async def ask_teams(link: Link, images: TeamImages, state: bytes) -> Teams:
+    """The teams of players; see `Client.classify_teams`."""
     stated = strings("STATE", "state", [state])
-    request = yield Work(partial(_request, **images))
-    answer = yield from _infer(link, "classify_teams", request, [stated])
+    request = await asyncio.to_thread(partial(_request, **images))
+    answer = await _infer(link, "classify_teams", request, [stated])
     return Teams(**_said_of_crops(answer))
 
 
@@ -108,7 +107,7 @@ def hint_inputs(
     prev_state: bytes | None,
     k: int,
 ) -> list[Tensor]:
-    """The inputs of `fit_teams` beside the pictures; what is None is left out.
+    """The inputs of `fit_teams` other than the pictures; None is left out.
 
     Raises:
         TypeError, ValueError: not whole numbers, or not of a size that can be sent.
@@ -145,14 +144,14 @@ def _request(
     return _Request([places], {"color_order": order} if order else {}, pixels)
 
 
-def _infer(link: Link, model: str, request: _Request, others: Sequence[Tensor]) -> Operation[Answer]:
+async def _infer(link: Link, model: str, request: _Request, others: Sequence[Tensor]) -> Answer:
     call = Call(model, [*request.inputs, *others], request.parameters, link.timeout)
     if request.raw is None:
-        return (yield from ask(call))
+        return await ask(link.transport, call)
     if link.regions is not None:
-        return (yield from link.regions.ask(call, "RAW_FRAME", "UINT8", request.raw.shape, [request.raw]))
+        return await link.regions.ask(call, "RAW_FRAME", "UINT8", request.raw.shape, [request.raw])
     frame = _tensor("RAW_FRAME", request.raw, "UINT8")
-    return (yield from ask(replace(call, inputs=[frame, *call.inputs])))
+    return await ask(link.transport, replace(call, inputs=[frame, *call.inputs]))
 
 
 def _said_of_crops(answer: Answer) -> dict[str, Any]:

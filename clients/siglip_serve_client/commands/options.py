@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from siglip_serve_client._client import Client
-from siglip_serve_client._transports.http_transport import Endpoint
+from siglip_serve_client._transports.endpoint import Endpoint
 
 __all__ = ["API_KEY", "above_zero", "add_connection", "connected", "endpoint", "positive"]
 

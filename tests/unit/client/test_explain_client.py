@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from typing import Any
 
@@ -10,17 +11,43 @@ import pytest
 from PIL import Image
 from siglip_serve_client import AsyncClient, Client, Explanation, ServerError
 from siglip_serve_client._operations.explain import ask_explanation
-from siglip_serve_client._operations.images import Link
+from siglip_serve_client._operations.link import Link
 from siglip_serve_client._operations.requests import Call
 
 ARRAYS = ["HEATMAPS", "SCORES", "UNATTRIBUTED", "PATCH_MAPS"]
 
 
+class Answered:
+    def __init__(self, arrays: dict[str, Any]) -> None:
+        self.arrays = arrays
+
+    def as_numpy(self, name: str) -> Any:
+        return self.arrays.get(name)
+
+
+class Recording:
+    """A transport that keeps the calls and answers each with the same arrays."""
+
+    def __init__(self, arrays: dict[str, Any]) -> None:
+        self.arrays, self.calls = arrays, list[Call]()
+
+    async def infer(self, call: Call) -> Answered:
+        self.calls.append(call)
+        return Answered(self.arrays)
+
+
+def explanation_of(arrays: dict[str, Any], prompts: Any = ("dog",), **options: Any) -> Explanation:
+    return asyncio.run(ask_explanation(Link(Recording(arrays), 5.0), b"JPEG", prompts, options))  # type: ignore[arg-type]
+
+
 def call_of(prompts: Any, **options: Any) -> Call:
     """The one request that an explanation takes."""
-    step = next(ask_explanation(Link(5.0), b"JPEG", prompts, options))  # type: ignore[arg-type]
-    assert isinstance(step, Call)
-    return step
+    file = io.BytesIO()
+    Image.new("RGB", (3, 2)).save(file, "PNG")
+    transport = Recording({**dict.fromkeys(ARRAYS, np.zeros(1)), "OVERLAY": np.array([file.getvalue()])})
+    asyncio.run(ask_explanation(Link(transport, 5.0), b"JPEG", prompts, options))  # type: ignore[arg-type]
+    (call,) = transport.calls
+    return call
 
 
 def test_a_plain_request_has_prompts_and_asks_for_no_pictures() -> None:
@@ -60,24 +87,6 @@ def test_every_option_is_an_input() -> None:
     assert (sent["SIZE"].datatype, sent["OPACITY"].datatype) == ("INT32", "FP32")
 
 
-class Answered:
-    def __init__(self, arrays: dict[str, Any]) -> None:
-        self.arrays = arrays
-
-    def as_numpy(self, name: str) -> Any:
-        return self.arrays.get(name)
-
-
-def explanation_of(arrays: dict[str, Any], **options: Any) -> Explanation:
-    asked = ask_explanation(Link(5.0), b"JPEG", ["dog"], options)  # type: ignore[arg-type]
-    next(asked)
-    with pytest.raises(StopIteration) as done:
-        asked.send(Answered(arrays))
-    found = done.value.value
-    assert isinstance(found, Explanation)
-    return found
-
-
 def test_an_answer_becomes_an_explanation() -> None:
     arrays: dict[str, Any] = {name: np.full((1, 2, 2), number) for number, name in enumerate(ARRAYS)}
     found = explanation_of(arrays)
@@ -94,10 +103,8 @@ def test_an_answer_becomes_an_explanation() -> None:
 
 
 def test_an_output_that_is_missing_is_named() -> None:
-    asked = ask_explanation(Link(5.0), b"JPEG", ["dog"], {})
-    next(asked)
     with pytest.raises(ServerError, match="no output HEATMAPS"):
-        asked.send(Answered({}))
+        explanation_of({})
 
 
 @pytest.mark.parametrize(

@@ -28,14 +28,9 @@ from locust.user.task import LOCUST_STATE_STOPPING
 from tritonclient.grpc import InferResult, service_pb2
 
 from siglip_serve_client._operations.requests import Answer
-from siglip_serve_client._transports.http_transport import (
-    Endpoint,
-    Request,
-    check_status,
-    error_of,
-    http_answer,
-    http_request,
-)
+from siglip_serve_client._transports.endpoint import Endpoint
+from siglip_serve_client._transports.http_messages import HttpAnswer, HttpRequest, infer_request
+from siglip_serve_client._transports.status import check_status, error_of
 from siglip_serve_client.commands.bench import BenchError
 from siglip_serve_client.commands.bench.mix import parse_models, pictures, poisson_times
 from siglip_serve_client.commands.bench.record import Recorder
@@ -136,7 +131,7 @@ class _Http:
 
     def __init__(self, where: Endpoint, timeout: float) -> None:
         host, _, port = where.address.rpartition(":")
-        self._endpoint = where
+        self._address = where.address
         self._client = HTTPClient(
             host.strip("[]"),
             int(port),
@@ -149,11 +144,11 @@ class _Http:
             ssl_context_factory=lambda **_: where.context(),
         )
 
-    def send(self, encoded: Request) -> Answer:
+    def send(self, encoded: HttpRequest) -> Answer:
         answer = self._client.request("POST", encoded.path, encoded.body, encoded.headers)
         body = bytes(answer.read())
-        check_status(answer.status_code, body, self._endpoint)
-        return http_answer(body, cast(Any, answer))
+        check_status(answer.status_code, body, self._address)
+        return HttpAnswer(body, cast(Any, answer))
 
     def close(self) -> None:
         self._client.close()
@@ -167,7 +162,7 @@ def _draw(options: Any) -> Callable[[], tuple[str, Any]]:
 @functools.lru_cache(1)
 def _shared_draw(model: str, mix: str, images: tuple[str, ...], http: bool) -> Callable[[], tuple[str, Any]]:
     # One for all users of the process: what is encoded takes memory.
-    encode: Callable[..., Any] = http_request if http else grpc_body
+    encode: Callable[..., Any] = infer_request if http else grpc_body
     return Draw(parse_models(model), pictures(mix, images), encode, Random())
 
 

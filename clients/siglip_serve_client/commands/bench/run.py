@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import socket
 import subprocess
@@ -9,14 +10,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
 from tqdm import tqdm
 
-from siglip_serve_client._transports.http_transport import connect
+from siglip_serve_client._operations.requests import Call, Transport
+from siglip_serve_client._transports import connect
 from siglip_serve_client.commands.bench import LOCUSTFILE, BenchError
 from siglip_serve_client.commands.bench.mix import parse_models, pictures
 from siglip_serve_client.commands.bench.record import Summary, summarise
@@ -86,10 +87,16 @@ def check_server(plan: Plan) -> None:
         ClientError: nobody answers, or an answer is not as expected.
     """
     models, sent = parse_models(plan.model), pictures(plan.mix, plan.images)
-    with closing(connect(endpoint(plan.url, plan.ca_file), 1)) as transport:
-        for model, _ in models:
-            call = replace(make_call(model, sent[0][0], Random()), timeout=plan.timeout)
-            check_answer(model, transport.infer(call))
+    calls = [replace(make_call(model, sent[0][0], Random()), timeout=plan.timeout) for model, _ in models]
+    asyncio.run(_check_answers(connect(endpoint(plan.url, plan.ca_file), 1), calls))
+
+
+async def _check_answers(transport: Transport, calls: Sequence[Call]) -> None:
+    try:
+        for call in calls:
+            check_answer(call.model, await transport.infer(call))
+    finally:
+        await transport.close()
 
 
 def locust_command(plan: Plan, point: Point, record: Path) -> list[str]:

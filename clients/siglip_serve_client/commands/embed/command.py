@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from siglip_serve_client._client import Client
-from siglip_serve_client._transports.background_loop import Outcome
+from siglip_serve_client._operations.link import Outcome
 from siglip_serve_client.commands.embed.output import OutputError, Store, check_output
 from siglip_serve_client.commands.embed.sources import Item, Sources, SourcesError
 from siglip_serve_client.commands.options import add_connection, connected, positive
