@@ -285,24 +285,25 @@ class Client:
     ) -> Iterator[Outcome]:
         """The outcome of each item, in order; `concurrency` at a time, as many again are read ahead."""
         turns, window = Turns(self.concurrency), deque[Future[Outcome]]()
-        submit = BackgroundLoop.shared().submit
-        try:
-            for done in count(1):
-                # Those that are done come first: each change of the thread costs time.
-                if not (window and window[0].done()):
-                    new = islice(items, 2 * self.concurrency - len(window))
-                    window.extend(submit(turns.outcome(operation, item)) for item in new)
-                if not window:
-                    return
-                yield window.popleft().result()
-                if progress is not None:
-                    progress(done)
-        finally:
-            BackgroundLoop.shared().finish(turns.cancel())
+        loop = BackgroundLoop.of(self._link)
+        with loop.held():
+            try:
+                for done in count(1):
+                    # Those that are done come first: each change of the thread costs time.
+                    if not (window and window[0].done()):
+                        new = islice(items, 2 * self.concurrency - len(window))
+                        window.extend(loop.submit(turns.outcome(operation, item)) for item in new)
+                    if not window:
+                        return
+                    yield window.popleft().result()
+                    if progress is not None:
+                        progress(done)
+            finally:
+                loop.finish(turns.cancel())
 
     def _run(self, operation: Coroutine[Any, Any, T]) -> T:
-        return BackgroundLoop.shared().run(operation)
+        return BackgroundLoop.of(self._link).run(operation)
 
 
 def _close_later(link: Link) -> None:
-    BackgroundLoop.shared().submit(link.close())
+    BackgroundLoop.of(link).submit(link.close())

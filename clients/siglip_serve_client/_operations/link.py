@@ -19,7 +19,7 @@ Outcome: TypeAlias = NDArray[np.float32] | ClientError | OSError
 Progress: TypeAlias = Callable[[int], object]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Link:
     """What all requests of a client share.
 
@@ -32,8 +32,14 @@ class Link:
     timeout: float
     regions: Regions | None = None
 
+    async def disconnect(self) -> None:
+        """Remove what lies in shared memory, and close the connections; the next request opens new ones."""
+        if self.regions is not None:
+            await self.regions.clear()
+        await self.transport.close()
+
     async def close(self) -> None:
-        """Remove what lies in shared memory, and close the connections."""
+        """Disconnect; regions that a request still holds are removed when it is answered."""
         if self.regions is not None:
             await self.regions.close()
         await self.transport.close()

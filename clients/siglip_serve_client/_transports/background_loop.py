@@ -6,40 +6,46 @@ import asyncio
 import atexit
 import os
 import threading
-from collections.abc import Coroutine
+import weakref
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
+
+from siglip_serve_client._operations.link import Link
 
 __all__ = ["BackgroundLoop"]
 
 T = TypeVar("T")
+_END_TIMEOUT = 5.0  # seconds for the end of the loop
 
 
 class BackgroundLoop:
-    """A running loop; `shared` gives the one that all clients of a process use.
+    """The loop of all clients of this process, from their first request to the end of the process.
 
-    One loop for all, since gRPC wakes every loop of a process for each event of any of them.
+    They share one loop, because gRPC wakes every loop of a process for each event of any of them.
     """
 
     _lock = threading.RLock()  # garbage collection inside of it may close a client
-    _running: dict[int, BackgroundLoop] = {}  # noqa: RUF012 - by process: a forked one has no thread
+    _running: BackgroundLoop | None = None
 
     @classmethod
-    def shared(cls) -> BackgroundLoop:
-        """The loop of this process; the first call starts it."""
+    def of(cls, link: Link) -> BackgroundLoop:
+        """The running loop, which closes this link when it ends."""
         with cls._lock:
-            if os.getpid() not in cls._running:
-                cls._running[os.getpid()] = cls()
-            return cls._running[os.getpid()]
+            if cls._running is None:
+                cls._running = cls()
+            cls._running._links.add(link)
+            return cls._running
 
     def __init__(self) -> None:
-        self._process = os.getpid()
+        self._links: weakref.WeakSet[Link] = weakref.WeakSet()
+        self._held = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="siglip-serve-client", daemon=True
         )
         self._thread.start()
-        atexit.register(self._stop)
 
     def run(self, operation: Coroutine[Any, Any, T]) -> T:
         """What the operation returns or raises; an interrupted wait cancels it."""
@@ -54,21 +60,81 @@ class BackgroundLoop:
         """Begin an operation, without waiting for its end."""
         return asyncio.run_coroutine_threadsafe(operation, self._loop)
 
-    def finish(self, operation: Coroutine[Any, Any, T]) -> None:
+    def finish(self, operation: Coroutine[Any, Any, object]) -> None:
         """Run an operation to its end.
 
         Garbage collection may call this in the loop's own thread, where a wait would never end: there the
         operation is only begun.
         """
-        if threading.current_thread() is self._thread:
+        if self._loop.is_closed():  # the process ends
+            operation.close()
+        elif threading.current_thread() is self._thread:
             self.submit(operation)
         else:
             self.run(operation)
 
-    def _stop(self) -> None:
-        if os.getpid() != self._process:  # a forked process shares the loop's files, but has not its thread
-            return
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the loop running, also where this process forks."""
+        with self._lock:
+            self._held += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held -= 1
+
+    async def _is_idle(self) -> bool:
+        return not self._held and len(asyncio.all_tasks()) == 1
+
+    async def _close(self) -> None:
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for link in list(self._links):
+            await link.disconnect()
+        await self._loop.shutdown_default_executor()
+
+    def end(self) -> None:
+        """Cancel all operations, close all connections, and end the thread."""
+        with suppress(TimeoutError):  # a server that does not answer
+            self.submit(self._close()).result(_END_TIMEOUT)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(1.0)
-        if not self._thread.is_alive():
-            self._loop.close()
+        self._thread.join(_END_TIMEOUT)
+        self._loop.close()
+
+
+def _at_exit() -> None:
+    loop, BackgroundLoop._running = BackgroundLoop._running, None
+    if loop is not None:
+        loop.end()
+
+
+def _before_fork() -> None:
+    """End a loop that is idle: the child would have no thread for it, and gRPC no way to recover.
+
+    Clients connect again with their next request, in the parent and in the child. A loop at work is left to
+    the parent, and then gRPC does not work in the child.
+    """
+    BackgroundLoop._lock.acquire()
+    loop = BackgroundLoop._running
+    if (
+        loop is not None
+        and threading.current_thread() is not loop._thread
+        and loop.submit(loop._is_idle()).result()
+    ):
+        _at_exit()
+
+
+def _after_fork_in_child() -> None:
+    BackgroundLoop._running = None
+    BackgroundLoop._lock.release()
+
+
+atexit.register(_at_exit)
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=BackgroundLoop._lock.release,
+    after_in_child=_after_fork_in_child,
+)

@@ -66,7 +66,9 @@ class HttpTransport:
         if self._session is None:  # here and not earlier: a session belongs to the running loop
             endpoint = self._endpoint
             connector = aiohttp.TCPConnector(limit=self._connections, ssl=endpoint.context() or True)
-            self._session = aiohttp.ClientSession(connector=connector, headers=endpoint.headers)
+            # Triton compresses for clients that accept it, which takes longer than sending an embedding.
+            headers = {"Accept-Encoding": "identity", **endpoint.headers}
+            self._session = aiohttp.ClientSession(connector=connector, headers=headers)
         return self._session
 
     async def _send(self, request: HttpRequest, timeout: float) -> tuple[bytes, Mapping[str, str]]:
