@@ -102,6 +102,13 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
+def _write_config(out: Path, config: dict[str, Any]) -> None:
+    """Write `config.json`; the note for users that an earlier one carries stays."""
+    path, name = out / "config.json", "siglip_serve_note"
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    _write(path, config | ({name: earlier[name]} if name in earlier else {}))
+
+
 def _weights(run: Path, out: Path) -> Shape:
     """Put the run's weights into the folder, and say its shape."""
     shape = Shape(**json.loads((run / "settings.json").read_text())["shape"])
@@ -121,7 +128,7 @@ def export_vision(run: Path, out: Path) -> None:
     """Write the checkpoint folder of an image tower alone; other files in `out` stay."""
     shape = _weights(run, out)
     head = {"architectures": ["SiglipVisionModel"], "torch_dtype": "float32"}
-    _write(out / "config.json", head | _vision_config(shape))
+    _write_config(out, head | _vision_config(shape))
     processor = {name: value for name, value in _processor(shape).items() if name != "processor_class"}
     _write(out / "preprocessor_config.json", processor)
     _readable(out)
@@ -139,7 +146,7 @@ def export(run: Path, tokenizer: Path, out: Path) -> None:
     if tokenizer.resolve() != (out / "spiece.model").resolve():
         shutil.copyfile(tokenizer, out / "spiece.model")
     image_processor = _processor(shape)
-    _write(out / "config.json", _config(shape))
+    _write_config(out, _config(shape))
     _write(out / "preprocessor_config.json", image_processor)
     nested = {name: value for name, value in image_processor.items() if name != "processor_class"}
     _write(out / "processor_config.json", {"image_processor": nested, "processor_class": "SiglipProcessor"})

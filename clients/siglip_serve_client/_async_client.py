@@ -163,9 +163,9 @@ class AsyncClient:
         """Do as `Client.classify_teams` does."""
         return await ask_teams(self._link, images, state)
 
-    async def describe(self) -> dict[str, str]:
+    async def describe(self, model: str = "siglip_vision_model") -> dict[str, str]:
         """Do as `Client.describe` does."""
-        return await ask_description(self._link)
+        return await ask_description(self._link, model)
 
     async def check_health(self) -> int:
         """Do as `Client.check_health` does."""

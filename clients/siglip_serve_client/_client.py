@@ -259,13 +259,20 @@ class Client:
         """
         return self._run(ask_teams(self._link, images, state))
 
-    def describe(self) -> dict[str, str]:
-        """What embeds images: `checkpoint_name`, `checkpoint_revision`, `dtype`, `preprocess`.
+    def describe(self, model: str = "siglip_vision_model") -> dict[str, str]:
+        """The checkpoint and the settings of a model; by default of the one that embeds images.
+
+        Args:
+            model: a model with a checkpoint; `siglip_base_model` looks at the jerseys of teams.
+
+        Returns:
+            `checkpoint_name`, `checkpoint_revision`, `dtype`, `preprocess`, and `checkpoint_note`, a sentence
+            for the users of this checkpoint; "" for what the server does not say.
 
         Raises:
             ClientError: as for `embed_image`.
         """
-        return self._run(ask_description(self._link))
+        return self._run(ask_description(self._link, model))
 
     def check_health(self) -> int:
         """Embed a small picture; the width of the embedding.

@@ -26,7 +26,7 @@ async def ask_health(link: Link) -> int:
     return int(embedding.size)
 
 
-async def ask_description(link: Link, model: str = "siglip_vision_model") -> dict[str, str]:
+async def ask_description(link: Link, model: str) -> dict[str, str]:
     """The checkpoint and the settings of a model; see `Client.describe`."""
     parameters = await link.transport.parameters(model, link.timeout)
     return {name: parameters.get(name, "") for name in _DESCRIBED}

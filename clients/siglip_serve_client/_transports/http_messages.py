@@ -111,7 +111,7 @@ class HttpAnswer:
         begin = len(body) if given is None else int(given)
         try:
             outputs = json.loads(body[:begin])["outputs"]
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ServerError(f"the answer is not one of Triton: {error}") from error
         self._outputs: dict[str, tuple[dict[str, Any], bytes | None]] = {}
         for described in outputs:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from siglip_serve_client.commands.bench.command import add_bench
 from siglip_serve_client.commands.classify import add_classify
 from siglip_serve_client.commands.embed.command import add_embed
 from siglip_serve_client.commands.explain.command import add_explain
-from siglip_serve_client.commands.options import add_connection, connected
+from siglip_serve_client.commands.health import add_health
+from siglip_serve_client.commands.install_hint import install_hint
+from siglip_serve_client.commands.options import add_connection
 from siglip_serve_client.commands.teams.command import add_teams
 from siglip_serve_client.errors import ClientError, UnreachableError
 
@@ -18,20 +21,17 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="siglip-serve", description="SigLIP embeddings from a Triton Inference Server."
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("serve", help="run the server")  # its options are the server's own, see below
-    add_embed(commands)
-    add_classify(commands)
-    add_explain(commands)
-    add_connection(add_teams(commands))
-    add_bench(commands)
-    _add_health(commands)
+    """Run the command and return the exit status; without arguments print the help.
+
+    Args:
+        arguments: the words after the program's name; those of this process if None.
+    """
+    parser = _parser()
     words = sys.argv[1:] if arguments is None else list(arguments)
-    if words[:1] == ["serve"]:
+    if not words:
+        parser.print_help()
+        return 0
+    if words[0] == "serve":
         return _serve(words[1:])
     options = parser.parse_args(words)
     try:
@@ -46,28 +46,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _add_health(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser(
-        "health",
-        help="make a real inference; exit with 0 or 1",
-        description="Embed a small picture with a running server: exit status 0 if it answers, 1 if not.",
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="siglip-serve", description="SigLIP embeddings from a Triton Inference Server."
     )
-    parser.add_argument("--timeout", type=float, default=10.0, help="seconds to wait (default: %(default)s)")
-    add_connection(parser)
-    parser.set_defaults(run=_health)
+    parser.add_argument("--version", action="version", version=f"siglip-serve {version('siglip-serve')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("serve", help="run the server")  # its options belong to the server, see _serve
+    add_embed(commands)
+    add_classify(commands)
+    add_explain(commands)
+    add_connection(add_teams(commands))
+    add_bench(commands)
+    add_health(commands)
+    return parser
 
 
 def _serve(arguments: Sequence[str]) -> int:
     try:
         from siglip_serve import serve_command
     except ModuleNotFoundError as error:
-        print(f"siglip-serve: {error}; `pip install 'siglip-serve[server]'` adds it", file=sys.stderr)
+        print(f"siglip-serve: {error}; `{install_hint('server')}` adds it", file=sys.stderr)
         return 1
     return serve_command.main(arguments)
-
-
-def _health(options: argparse.Namespace) -> int:
-    with connected(options, timeout=options.timeout) as client:
-        width = client.check_health()
-    print(f"healthy: {options.url} embeds images (width {width})")
-    return 0

@@ -105,14 +105,14 @@ def test_pictures_and_arrays_are_the_file_they_came_from(run: Run, server: Trito
         run("embed_image", Image.new("I", (4, 4)))
 
 
-def test_what_fails_yields_its_error_in_its_place(run: Run, tmp_path: Path) -> None:
-    given = [PICTURES[0], b"no image", tmp_path / "missing.jpg", PICTURES[1]]
-    good, bad, missing, last = run("embed_images", given)
-    assert isinstance(good, np.ndarray)
-    assert isinstance(last, np.ndarray)
-    assert isinstance(missing, FileNotFoundError)
-    assert isinstance(bad, InvalidInputError)
-    assert str(bad).startswith("INPUT_IMAGE[0]: not a decodable image")
+def test_an_image_that_fails_yields_its_error_in_its_place(run: Run, tmp_path: Path) -> None:
+    given: list[bytes | Path] = [*PICTURES[:30]]
+    given[4], given[7] = b"no image", tmp_path / "missing.jpg"
+    got = run("embed_images", given)
+    assert isinstance(got[4], InvalidInputError)
+    assert str(got[4]).startswith("INPUT_IMAGE[0]: not a decodable image")
+    assert isinstance(got[7], FileNotFoundError)
+    assert [row for row, result in enumerate(got) if not isinstance(result, np.ndarray)] == [4, 7]
 
 
 def test_any_number_of_texts(run: Run) -> None:
@@ -229,6 +229,22 @@ def test_health(run: Run) -> None:
     assert run("check_health") == 128
 
 
+def test_a_server_describes_its_checkpoint(run: Run) -> None:
+    described = run("describe")
+    assert set(described) == {
+        *("checkpoint_name", "checkpoint_revision", "dtype", "preprocess", "checkpoint_note")
+    }
+    assert (described["checkpoint_name"], described["dtype"]) == ("siglip-tiny", "float32")
+    assert run("describe", "siglip_base_model")["checkpoint_name"] == "siglip-tiny-jersey"
+
+
+def test_a_late_answer_is_not_asked_for_again(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "picture.jpg"
+    path.write_bytes(PICTURES[0])
+    with pytest.raises(DeadlineError, match="in time"):
+        run("embed_image", path, client={"timeout": 0.001})
+
+
 @pytest.mark.parametrize("scheme", ["grpc", "http"])
 def test_a_server_that_stays_silent(scheme: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -241,12 +257,10 @@ def test_a_server_that_stays_silent(scheme: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["grpc", "http"])
 def test_nobody_answers(scheme: str) -> None:
-    with (
-        Client(f"{scheme}://127.0.0.1:9") as client,
-        pytest.raises(UnreachableError, match=r"127\.0\.0\.1:9"),
-    ):
+    message = r"no server answers at 127\.0\.0\.1:9"
+    with Client(f"{scheme}://127.0.0.1:9") as client, pytest.raises(UnreachableError, match=message):
         client.check_health()
-    with pytest.raises(UnreachableError, match=r"127\.0\.0\.1:9"):
+    with pytest.raises(UnreachableError, match=message):
         asyncio.run(awaited(f"{scheme}://127.0.0.1:9", {}, "check_health", (), {}))
 
 

@@ -33,6 +33,7 @@ from siglip_serve_client.commands.bench.record import Recorder, Summary, summari
 from siglip_serve_client.commands.bench.report import Row, draw_curve, table_line, write_csv
 from siglip_serve_client.commands.bench.requests import LABELS, Draw, check_answer, grpc_body, make_call
 from siglip_serve_client.commands.bench.run import Plan, Point, locust_command
+from siglip_serve_client.commands.install_hint import install_hint
 from siglip_serve_client.commands.main import main
 from siglip_serve_client.commands.options import API_KEY
 from tritonclient.grpc import service_pb2
@@ -270,7 +271,7 @@ def test_missing_locust_is_named(
 ) -> None:
     monkeypatch.setattr(command, "find_spec", lambda name: None if name == "locust" else name)
     assert main(["bench", "-o", str(tmp_path)]) == 2
-    assert "locust: not installed; `pip install 'siglip-serve[load]'`" in capsys.readouterr().err
+    assert f"locust: not installed; `{install_hint('load')}` adds what bench needs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:9", "http://127.0.0.1:9"])

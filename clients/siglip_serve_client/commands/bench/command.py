@@ -12,8 +12,10 @@ from pathlib import Path
 from siglip_serve_client.commands.bench import BenchError
 from siglip_serve_client.commands.bench.report import Row, draw_curve, table_line, write_csv
 from siglip_serve_client.commands.bench.run import Plan, Point, check_server, run_point
+from siglip_serve_client.commands.checkpoint_note import print_note
 from siglip_serve_client.commands.embed.sources import SourcesError
-from siglip_serve_client.commands.options import above_zero, add_connection, positive
+from siglip_serve_client.commands.install_hint import install_hint
+from siglip_serve_client.commands.options import above_zero, add_connection, connected, positive
 
 __all__ = ["add_bench"]
 
@@ -62,7 +64,7 @@ def _measure(options: argparse.Namespace) -> int:
     missing = [name for name in ("locust", "matplotlib") if find_spec(name) is None]
     if missing:
         names = " and ".join(missing)
-        raise BenchError(f"{names}: not installed; `pip install 'siglip-serve[load]'` adds what bench needs")
+        raise BenchError(f"{names}: not installed; `{install_hint('load')}` adds what bench needs")
     plan = Plan(
         url=options.url,
         ca_file=options.ca_file,
@@ -75,6 +77,8 @@ def _measure(options: argparse.Namespace) -> int:
         processes=options.processes,
     )
     check_server(plan)
+    with connected(options, timeout=options.timeout) as client:
+        print_note(client)
     options.output.mkdir(parents=True, exist_ok=True)
     points = [Point(rate, True) for rate in options.rate or []]
     points = points or [Point(number) for number in options.concurrency]

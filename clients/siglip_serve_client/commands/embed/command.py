@@ -71,7 +71,10 @@ def _embed(options: argparse.Namespace) -> int:
         check_output(options.output)
         total = sources.count()
         with connected(options, options.concurrency) as client:
-            identity = {"normalized": str(options.normalized).lower(), **client.describe()}
+            described = client.describe()
+            if note := described.pop("checkpoint_note"):
+                print(f"siglip-serve: note: {note}", file=sys.stderr)
+            identity = {"normalized": str(options.normalized).lower(), **described}
             store = Store(options.output, identity, overwrite=options.overwrite, restart=options.restart)
             with store:
                 return _Run(client, store, options, total).embed(sources)

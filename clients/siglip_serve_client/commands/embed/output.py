@@ -20,6 +20,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from siglip_serve_client.commands.install_hint import install_hint
+
 __all__ = ["OutputError", "Store", "check_output"]
 
 _FORMATS = (".parquet", ".npz")
@@ -190,7 +192,7 @@ def check_output(output: Path) -> None:
         try:
             import pyarrow.parquet  # noqa: F401
         except ModuleNotFoundError as error:
-            raise OutputError(f"{output}: {error}; `pip install 'siglip-serve[parquet]'` adds it") from error
+            raise OutputError(f"{output}: {error}; `{install_hint('parquet')}` adds it") from error
 
 
 @contextmanager

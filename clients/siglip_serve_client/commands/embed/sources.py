@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from siglip_serve_client.commands.install_hint import install_hint
+
 __all__ = ["Item", "Sources", "SourcesError"]
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
@@ -181,7 +183,7 @@ def _parquet(path: Path) -> Any:
         import pyarrow
         import pyarrow.parquet
     except ModuleNotFoundError as error:
-        raise SourcesError(f"{path}: {error}; `pip install 'siglip-serve[parquet]'` adds it") from error
+        raise SourcesError(f"{path}: {error}; `{install_hint('parquet')}` adds it") from error
     try:
         return pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:

@@ -18,6 +18,7 @@ from siglip_serve_client._operations.explain import (
     ExplainOptions,
     Explanation,
 )
+from siglip_serve_client.commands.checkpoint_note import print_note
 from siglip_serve_client.commands.explain.heatmap_grid import heatmap_grid
 from siglip_serve_client.commands.options import add_connection, connected, positive
 
@@ -66,6 +67,7 @@ def _explain(options: argparse.Namespace) -> int:
         data = options.image.read_bytes()
         with connected(options) as client:
             found = client.explain(data, options.prompts, **_asked(options))
+            print_note(client)
         with Image.open(io.BytesIO(data)) as file:
             picture = on_white(ImageOps.exif_transpose(file))
         grid = heatmap_grid(picture, found, options.colormap, options.normalize == "joint")

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from siglip_serve_client._client import Client
 from siglip_serve_client._operations.teams import TeamFit, Teams
+from siglip_serve_client.commands.checkpoint_note import print_note
 from siglip_serve_client.commands.options import connected
 from siglip_serve_client.commands.teams.contact_sheet import contact_sheet
 from siglip_serve_client.commands.teams.files import (
@@ -131,6 +132,7 @@ def _teams(options: argparse.Namespace) -> int:
                 said: Teams = _classify(client, players, options.use_state.read_bytes())
             else:
                 said = _fit(client, players, options)
+            print_note(client, "siglip_base_model")
         return _report(options, players, said)
     except MisuseError as error:
         print(f"siglip-serve: {error}", file=sys.stderr)
