@@ -59,13 +59,13 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Remove what lies in shared memory, and close the connection."""
+        """Remove the frames in shared memory, and close the connections."""
         await self._link.close()
 
     async def embed_image(
         self, image: ImageLike, normalized: bool = False, *, color_order: ColorOrder | None = None
     ) -> NDArray[np.float32]:
-        """Do as `Client.embed_image` does."""
+        """Embed one image: [D] float32. Arguments and errors as in `Client.embed_image`."""
         return await ask_embedding(self._link, image, normalized, color_order)
 
     def embed_images(
@@ -76,14 +76,14 @@ class AsyncClient:
         color_order: ColorOrder | None = None,
         progress: Progress | None = None,
     ) -> AsyncIterator[Outcome]:
-        """Do as `Client.embed_images` does; the images may come asynchronously."""
+        """Embed any number of images, which may come asynchronously. Otherwise as `Client.embed_images`."""
         link = self._link
         return self._each(images, lambda image: ask_embedding(link, image, normalized, color_order), progress)
 
     async def embed_text(
         self, text: str, normalized: bool = False, *, truncation: bool = False
     ) -> NDArray[np.float32]:
-        """Do as `Client.embed_text` does."""
+        """Embed one text: [D] float32. Arguments and errors as in `Client.embed_text`."""
         operation = ask_text_embeddings(self._link, [text], 0, normalized, truncation)
         return np.asarray(await operation)[0]
 
@@ -95,7 +95,7 @@ class AsyncClient:
         truncation: bool = False,
         progress: Progress | None = None,
     ) -> NDArray[np.float32]:
-        """Do as `Client.embed_texts` does."""
+        """Embed any number of texts: [N, D] float32. Arguments and errors as in `Client.embed_texts`."""
         parts: list[NDArray[np.float32]] = []
 
         def operation(chunk: tuple[int, list[str]]) -> Awaitable[NDArray[np.float32]]:
@@ -118,7 +118,7 @@ class AsyncClient:
         softmax: bool = False,
         color_order: ColorOrder | None = None,
     ) -> NDArray[np.float32]:
-        """Do as `Client.classify` does."""
+        """Score labels for one image: [L] float32. Arguments and errors as in `Client.classify`."""
         tensors = label_tensors(labels, templates)
         return await ask_probabilities(self._link, image, tensors, softmax, color_order)
 
@@ -132,7 +132,7 @@ class AsyncClient:
         color_order: ColorOrder | None = None,
         progress: Progress | None = None,
     ) -> AsyncIterator[Outcome]:
-        """Do as `Client.classify_images` does; the images may come asynchronously."""
+        """Score labels for images, which may come asynchronously. Otherwise as `Client.classify_images`."""
         tensors = label_tensors(labels, templates)
         link = self._link
         return self._each(
@@ -142,7 +142,7 @@ class AsyncClient:
     async def explain(
         self, image: ImageLike, prompts: Sequence[str], **options: Unpack[ExplainOptions]
     ) -> Explanation:
-        """Do as `Client.explain` does."""
+        """Map the scores of prompts to places in an image. Arguments and errors as in `Client.explain`."""
         return await ask_explanation(self._link, image, prompts, options)
 
     async def fit_teams(
@@ -155,20 +155,20 @@ class AsyncClient:
         k: int = 2,
         **images: Unpack[TeamImages],
     ) -> TeamFit:
-        """Do as `Client.fit_teams` does."""
+        """Find the teams of football players. Arguments and errors as in `Client.fit_teams`."""
         hints = hint_inputs(track_ids=track_ids, roles=roles, anchors=anchors, prev_state=prev_state, k=k)
         return await ask_fit(self._link, images, hints)
 
     async def classify_teams(self, *, state: bytes, **images: Unpack[TeamImages]) -> Teams:
-        """Do as `Client.classify_teams` does."""
+        """Name the team of each player. Arguments and errors as in `Client.classify_teams`."""
         return await ask_teams(self._link, images, state)
 
     async def describe(self, model: str = "siglip_vision_model") -> dict[str, str]:
-        """Do as `Client.describe` does."""
+        """Ask for the checkpoint and settings of a model. Arguments and errors as in `Client.describe`."""
         return await ask_description(self._link, model)
 
     async def check_health(self) -> int:
-        """Do as `Client.check_health` does."""
+        """Embed a small picture and return the width of the embedding, as `Client.check_health`."""
         return await ask_health(self._link)
 
     async def _each(
@@ -177,7 +177,7 @@ class AsyncClient:
         operation: Callable[[S], Awaitable[NDArray[np.float32]]],
         progress: Progress | None = None,
     ) -> AsyncIterator[Outcome]:
-        """The outcome of each item, in order; `concurrency` at a time, as many again are read ahead."""
+        """The outcome of each item, in order; `concurrency` run, and as many again are read ahead."""
         turns, window = Turns(self.concurrency), deque[asyncio.Task[Outcome]]()
         done = count(1)
         try:

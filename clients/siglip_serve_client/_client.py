@@ -34,19 +34,21 @@ T = TypeVar("T")
 
 
 class Client:
-    """Talks to a SigLIP Serve at `url`; use it as a context manager. Safe with several threads.
+    """Embeds and classifies with a SigLIP Serve at `url`; use it as a context manager.
+
+    Several threads may share a client. All requests run in an event loop in a thread of its own.
 
     Args:
         url: `host:port` of the gRPC endpoint, or a URL of the scheme grpc, grpcs, http or https.
-        concurrency: requests in flight; the server batches what arrives together.
-        timeout: seconds for one request, in which a server that is too busy is asked again, a few times.
-        shared_memory: hand raw frames over through /dev/shm; the server runs on this machine, as the same
-            user, and was started with `--shared-memory`.
-        api_key: of a proxy in front of the server; sent as `authorization: Bearer ...`.
+        concurrency: requests in flight of one iteration; the server batches requests that arrive together.
+        timeout: seconds for one request, with the few repetitions when the server is too busy.
+        shared_memory: hand raw frames over through /dev/shm. The server must run on this machine, as the
+            same user, and with `--shared-memory`.
+        api_key: key for a proxy in front of the server; sent as `authorization: Bearer ...`.
         ca_file: PEM file of the certificates to trust with grpcs and https, instead of the system's.
 
     Raises:
-        ValueError: the URL is none of these.
+        ValueError: the URL has another form.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class Client:
         ca_file: Path | str | None = None,
     ) -> None:
         self.concurrency = concurrency
-        # Connections are not limited: an iteration limits itself, and so do the caller's threads.
+        # No limit of connections: each iteration has its own limit, and each of the caller's threads waits.
         transport = connect(Endpoint.parse(url, api_key, ca_file), 0)
         self._link = Link(transport, timeout, Regions(transport) if shared_memory else None)
         # A client that is not closed, as in short scripts, is closed when it is collected.
@@ -75,7 +77,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Remove what lies in shared memory, and close the connection."""
+        """Remove the frames in shared memory, and close the connections."""
         self._run(self._link.close())
 
     def embed_image(
@@ -105,9 +107,9 @@ class Client:
         color_order: ColorOrder | None = None,
         progress: Progress | None = None,
     ) -> Iterator[Outcome]:
-        """The embeddings of any number of images, in their order, `concurrency` requests in flight.
+        """The embeddings of any number of images, in their order, with `concurrency` requests in flight.
 
-        An image that fails yields its error in its place; the others are not affected. Images are taken
+        An image that fails yields its error in its place, and the others are not affected. Images are taken
         from the iterable as they are needed. `progress` is called with the number of results so far.
         """
         link = self._link
@@ -165,9 +167,9 @@ class Client:
 
         Args:
             image: as for `embed_image`.
-            templates: texts with `{}` where a label goes, averaged; none: the bare label.
-            softmax: the labels compete and sum to 1, as CLIP's always do; else each has a probability of
-                its own.
+            templates: texts with `{}` for the label, averaged; the bare label if None.
+            softmax: the labels compete and sum to 1, as they always do for CLIP; otherwise each label has a
+                probability of its own.
 
         Raises:
             ClientError, OSError, TypeError, ValueError: as for `embed_image`.
@@ -185,7 +187,7 @@ class Client:
         color_order: ColorOrder | None = None,
         progress: Progress | None = None,
     ) -> Iterator[Outcome]:
-        """What `classify` says of any number of images, in their order; errors as in `embed_images`."""
+        """The probabilities [L] float32 for each of many images, in order; errors as in `embed_images`."""
         tensors = label_tensors(labels, templates)
         link = self._link
         return self._each(
@@ -197,12 +199,12 @@ class Client:
     def explain(
         self, image: ImageLike, prompts: Sequence[str], **options: Unpack[ExplainOptions]
     ) -> Explanation:
-        """Where in an image the scores of P prompts come from.
+        """Heatmaps: the places in an image from which the scores of P prompts come.
 
         Args:
             image: as for `embed_image`.
             prompts: at least one.
-            **options: `templates=`, texts with `{}` where a prompt goes, averaged. `background=`, texts that
+            **options: `templates=`, texts with `{}` for the prompt, averaged. `background=`, texts that
                 prompts are compared with; without it the mean of all prompts, or of general words for one
                 prompt. `mode=` "relative" (to the background) or "absolute". `normalize=` of the heatmaps,
                 "none", "prompt" or "joint". `size=`, height and width of the heatmaps; without it the image's
@@ -210,7 +212,7 @@ class Client:
                 "viridis" or "cividis" and `opacity=` 0 to 1. `color_order=` as for `embed_image`.
 
         Raises:
-            InvalidInputError: what the server refuses; its message names the prompt.
+            InvalidInputError: the server refuses an input; the message names the prompt.
             ClientError, OSError, TypeError, ValueError: as for `embed_image`.
         """
         return self._run(ask_explanation(self._link, image, prompts, options))
@@ -227,21 +229,21 @@ class Client:
     ) -> TeamFit:
         """Find the teams in N pictures of football players.
 
-        60 crops of 10 players or more, over several frames, make a good fit; 8 are the least.
+        60 crops of 10 players or more, over several frames, make a good fit. The minimum is 8 crops.
 
         Args:
-            track_ids: [N] whole numbers; crops of one number show one player, negative ones are unknown.
-                They improve a fit much.
+            track_ids: [N] whole numbers. Crops of one number show one player, and negative numbers are
+                unknown. They improve a fit much.
             roles: [N] of "player", "goalkeeper", "referee"; "" is a player. Only players are clustered.
-            anchors: [N], the team that a crop is known to be, -1 where it is not: decides the teams' ids.
-            prev_state: of an earlier fit, whose teams keep their ids.
-            k: how many teams.
+            anchors: [N], the known team of a crop, or -1. They decide the ids of the teams.
+            prev_state: the state of an earlier fit, whose teams keep their ids.
+            k: number of teams.
             **images: `crops=`, a sequence of N images, each as for `embed_image`; or `frame=`, one such
                 image, and `boxes=`, [N, 4] of x0, y0, x1, y1 in its pixels. With arrays of colours also
                 `color_order=`, "RGB" or "BGR" (OpenCV).
 
         Raises:
-            InvalidInputError: what the server refuses; its message names the crop.
+            InvalidInputError: the server refuses an input; the message names the crop.
             ClientError, OSError, TypeError, ValueError: as for `embed_image`.
         """
         hints = hint_inputs(track_ids=track_ids, roles=roles, anchors=anchors, prev_state=prev_state, k=k)
@@ -251,7 +253,7 @@ class Client:
         """The teams of N pictures of football players; N may be 0.
 
         Args:
-            state: of a fit.
+            state: the state of a fit.
             **images: `crops=`, or `frame=` and `boxes=`, and `color_order=`, as for `fit_teams`.
 
         Raises:
@@ -277,10 +279,10 @@ class Client:
     def check_health(self) -> int:
         """Embed a small picture; the width of the embedding.
 
-        A server can be ready while a model process is dead: only an inference tells.
+        A server can be ready while a model process is dead, so this makes an inference.
 
         Raises:
-            ClientError: it was not answered, or not with finite numbers.
+            ClientError: the server did not answer, or not with finite numbers.
         """
         return self._run(ask_health(self._link))
 
@@ -290,13 +292,13 @@ class Client:
         operation: Callable[[S], Awaitable[NDArray[np.float32]]],
         progress: Progress | None = None,
     ) -> Iterator[Outcome]:
-        """The outcome of each item, in order; `concurrency` at a time, as many again are read ahead."""
+        """The outcome of each item, in order; `concurrency` run, and as many again are read ahead."""
         turns, window = Turns(self.concurrency), deque[Future[Outcome]]()
         loop = BackgroundLoop.of(self._link)
         with loop.held():
             try:
                 for done in count(1):
-                    # Those that are done come first: each change of the thread costs time.
+                    # Results that are there come first: each change of the thread costs time.
                     if not (window and window[0].done()):
                         new = islice(items, 2 * self.concurrency - len(window))
                         window.extend(loop.submit(turns.outcome(operation, item)) for item in new)

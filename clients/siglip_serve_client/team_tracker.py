@@ -1,4 +1,4 @@
-"""Single crops are sometimes labelled wrongly; a player's team does not change. Votes over a track."""
+"""Votes over a track: a single crop may be labelled wrongly, but a player's team does not change."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["TeamTracker", "resolve_goalkeepers"]
 # A locked team is given up when most of the latest votes are against it: at least 3 of 5.
 _LATEST = 5
 _AGAINST = 3
-# Votes that a team keeps when its track starts again: new votes must outnumber them.
+# Votes that a team keeps when its track starts again. New votes must outnumber them.
 _KEPT = 2
 
 Ids = NDArray[np.int32]
@@ -32,11 +32,11 @@ class _Track:
 
 @dataclass(kw_only=True)
 class TeamTracker:
-    """The team of each track, by the majority of its latest labels; numbers only, no images and no server.
+    """The team of each track, by the majority of its latest labels. It needs no images and no server.
 
-    A track's team is the one with the most of its last `window` votes; between equals it stays what it was.
+    A track's team is the one with the most of its last `window` votes. A draw does not change it.
     When one team has `lock_votes` of them, the track is *locked*: it keeps this team, and needs a new label
-    only every `recheck` frames. It is unlocked by
+    only every `recheck` frames. A track is unlocked by
 
     - votes against it: after one vote for another team the track needs a label in every frame, and when at
       least 3 of the latest 5 votes are against the locked team, only these 5 count from then on;
@@ -44,13 +44,13 @@ class TeamTracker:
       counted (its crop shows two players), and the track starts again with 2 votes for the team it had;
     - `refit`, which starts it again likewise.
 
-    Labels of -1 and margins below `min_margin` are no votes. Not safe with several threads.
+    Labels of -1 and margins below `min_margin` are no votes. Threads must not share a tracker.
 
     Attributes:
-        window: votes that count.
-        lock_votes: of them for one team lock the track.
+        window: number of votes that count.
+        lock_votes: number of votes for one team that lock the track.
         recheck: frames after which a locked track needs a label again.
-        max_age: frames after which a track that is not seen any more is forgotten.
+        max_age: frames after which an unseen track is forgotten.
         min_margin: 0 to 1; votes of a smaller margin do not count.
         max_overlap: 0 to 1; a larger intersection over union of two boxes is an overlap.
     """
@@ -79,7 +79,7 @@ class TeamTracker:
     def needs_label(
         self, track_ids: ArrayLike, *, boxes: ArrayLike | None = None, overlaps: ArrayLike | None = None
     ) -> NDArray[np.bool_]:
-        """Which of the next frame's tracks are worth a classification; call it before `update`.
+        """The tracks of the next frame that are worth a classification; call it before `update`.
 
         Args:
             track_ids: [N] whole numbers.
@@ -105,7 +105,7 @@ class TeamTracker:
         boxes: ArrayLike | None = None,
         overlaps: ArrayLike | None = None,
     ) -> Ids:
-        """Count the labels of one frame, and say the team of each of its tracks.
+        """Count the labels of one frame, and return the team of each of its tracks.
 
         Args:
             track_ids: [N] whole numbers, each once; negative ones are unknown, may come several times, and
@@ -146,11 +146,11 @@ class TeamTracker:
         return teams
 
     def refit(self, ids: Mapping[int, int] | None = None) -> None:
-        """Go on with another fit: tracks keep their teams, and have to lock them again.
+        """Continue with another fit: tracks keep their teams, and have to lock them again.
 
         Args:
-            ids: the new fit's team for each old one, if it was made without `prev_state` and numbers the
-                teams anew; teams that it does not name are forgotten.
+            ids: the new fit's team for each old one, if the fit was made without `prev_state` and has other
+                numbers. Teams that it does not name are forgotten.
         """
         for track in self._tracks.values():
             if ids is not None:

@@ -1,4 +1,4 @@
-"""Pictures as a caller has them become what the server reads."""
+"""Images of the caller, as files, PIL images or arrays, become bytes that the server reads."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def encoded(
 
     Args:
         image: arrays are uint8 [H, W] or [H, W, C] with C of 1, 3 or 4; a fourth channel is left out.
-        name: of the argument, for messages.
-        color_order: of an array with colours; needed for such only.
-        container: of arrays and PIL images: PNG is small, BMP quick to write and read.
+        name: name of the argument in messages.
+        color_order: of an array with colours; other images need none.
+        container: for arrays and PIL images. PNG is small, and BMP is quick to write and read.
 
     Raises:
         OSError: the path cannot be read.

@@ -43,15 +43,16 @@ class ExplainOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Explanation:
-    """Where in an image the scores of P prompts come from.
+    """The places in an image from which the scores of P prompts come.
 
     Attributes:
-        prompts: as they were asked.
-        heatmaps: [P, H, W] float32 over the upright image, normalised as asked; 0 where nothing is seen.
+        prompts: the prompts of the request.
+        heatmaps: [P, H, W] float32 over the upright image, normalised as requested; 0 without evidence.
         scores: [P] float32, the cosine of each prompt with the image.
-        patch_maps: [P, G, G] float32, what each patch adds to a score; never normalised.
-        unattributed: [P] float32, what has no place: `patch_maps.sum((1, 2)) + unattributed` are the scores.
-        overlays: P pictures of the size [H, W]; none unless asked for.
+        patch_maps: [P, G, G] float32, the part of a score that each patch adds; never normalised.
+        unattributed: [P] float32, the part without a place: `patch_maps.sum((1, 2)) + unattributed` gives the
+            scores.
+        overlays: P pictures of the size [H, W]; empty unless requested.
     """
 
     prompts: tuple[str, ...]

@@ -21,7 +21,7 @@ Progress: TypeAlias = Callable[[int], object]
 
 @dataclass(frozen=True, eq=False)
 class Link:
-    """What all requests of a client share.
+    """The state that all requests of a client share.
 
     Attributes:
         timeout: of one request, in seconds.

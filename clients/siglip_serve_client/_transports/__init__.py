@@ -14,6 +14,6 @@ def connect(endpoint: Endpoint, connections: int) -> Transport:
     """A transport to the server, which connects with its first request.
 
     Args:
-        connections: of HTTP, at most so many at the same time; 0 for no limit.
+        connections: limit of open HTTP connections; 0 for none.
     """
     return HttpTransport(endpoint, connections) if endpoint.http else GrpcTransport(endpoint)

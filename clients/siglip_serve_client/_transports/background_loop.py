@@ -48,7 +48,7 @@ class BackgroundLoop:
         self._thread.start()
 
     def run(self, operation: Coroutine[Any, Any, T]) -> T:
-        """What the operation returns or raises; an interrupted wait cancels it."""
+        """Run an operation and return its result; an interrupted wait cancels it."""
         future = self.submit(operation)
         try:
             return future.result()

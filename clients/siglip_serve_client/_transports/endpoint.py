@@ -1,4 +1,4 @@
-"""Where the server is: its address, scheme, key and certificates."""
+"""The address of a server, with its scheme, key and certificates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Endpoint"]
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the server is.
+    """The address of a server and how to connect to it.
 
     Attributes:
         address: host:port.

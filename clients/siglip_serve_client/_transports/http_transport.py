@@ -31,7 +31,7 @@ class HttpTransport:
     """Connections that are kept open; they belong to the event loop of the first request.
 
     Args:
-        connections: at most so many at the same time; 0 for no limit.
+        connections: limit of open connections; 0 for none.
     """
 
     def __init__(self, endpoint: Endpoint, connections: int) -> None:

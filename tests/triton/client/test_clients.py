@@ -165,7 +165,7 @@ def test_explain(run: Run, server: TritonServer) -> None:
     assert found.scores.argmax() == 0
 
 
-def test_what_explain_is_told_reaches_the_server(run: Run, server: TritonServer) -> None:
+def test_options_of_explain_reach_the_server(run: Run, server: TritonServer) -> None:
     pixels = photo(90, 70, 5)
     options: dict[str, Any] = {
         "templates": ["a photo of a {}.", "{}"],
@@ -200,7 +200,7 @@ def test_what_explain_is_told_reaches_the_server(run: Run, server: TritonServer)
     assert np.abs(absolute.patch_maps.sum(0)).max() > 1e-4  # relative ones sum to 0
 
 
-def test_what_explain_refuses(run: Run) -> None:
+def test_explain_refuses_bad_arguments(run: Run) -> None:
     picture = PICTURES[0]
     for refused, message in (
         ({"prompts": ["dog", ""]}, r"^PROMPTS\[1\]: the text is empty"),
@@ -246,7 +246,7 @@ def test_a_late_answer_is_not_asked_for_again(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["grpc", "http"])
-def test_a_server_that_stays_silent(scheme: str) -> None:
+def test_a_silent_server_raises_a_deadline_error(scheme: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"{scheme}://127.0.0.1:{silent.getsockname()[1]}"
         with Client(address, timeout=0.3) as client, pytest.raises(DeadlineError, match="in time"):
@@ -256,7 +256,7 @@ def test_a_server_that_stays_silent(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["grpc", "http"])
-def test_nobody_answers(scheme: str) -> None:
+def test_an_address_without_a_server_is_unreachable(scheme: str) -> None:
     message = r"no server answers at 127\.0\.0\.1:9"
     with Client(f"{scheme}://127.0.0.1:9") as client, pytest.raises(UnreachableError, match=message):
         client.check_health()
@@ -267,7 +267,7 @@ def test_nobody_answers(scheme: str) -> None:
 @pytest.mark.parametrize(
     "wrong", ["127.0.0.1", "ftp://127.0.0.1:1", "http://", "127.0.0.1:port", "http://a:1/b"]
 )
-def test_wrong_urls(wrong: str) -> None:
+def test_refuses_malformed_urls(wrong: str) -> None:
     for kind in (Client, AsyncClient):
         with pytest.raises(ValueError, match="expected host:port"):
             kind(wrong)
@@ -316,7 +316,7 @@ def test_only_a_busy_server_is_asked_again() -> None:
     stuck.socket.close()
 
 
-def test_an_iteration_that_is_left_ends(server: TritonServer) -> None:
+def test_leaving_an_iteration_stops_reading(server: TritonServer) -> None:
     taken: list[int] = []
 
     def endless() -> Iterator[bytes]:

@@ -98,7 +98,7 @@ def test_misuse_is_found_before_anything_runs(folder: Path, arguments: list[str]
     assert sorted(path.name for path in folder.iterdir()) == ["images"]
 
 
-def test_no_server(folder: Path) -> None:
+def test_a_missing_server_is_named(folder: Path) -> None:
     done = command("embed", "images", "-o", "out.npz", "--url", "127.0.0.1:9", folder=folder)
     assert done.returncode == 1
     assert "no server answers at 127.0.0.1:9" in done.stderr
@@ -163,7 +163,7 @@ def test_command_and_server_are_killed_and_every_row_is_there_once(tmp_path: Pat
     with alone(port, log):
         _, errors = second.communicate(timeout=100)
     assert second.returncode == 0, errors
-    assert "going on after" in errors
+    assert "resuming after" in errors
     assert "waiting for the server" in errors
     with np.load(output) as found:
         assert found["paths"].tolist() == [f"images/{number:04}.jpg" for number in range(1200)]

@@ -109,7 +109,7 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
     return error
 
 
-def test_what_cannot_be_read_or_written(
+def test_refuses_unreadable_and_unwritable_files(
     server: TritonServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--prompt", "dog", "-o"]
@@ -127,7 +127,7 @@ def test_what_cannot_be_read_or_written(
     assert f"{tmp_path}: Is a directory" in error_of(capsys)
 
 
-def test_what_the_server_refuses(
+def test_refusals_of_the_server_name_the_crop(
     server: TritonServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "grid.png"
@@ -142,7 +142,9 @@ def test_what_the_server_refuses(
     assert not output.exists()
 
 
-def test_nobody_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_address_without_a_server_is_unreachable(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["explain", str(DOG), "--prompt", "dog", "-o", str(tmp_path / "grid.png")]
     assert main([*words, "--url", "127.0.0.1:9"]) == 1
     assert "no server answers at 127.0.0.1:9" in error_of(capsys)
@@ -161,7 +163,7 @@ def test_nobody_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         (["--prompt", "dog", "-o", "a.png", "--opacity", "x"], "invalid float"),
     ],
 )
-def test_misuse(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refuses_misuse(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["explain", str(DOG), *words])
     assert stopped.value.code == 2

@@ -57,7 +57,7 @@ def test_the_right_key_over_tls(server: TritonServer, front: Front, scheme: str)
 
 @pytest.mark.parametrize("scheme", ["grpcs", "https"])
 @pytest.mark.parametrize("key", [None, "0" * 64])
-def test_a_wrong_key_or_none(front: Front, scheme: str, key: str | None) -> None:
+def test_a_wrong_or_missing_key_raises_an_access_error(front: Front, scheme: str, key: str | None) -> None:
     with (
         Client(f"{scheme}://{front.address}", api_key=key, ca_file=front.certificate) as client,
         pytest.raises(AccessError, match="send a valid key"),
@@ -67,7 +67,7 @@ def test_a_wrong_key_or_none(front: Front, scheme: str, key: str | None) -> None
     assert status == 401
 
 
-def test_no_tls(front: Front) -> None:
+def test_the_front_refuses_connections_without_tls(front: Front) -> None:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     request = urllib.request.Request(f"http://{front.address}{INFER}", PICTURE, RAW)
     with pytest.raises(urllib.error.HTTPError) as refused:
@@ -78,7 +78,7 @@ def test_no_tls(front: Front) -> None:
         grpc.channel_ready_future(channel).result(timeout=1)
 
 
-def test_a_body_of_100_mb(front: Front) -> None:
+def test_a_body_of_100_mb_is_refused(front: Front) -> None:
     try:
         status, _ = front.post(INFER, b"\xff" * 100_000_000, RAW)
     except urllib.error.URLError as error:  # refused while it was still being sent
@@ -132,7 +132,7 @@ def test_json_that_is_small_is_read(front: Front) -> None:
         "/",
     ],
 )
-def test_what_is_closed_over_http(front: Front, path: str) -> None:
+def test_http_proxy_closes_what_is_not_inference(front: Front, path: str) -> None:
     status, _ = front.post(path, b"{}", {"Content-Type": "application/json"})
     assert status in (403, 404)
 
@@ -149,7 +149,7 @@ def test_what_is_closed_over_http(front: Front, path: str) -> None:
         lambda client, headers: client.get_inference_statistics(headers=headers),
     ],
 )
-def test_what_is_closed_over_grpc(front: Front, call: object) -> None:
+def test_grpc_proxy_closes_what_is_not_inference(front: Front, call: object) -> None:
     client = triton.InferenceServerClient(front.address, ssl=True, root_certificates=str(front.certificate))
     with pytest.raises(triton.InferenceServerException) as refused:
         call(client, {"authorization": f"Bearer {front.key}"})  # type: ignore[operator]

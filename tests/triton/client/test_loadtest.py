@@ -105,7 +105,7 @@ def test_failures_are_counted(start: Start, server: TritonServer, tmp_path: Path
     assert "NOT_FOUND: Request for unknown model: 'nothing'" in said
 
 
-def test_a_key_and_tls(start: Start, front: Front, tmp_path: Path) -> None:
+def test_embeds_through_tls_with_a_key(start: Start, front: Front, tmp_path: Path) -> None:
     trust = ["--ca-file", str(front.certificate), "--concurrency", "1", *SHORT]
     for scheme in ("grpcs", "https"):
         url = ["--url", f"{scheme}://{front.address}"]

@@ -229,7 +229,9 @@ def test_numbers_that_cannot_be_sent() -> None:
         client.fit_teams(crops=[], anchors=[2**31])
 
 
-def test_errors_of_the_way(client: Client, tmp_path: Path, server: TritonServer) -> None:
+def test_missing_files_and_servers_raise_their_errors(
+    client: Client, tmp_path: Path, server: TritonServer
+) -> None:
     with pytest.raises(FileNotFoundError):
         client.fit_teams(crops=[tmp_path / "gone.png"])
     with Client(NOBODY) as nobody, pytest.raises(UnavailableError, match="no server answers"):
@@ -294,7 +296,7 @@ def test_threads_do_not_see_each_others_frames(sharing: TritonServer, fitted: Te
     assert regions() == []
 
 
-def test_a_server_that_was_started_anew_gets_its_regions_again(sharing: TritonServer) -> None:
+def test_regions_are_registered_again_after_a_restart_of_the_server(sharing: TritonServer) -> None:
     def ask(client: Client) -> TeamFit:
         return client.fit_teams(frame=FRAME, boxes=BOXES, color_order="RGB")
 
@@ -321,7 +323,7 @@ def forget_regions(server: tritonclient.grpc.InferenceServerClient) -> None:
             time.sleep(0.05)
 
 
-def test_frames_and_threads_after_a_new_start(sharing: TritonServer) -> None:
+def test_threads_share_regions_that_the_server_forgot(sharing: TritonServer) -> None:
     with Client(sharing.grpc_url, shared_memory=True) as client, ThreadPoolExecutor(4) as pool:
         other = tritonclient.grpc.InferenceServerClient(sharing.grpc_url)
 

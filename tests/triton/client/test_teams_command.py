@@ -144,7 +144,7 @@ def test_poor_fits_come_with_advice(teams: Run, folder: Path, tmp_path: Path) ->
         (["--frame", "b.png", "--boxes", "noname.json"], "box 0: has no x1"),
     ],
 )
-def test_misuse_of_the_command(
+def test_refuses_misuse(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = {
@@ -175,7 +175,7 @@ def test_more_crops_than_a_fit_takes(tmp_path: Path) -> None:
     assert "--use-state" in done.stderr
 
 
-def test_errors_of_the_command(teams: Run, folder: Path, tmp_path: Path) -> None:
+def test_command_errors_are_one_line(teams: Run, folder: Path, tmp_path: Path) -> None:
     nobody = command("teams", folder, "--url", NOBODY)
     assert nobody.returncode == 1
     assert "no server answers" in nobody.stderr

@@ -175,7 +175,7 @@ def test_wrong_answers_are_found(model: str, answer: Answered, fault: str) -> No
         check_answer(model, answer)
 
 
-def test_right_answers_are_not() -> None:
+def test_right_answers_are_accepted() -> None:
     check_answer("embed_text", Answered((1, 2), [1, 2]))
     check_answer("classify_image", Answered((1, 5), [0, 0.1, 0.2, 0.3, 1], "PROBABILITIES"))
 
@@ -275,7 +275,7 @@ def test_missing_locust_is_named(
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:9", "http://127.0.0.1:9"])
-def test_nobody_there_is_said(url: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_missing_server_is_named(url: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["bench", "--url", url, "-o", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert "no server answers at 127.0.0.1:9" in error
@@ -292,7 +292,7 @@ def test_nobody_there_is_said(url: str, capsys: pytest.CaptureFixture[str], tmp_
         (["--rate", "1", "--concurrency", "1"], "not allowed with"),
     ],
 )
-def test_bad_options_stop(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refuses_bad_options(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["bench", *words])
     assert stopped.value.code == 2
@@ -303,7 +303,7 @@ def test_bad_options_stop(words: list[str], message: str, capsys: pytest.Capture
     ("words", "message"),
     [(["--url", "ftp://x"], "expected host:port"), (["--ca-file", "nosuch.pem"], "nosuch.pem: no such file")],
 )
-def test_bad_connections_stop(words: list[str], message: str, tmp_path: Path) -> None:
+def test_refuses_bad_connections(words: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=message):
         main(["bench", *words, "-o", str(tmp_path)])
 

@@ -61,7 +61,7 @@ FAILED = [["path", "error"], *([KEYS[n], f"error {n}, 'of' it"] for n in range(3
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])
-def test_an_undisturbed_run(tmp_path: Path, suffix: str) -> None:
+def test_an_undisturbed_run_writes_all_rows(tmp_path: Path, suffix: str) -> None:
     output = tmp_path / f"out{suffix}"
     work(output)
     assert content(output) == EXPECTED
@@ -124,7 +124,7 @@ def test_killed_at_any_file_operation_and_resumed(
     pytest.fail("the work did not end")
 
 
-def test_what_must_not_be_mixed(tmp_path: Path) -> None:
+def test_refuses_to_mix_runs(tmp_path: Path) -> None:
     output = tmp_path / "out.npz"
     with Store(output, IDENTITY) as store:
         store.add("a", "0", np.ones(4, np.float32))
@@ -145,6 +145,6 @@ def test_what_must_not_be_mixed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["out.csv", "nowhere/out.npz"])
-def test_outputs_that_cannot_be(tmp_path: Path, name: str) -> None:
+def test_refuses_impossible_outputs(tmp_path: Path, name: str) -> None:
     with pytest.raises(OutputError, match=r"expected a .parquet or .npz file in a folder"):
         check_output(tmp_path / name)

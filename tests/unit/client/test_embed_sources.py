@@ -126,7 +126,7 @@ def test_columns_of_parquet(folder: Path) -> None:
     ("given", "message"),
     [([], "no images"), (["nosuch.jpg"], "no such file or folder"), (["images", "*.xyz"], "no file matches")],
 )
-def test_what_names_nothing_is_misuse(folder: Path, given: list[str], message: str) -> None:
+def test_refuses_arguments_that_name_no_images(folder: Path, given: list[str], message: str) -> None:
     assert folder.is_dir()
     with pytest.raises(SourcesError, match=message):
         Sources(given)

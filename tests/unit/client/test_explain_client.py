@@ -122,7 +122,7 @@ def test_an_output_that_is_missing_is_named() -> None:
         (["dog"], {"opacity": "half"}, ValueError, "half"),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_is_sent(
+def test_refuses_bad_arguments_before_a_request(
     prompts: Any, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with Client("127.0.0.1:9") as client, pytest.raises(error, match=message):

@@ -139,7 +139,7 @@ def test_colour_bars_have_their_own_limits_or_joint_ones() -> None:
         ((0.0, 0.0), ("+0", "+0")),
     ],
 )
-def test_numbers_of_a_bar(limits: tuple[float, float], expected: tuple[str, str]) -> None:
+def test_a_colour_bar_has_three_digits(limits: tuple[float, float], expected: tuple[str, str]) -> None:
     assert _ticks(*limits) == expected
 
 

@@ -42,7 +42,7 @@ def grass(width: int = 640, height: int = 360) -> Image.Image:
     return Image.new("RGB", (width, height), GRASS)
 
 
-def test_names() -> None:
+def test_team_names() -> None:
     assert [team_name(number) for number in (-1, 0, 1)] == ["unassigned", "team 0", "team 1"]
 
 
@@ -65,7 +65,7 @@ def test_outliers_have_a_dark_edge() -> None:
     assert marked.getpixel((299, 180)) == INK
 
 
-def test_who_stands_in_front_is_drawn_over_the_others() -> None:
+def test_players_in_front_are_drawn_over_the_others() -> None:
     behind, front = [300, 100, 340, 190], [300, 110, 340, 200]
     for boxes, labels in (([behind, front], [0, 1]), ([front, behind], [1, 0])):
         assert labelled_frame(grass(), boxes, labelled(labels)).getpixel((300, 150)) == ORANGE
@@ -139,12 +139,12 @@ def test_a_sheet_reads_files_upright(tmp_path: Path) -> None:
     assert height > 3 * width
 
 
-def test_a_sheet_names_the_file_that_is_gone(tmp_path: Path) -> None:
+def test_a_sheet_names_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"gone\.jpg"):
         contact_sheet([tmp_path / "gone.jpg"], labelled([0]), "")
 
 
-def test_a_sheet_of_nothing() -> None:
+def test_a_sheet_without_crops_is_drawn() -> None:
     assert contact_sheet([], labelled([]), "nothing").width > 0
 
 

@@ -30,11 +30,11 @@ def test_the_majority_counts() -> None:
     assert feed(TeamTracker(), [1, 0, 1, 1, 0, 1]) == [1, 1, 1, 1, 1, 1]
 
 
-def test_between_equals_it_stays_what_it_was() -> None:
+def test_a_draw_of_votes_does_not_change_the_team() -> None:
     assert feed(TeamTracker(), [0, 1, 1, 0, 0]) == [0, 0, 1, 1, 0]
 
 
-def test_of_new_leaders_the_latest_wins() -> None:
+def test_the_latest_vote_decides_between_new_leaders() -> None:
     assert feed(TeamTracker(), [0, 1, 2, 1, 2, 2]) == [0, 0, 0, 1, 1, 2]
 
 
@@ -66,7 +66,7 @@ def test_twelve_of_fifteen_votes_lock() -> None:
     assert tracker.needs_label([7]).tolist() == [False]
 
 
-def test_a_locked_track_is_looked_at_again_every_so_often() -> None:
+def test_a_locked_track_needs_a_label_every_recheck_frames() -> None:
     tracker = locked(recheck=5)
     asked = []
     for _ in range(12):
@@ -127,7 +127,7 @@ def test_overlaps_may_be_given() -> None:
     assert tracker.needs_label([7])[0]
 
 
-def test_a_little_overlap_is_none() -> None:
+def test_a_small_overlap_does_not_unlock() -> None:
     tracker = locked()
     boxes = [[0, 0, 10, 20], [8, 0, 18, 20]]
     tracker.update([7, 8], [-1, -1], boxes=boxes)
@@ -188,7 +188,7 @@ def test_unknown_tracks_get_their_own_label_and_leave_nothing() -> None:
     assert tracker.needs_label([-1, 3]).tolist() == [True, True]
 
 
-def test_an_empty_frame() -> None:
+def test_a_frame_without_tracks_has_no_teams() -> None:
     tracker = TeamTracker()
     teams = tracker.update([], [], [], boxes=[])
     assert teams.shape == (0,)
@@ -235,7 +235,7 @@ def test_impossible_options_are_refused(options: Any) -> None:
 PLAYERS = [[10, 30], [20, 34], [80, 30], [90, 34], [50, 0]]
 
 
-def test_a_keeper_is_of_the_nearer_team() -> None:
+def test_a_keeper_gets_the_nearer_team() -> None:
     assert resolve_goalkeepers(PLAYERS, [0, 0, 1, 1, -1], [[2, 34], [99, 34]]).tolist() == [0, 1]
     assert resolve_goalkeepers(PLAYERS, [1, 1, 0, 0, -1], [[2, 34], [99, 34]]).tolist() == [1, 0]
 
@@ -245,7 +245,7 @@ def test_teams_may_have_any_number() -> None:
 
 
 @pytest.mark.parametrize("labels", [[0, 0, 0, 0, -1], [-1] * 5])
-def test_a_keeper_has_no_team_where_one_is_absent(labels: list[int]) -> None:
+def test_a_keeper_has_no_team_if_one_team_is_absent(labels: list[int]) -> None:
     assert resolve_goalkeepers(PLAYERS, labels, [[2, 34]]).tolist() == [-1]
 
 

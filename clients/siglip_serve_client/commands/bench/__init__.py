@@ -1,4 +1,4 @@
-"""Load tests: a locustfile, what it sends and checks, and input data for perf_analyzer.
+"""`siglip-serve bench`: load tests with locust, and input data for perf_analyzer.
 
 Only `locustfile.py` imports locust, whose import changes the sockets and threads of the whole process.
 """

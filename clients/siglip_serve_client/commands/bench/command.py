@@ -1,4 +1,4 @@
-"""`siglip-serve bench`: load on a running server, a table of it, and its curve."""
+"""`siglip-serve bench`: load on a running server, as a table and a curve."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from siglip_serve_client.commands.options import above_zero, add_connection, con
 
 __all__ = ["add_bench"]
 
-_BUSY = 0.9  # of a core; locust cannot send faster beyond it
+_BUSY = 0.9  # of a core; above it locust cannot send faster
 
 
 def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -29,13 +29,13 @@ def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="load test: throughput and latency, as a table and a picture",
         description="Put load on a running server with locust, and write a table and a picture of "
         "throughput and latency. By default a fixed number of requests is in flight (closed loop); with "
-        "--rate requests are sent at drawn times, however slow the answers are (open loop), and the "
-        "latency counts from these times.",
+        "--rate requests are sent at drawn times, however slow the answers are (open loop). The latency then "
+        "counts from these times.",
         epilog="The exit status is 1 if a request failed, or if an answer was wrong.",
     )
     loads = parser.add_mutually_exclusive_group().add_argument
     loads("--concurrency", type=positive, nargs="+", default=[1, 4, 16, 64], help="requests in flight")
-    loads("--rate", type=above_zero, nargs="+", help="requests a second, instead of --concurrency")
+    loads("--rate", type=above_zero, nargs="+", help="requests/s, instead of --concurrency")
     add = parser.add_argument
     models = "embed_image, embed_text, classify_image, explain_image, or several: embed_image:8,embed_text:1"
     add("--model", default="embed_image", help=f"{models} (default: %(default)s)")
@@ -88,7 +88,7 @@ def _measure(options: argparse.Namespace) -> int:
     for point in points:
         rows.append(Row(point, run_point(plan, point, options.output)))
         print(table_line(rows[-1], point.is_open), flush=True)
-        write_csv(plan, rows, options.output / "bench.csv")  # now: what was measured outlives Ctrl-C
+        write_csv(plan, rows, options.output / "bench.csv")  # now, so that Ctrl-C does not lose it
     draw_curve(plan, rows, options.output / "bench.png")
     print(f"{options.output}: bench.csv, bench.png")
     return _advise(rows)

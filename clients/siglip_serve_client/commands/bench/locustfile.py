@@ -1,7 +1,7 @@
 """A locust user of SigLIP Serve: `locust -f THIS_FILE --url URL`.
 
-Closed loop: each user sends a request, waits for its answer, and sends the next. Open loop, with
-`--rate-per-user`: each user sends at drawn times, however slow the answers are, and the latency counts from
+In the closed loop each user sends a request, waits for its answer, and sends the next. In the open loop
+(`--rate-per-user`) each user sends at drawn times, however slow the answers are, and the latency counts from
 the time at which the request was due. Each answer is checked.
 """
 
@@ -60,7 +60,7 @@ def _add_options(parser: LocustArgumentParser) -> None:
     fixed("--images", nargs="*", default=[], metavar="IMAGE", help="send these files and folders instead")
     add("--model", default="embed_image", help="what is asked, for example embed_image:8,embed_text:1")
     add("--mix", default="500x375", help="sizes of the pictures, for example 64x128:2,500x375:6")
-    rate = "requests a second of a user: the open loop; 0, the default: the closed loop"
+    rate = "requests/s per user in the open loop; 0, the default, is the closed loop"
     add("--rate-per-user", type=float, default=0.0, help=rate)
     add("--timeout", type=float, default=60.0, help="seconds for one request")
 
@@ -74,7 +74,7 @@ def _prepare(environment: Environment, **_: Any) -> None:
         _draw(environment.parsed_options)
     except (BenchError, SourcesError, OSError) as error:
         sys.exit(f"siglip-serve: {error}")
-    # Its clock stood still while the pictures were made; timers set now would end too early.
+    # Its clock stopped while the pictures were made, and timers set now would end too early.
     gevent.get_hub().loop.update_now()
 
 
@@ -127,7 +127,7 @@ class _Grpc:
 
 
 class _Http:
-    """POST over connections that are kept open: one, more in the open loop."""
+    """POST over connections that are kept open: one in the closed loop, more in the open loop."""
 
     def __init__(self, where: Endpoint, timeout: float) -> None:
         host, _, port = where.address.rpartition(":")
@@ -140,7 +140,7 @@ class _Http:
             network_timeout=timeout,
             concurrency=_MOST_IN_FLIGHT,
             ssl=where.tls,
-            # It hands over certificates of its own, which would replace these.
+            # The library would pass its own certificates, which replace these.
             ssl_context_factory=lambda **_: where.context(),
         )
 
@@ -161,13 +161,13 @@ def _draw(options: Any) -> Callable[[], tuple[str, Any]]:
 
 @functools.lru_cache(1)
 def _shared_draw(model: str, mix: str, images: tuple[str, ...], http: bool) -> Callable[[], tuple[str, Any]]:
-    # One for all users of the process: what is encoded takes memory.
+    # One for all users of the process: encoded requests take memory.
     encode: Callable[..., Any] = infer_request if http else grpc_body
     return Draw(parse_models(model), pictures(mix, images), encode, Random())
 
 
 class SiglipUser(User):
-    """Sends and checks requests; the options say which, where to, and when."""
+    """Sends and checks requests as the options say."""
 
     host = ""  # --url is the address
 
@@ -187,7 +187,7 @@ class SiglipUser(User):
 
     @task
     def ask(self) -> None:
-        """Send a request and wait for its answer; in the open loop send what is due and wait for nothing."""
+        """Send a request and wait for its answer. In the open loop send what is due, without waiting."""
         if self.times is None:
             self._ask(time.perf_counter())
             return
@@ -200,7 +200,7 @@ class SiglipUser(User):
         return max(0.0, self.due - time.perf_counter()) if self.times else 0.0
 
     def on_stop(self) -> None:
-        # The open loop: what was sent is still answered, and what should have been sent long ago has failed.
+        # Open loop: sent requests are still answered, and requests that are long overdue have failed.
         stopped = time.perf_counter()
         while self.times and self.due < stopped - _OVERDUE:
             self._report("request", (self.due, stopped, stopped), "UNSENT: too many were in flight")

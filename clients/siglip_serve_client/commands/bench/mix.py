@@ -1,4 +1,4 @@
-"""What is sent, drawn by weight: models, and pictures that are made here or read from files; and when."""
+"""The mix of a load: models and pictures by weight, and the times of requests."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def pictures(sizes: str, images: Sequence[str] = ()) -> list[tuple[bytes, float]
 
 
 def photograph(width: int, height: int, seed: int = 0) -> bytes:
-    """A JPEG that costs about what a photograph costs to send and to decode: patches, edges and grain."""
+    """A JPEG that costs about as much to send and decode as a photograph: patches, edges and grain."""
     rng = np.random.default_rng([width, height, seed])
     whole = np.zeros((height, width, 3), np.float32)
     for cells, strength in ((3, 0.6), (12, 0.3), (48, 0.1)):  # from large patches to small ones
@@ -80,9 +80,9 @@ def photograph(width: int, height: int, seed: int = 0) -> bytes:
 
 
 def poisson_times(rate: float, rng: Random) -> Iterator[float]:
-    """Seconds from the start at which requests are due, without an end: Poisson arrivals.
+    """Endless times, in seconds from the start, at which requests are due: Poisson arrivals.
 
-    They depend on nothing but `rate` (requests a second) and the draw, so a slow answer does not move them.
+    They depend only on `rate` (requests/s) and the draw, so a slow answer does not move them.
     Several such streams together are Poisson arrivals of the sum of their rates.
     """
     due = 0.0

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Load on embed_image with NVIDIA's perf_analyzer, which sends image files in turn.
+# Load on embed_image with NVIDIA's perf_analyzer, which sends image files one after another.
 set -eu
 if [ $# -lt 2 ]; then
     cat >&2 <<'TEXT'

@@ -1,7 +1,7 @@
-"""Makes the input file of perf_analyzer from image files; only Python's own library is needed.
+"""The input file of perf_analyzer, made from image files with Python's standard library alone.
 
-perf_analyzer sends the bytes as they are, so each row is Triton's form of a string: its length as 4 bytes,
-little-endian, then the bytes; base64, as JSON holds no bytes. The rows are sent in turn.
+perf_analyzer sends the bytes as they are, so each row is Triton's form of a string: its length as 4
+little-endian bytes, then the bytes. JSON holds them as base64. The rows are sent one after another.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What each client process saw of each request, written to a file, and the figures of all of them."""
+"""Records of all requests, one file per client process, and the figures computed from them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LATE = 0.005  # seconds after its time at which a request of the open loop coun
 
 
 class Recorder:
-    """Writes a line a request: when it was due, sent and ended, the process's CPU time, and the fault.
+    """Writes one line per request: when it was due, sent and ended, the process's CPU time, and the fault.
 
     Times are in seconds of `time.perf_counter`, which all processes of a machine share on Linux.
     """
@@ -49,10 +49,10 @@ class Summary:
     Attributes:
         seconds: measured time.
         answered: good answers that came in the measured time.
-        latencies: seconds, of the requests that count; in the open loop from the time at which they were due.
-        faults: failed requests by what was wrong, of the whole run, warm-up and end included.
-        late: requests of the open loop that were sent more than 5 ms late, as the client was busy.
-        client_cpu: seconds of CPU time a client process, in the measured time.
+        latencies: seconds, of the requests that count; in the open loop from the time they were due.
+        faults: number of failed requests by fault, in the whole run with warm-up and end.
+        late: requests of the open loop that a busy client sent more than 5 ms late.
+        client_cpu: seconds of CPU time per client process, in the measured time.
     """
 
     seconds: float
@@ -64,7 +64,7 @@ class Summary:
 
     @property
     def rate(self) -> float:
-        """Good answers a second."""
+        """Good answers per second."""
         return self.answered / self.seconds
 
     @property
@@ -80,7 +80,7 @@ class Summary:
 def summarise(folder: Path, warmup: float, seconds: float, is_open: bool) -> Summary:
     """The figures of `seconds` seconds, which begin `warmup` seconds after the last process sent its first.
 
-    The closed loop counts what was answered in this time, the open loop what was due in it.
+    The closed loop counts requests answered in this time, and the open loop requests due in it.
 
     Raises:
         BenchError: if there is nothing to count.

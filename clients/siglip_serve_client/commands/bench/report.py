@@ -1,4 +1,4 @@
-"""What `siglip-serve bench` prints, writes and draws."""
+"""The table, CSV file and picture of `siglip-serve bench`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PERCENTILES = ((50, "o", "-"), (95, "s", "--"), (99, "^", ":"))
 
 @dataclass(frozen=True)
 class Row:
-    """One load and what came of it."""
+    """One load and its figures."""
 
     point: Point
     summary: Summary
@@ -57,7 +57,7 @@ def table_line(row: Row | None, is_open: bool) -> str:
 
 
 def write_csv(plan: Plan, rows: Sequence[Row], path: Path) -> None:
-    """Write all rows, each with what was sent and where to."""
+    """Write all rows, each with its target and its kind of requests."""
     about = {
         "url": plan.url,
         "model": plan.model,
@@ -94,7 +94,7 @@ def draw_curve(plan: Plan, given: Sequence[Row], path: Path) -> None:
     latency.yaxis.set_major_formatter(FuncFormatter(_number))
     latency.yaxis.set_minor_formatter(NullFormatter())
     for axes in (throughput, latency):
-        axes.set_xlabel("requests a second, asked" if is_open else "requests in flight")
+        axes.set_xlabel("requests/s, asked" if is_open else "requests in flight")
         if not is_open:
             axes.set_xscale("log")
         axes.set_xticks(loads, [f"{load:g}" for load in loads])
@@ -115,7 +115,7 @@ def _draw_throughput(axes: Axes, rows: Sequence[Row], is_open: bool) -> None:
     for load, rate in zip(loads, rates, strict=True):
         place = (0, -18) if is_open else (0, 9)
         axes.annotate(_number(rate), (load, rate), place, textcoords="offset points", ha="center")
-    axes.set(ylabel="good answers a second", ylim=(0, 1.15 * max([1.0, *rates, *(loads if is_open else [])])))
+    axes.set(ylabel="good answers/s", ylim=(0, 1.15 * max([1.0, *rates, *(loads if is_open else [])])))
     axes.yaxis.set_major_formatter(lambda value, _: _number(value))
 
 

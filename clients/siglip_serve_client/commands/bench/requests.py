@@ -1,4 +1,4 @@
-"""Requests as they are drawn, encoded once and sent often, and what must be true of an answer."""
+"""Requests of a load, encoded once and sent often, and the checks of their answers."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ _Encoded = TypeVar("_Encoded")
 def make_call(model: str, picture: bytes, rng: Random) -> Call:
     """A request of one row.
 
-    Models of texts get one that was never sent, since the server keeps those it knows; classify_image gets
-    the picture and five labels, always the same, and explain_image the same as prompts; every other model
-    gets the picture.
+    Models of texts get a new text each time, since the server caches texts. classify_image gets the picture
+    and five labels that never change, and explain_image has the five as prompts. Other models get the
+    picture.
     """
     if model in TEXT_MODELS:
         text = f"a photo of a {rng.choice(_WORDS)} {rng.choice(_THINGS)}, number {rng.getrandbits(63)}"
@@ -53,7 +53,7 @@ class Draw(Generic[_Encoded]):
     Args:
         models: names and weights.
         pictures: encoded images and weights.
-        encode: makes of a call what is sent; once for each model and picture.
+        encode: makes the message of a call, once per model and picture.
     """
 
     def __init__(
@@ -95,10 +95,10 @@ def grpc_body(call: Call) -> bytes:
 
 
 def check_answer(model: str, answer: Answer) -> None:
-    """Check one row: its name, type and shape, that values are finite, and what else is known of them.
+    """Check one row: its name, type and shape, and that its values are finite and in range.
 
     Raises:
-        ServerError: the answer is wrong; the message says how.
+        ServerError: the answer is wrong; the message gives the fault.
     """
     if model == "explain_image":
         _check_explanation(answer)

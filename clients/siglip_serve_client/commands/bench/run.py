@@ -1,4 +1,4 @@
-"""One load after the other through locust, each in processes of its own."""
+"""Loads through locust, one after another, each in its own processes."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from siglip_serve_client.commands.options import endpoint
 
 __all__ = ["Plan", "Point", "check_server", "locust_command", "run_point"]
 
-_OPEN_USERS = 16  # that share the rate of the open loop; each has a connection of its own
+_OPEN_USERS = 16  # they share the rate of the open loop; each has its own connection
 _START = 60.0  # seconds in which locust has to start
-_END = 1  # seconds that the load goes on behind the measured time
+_END = 1  # seconds of load after the measured time
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What all loads have in common.
+    """The settings that all loads share.
 
     Attributes:
         url: as `Endpoint.parse` reads it; the key is in the environment.
@@ -56,35 +56,35 @@ class Plan:
 
     @property
     def sent(self) -> str:
-        """What is sent, in words."""
+        """The kind of requests, in words."""
         if all(model in TEXT_MODELS for model, _ in parse_models(self.model)):
             return f"{self.model}, new texts"
         return f"{self.model}, pictures {' '.join(self.images) or self.mix}"
 
     @property
     def where(self) -> str:
-        """Where to, and for how long, in words."""
+        """Target and duration, in words."""
         url = self.url if "://" in self.url else f"grpc://{self.url}"
         return f"to {url}, {self.seconds:g} s each"
 
 
 @dataclass(frozen=True)
 class Point:
-    """One load: a number of requests in flight, or in the open loop a number a second."""
+    """One load: a number of requests in flight, or in the open loop a number of requests/s."""
 
     load: float
     is_open: bool = False
 
     def __str__(self) -> str:
-        return f"{self.load:g} requests a second" if self.is_open else f"{self.load:g} in flight"
+        return f"{self.load:g} requests/s" if self.is_open else f"{self.load:g} in flight"
 
 
 def check_server(plan: Plan) -> None:
     """Make one request of each model.
 
     Raises:
-        BenchError, SourcesError, OSError: what is to be sent cannot be read.
-        ClientError: nobody answers, or an answer is not as expected.
+        BenchError, SourcesError, OSError: the pictures cannot be read.
+        ClientError: no server answers, or an answer is wrong.
     """
     models, sent = parse_models(plan.model), pictures(plan.mix, plan.images)
     calls = [replace(make_call(model, sent[0][0], Random()), timeout=plan.timeout) for model, _ in models]

@@ -1,4 +1,4 @@
-"""`siglip-serve embed`: any number of images into one file, through kills and restarts."""
+"""`siglip-serve embed`: embeddings of any number of images in one file; an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from siglip_serve_client.errors import ClientError, InvalidInputError, ServerErr
 
 __all__ = ["add_embed"]
 
-_ATTEMPTS = 3  # for an image that a healthy server fails at
+_ATTEMPTS = 3  # per image, if the server fails but is healthy
 _FLUSH_SECONDS = 30.0
 
 
@@ -33,8 +33,8 @@ def add_embed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser = commands.add_parser(
         "embed",
         help="embed images: files, folders, tar archives, Parquet columns",
-        description="Embed images with a running server, into one .parquet or .npz file. Interrupted in any "
-        "way and started again with the same arguments, it goes on where it was.",
+        description="Embed images with a running server, into one .parquet or .npz file. An interrupted "
+        "run resumes when the command is started again with the same arguments.",
         epilog="IMAGE is a file; a folder (with all below it); a pattern in quotes; a tar archive, or shards "
         "such as 'train-{000..099}.tar'; or a Parquet file. A row has a path, the sha256 of the encoded "
         "image, and the embedding (float32). Images that cannot be embedded are listed with the reason in "
@@ -43,7 +43,7 @@ def add_embed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     add = parser.add_argument
     add("images", nargs="*", default=[], metavar="IMAGE", help="files, folders, patterns, .tar, .parquet")
     add("-o", "--output", type=Path, required=True, help="the .parquet or .npz file to write")
-    add("--from-file", metavar="LIST", help="a text file with one IMAGE a line; - is standard input")
+    add("--from-file", metavar="LIST", help="a text file with one IMAGE per line; - is standard input")
     add("--column", default="image", help="of Parquet files (default: %(default)s)")
     add("--normalized", action="store_true", help="scale every embedding to unit length")
     add("--concurrency", type=positive, default=16, help="requests in flight (default: %(default)s)")
@@ -51,16 +51,16 @@ def add_embed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--part-rows",
         type=positive,
         default=1000,
-        help="images after which work is made safe (default: %(default)s)",
+        help="images per part that is written to disk (default: %(default)s)",
     )
     add(
         "--wait",
         type=float,
         default=120.0,
-        help="seconds to wait for a server that is gone (default: %(default)s)",
+        help="seconds to wait for a lost server (default: %(default)s)",
     )
     add("--overwrite", action="store_true", help="replace an output that exists")
-    add("--restart", action="store_true", help="forget what an interrupted run has done")
+    add("--restart", action="store_true", help="discard the results of an interrupted run")
     add_connection(parser)
     parser.set_defaults(run=_embed)
 
@@ -104,8 +104,8 @@ class _Run:
     """One run of the command.
 
     Attributes:
-        asked: in the order of the images; the first of them is the next to have an outcome.
-        again: what was on its way when the server failed.
+        asked: images on their way, in order; the first is the next to have an outcome.
+        again: images that were on their way when the server failed.
     """
 
     client: Client
@@ -119,7 +119,7 @@ class _Run:
     def embed(self, sources: Sources) -> int:
         begin, before = time.monotonic(), self.store.rows
         if self.store.resumed:
-            print(f"siglip-serve: going on after {self.store.resumed} images that are done", file=sys.stderr)
+            print(f"siglip-serve: resuming after {self.store.resumed} finished images", file=sys.stderr)
         items = self._unknown(sources)
         with tqdm(total=self.total, initial=self.store.resumed, unit="image", disable=None) as self.bar:
             while (trouble := self._pass(items)) is not None:
@@ -133,7 +133,7 @@ class _Run:
         return 1 if self.store.failures else 0
 
     def _pass(self, items: Iterator[Item]) -> ClientError | None:
-        """Ask for images until they are done, or until the server fails: then its error."""
+        """Embed images to the end, or until the server fails; then return its error."""
         flushed = time.monotonic()
         outcomes = self.client.embed_images(self._data(items), self.options.normalized)
         for outcome in outcomes:
@@ -151,7 +151,7 @@ class _Run:
         return None
 
     def _data(self, items: Iterator[Item]) -> Iterator[bytes]:
-        """The bytes of what is to be asked; what cannot be read is only noted, in its place."""
+        """The bytes of the images to send; an unreadable image is only noted, in its place."""
         for asked in self._upcoming(items):
             self.asked.append(asked)
             if asked.error is None:
@@ -171,13 +171,13 @@ class _Run:
             self._failed(self.asked.popleft(), error)
 
     def _settle(self, asked: _Asked, outcome: Outcome) -> ClientError | None:
-        """Keep an outcome; or return it, if it says nothing about the image but something of the server."""
+        """Keep an outcome, or return it if it concerns the server and not the image."""
         if isinstance(outcome, np.ndarray):
             self._keep(asked, outcome)
         elif isinstance(outcome, InvalidInputError | OSError):
             self._failed(asked, outcome)
         elif isinstance(outcome, UnavailableError | ServerError):
-            # Broken servers answer so for a while; an image for which a healthy one does is at fault itself.
+            # A broken server fails for every image. An image that fails on a healthy server is at fault.
             self.attempts[asked.item.key] += isinstance(outcome, ServerError)
             if self.attempts[asked.item.key] < _ATTEMPTS:
                 return outcome
@@ -197,10 +197,10 @@ class _Run:
         self.bar.update()
 
     def _wait(self, trouble: ClientError) -> None:
-        """Until the server embeds again.
+        """Wait until the server embeds again.
 
         Raises:
-            ClientError: it does not, for as long as `--wait` says.
+            ClientError: it does not within the time of `--wait`.
         """
         self.store.flush()
         self.bar.write(f"siglip-serve: waiting for the server: {trouble}", file=sys.stderr)
@@ -212,7 +212,7 @@ class _Run:
             except (UnavailableError, ServerError) as error:
                 if time.monotonic() >= deadline:
                     print(
-                        f"siglip-serve: what is done is in {self.store.folder}; the same command goes on",
+                        f"siglip-serve: finished work is in {self.store.folder}; the same command resumes",
                         file=sys.stderr,
                     )
                     raise error from None

@@ -1,7 +1,7 @@
-"""What `siglip-serve embed` has done, on disk: parts while it runs, one file at the end.
+"""The results of `siglip-serve embed` on disk: parts while it runs, one file at the end.
 
-The parts lie in a folder beside the output. Each holds the outcomes of consecutive images, good and bad, and
-appears as a whole under its name or not at all: whenever the command is killed, what was finished is known.
+The parts are in a folder next to the output. Each holds the outcomes of consecutive images, good and bad. A
+part appears under its name as a whole or not at all, so a killed run loses no finished part.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FORMATS = (".parquet", ".npz")
 
 
 class OutputError(Exception):
-    """The output cannot be written, or belongs to something else."""
+    """The output cannot be written, or belongs to another run."""
 
 
 @dataclass
@@ -46,21 +46,21 @@ class _Part:
 
 
 class Store:
-    """The outcomes of one run and of those before it that were interrupted; a context manager.
+    """The outcomes of a run and of the interrupted runs before it; a context manager.
 
     Args:
         output: a file that passes `check_output`.
-        identity: what all rows must have in common, such as the checkpoint.
+        identity: settings that all rows must share, such as the checkpoint.
         overwrite: replace a finished output.
-        restart: throw away what an interrupted run has done.
+        restart: discard the results of an interrupted run.
 
     Attributes:
         done: keys of images with an outcome.
-        rows, failures: how many of them are good, and are not.
-        resumed: how many outcomes there were before this run.
+        rows, failures: number of good and of failed outcomes.
+        resumed: number of outcomes before this run.
 
     Raises:
-        OutputError: as its message says.
+        OutputError: the output exists, another process writes it, or the settings differ.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Store:
             os.close(self._lock)
 
     def add(self, path: str, sha256: str, embedding: NDArray[np.float32]) -> None:
-        """Keep a row; it is safe from the next `flush` on."""
+        """Keep a row. It is safe on disk after the next `flush`."""
         self._part.paths.append(path)
         self._part.sha256.append(sha256)
         self._part.embeddings.append(embedding)
@@ -114,7 +114,7 @@ class Store:
         return len(self._part)
 
     def flush(self) -> None:
-        """Write what was kept since the last time."""
+        """Write the outcomes since the last call to disk."""
         if not len(self._part):
             return
         part, self._part = self._part, _Part()
@@ -167,7 +167,7 @@ class Store:
         ]
         if changed:
             raise OutputError(
-                f"{self.folder}: begun with other settings: {'; '.join(changed)}; --restart begins anew"
+                f"{self.folder}: begun with other settings: {'; '.join(changed)}; --restart discards it"
             )
 
     def _read(self) -> None:
@@ -181,10 +181,10 @@ class Store:
 
 
 def check_output(output: Path) -> None:
-    """See that the output can be written.
+    """Check that the output can be written.
 
     Raises:
-        OutputError: it cannot.
+        OutputError: the output has another ending, its folder is missing, or Parquet support is.
     """
     if output.suffix not in _FORMATS or not output.parent.is_dir():
         raise OutputError(f"{output}: expected a {' or '.join(_FORMATS)} file in a folder that exists")
@@ -197,7 +197,7 @@ def check_output(output: Path) -> None:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Any]:
-    """A binary file that appears under its name when it is whole and safe on disk."""
+    """A binary file that gets its name when it is complete and safe on disk."""
     new = path.with_name(f".{path.name}.new")
     try:
         with new.open("wb") as file:
@@ -208,7 +208,7 @@ def _replacing(path: Path) -> Iterator[Any]:
         new.unlink(missing_ok=True)
         raise
     new.replace(path)
-    with suppress(OSError):  # not every file system lets folders be opened
+    with suppress(OSError):  # some file systems do not open folders
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

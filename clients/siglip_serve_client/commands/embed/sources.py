@@ -1,4 +1,4 @@
-"""Where `siglip-serve embed` finds images: files, folders, patterns, tar archives, Parquet columns."""
+"""Images that a command line names: files, folders, patterns, tar archives, Parquet columns."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ROWS = 64  # of a Parquet column in memory at once
 
 
 class SourcesError(Exception):
-    """An argument names no images; the message says which and why."""
+    """An argument names no images; the message gives the argument and the reason."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Sources:
 
     Args:
         given: files, folders, patterns with `*`, `?`, `[` or `{000..009}`.
-        column: of Parquet files, with bytes, or with structs of which `bytes` is a member.
+        column: column of Parquet files; its cells are bytes, or structs with a member `bytes`.
 
     Raises:
         SourcesError: an argument names nothing.
@@ -63,7 +63,7 @@ class Sources:
             self._paths += found
 
     def count(self) -> int | None:
-        """How many images there are if that is quick to say: not with tar archives."""
+        """The number of images; None with tar archives, which would have to be read."""
         total = 0
         for path in self._files():
             if path.name.endswith(_TAR):
@@ -106,13 +106,13 @@ def _paths(argument: str) -> Iterator[Path]:
     fixed = next(number for number, part in enumerate(parts) if glob.has_magic(part))
     for name in sorted(glob.glob(argument, recursive=True)):  # noqa: PTH207 - of any folder, as given
         path = Path(name)
-        # What `**` finds through linked folders may be there for ever.
+        # Through linked folders, `**` may find files without end.
         if not any(Path(*path.parts[:end]).is_symlink() for end in range(fixed + 1, len(path.parts))):
             yield path
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """Images in a folder and those below it, sorted; hidden ones and linked folders are left out."""
+    """Images in a folder and below it, sorted, without hidden ones and linked folders."""
     for where, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
@@ -123,7 +123,7 @@ def _below(folder: Path) -> Iterator[Path]:
 
 
 class _Member(tarfile.TarInfo):
-    """A member of an archive, which has to end as archives do: with zeros.
+    """A member of an archive that must end with zeros, as archives do.
 
     `tarfile` takes a header that is cut off, missing or damaged for the end, unless it is the first.
     """
@@ -191,5 +191,5 @@ def _parquet(path: Path) -> Any:
 
 
 def _text(name: str) -> str:
-    # File names may be no UTF-8, which files of results must be.
+    # File names may be no UTF-8, but the result files are UTF-8.
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

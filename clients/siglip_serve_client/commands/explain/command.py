@@ -1,4 +1,4 @@
-"""`siglip-serve explain`: where in a picture the score of each prompt comes from."""
+"""`siglip-serve explain`: heatmaps of the places that the score of each prompt comes from."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "explain",
         help="show where in a picture a prompt's score comes from",
         description="Draw a labelled grid: the picture, and a heatmap of each prompt with score and colours.",
-        epilog="The table has, for each prompt, its cosine with the picture, and that as the sum of what is "
-        "in places and what has none. In the mode relative a map shows what speaks for a prompt more than "
-        "for the background: the texts of --background, else the mean of all prompts, or of general words "
-        "for a single prompt. In the mode absolute it shows what adds to the cosine itself, much of "
-        "which is alike for all prompts.",
+        epilog="The table has the cosine of each prompt with the picture, and its two parts: the sum over "
+        "places, and the part without a place. In the mode relative a map shows the evidence for a prompt "
+        "compared with the background: the texts of --background, or the mean of all prompts, or general "
+        "words for a single prompt. In the mode absolute it shows the parts of the cosine itself, which are "
+        "much alike for all prompts.",
     )
     add = parser.add_argument
     add("image", type=Path, metavar="IMAGE", help="a picture file")
@@ -87,10 +87,10 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _check_files(options: argparse.Namespace) -> None:
-    """What can be known before anything runs.
+    """Check the files before anything runs.
 
     Raises:
-        OSError: the message says what is wrong with which file.
+        OSError: a file cannot be written; the message names it.
     """
     kind = Image.registered_extensions().get(options.output.suffix.lower())
     if kind not in Image.SAVE:
@@ -118,7 +118,7 @@ def _asked(options: argparse.Namespace) -> ExplainOptions:
 
 
 def _save(path: Path, found: Explanation) -> None:
-    with path.open("wb") as file:  # by its name alone, NumPy would add an ending
+    with path.open("wb") as file:  # given a name, NumPy would add an ending
         np.savez_compressed(
             file,
             prompts=np.array(found.prompts),

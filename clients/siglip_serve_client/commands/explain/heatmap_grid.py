@@ -1,4 +1,4 @@
-"""A labelled grid of heatmaps: the picture, and a panel for each prompt with its score and a colour bar."""
+"""A labelled grid: the picture, and for each prompt a heatmap with its score and a colour bar."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MOST_LINES = 2
 _LEAST_SIDE = 240  # smaller overlays are enlarged to it, by their longer side
 _LEAST_TITLE = 180
 _ASPECT = 1.6  # of the whole sheet, about that of a screen
-# Pillow's own font has no letter beyond ASCII's; these have, where a system has them.
+# Pillow's own font has ASCII letters only. These fonts have more, on systems that have the fonts.
 _FURTHER_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial.ttf")
 
 
@@ -86,7 +86,7 @@ def _arrange(explanation: Explanation) -> tuple[_Layout, list[list[str]]]:
 
 
 def _grid(count: int, cell: tuple[int, int]) -> tuple[int, int]:
-    """Columns and rows for so many panels: about a screen's shape, and few places empty."""
+    """Columns and rows for `count` panels: about the shape of a screen, with few empty places."""
 
     def cost(columns: int) -> float:
         rows = -(-count // columns)
@@ -120,7 +120,7 @@ def _lines(text: str, room: int) -> list[str]:
 
 
 def _fitting(text: str, room: int, font: Font, end: str = "") -> int:
-    """How many characters of the text fit, with `end` behind them; at least one."""
+    """The number of characters of the text that fit together with `end`; at least one."""
     low, high = 1, len(text)
     while low < high:
         middle = (low + high + 1) // 2
@@ -129,7 +129,7 @@ def _fitting(text: str, room: int, font: Font, end: str = "") -> int:
 
 
 def _drawable(text: str) -> tuple[str, Font]:
-    """The text with escapes for letters that no font here has, and the font that has the most of them."""
+    """The text with escapes for letters that no font has, and the font that has the most letters."""
     fonts = [font for name in (None, *_FURTHER_FONTS) if (font := _font(_TITLE_SIZE, name)) is not None]
     missing = [{letter for letter in set(text) if not _has(font, letter)} for font in fonts]
     best = min(range(len(fonts)), key=lambda index: len(missing[index]))
@@ -144,7 +144,7 @@ def _has(font: Font, letter: str) -> bool:
 
 
 def _title(sheet: Image.Image, place: tuple[int, int], lines: list[str], score: str) -> None:
-    """Above a place, so that titles of one line and of two end at the same height."""
+    """A title above a place; titles of one line and of two end at the same height."""
     draw, (left, bottom) = ImageDraw.Draw(sheet), place
     draw.text((left, bottom - _SCORE + 1), score, _FAINT, _default(_SCORE_SIZE))
     for number, line in enumerate(reversed(lines), 1):
@@ -154,7 +154,7 @@ def _title(sheet: Image.Image, place: tuple[int, int], lines: list[str], score: 
 def _bar(
     sheet: Image.Image, place: tuple[int, int], height: int, limits: tuple[float, float], colormap: Colormap
 ) -> None:
-    """Colours from the largest value, on top, to the least; 0 is marked where it lies between them."""
+    """Colours from the largest value, on top, to the least; 0 is marked if it lies between them."""
     colors = np.rint(cmap.Colormap(colormap).lut(256)[::-1, :3] * 255).astype(np.uint8)
     strip = Image.fromarray(colors[:, None]).resize((_BAR, height), Image.Resampling.BILINEAR)
     sheet.paste(strip, place)
@@ -187,7 +187,7 @@ def _default(size: int) -> Font:
 
 @lru_cache(maxsize=16)
 def _font(size: int, name: str | None) -> Font | None:
-    """Pillow's own without a name; None if the system has none of this name."""
+    """The font of this name, or Pillow's own without a name; None if the system has no such font."""
     if name is None:
         return _default(size)
     try:

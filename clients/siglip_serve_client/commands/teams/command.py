@@ -1,4 +1,4 @@
-"""The command `siglip-serve teams`: crops, or a frame and boxes, become teams, labels and pictures."""
+"""`siglip-serve teams`: crops, or a frame and boxes, become teams, labels and pictures."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = ["add_teams"]
 
 _MOST_CROPS = 4096
 _CHUNK = 256
-_SMALL_PART = 0.2  # a fitted team that is smaller than this part of all players may be something else
+_SMALL_PART = 0.2  # a fitted team below this share of all players may be keepers or referees
 _ADVICE = {
     "LOW_SUPPORT": "the crops of players are few; fit 60 or more, of 10 players or more, of several frames.",
     "LOW_SEPARATION": "the teams look alike, or there is only one; look at --draw and --scatter, take crops "
@@ -53,13 +53,13 @@ _Said = TypeVar("_Said", bound=Teams)
 
 @dataclass
 class _Players:
-    """Who is to be labelled. Either files of crops, or a frame with boxes.
+    """The players to label: either files of crops, or a frame with boxes.
 
     Attributes:
         names: [N]: a path, or a box's number in its file.
         tracks: [N], "" where unknown.
         crops: [N] encoded images.
-        frame, boxes: the other way.
+        frame, boxes: the frame and its boxes instead of crops.
         failed: crops that were left out.
     """
 
@@ -71,7 +71,7 @@ class _Players:
     failed: int = 0
 
     def leave_out(self, refused: Mapping[int, str]) -> None:
-        """Name crops on standard error, each with the reason, and go on without them."""
+        """Name crops on standard error, each with the reason, and continue without them."""
         for row, why in refused.items():
             print(f"{self.names[row]}: {why}", file=sys.stderr)
         for row in sorted(refused, reverse=True):
@@ -85,9 +85,9 @@ def add_teams(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "teams",
         help="find the teams of football players",
         description="Find the teams in pictures of football players with a running server, or with "
-        "--use-state say which of the teams that were found before each player is in.",
+        "--use-state name the team of each player among teams found before.",
         epilog="At least 8 crops are needed to find teams; 60 of 10 players or more are recommended. Files "
-        "that cannot be used are named on standard error and left out; the exit status is then 1.",
+        "that cannot be used are named on standard error and left out, and the exit status is then 1.",
     )
     add = parser.add_argument
     add("crops", nargs="*", type=Path, metavar="CROP", help="image files of one player each, or folders")
@@ -102,7 +102,7 @@ def add_teams(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     state = parser.add_argument_group("fitted teams").add_argument
     state("--state", type=Path, metavar="FILE", help="write them, for --use-state: .npz")
     state("--use-state", type=Path, metavar="FILE", help="label with them, without a fit")
-    state("--previous", type=Path, metavar="FILE", help="fit anew, and keep the numbers of these teams")
+    state("--previous", type=Path, metavar="FILE", help="fit again, and keep the numbers of these teams")
     output = parser.add_argument_group("output").add_argument
     output(
         "-o", "--output", type=Path, metavar="FILE", help="write labels, margins, coordinates: .csv or .json"
@@ -159,7 +159,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _check_file(option: str, path: Path | None, *suffixes: str) -> None:
-    # Found out now, not after a long request.
+    # Checked now, not after a long request.
     if path is not None and (path.suffix not in suffixes or not path.parent.is_dir()):
         raise MisuseError(
             f"{option}: {path}: expected a {' or '.join(suffixes)} file in a folder that exists"
@@ -238,7 +238,7 @@ def _classify(client: Client, players: _Players, state: bytes) -> Teams:
 
 
 def _without_refused(ask: Callable[[int], _Said], players: _Players, first: int = 0) -> _Said:
-    """What `ask` says of the crops from `first` on, after those that the server refused were left out."""
+    """The answer of `ask` for the crops from `first` on, without the crops that the server refuses."""
     while True:
         try:
             return ask(first)

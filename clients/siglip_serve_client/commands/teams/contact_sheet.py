@@ -32,10 +32,10 @@ _MOST_SHOWN = 6 * _COLUMNS
 
 
 def contact_sheet(crops: Sequence[Image.Image | Path], players: Labelled, title: str) -> Image.Image:
-    """The crops by team, the surest first, with names and margins; outliers have a dark frame.
+    """The crops by team, the surest first, with names and margins. Outliers have a dark frame.
 
     Args:
-        crops: [N]; of a team of more than 84 only the surest and the least sure are drawn.
+        crops: [N]. A team of more than 84 is drawn with its surest and its least sure crops only.
 
     Raises:
         OSError: a path that is drawn cannot be read.
@@ -97,7 +97,7 @@ def _thumbnail(crop: Image.Image | Path) -> Image.Image:
             upright = ImageOps.exif_transpose(file).convert("RGB")
     else:
         upright = crop.convert("RGB")
-    # ImageOps.contain would make a side of 0 pixels of very thin crops.
+    # ImageOps.contain would give very thin crops a side of 0 pixels.
     scale = min(_CELL_WIDTH / upright.width, _CELL_HEIGHT / upright.height)
     size = (max(1, round(upright.width * scale)), max(1, round(upright.height * scale)))
     return upright.resize(size, Image.Resampling.LANCZOS)

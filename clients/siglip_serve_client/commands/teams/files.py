@@ -1,4 +1,4 @@
-"""The files of the command `siglip-serve teams`: crops and boxes come in, labels go out."""
+"""The files of `siglip-serve teams`: crops and boxes to read, labels to write."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _CORNERS = ("x0", "y0", "x1", "y1")
 
 
 class MisuseError(Exception):
-    """The command line, or a file that it names, is not as it must be."""
+    """The command line, or a file that it names, is wrong."""
 
 
 @dataclass(frozen=True)
 class Boxes:
-    """Boxes of N players in a frame, and what else their file says.
+    """Boxes of N players in a frame, with the tracks and roles of their file.
 
     Attributes:
         corners: float32 [N, 4] of x0, y0, x1, y1.
@@ -65,7 +65,7 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 
 
 def track_of(path: Path, pattern: re.Pattern[str] | None) -> str:
-    """What the pattern's first group (or all of it, if it has none) finds in the path; "" without a match."""
+    """The match of the pattern's first group in the path, or of the pattern without groups; else ""."""
     found = pattern.search(path.as_posix()) if pattern else None
     if found is None:
         return ""
@@ -73,7 +73,7 @@ def track_of(path: Path, pattern: re.Pattern[str] | None) -> str:
 
 
 def track_numbers(tracks: Sequence[str]) -> NDArray[np.int64] | None:
-    """A number for each track [N], -1 for ""; None if no track is known."""
+    """The number of each track [N], -1 for ""; None if no track is known."""
     known = {track: number for number, track in enumerate(dict.fromkeys(filter(None, tracks)))}
     if not known:
         return None
@@ -87,7 +87,7 @@ def read_boxes(path: Path) -> Boxes:
 
     Raises:
         OSError: the file cannot be read.
-        MisuseError: it has other contents; the message names the row.
+        MisuseError: the file has another form; the message names the row.
     """
     rows = _json_rows(path) if path.suffix.lower() == ".json" else _csv_rows(path)
     corners = [_corners(row, f"{path}, box {number}") for number, row in enumerate(rows)]
@@ -148,7 +148,7 @@ def _text(value: Any) -> str:
 def write_labels(
     path: Path, names: Sequence[str], tracks: Sequence[str], teams: Teams, corners: NDArray[np.float32] | None
 ) -> None:
-    """Write what was said of the players, as .csv or .json after the name's end.
+    """Write the answer for each player, as .csv or .json by the ending of the path.
 
     Columns, or members of `players`: name, track, label, margin, outlier_score, x, y, region_fallback, and
     for boxes x0, y0, x1, y1. Numbers that are not finite are empty or null. JSON also has `status` of a fit.

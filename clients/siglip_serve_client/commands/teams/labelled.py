@@ -52,10 +52,10 @@ PAPER: Color = (255, 255, 255)
 
 @dataclass(frozen=True)
 class Labelled:
-    """What is drawn of N players.
+    """N players as the pictures show them.
 
     Attributes:
-        teams: what the server said.
+        teams: the answer of the server.
         names: [N], short: a track, a number.
     """
 
@@ -74,12 +74,12 @@ class Labelled:
         return np.asarray(rows[np.argsort(-self.teams.margin[rows], kind="stable")])
 
     def is_outlier(self, row: int) -> bool:
-        """Whether the row is unlike either team."""
+        """True if the row is unlike every team."""
         return bool(self.teams.outlier_score[row] > OUTLIER)
 
 
 def team_name(number: int) -> str:
-    """How a team is called in texts."""
+    """The name of a team in texts."""
     return "unassigned" if number < 0 else f"team {number}"
 
 

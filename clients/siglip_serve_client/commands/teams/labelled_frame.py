@@ -29,7 +29,7 @@ def labelled_frame(frame: Image.Image, boxes: ArrayLike, players: Labelled) -> I
     """The frame with a box in the team's colour around each player; a tag says team, name and margin.
 
     Args:
-        frame: in whose pixels the boxes are.
+        frame: the image that the boxes refer to, in its pixels.
         boxes: [N, 4] of x0, y0, x1, y1; those without an area inside of the frame are left out.
     """
     picture = frame.convert("RGB")
@@ -40,7 +40,7 @@ def labelled_frame(frame: Image.Image, boxes: ArrayLike, players: Labelled) -> I
     corners = np.nan_to_num(np.asarray(boxes, dtype=np.float64).reshape(-1, 4))
     x0, y0, x1, y1 = np.clip(corners, 0, limits).round().astype(int).T
     visible = np.flatnonzero((x0 < x1) & (y0 < y1))
-    # Who stands in front has the lower feet, and is drawn over those behind.
+    # Players in front have lower feet, and are drawn over those behind.
     for row in visible[np.argsort(y1[visible], kind="stable")].tolist():
         place = (int(x0[row]), int(y0[row]), int(x1[row]), int(y1[row]))
         _frame_box(draw, place, players, row, width)
@@ -76,7 +76,7 @@ def _frame_tag(draw: ImageDraw.ImageDraw, box: Box, players: Labelled, row: int,
 
 
 def _frame_legend(draw: ImageDraw.ImageDraw, players: Labelled, font: Font) -> None:
-    """In the lower left corner, from the bottom: what the tags and the colours mean."""
+    """The meaning of tags and colours, in the lower left corner, from the bottom."""
     texts = [(PAPER, "team:player, margin; ! outlier")]
     texts += [
         (team_color(team), f"{team_name(team)}: {len(players.of(team))}")

@@ -30,13 +30,13 @@ Shape: TypeAlias = tuple[tuple[float, float], ...]
 
 _SIZE = (1000, 680)
 _PLOT = (84, 64, 800, 600)
-_SMOOTH = 3  # drawn so much larger and then reduced: smooth edges
+_SMOOTH = 3  # the plot is drawn larger by this factor and then reduced, for smooth edges
 _RADIUS = 6.5
 
 
 @dataclass(frozen=True)
 class _Scale:
-    """From coordinates to places in the plot: one scale for both axes, as distances mean something."""
+    """From coordinates to places in the plot; both axes have one scale, as distances have a meaning."""
 
     low: NDArray[np.float64]
     high: NDArray[np.float64]
@@ -64,7 +64,7 @@ class _Scale:
 
 
 def _polygon(corners: int, turn: float = 0.0, radius: float = _RADIUS, inner: float | None = None) -> Shape:
-    """A regular polygon, or with an inner radius a star; `turn` in turns, from a corner at the top."""
+    """A regular polygon, or with an inner radius a star, turned by `turn` full circles."""
     count = corners if inner is None else 2 * corners
     shape = []
     for number in range(count):
@@ -74,7 +74,7 @@ def _polygon(corners: int, turn: float = 0.0, radius: float = _RADIUS, inner: fl
     return tuple(shape)
 
 
-# One a team, and last the one of the unassigned.
+# One per team; the last one is for players without a team.
 _SHAPES: tuple[Shape, ...] = (
     _polygon(48),
     _polygon(4, 1 / 8, _RADIUS * 1.25),
@@ -132,7 +132,7 @@ class _Canvas:
 
 
 def scatter_plot(players: Labelled, title: str) -> Image.Image:
-    """The players' COORDINATES, a shape and colour a team; outliers are ringed.
+    """The players' COORDINATES, one shape and colour per team; outliers are ringed.
 
     Rows whose coordinates are not finite are left out; the legend counts all.
     """
@@ -142,7 +142,7 @@ def scatter_plot(players: Labelled, title: str) -> Image.Image:
     canvas = _Canvas()
     _axes(canvas, scale, title)
     size = min(1.0, max(0.4, math.sqrt(250 / max(1, len(points)))))
-    # The unsure first, under the others.
+    # Unsure players first, under the others.
     order = np.argsort(players.teams.margin, kind="stable")
     for row in order[drawn[order]].tolist():
         canvas.marker(scale.place(points[row]), int(players.teams.labels[row]), size)
