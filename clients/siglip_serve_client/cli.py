@@ -59,7 +59,7 @@ def _add_health(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def _serve(arguments: Sequence[str]) -> int:
     try:
-        from siglip_serve import serve_command
+        from siglip_serve.launcher import command as serve_command
     except ModuleNotFoundError as error:
         print(f"siglip-serve: {error}; `pip install 'siglip-serve[server]'` adds it", file=sys.stderr)
         return 1

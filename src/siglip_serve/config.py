@@ -11,14 +11,12 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from siglip_serve.errors import SettingsError
 
 __all__ = [
     "PREFIX",
-    "START_REFUSED",
     "Backend",
     "Dtype",
     "PreprocessMode",
@@ -26,18 +24,12 @@ __all__ = [
     "Switch",
     "TeamReducer",
     "Tower",
-    "available_cores",
-    "fastest_dtype",
     "load_settings",
-    "processor_flags",
-    "tower_dtype",
 ]
 
 PREFIX = "SIGLIP_SERVE_"
 # What Kubernetes puts into the environment of every pod beside a service that is named siglip-serve.
 _SERVICE_LINKS = re.compile(rf"{PREFIX}(SERVICE_HOST|SERVICE_PORT.*|PORT|PORT_\d+_.*)")
-# Marks, in the server's log, the line that tells why a model did not start.
-START_REFUSED = "siglip-serve cannot start: "
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float8", "int8"]
 Backend = Literal["auto", "torch", "openvino", "fused"]
@@ -45,10 +37,6 @@ PreprocessMode = Literal["fast", "pil", "gpu"]
 TeamReducer = Literal["pca", "none", "umap"]
 Tower = Literal["main", "teams"]
 Switch = Literal["on", "off"]
-
-
-# siglip-tiny, a quarter of it, loses by float8; base gains a third (benchmarks/results/vision_waterfall.csv).
-_FLOAT8_WIDTH = 512
 
 
 @dataclass(frozen=True)
@@ -175,40 +163,3 @@ def _parse(text: str, kind: Any, source: str) -> Any:
             raise SettingsError(f"{source}: got {text!r}, expected a whole number >= 0")
         return int(text)
     return text
-
-
-def fastest_dtype(gpu_capability: int | None) -> Dtype:
-    """What `auto` means on this machine.
-
-    Args:
-        gpu_capability: major compute capability of the GPU, None for the CPU.
-    """
-    if gpu_capability is not None:
-        return "bfloat16" if gpu_capability >= 8 else "float16"
-    return "float32" if {"avx512_bf16", "amx_bf16"}.isdisjoint(processor_flags()) else "bfloat16"
-
-
-def tower_dtype(dtype: Dtype, width: int) -> Dtype:
-    """What a tower of this width is computed in on a GPU, where `dtype` is asked for.
-
-    float8 gains nothing on a narrow tower, and its errors average out over fewer numbers: bfloat16 then.
-    """
-    return "bfloat16" if dtype == "float8" and width < _FLOAT8_WIDTH else dtype
-
-
-def processor_flags() -> frozenset[str]:
-    """What the CPU can do, in the kernel's words, such as `avx512_vnni`."""
-    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    return frozenset(flags[1].split() if flags else ())
-
-
-def available_cores() -> int:
-    """CPU cores that this process may use: its affinity, and its control group's quota (containers)."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-    except (OSError, ValueError):
-        return cores
-    if not quota.isdigit():
-        return cores
-    return max(1, min(cores, round(int(quota) / int(period))))

@@ -21,6 +21,7 @@ the tensor's name and the element's index, so that a message reads
 from __future__ import annotations
 
 __all__ = [
+    "START_REFUSED",
     "CheckpointError",
     "DeviceMemoryError",
     "ImageError",
@@ -34,6 +35,9 @@ __all__ = [
     "TextError",
     "UnavailableError",
 ]
+
+# Marks, in the server's log, the line that tells why a model did not start.
+START_REFUSED = "siglip-serve cannot start: "
 
 
 class SiglipServeError(Exception):

@@ -20,11 +20,11 @@ from tritonclient.grpc import model_config_pb2
 from tritonclient.utils import InferenceServerException
 from wire import ROOT, TINY, GrpcCaller
 
-from siglip_serve._staging import Stage, Tower
-from siglip_serve.checkpoint import load_config
+from siglip_serve.checkpoint.config import load_config
 from siglip_serve.errors import SettingsError
+from siglip_serve.images.preprocess import Preprocessor
 from siglip_serve.launcher import ServeOptions, TritonServer
-from siglip_serve.preprocess import Preprocessor
+from siglip_serve.launcher.stage import Stage, Tower
 
 REPOSITORY = ROOT / "model_repository"
 SETTINGS = {"preprocess": "gpu"}

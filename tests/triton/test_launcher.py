@@ -26,9 +26,9 @@ from images import encode, photo
 from tritonclient.utils import InferenceServerException
 from wire import OPENER, ROOT, TINY, GrpcCaller, HttpCaller, post, post_image
 
-from siglip_serve._staging import Stage
 from siglip_serve.errors import CheckpointError, ServerStartError, SettingsError
 from siglip_serve.launcher import ServeOptions, TritonServer
+from siglip_serve.launcher.stage import Stage
 
 REPOSITORY = ROOT / "model_repository"
 PICTURE = encode(photo(80, 60), "JPEG")

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from siglip_serve.config import Settings, available_cores, fastest_dtype, load_settings
+from siglip_serve.config import Settings, load_settings
+from siglip_serve.engine.plan import fastest_dtype
 from siglip_serve.errors import SettingsError
+from siglip_serve.machine import available_cores
 
 
 def test_a_model_parameter_wins_over_the_environment() -> None:

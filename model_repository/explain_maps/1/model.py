@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from siglip_serve import explain_handlers, serving
+from siglip_serve.serving import explain as explain_handlers
+from siglip_serve.serving import respond as serving
 
 
 class TritonPythonModel:

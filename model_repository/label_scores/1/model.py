@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from siglip_serve import handlers, serving
+from siglip_serve.serving import respond as serving
+from siglip_serve.serving import siglip_vision as handlers
 
 
 class TritonPythonModel:

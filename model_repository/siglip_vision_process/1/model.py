@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from siglip_serve import image_handlers, serving
+from siglip_serve.serving import images as image_handlers
+from siglip_serve.serving import respond as serving
 
 
 class TritonPythonModel:
