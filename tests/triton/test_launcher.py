@@ -28,7 +28,7 @@ from wire import OPENER, ROOT, TINY, GrpcCaller, HttpCaller, post, post_image
 
 from siglip_serve.errors import CheckpointError, ServerStartError, SettingsError
 from siglip_serve.launcher import ServeOptions, TritonServer
-from siglip_serve.launcher.stage import Stage
+from siglip_serve.launcher.tritonserver import library_path, server_command
 
 REPOSITORY = ROOT / "model_repository"
 PICTURE = encode(photo(80, 60), "JPEG")
@@ -321,7 +321,6 @@ def status_once_it_listens(http_url: str) -> int:
 
 def test_a_plain_tritonserver_serves_the_repository(tmp_path: Path) -> None:
     """Without the launcher: dimensions by auto-completion, settings from the environment."""
-    stage = Stage(REPOSITORY, "cpu")
     http_port, log = free_port(), tmp_path / "log"
     environment = {
         **os.environ,
