@@ -31,13 +31,16 @@ def free_ports(address: str, wanted: Mapping[str, int]) -> list[int]:
         wanted: port by its use, such as `HTTP`, which names it in messages.
 
     Raises:
-        ServerStartError: a port is out of range or cannot be bound.
+        ServerStartError: a port is out of range, is wanted twice or cannot be bound.
     """
     with ExitStack() as held:  # all ports stay bound until the last is found, so that no two are equal
-        found = []
+        found: list[int] = []
         for use, port in wanted.items():
             if not 0 <= port < 2**16:
                 raise ServerStartError(f"{use} port {port}: expected 0 to {2**16 - 1}")
+            if port in found:  # two sockets that do not listen yet may be bound to one port
+                other = list(wanted)[found.index(port)]
+                raise ServerStartError(f"{use} port {port}: already taken by {other}")
             probe = held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
