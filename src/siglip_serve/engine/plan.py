@@ -104,7 +104,10 @@ class Plan:
             # In float32 too: as exact as torch with packed weights, and faster (results/cpu_engine.csv).
             backend = "openvino" if find_spec("openvino") else "torch"
         if dtype == "int8" and backend != "openvino":
-            raise SettingsError("dtype int8: needs the backend openvino (pip install 'siglip-serve[int8]')")
+            raise SettingsError(
+                "dtype int8: needs the backend openvino and the extra int8 "
+                "(`pip install -e '.[int8]'` in the checkout)"
+            )
         if backend == "openvino" and not find_spec("openvino"):
             raise SettingsError("backend openvino: the package openvino is not installed")
         return replace(self, dtype=dtype, backend=backend)

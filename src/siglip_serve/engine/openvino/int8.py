@@ -90,7 +90,7 @@ def _calibrate(
     tower: VisionTower, image: ImageConfig, plan: Plan, files: Sequence[Path]
 ) -> tuple[ov.Model, str]:
     if find_spec("nncf") is None:
-        raise SettingsError("dtype int8: needs the package nncf (pip install 'siglip-serve[int8]')")
+        raise SettingsError("dtype int8: needs the extra int8 (`pip install -e '.[int8]'` in the checkout)")
     # Before nncf is imported: it would report its use over the network.
     os.environ.setdefault("NNCF_CI", "1")
     import nncf
