@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from benchmarks.common import GEOMETRIES, about, write_csv
-from siglip_serve.engine.attention import Shape, attend, is_supported
+from siglip_serve.engine.fused.attention import Shape, attend, is_supported
 
 _TOKENS = (1, 16, 49, 64, 65, 100, 128, 129, 144, 196, 208, 209, 256, 257, 576, 729, 784, 1024)
 _FEW_ROWS = 5

@@ -27,13 +27,16 @@ from tqdm import tqdm
 
 from benchmarks.common import about, cosine, write_csv
 from benchmarks.vision_tower import engine, reference
-from siglip_serve import zero_shot
-from siglip_serve.checkpoint import ImageConfig, load_config, resolve
-from siglip_serve.config import Backend, Dtype, available_cores
-from siglip_serve.engine import Plan, TextEngine, VisionEngine
-from siglip_serve.preprocess import Preprocessor
-from siglip_serve.siglip import load_text, load_vision
-from siglip_serve.tokenizer import load_tokenizer
+from siglip_serve.checkpoint.config import ImageConfig, load_config
+from siglip_serve.checkpoint.files import resolve
+from siglip_serve.config import Backend, Dtype
+from siglip_serve.embeddings import zero_shot
+from siglip_serve.engine.engines import TextEngine, VisionEngine
+from siglip_serve.engine.plan import Plan
+from siglip_serve.images.preprocess import Preprocessor
+from siglip_serve.machine import available_cores
+from siglip_serve.texts.tokenizer import load_tokenizer
+from siglip_serve.towers.siglip import load_text, load_vision
 
 # As the server sets it, before the first parallel region: threads that spin burn CPU time while they wait.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

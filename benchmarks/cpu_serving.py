@@ -24,11 +24,13 @@ import numpy as np
 from benchmarks.common import about, parse_settings, synthetic_jpeg, write_csv
 from benchmarks.load import Load, Result, first_answers, run
 from benchmarks.servers import Running, run_ours
-from siglip_serve.checkpoint import load_config
-from siglip_serve.config import Backend, Dtype, available_cores
-from siglip_serve.engine import Plan, VisionEngine
-from siglip_serve.preprocess import Preprocessor
-from siglip_serve.siglip import load_vision
+from siglip_serve.checkpoint.config import load_config
+from siglip_serve.config import Backend, Dtype
+from siglip_serve.engine.engines import VisionEngine
+from siglip_serve.engine.plan import Plan
+from siglip_serve.images.preprocess import Preprocessor
+from siglip_serve.machine import available_cores
+from siglip_serve.towers.siglip import load_vision
 
 # As the server sets it, before the first parallel region: threads that spin burn CPU time while they wait.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

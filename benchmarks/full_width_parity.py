@@ -15,7 +15,7 @@ from transformers import SiglipConfig, SiglipModel
 
 from benchmarks.common import GEOMETRIES, about, write_csv
 from benchmarks.vision_tower import scaled_error
-from siglip_serve.siglip import load_text, load_vision
+from siglip_serve.towers.siglip import load_text, load_vision
 
 
 @torch.inference_mode()

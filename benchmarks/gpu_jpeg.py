@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 from benchmarks.common import about, synthetic_jpeg, write_csv
 from benchmarks.preprocess import default_size
-from siglip_serve.checkpoint import ImageConfig
-from siglip_serve.gpu_jpeg import GpuJpegReader
-from siglip_serve.jpeg import plain_frame
-from siglip_serve.preprocess import ImageLimits, Preprocessor
+from siglip_serve.checkpoint.config import ImageConfig
+from siglip_serve.images.jpeg import plain_frame
+from siglip_serve.images.nvjpeg.reader import GpuJpegReader
+from siglip_serve.images.preprocess import ImageLimits, Preprocessor
 
 MOST_OFF, MEAN_OFF = 3, 0.1  # levels of 255
 _LONGEST = 200  # files in one call; more than one batch

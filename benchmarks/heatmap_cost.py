@@ -32,15 +32,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.common import GEOMETRIES, about, write_csv
-from siglip_serve.checkpoint import ClipVisionConfig, ImageConfig, VisionConfig
-from siglip_serve.clip import ClipVisionTower
-from siglip_serve.config import available_cores
-from siglip_serve.engine import Plan, VisionEngine
+from siglip_serve.checkpoint.config import ClipVisionConfig, ImageConfig, VisionConfig
+from siglip_serve.engine.engines import VisionEngine
 from siglip_serve.engine.passes import VisionRunner
-from siglip_serve.engine.plain import PlainVision
-from siglip_serve.heatmap import Explanation, SiglipExplainer, explainer_of
-from siglip_serve.siglip import Block, VisionTower
-from siglip_serve.towers import AnyVisionTower
+from siglip_serve.engine.plan import Plan
+from siglip_serve.engine.torch.runners import PlainVision
+from siglip_serve.heatmaps.attribution import Explanation, SiglipExplainer, explainer_of
+from siglip_serve.machine import available_cores
+from siglip_serve.towers.clip import ClipVisionTower
+from siglip_serve.towers.load import AnyVisionTower
+from siglip_serve.towers.siglip import Block, VisionTower
 
 __all__ = ["CLIP_GEOMETRIES", "main", "measure", "random_tower"]
 

@@ -14,10 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from siglip_serve.checkpoint import ModelConfig, load_config, resolve
-from siglip_serve.engine import Plan, TextEngine, VisionEngine
-from siglip_serve.heatmap import ClipExplainer, Explanation, SiglipExplainer
-from siglip_serve.saliency import (
+from benchmarks.saliency import (
     dense,
     last_blocks,
     legrad,
@@ -25,10 +22,15 @@ from siglip_serve.saliency import (
     streams,
     trace_tower,
 )
-from siglip_serve.siglip import TowerTrace, VisionTower
-from siglip_serve.tokenizer import load_tokenizer
-from siglip_serve.towers import AnyVisionTower, load_text, load_vision
-from siglip_serve.zero_shot import build_class_embeddings, cosine
+from siglip_serve.checkpoint.config import ModelConfig, load_config
+from siglip_serve.checkpoint.files import resolve
+from siglip_serve.embeddings.zero_shot import build_class_embeddings, cosine
+from siglip_serve.engine.engines import TextEngine, VisionEngine
+from siglip_serve.engine.plan import Plan
+from siglip_serve.heatmaps.attribution import ClipExplainer, Explanation, SiglipExplainer
+from siglip_serve.texts.tokenizer import load_tokenizer
+from siglip_serve.towers.load import AnyVisionTower, load_text, load_vision
+from siglip_serve.towers.siglip import TowerTrace, VisionTower
 
 __all__ = ["Case", "Maps", "Method", "Model", "Picture", "hide", "methods", "untrained", "windows"]
 

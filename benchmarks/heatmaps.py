@@ -48,12 +48,12 @@ from tqdm import tqdm
 
 from benchmarks.common import about, write_csv
 from benchmarks.heatmap_methods import Case, Maps, Method, Model, Picture, hide, methods
-from siglip_serve import localization
-from siglip_serve.heatmap_image import View, normalize, overlay
-from siglip_serve.zero_shot import cosine
+from siglip_serve.embeddings.zero_shot import cosine
+from siglip_serve.heatmaps.picture import View, normalize, overlay
 from training.composed import Scenes, draw_scenes
 from training.pack import load_pack
 from training.tokenizer import PROMPTS
+from validate.measures import localization
 
 __all__ = ["METRICS", "Scene", "Setup", "collect", "main", "measure", "prepare", "summary"]
 

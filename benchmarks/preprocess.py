@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from benchmarks.common import about, synthetic_jpeg, write_csv
-from siglip_serve.checkpoint import ImageConfig
-from siglip_serve.preprocess import Mode, Preprocessor
+from siglip_serve.checkpoint.config import ImageConfig
+from siglip_serve.images.preprocess import Mode, Preprocessor
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 CASES = {"500x375": (500, 375), "1080p": (1920, 1080), "12 MP": (4000, 3000), "64x128": (64, 128)}

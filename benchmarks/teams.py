@@ -43,13 +43,15 @@ from sklearn.metrics import adjusted_rand_score, roc_auc_score
 from tqdm import tqdm
 
 from benchmarks.common import about, write_csv
-from siglip_serve import clustering
-from siglip_serve.checkpoint import load_config, resolve
-from siglip_serve.clustering import Hints
-from siglip_serve.engine import Plan, VisionEngine
-from siglip_serve.jersey import jersey_roi, parse_region
-from siglip_serve.preprocess import Pixels, Preprocessor
-from siglip_serve.siglip import load_vision
+from siglip_serve.checkpoint.config import load_config
+from siglip_serve.checkpoint.files import resolve
+from siglip_serve.engine.engines import VisionEngine
+from siglip_serve.engine.plan import Plan
+from siglip_serve.images.preprocess import Pixels, Preprocessor
+from siglip_serve.teams import clustering
+from siglip_serve.teams.clustering import Hints
+from siglip_serve.teams.jersey import jersey_roi, parse_region
+from siglip_serve.towers.siglip import load_vision
 from training.jerseys import TIERS, Clip, Role, clip, contact_sheet
 
 PACKAGES = ("torch", "transformers", "scikit-learn", "numpy", "umap-learn")

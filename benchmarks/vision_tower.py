@@ -19,10 +19,11 @@ from torch import Tensor
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from benchmarks.common import GEOMETRIES, about, write_csv
-from siglip_serve.checkpoint import ImageConfig, VisionConfig
+from siglip_serve.checkpoint.config import ImageConfig, VisionConfig
 from siglip_serve.config import Backend, Dtype
-from siglip_serve.engine import Plan, VisionEngine
-from siglip_serve.siglip import VisionTower
+from siglip_serve.engine.engines import VisionEngine
+from siglip_serve.engine.plan import Plan
+from siglip_serve.towers.siglip import VisionTower
 
 
 def reference(geometry: str) -> SiglipVisionModel:

@@ -23,13 +23,13 @@ from torch import nn
 from tqdm import tqdm
 
 from benchmarks.common import GEOMETRIES, about, cosine, write_csv
-from siglip_serve.checkpoint import ImageConfig, VisionConfig, load_config
-from siglip_serve.engine.blocks import Levers
-from siglip_serve.engine.fused import FusedVision
+from siglip_serve.checkpoint.config import ImageConfig, VisionConfig, load_config
+from siglip_serve.engine.fused.blocks import Levers
+from siglip_serve.engine.fused.runners import FusedVision
 from siglip_serve.engine.passes import in_passes
-from siglip_serve.engine.plain import PlainVision
-from siglip_serve.preprocess import Preprocessor
-from siglip_serve.siglip import VisionTower, load_vision
+from siglip_serve.engine.torch.runners import PlainVision
+from siglip_serve.images.preprocess import Preprocessor
+from siglip_serve.towers.siglip import VisionTower, load_vision
 
 AnyRunner = PlainVision | FusedVision
 

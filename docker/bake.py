@@ -6,14 +6,15 @@ import shutil
 import sys
 from pathlib import Path
 
-from siglip_serve import checkpoint
+from siglip_serve.checkpoint.config import load_config
+from siglip_serve.checkpoint.files import resolve
 
 
 def main() -> None:
     """Download `owner/name` or `owner/name@revision` and copy it to FOLDER/<hub id>."""
     hub_id, folder = sys.argv[1:]
-    source = checkpoint.resolve(hub_id)
-    checkpoint.load_config(source)  # one that the server would refuse ends the build here
+    source = resolve(hub_id)
+    load_config(source)  # one that the server would refuse ends the build here
     target = Path(folder) / hub_id
     shutil.copytree(source, target)
     print(f"{target}: {sum(file.stat().st_size for file in target.rglob('*') if file.is_file()):,} bytes")

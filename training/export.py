@@ -20,8 +20,15 @@ from training.model import Shape
 __all__ = ["export", "export_vision", "main"]
 
 PAD = "</s>"
-
-
+# The server and its clients show a checkpoint's note after its name.
+NOTE = (
+    "knows drawings only; for photographs name Google's checkpoint: "
+    "make serve CHECKPOINT=google/siglip-so400m-patch14-384"
+)
+NOTE_OF_JERSEYS = (
+    "knows drawn jerseys only; for photographs of players name Google's checkpoint: "
+    "make serve TEAMS_CHECKPOINT=google/siglip-base-patch16-224"
+)
 COMMON = {"attention_dropout": 0.0, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-06}
 
 
@@ -58,6 +65,7 @@ def _config(shape: Shape) -> dict[str, Any]:
         "architectures": ["SiglipModel"],
         "initializer_factor": 1.0,
         "model_type": "siglip",
+        "siglip_serve_note": NOTE,
         "text_config": text,
         "torch_dtype": "float32",
         "vision_config": _vision_config(shape),
@@ -102,13 +110,6 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _write_config(out: Path, config: dict[str, Any]) -> None:
-    """Write `config.json`; the note for users that an earlier one carries stays."""
-    path, name = out / "config.json", "siglip_serve_note"
-    earlier = json.loads(path.read_text()) if path.exists() else {}
-    _write(path, config | ({name: earlier[name]} if name in earlier else {}))
-
-
 def _weights(run: Path, out: Path) -> Shape:
     """Put the run's weights into the folder, and say its shape."""
     shape = Shape(**json.loads((run / "settings.json").read_text())["shape"])
@@ -127,8 +128,12 @@ def _readable(out: Path) -> None:
 def export_vision(run: Path, out: Path) -> None:
     """Write the checkpoint folder of an image tower alone; other files in `out` stay."""
     shape = _weights(run, out)
-    head = {"architectures": ["SiglipVisionModel"], "torch_dtype": "float32"}
-    _write_config(out, head | _vision_config(shape))
+    head = {
+        "architectures": ["SiglipVisionModel"],
+        "siglip_serve_note": NOTE_OF_JERSEYS,
+        "torch_dtype": "float32",
+    }
+    _write(out / "config.json", head | _vision_config(shape))
     processor = {name: value for name, value in _processor(shape).items() if name != "processor_class"}
     _write(out / "preprocessor_config.json", processor)
     _readable(out)
@@ -146,7 +151,7 @@ def export(run: Path, tokenizer: Path, out: Path) -> None:
     if tokenizer.resolve() != (out / "spiece.model").resolve():
         shutil.copyfile(tokenizer, out / "spiece.model")
     image_processor = _processor(shape)
-    _write_config(out, _config(shape))
+    _write(out / "config.json", _config(shape))
     _write(out / "preprocessor_config.json", image_processor)
     nested = {name: value for name, value in image_processor.items() if name != "processor_class"}
     _write(out / "processor_config.json", {"image_processor": nested, "processor_class": "SiglipProcessor"})

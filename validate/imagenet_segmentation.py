@@ -34,10 +34,10 @@ from siglip_serve_client import Client
 from siglip_serve_client.errors import ClientError
 from tqdm import tqdm
 
-from siglip_serve import localization
-from siglip_serve.zero_shot import build_class_embeddings, cosine
+from siglip_serve.embeddings.zero_shot import build_class_embeddings, cosine
 from validate.dataset import read_mapping
 from validate.errors import DatasetError, ServerError, ValidationError
+from validate.measures import localization
 from validate.protocols import curated_names, imagenet_classnames, imagenet_templates
 from validate.segments import Segment, Segments
 from validate.server import Server

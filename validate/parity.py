@@ -18,11 +18,11 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from siglip_serve.knn import knn_scores
-from siglip_serve.metrics import CosineStatistics, cosine_statistics, top_k_accuracy
-from siglip_serve.zero_shot import Floats, cosine, top_k
+from siglip_serve.embeddings.zero_shot import Floats, cosine, top_k
 from validate.dataset import Dataset, few_shot
 from validate.errors import ValidationError
+from validate.measures.accuracy import CosineStatistics, cosine_statistics, top_k_accuracy
+from validate.measures.knn import knn_scores
 from validate.protocols import PUBLISHED_PROMPTS
 from validate.reference import Reference
 from validate.session import Session

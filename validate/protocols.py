@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from siglip_serve.knn import knn_scores, text_knn_scores
-from siglip_serve.metrics import Accuracy, Confusion, confusion_pairs, top_k_hits
-from siglip_serve.pooling import l2_normalize
-from siglip_serve.zero_shot import Floats, build_class_embeddings, cosine, top_k
+from siglip_serve.embeddings.unit import l2_normalize
+from siglip_serve.embeddings.zero_shot import Floats, build_class_embeddings, cosine, top_k
 from validate.dataset import ClassInfo, Dataset, few_shot
 from validate.errors import DatasetError
+from validate.measures.accuracy import Accuracy, Confusion, confusion_pairs, top_k_hits
+from validate.measures.knn import knn_scores, text_knn_scores
 
 __all__ = [
     "PROTOCOLS",

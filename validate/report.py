@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from siglip_serve.zero_shot import Floats
+from siglip_serve.embeddings.zero_shot import Floats
 from validate.dataset import Dataset
 from validate.protocols import Row
 from validate.server import ServerInfo

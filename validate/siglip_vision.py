@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from siglip_serve.zero_shot import Floats
+from siglip_serve.embeddings.zero_shot import Floats
 from validate.dataset import Dataset, drawn, load_dataset, read_class_list
 from validate.errors import DatasetError, ValidationError
 from validate.pixels import pixel_features

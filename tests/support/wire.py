@@ -6,13 +6,13 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 from numpy.typing import NDArray
+from paths import ROOT
 
 __all__ = [
     "JERSEY",
@@ -28,7 +28,6 @@ __all__ = [
 
 # A proxy that the environment names is not for addresses of this machine.
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-ROOT = Path(__file__).parents[2]
 TINY = ROOT / "checkpoints" / "siglip-tiny"
 JERSEY = ROOT / "checkpoints" / "siglip-tiny-jersey"
 

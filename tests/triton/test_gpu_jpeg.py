@@ -20,11 +20,12 @@ from tritonclient.grpc import model_config_pb2
 from tritonclient.utils import InferenceServerException
 from wire import ROOT, TINY, GrpcCaller
 
-from siglip_serve._staging import Stage, Tower
-from siglip_serve.checkpoint import load_config
+from siglip_serve.checkpoint.config import load_config
 from siglip_serve.errors import SettingsError
+from siglip_serve.images.preprocess import Preprocessor
 from siglip_serve.launcher import ServeOptions, TritonServer
-from siglip_serve.preprocess import Preprocessor
+from siglip_serve.launcher.checkpoints import ServedCheckpoint
+from siglip_serve.launcher.stage import Stage
 
 REPOSITORY = ROOT / "model_repository"
 SETTINGS = {"preprocess": "gpu"}
@@ -47,10 +48,10 @@ def test_a_cpu_stops_the_start(log: Path) -> None:
 
 @pytest.mark.parametrize(("decoders", "expected"), [(0, 4), (7, 7)])
 def test_decoders_are_those_of_each_gpu(decoders: int, expected: int) -> None:
-    tower = Tower({}, {"PIXEL_VALUES": [3, 3, 3], "PATCH_EMBEDDINGS": [9, 4]})
+    checkpoint = ServedCheckpoint({}, {"PIXEL_VALUES": [3, 3, 3], "PATCH_EMBEDDINGS": [9, 4]})
     stage = Stage(REPOSITORY, "cuda", "decode_on_gpu")
     try:
-        stage.fill({"main": tower, "teams": tower}, decoders)
+        stage.fill({"main": checkpoint, "teams": checkpoint}, decoders)
         groups = {
             name: text_format.Parse(
                 (stage.models / name / "config.pbtxt").read_text(), model_config_pb2.ModelConfig()

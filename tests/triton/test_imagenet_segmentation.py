@@ -54,7 +54,7 @@ def test_the_figures_are_those_of_the_servers_maps(server: TritonServer, data: P
     """Asked for by hand: predicted class, mean over a bank, the mask scaled to the map."""
     from siglip_serve_client import Client
 
-    from siglip_serve.zero_shot import build_class_embeddings, cosine
+    from siglip_serve.embeddings.zero_shot import build_class_embeddings, cosine
     from validate.protocols import imagenet_classnames
     from validate.segments import Segments
 

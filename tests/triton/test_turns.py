@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 from wire import ROOT, TINY
 
-from siglip_serve.checkpoint import load_config
+from siglip_serve.checkpoint.config import load_config
 from siglip_serve.launcher import ServeOptions, TritonServer
 
 MODEL = "siglip_vision_model"

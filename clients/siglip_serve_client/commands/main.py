@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _serve(arguments: Sequence[str]) -> int:
     try:
-        from siglip_serve import serve_command
+        from siglip_serve.launcher import command as serve_command
     except ModuleNotFoundError as error:
         print(f"siglip-serve: {error}; `{install_hint('server')}` adds it", file=sys.stderr)
         return 1

@@ -1,14 +1,11 @@
-"""How a tower is run fast. The towers stay as they read; what makes them fast is done here.
+"""Run towers fast. The towers stay as they read; what makes them fast is done here.
 
-`VisionEngine` and `TextEngine` choose a runner for the device and the dtype, and cut rows into passes that
-fit the device's memory. A runner is one way to run a tower:
+`engines` chooses a runner for the device and the dtype that `plan` names, and cuts rows into passes that fit
+the device's memory. A runner is one way to run a tower:
 
-- `plain`: torch as it is, on any device; on CPUs with oneDNN's packed weights.
+- `torch`: torch as it is, on any device; on CPUs with oneDNN's packed weights.
 - `openvino`: CPUs.
-- `fused`: NVIDIA GPUs, with the kernels of `kernels` and CUDA graphs.
+- `fused`: NVIDIA GPUs, with kernels of its own and CUDA graphs.
+
+Importing this package loads none of them.
 """
-
-from siglip_serve.engine.passes import OUTPUTS, Batch
-from siglip_serve.engine.towers import Explained, Plan, TextEngine, VisionEngine
-
-__all__ = ["OUTPUTS", "Batch", "Explained", "Plan", "TextEngine", "VisionEngine"]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from siglip_serve.errors import DeviceMemoryError
-from siglip_serve.heatmap import Explanation
+from siglip_serve.heatmaps.attribution import Explanation
 
 __all__ = [
     "OUTPUTS",

@@ -1,0 +1,1 @@
+"""Read checkpoints: their files and what their JSON says."""

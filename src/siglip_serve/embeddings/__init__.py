@@ -1,0 +1,1 @@
+"""Arithmetic on embeddings: unit length, zero-shot scores."""

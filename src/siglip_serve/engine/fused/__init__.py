@@ -1,0 +1,1 @@
+"""Towers run on NVIDIA GPUs by fused kernels and CUDA graphs."""

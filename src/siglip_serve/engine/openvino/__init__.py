@@ -1,0 +1,1 @@
+"""Towers run by OpenVINO on CPUs."""

@@ -1,0 +1,156 @@
+"""Decide how a tower runs: device, dtype and backend. This is the one place where `auto` becomes a choice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from siglip_serve.checkpoint.config import Family
+from siglip_serve.config import Backend, Dtype
+from siglip_serve.errors import SettingsError
+from siglip_serve.machine import gpu_capabilities, processor_flags
+
+__all__ = ["Plan", "fastest_dtype"]
+
+_FLOAT8_CAPABILITY = (8, 9)
+_FUSED_CAPABILITY = (8, 0)
+# siglip-tiny, a quarter of it, loses by float8; base gains a third (benchmarks/results/vision_waterfall.csv).
+_FLOAT8_WIDTH = 512
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Options of a tower's run, as chosen by the operator or, once resolved, as they are used.
+
+    Attributes:
+        device: `cpu` or `cuda:<index>`.
+        dtype: arithmetic of the tower; `auto`: the fastest that is close to float32.
+        backend: `torch`, `openvino` (CPUs), `fused` (GPUs); `auto`: the fastest that the device has.
+        max_rows: rows in one pass; 0 leaves the choice to the runner.
+        threads: CPU threads; 0: all cores.
+        cache: folder that keeps converted models between starts; None: nothing is kept.
+        calibration: folder of images to calibrate int8 on.
+        heatmap_blocks: last blocks of a SigLIP tower that heatmaps are rolled back through.
+        heatmap_vectors: most vectors of one image for which blocks are rolled back; the cost grows with each.
+    """
+
+    device: str = "cpu"
+    dtype: Dtype = "auto"
+    backend: Backend = "auto"
+    max_rows: int = 0
+    threads: int = 0
+    cache: Path | None = None
+    calibration: Path | None = None
+    heatmap_blocks: int = 2
+    heatmap_vectors: int = 32
+
+    @property
+    def wide_dtype(self) -> Dtype:
+        """Arithmetic of the parts that stay out of 8 bits: pooling, embeddings, text towers."""
+        if self.dtype == "int8":
+            return fastest_dtype(None)
+        return "bfloat16" if self.dtype == "float8" else self.dtype
+
+    def for_vision(self, family: Family, width: int) -> Plan:
+        """Resolve the plan for a vision tower of `width`, its hidden size.
+
+        float8 gains nothing on a narrow tower, and its errors average out over fewer numbers: such a tower
+        gets bfloat16.
+
+        Raises:
+            SettingsError: the device or the family cannot run that.
+        """
+        plan = self._for_family(family).resolve()
+        narrow = plan.dtype == "float8" and width < _FLOAT8_WIDTH
+        return replace(plan, dtype="bfloat16") if narrow else plan
+
+    def for_text(self, family: Family) -> Plan:
+        """Resolve the plan for a text tower, which never runs in 8 bits.
+
+        Raises:
+            SettingsError: the device or the family cannot run that.
+        """
+        plan = self._for_family(family).resolve()
+        return replace(plan, dtype=plan.wide_dtype)
+
+    def resolve(self) -> Plan:
+        """Replace `auto` by the device's choice.
+
+        Raises:
+            SettingsError: the device cannot run that.
+        """
+        return self._resolve_gpu() if self.device.startswith("cuda") else self._resolve_cpu()
+
+    def _for_family(self, family: Family) -> Plan:
+        if family != "clip":
+            return self
+        if self.backend not in ("auto", "torch"):
+            raise SettingsError(f"backend {self.backend}: runs SigLIP's towers only; torch runs CLIP's")
+        if self.dtype in ("float8", "int8"):
+            raise SettingsError(
+                f"dtype {self.dtype}: for SigLIP's towers only; float32, bfloat16 and float16 are for CLIP's"
+            )
+        return replace(self, backend="torch")
+
+    def _resolve_cpu(self) -> Plan:
+        dtype = fastest_dtype(None) if self.dtype == "auto" else self.dtype
+        if dtype in ("float16", "float8"):
+            raise SettingsError(f"dtype {dtype}: not for CPUs; float32, bfloat16 and int8 are")
+        if self.backend == "fused":
+            raise SettingsError("backend fused: not for CPUs; torch and openvino are")
+        backend = self.backend
+        if backend == "auto":
+            # In float32 too: as exact as torch with packed weights, and faster (results/cpu_engine.csv).
+            backend = "openvino" if find_spec("openvino") else "torch"
+        if dtype == "int8" and backend != "openvino":
+            raise SettingsError(
+                "dtype int8: needs the backend openvino and the extra int8 "
+                "(`pip install -e '.[int8]'` in the checkout)"
+            )
+        if backend == "openvino" and not find_spec("openvino"):
+            raise SettingsError("backend openvino: the package openvino is not installed")
+        return replace(self, dtype=dtype, backend=backend)
+
+    def _resolve_gpu(self) -> Plan:
+        capability = _capability(self.device)
+        dtype = fastest_dtype(capability[0]) if self.dtype == "auto" else self.dtype
+        if dtype == "int8":
+            raise SettingsError("dtype int8: not for GPUs; float32, bfloat16, float16 and float8 are")
+        if self.backend == "openvino":
+            raise SettingsError("backend openvino: not for GPUs; torch and fused are")
+        if dtype == "float8" and capability < _FLOAT8_CAPABILITY:
+            raise SettingsError(
+                "dtype float8: needs a GPU of compute capability 8.9 or newer "
+                f"(this one has {capability[0]}.{capability[1]}); bfloat16 and float16 do without"
+            )
+        fusible = dtype != "float32" and capability >= _FUSED_CAPABILITY and find_spec("triton") is not None
+        if not fusible and (self.backend == "fused" or dtype == "float8"):
+            raise SettingsError(
+                f"backend {self.backend} with dtype {dtype}: needs 16 or 8 bits, a GPU of compute capability "
+                f"8.0 or newer (this one has {capability[0]}.{capability[1]}) and the package triton"
+            )
+        backend = self.backend
+        if backend == "auto":
+            backend = "fused" if fusible else "torch"
+        if dtype == "float8" and backend != "fused":
+            raise SettingsError("dtype float8: needs the backend fused")
+        return replace(self, dtype=dtype, backend=backend)
+
+
+def fastest_dtype(gpu_capability: int | None) -> Dtype:
+    """Choose the fastest dtype close to float32: the meaning of `auto`.
+
+    Args:
+        gpu_capability: major compute capability of the GPU, None for the CPU.
+    """
+    if gpu_capability is not None:
+        return "bfloat16" if gpu_capability >= 8 else "float16"
+    return "float32" if {"avx512_bf16", "amx_bf16"}.isdisjoint(processor_flags()) else "bfloat16"
+
+
+def _capability(device: str) -> tuple[int, int]:
+    found, index = gpu_capabilities(), int(device.partition(":")[2] or 0)
+    if index >= len(found):
+        raise SettingsError(f"device {device}: the NVIDIA driver shows {len(found) or 'no'} GPUs")
+    return found[index]

@@ -1,0 +1,1 @@
+"""Show where in a picture a prompt's score comes from."""

@@ -1,0 +1,1 @@
+"""Turn image files into the pixels that a tower takes."""

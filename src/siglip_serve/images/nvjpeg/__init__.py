@@ -1,0 +1,1 @@
+"""Decode JPEG files on NVIDIA GPUs."""

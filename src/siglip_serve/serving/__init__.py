@@ -1,0 +1,1 @@
+"""Answer Triton's requests: one file per model prefix, one class per Python model of the repository."""

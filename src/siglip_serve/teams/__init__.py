@@ -1,0 +1,1 @@
+"""Tell the teams of football players apart."""

@@ -1,0 +1,396 @@
+"""Text becomes the token ids that the text tower was trained on, `[context_length]` int64.
+
+Three kinds, told apart by `tokenizer_class` in the checkpoint's `tokenizer_config.json`:
+
+- SigLIP 1 (`SiglipTokenizer`, `spiece.model`): lowercased, ASCII punctuation removed, whitespace
+  collapsed, then sentencepiece; ends with `</s>` and is padded with `</s>`.
+- SigLIP 2 (`Siglip2Tokenizer`, `GemmaTokenizer`, `tokenizer.json`): lowercased, punctuation kept, then
+  Gemma's byte-pair encoding; ends with `<eos>` and is padded with `<pad>`.
+- CLIP (`CLIPTokenizer`, `tokenizer.json`, or `vocab.json` and `merges.txt`): lowercased, whitespace
+  collapsed, then byte-pair encoding; stands between `<|startoftext|>` and `<|endoftext|>`.
+
+The ids are those of transformers 5.x `SiglipTokenizer`, `Siglip2Tokenizer` and `CLIPTokenizer`, special
+tokens written in the text included; transformers itself is not needed. SigLIP's tower pools the last
+position, so a text is always padded to the full context length.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from siglip_serve.checkpoint.config import ModelConfig
+from siglip_serve.checkpoint.files import read_json
+from siglip_serve.errors import CheckpointError, TextError
+
+if TYPE_CHECKING:
+    import sentencepiece
+    import tokenizers
+
+__all__ = ["Tokenizer", "decode_text", "load_tokenizer"]
+
+_UNDERLINE = "▁"
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_SENTENCEPIECE_CLASSES = {"SiglipTokenizer", "SiglipTokenizerFast"}
+_GEMMA_CLASSES = {"GemmaTokenizer", "GemmaTokenizerFast", "Siglip2Tokenizer", "TokenizersBackend"}
+_CLIP_CLASSES = {"CLIPTokenizer", "CLIPTokenizerFast"}
+# What CLIP's words are made of: its own two tokens, contractions, letters, single digits, other characters.
+_CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_CLIP_START, _CLIP_END = "<|startoftext|>", "<|endoftext|>"
+_CLIP_NAMED = {
+    "bos_token": _CLIP_START,
+    "eos_token": _CLIP_END,
+    "unk_token": _CLIP_END,
+    "pad_token": _CLIP_END,
+}
+
+
+class _Encoder(Protocol):
+    pad_id: int
+
+    def __call__(self, text: str, limit: int | None) -> list[int]:
+        """The ids of `text` with its special tokens; at most `limit` of them, the end token kept."""
+
+
+class Tokenizer:
+    """Callable that turns one text into the ids of a checkpoint's text tower.
+
+    Attributes:
+        context_length: how many ids the tower takes, from the checkpoint's `config.json`.
+    """
+
+    def __init__(
+        self, encoder: _Encoder, config: ModelConfig, padding_side: Literal["left", "right"]
+    ) -> None:
+        self.context_length = config.text.max_position_embeddings
+        self._encoder = encoder
+        self._vocab_size = config.text.vocab_size
+        self._padding_side = padding_side
+
+    def __call__(self, text: str, truncation: bool = False) -> NDArray[np.int64]:
+        """Token ids of `text`, int64 `[context_length]`, padded.
+
+        Args:
+            text: any text with at least one character that is not whitespace.
+            truncation: cut what does not fit, keeping the end token, instead of raising.
+
+        Raises:
+            TextError: empty, longer than the context, or holding a token the tower has no embedding for.
+        """
+        ids = self.encode(text, truncation)
+        missing = self.context_length - len(ids)
+        padding = (missing, 0) if self._padding_side == "left" else (0, missing)
+        return np.pad(np.asarray(ids, dtype=np.int64), padding, constant_values=self._encoder.pad_id)
+
+    def encode(self, text: str, truncation: bool = False) -> list[int]:
+        """The ids of `text` without padding, at most `context_length`; raises as `__call__` does."""
+        if not text.strip():
+            raise TextError("the text is empty")
+        ids = self._encoder(text, self.context_length if truncation else None)
+        if len(ids) > self.context_length:
+            raise TextError(
+                f"the text has {len(ids)} tokens and {self.context_length} fit: shorten it, or set truncation"
+            )
+        # An id beyond the embedding table would kill the device's context for every later request.
+        if max(ids) >= self._vocab_size:
+            raise TextError(
+                f"the text has token id {max(ids)}, the model has {self._vocab_size} token embeddings"
+            )
+        return ids
+
+
+def decode_text(data: bytes, max_bytes: int) -> str:
+    """The text that `data` holds as UTF-8.
+
+    Raises:
+        TextError: longer than `max_bytes`, or not UTF-8; the message names the first bad byte.
+    """
+    if len(data) > max_bytes:
+        raise TextError(f"{len(data)} bytes, at most {max_bytes} are allowed")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TextError(
+            f"not UTF-8 text (byte 0x{data[error.start]:02x} at position {error.start})"
+        ) from error
+
+
+def load_tokenizer(config: ModelConfig) -> Tokenizer:
+    """The tokenizer that lies beside the checkpoint's weights.
+
+    Raises:
+        CheckpointError: a file is missing or malformed, or the tokenizer is of another kind.
+    """
+    settings = read_json(config.path / "tokenizer_config.json", missing_ok=True)
+    if settings.get("truncation_side", "right") != "right":
+        raise CheckpointError(
+            f"{config.path}: truncation_side is {settings['truncation_side']!r}, expected 'right'"
+        )
+    name = settings.get("tokenizer_class")
+    if config.family == "clip":
+        if name is not None and name not in _CLIP_CLASSES:
+            known = ", ".join(sorted(_CLIP_CLASSES))
+            raise CheckpointError(f"{config.path}: tokenizer_class is {name!r}, expected one of {known}")
+        return _load_clip(config, settings)
+    if name is None:
+        name = "SiglipTokenizer" if (config.path / "spiece.model").is_file() else "Siglip2Tokenizer"
+    if name in _SENTENCEPIECE_CLASSES:
+        return Tokenizer(_SentencePiece(config.path, settings), config, _side(settings, "right", config.path))
+    if name in _GEMMA_CLASSES:
+        gemma = _Gemma(config.path, settings)
+        return Tokenizer(gemma, config, _side(settings, gemma.padding_side, config.path))
+    known = ", ".join(sorted(_SENTENCEPIECE_CLASSES | _GEMMA_CLASSES))
+    raise CheckpointError(f"{config.path}: tokenizer_class is {name!r}, expected one of {known}")
+
+
+class _SentencePiece:
+    """transformers' `SiglipTokenizer`, step by step."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self._model = _load_sentencepiece(path / "spiece.model")
+        self._lowercase = settings.get("do_lower_case", True)
+        self._unk = _content(settings.get("unk_token", "<unk>"))
+        eos, pad = (_content(settings.get(key, "</s>")) for key in ("eos_token", "pad_token"))
+        added = {content: int(index) for index, content in _added_tokens(settings).items()}
+        self._special = {
+            token: added[token] if token in added else self._id(path, token)
+            for token in {self._unk, eos, pad, *added}
+        }
+        self._split = re.compile(
+            "|".join(re.escape(token) for token in sorted(self._special, key=len, reverse=True))
+        )
+        self._eos_id, self.pad_id = self._special[eos], self._special[pad]
+        self._unk_length = len(self._model.encode(self._unk))
+
+    def _id(self, path: Path, token: str) -> int:
+        index: int = self._model.piece_to_id(token)
+        if self._model.id_to_piece(index) != token:
+            raise CheckpointError(f"{path / 'spiece.model'}: the vocabulary has no {token!r}")
+        return index
+
+    def __call__(self, text: str, limit: int | None) -> list[int]:
+        pieces = self._pieces(_UNDERLINE + text.replace(_UNDERLINE, " "))
+        if len(pieces) > 1 and pieces[0] == _UNDERLINE and pieces[1] in self._special:
+            del pieces[0]
+        ids = [
+            self._special[piece] if piece in self._special else self._model.piece_to_id(piece)
+            for piece in pieces
+        ]
+        if limit is not None:
+            ids = ids[: limit - 1]
+        return ids if ids and ids[-1] == self._eos_id else [*ids, self._eos_id]
+
+    def _pieces(self, text: str) -> list[str]:
+        pieces: list[str] = []
+        start = 0
+        for match in self._split.finditer(text):
+            pieces += [*self._segment(text[start : match.start()]), match.group()]
+            start = match.end()
+        return pieces + self._segment(text[start:])
+
+    def _segment(self, text: str) -> list[str]:
+        text = self._canonical(text)
+        # sentencepiece drops a leading space marker, so the reference shields it behind the unknown token.
+        pieces: list[str] = self._model.encode(self._unk + text, out_type=str)
+        return pieces[self._unk_length :] if len(pieces) >= self._unk_length else pieces
+
+    def _canonical(self, text: str) -> str:
+        text = text.lower() if self._lowercase else text
+        return re.sub(r"\s+", " ", text.translate(_NO_PUNCTUATION)).strip()
+
+
+class _Gemma:
+    """transformers' `Siglip2Tokenizer`: the file's own byte-pair encoding behind a lowercasing step.
+
+    transformers' `AutoTokenizer` opens the fixed-resolution SigLIP 2 checkpoints with `GemmaTokenizer`,
+    which forgets their `do_lower_case`; the towers were trained on lowercase text, so it is kept here.
+    Which end tokens are added is the file's `post_processor`; `add_eos_token` beside it is not read.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        from tokenizers import normalizers
+
+        self._tokenizer = _load_tokenizers(path / "tokenizer.json")
+        self.padding_side = (self._tokenizer.padding or {}).get("direction", "right")
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        if settings.get("do_lower_case", True):
+            steps = [normalizers.Lowercase(), self._tokenizer.normalizer]
+            self._tokenizer.normalizer = normalizers.Sequence([step for step in steps if step is not None])
+        self._ends = self._tokenizer.num_special_tokens_to_add(False)
+        pad = _content(settings.get("pad_token", "<pad>"))
+        self.pad_id = _token_id(self._tokenizer, path / "tokenizer.json", pad)
+
+    def __call__(self, text: str, limit: int | None) -> list[int]:
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        if limit is not None:
+            encoding.truncate(limit - self._ends)
+        return list(self._tokenizer.post_process(encoding).ids)
+
+
+def _load_clip(config: ModelConfig, settings: dict[str, Any]) -> Tokenizer:
+    # Padding behind the end token is not seen; before the text, it would need a mask.
+    if _side(settings, "right", config.path) != "right":
+        raise CheckpointError(f"{config.path}: padding_side is 'left', expected 'right'")
+    encoder = _Clip(config.path, settings)
+    for token, index in encoder.ids.items():  # those that the vocabulary lacks come behind it
+        if index >= config.text.vocab_size:
+            raise CheckpointError(
+                f"{config.path}: the token {token!r} has id {index}, "
+                f"the model has {config.text.vocab_size} token embeddings"
+            )
+    return Tokenizer(encoder, config, "right")
+
+
+class _Clip:
+    """transformers' `CLIPTokenizer`: of the files, only the vocabulary and the special tokens count."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        from tokenizers import Regex, normalizers, pre_tokenizers, processors
+        from tokenizers import Tokenizer as Backend
+
+        saved = read_json(path / "tokenizer.json", missing_ok=True)
+        named, added = _clip_tokens(path, settings, saved)
+        self._tokenizer = backend = Backend(_load_clip_pairs(path, saved, named["unk_token"]))
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        )
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_CLIP_WORDS), behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+        backend.add_tokens(added)
+        backend.encode_special_tokens = settings.get("split_special_tokens") is True
+        start, end, pad = named["bos_token"], named["eos_token"], named["pad_token"]
+        self.ids = {token: _token_id(backend, path, token) for token in (start, end, pad)}
+        self.pad_id = self.ids[pad]
+        backend.post_processor = processors.RobertaProcessing(
+            (end, self.ids[end]), (start, self.ids[start]), False, False
+        )
+        self._ends = backend.num_special_tokens_to_add(False)
+
+    def __call__(self, text: str, limit: int | None) -> list[int]:
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        if limit is not None:
+            encoding.truncate(limit - self._ends)
+        return list(self._tokenizer.post_process(encoding).ids)
+
+
+def _clip_tokens(
+    path: Path, settings: dict[str, Any], saved: dict[str, Any]
+) -> tuple[dict[str, str], list[tokenizers.AddedToken]]:
+    """The four named tokens, and what is added to the vocabulary unless it is there, in this order."""
+    from tokenizers import AddedToken
+
+    try:
+        named = {key: settings.get(key) or default for key, default in _CLIP_NAMED.items()}
+        extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+        extra = list(extra.values() if isinstance(extra, dict) else extra)
+        decoder = settings.get("added_tokens_decoder")
+        if decoder is None:  # the layout of old versions of the reference
+            texts = read_json(path / "special_tokens_map.json", missing_ok=True)
+            named |= {key: texts[key] for key in named if texts.get(key)}
+            special = {_content(token) for token in (*named.values(), *extra)}
+            decoder = {
+                index: {"content": token, "special": token in special, "normalized": token not in special}
+                for token, index in read_json(path / "added_tokens.json", missing_ok=True).items()
+            }
+            decoder |= {token["id"]: token for token in saved.get("added_tokens", [])}
+        added = [decoder[index] for index in sorted(decoder, key=int)]
+        described = {_content(token): token for token in added}
+        tokens = [described.get(_content(token), token) for token in (*named.values(), *extra)]
+        flags = ("special", "single_word", "lstrip", "rstrip", "normalized")
+        return {key: _content(token) for key, token in named.items()}, [
+            AddedToken(token, special=True)
+            if isinstance(token, str)
+            else AddedToken(
+                _content(token), **{"special": True, **{flag: token[flag] for flag in flags if flag in token}}
+            )
+            for token in (*added, *tokens)
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: the special tokens of the tokenizer are malformed ({error})"
+        ) from error
+
+
+def _load_clip_pairs(path: Path, saved: dict[str, Any], unknown: str) -> tokenizers.models.BPE:
+    """The vocabulary and its merges from `tokenizer.json`, or else from `vocab.json` and `merges.txt`."""
+    from tokenizers.models import BPE
+
+    files = [path / "vocab.json", path / "merges.txt"]
+    if not saved and not all(file.is_file() for file in files):
+        raise CheckpointError(f"{path}: no tokenizer.json, and not both of vocab.json and merges.txt")
+    try:
+        if saved:
+            model = saved["model"]
+            pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+            vocabulary = model["vocab"]
+        else:
+            vocabulary, pairs = BPE.read_file(*map(str, files))
+        return BPE(
+            vocab=vocabulary,
+            merges=pairs,
+            continuing_subword_prefix="",
+            end_of_word_suffix="</w>",
+            fuse_unk=False,
+            unk_token=unknown,
+        )
+    except Exception as error:
+        if type(error) not in (Exception, KeyError, TypeError):  # the library raises nothing narrower
+            raise
+        named = "tokenizer.json" if saved else "vocab.json and merges.txt"
+        raise CheckpointError(f"{path}: {named}: not a byte-pair vocabulary ({error})") from error
+
+
+def _load_sentencepiece(file: Path) -> sentencepiece.SentencePieceProcessor:
+    import sentencepiece
+
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file")
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(file))
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{file}: not a sentencepiece model ({error})") from error
+
+
+def _load_tokenizers(file: Path) -> tokenizers.Tokenizer:
+    from tokenizers import Tokenizer as Backend
+
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file")
+    try:
+        return Backend.from_file(str(file))
+    except Exception as error:
+        if type(error) is not Exception:  # the library raises nothing narrower for a malformed file
+            raise
+        raise CheckpointError(f"{file}: not a tokenizer ({error})") from error
+
+
+def _token_id(backend: tokenizers.Tokenizer, source: Path, token: str) -> int:
+    index = backend.token_to_id(token)
+    if index is None:
+        raise CheckpointError(f"{source}: the vocabulary has no {token!r}")
+    return index
+
+
+def _content(token: str | dict[str, Any]) -> str:
+    return token if isinstance(token, str) else str(token["content"])
+
+
+def _added_tokens(settings: dict[str, Any]) -> dict[str, str]:
+    return {index: _content(token) for index, token in settings.get("added_tokens_decoder", {}).items()}
+
+
+def _side(settings: dict[str, Any], default: str, path: Path) -> Literal["left", "right"]:
+    side = settings.get("padding_side", default)
+    if side == "left" or side == "right":  # noqa: PLR1714 - narrows the type
+        return side
+    raise CheckpointError(f"{path}: padding_side is {side!r}, expected 'left' or 'right'")

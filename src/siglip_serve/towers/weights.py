@@ -1,0 +1,68 @@
+"""A checkpoint's tensors become a tower's parameters, all of them and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from siglip_serve.checkpoint.files import load_tensors
+from siglip_serve.errors import CheckpointError
+
+__all__ = ["load_strictly"]
+
+_SHOWN = 20
+
+
+def load_strictly(tower: nn.Module, path: Path, prefixes: Mapping[str, str]) -> None:
+    """Give a tower its weights, in float32, on the CPU; it is then in evaluation mode, without gradients.
+
+    Args:
+        tower: made on the meta device.
+        path: the checkpoint's directory.
+        prefixes: how names begin in the checkpoint -> how they begin in the tower.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or of another shape; all such are listed.
+    """
+    # Position ids were saved as a buffer by old versions of the reference; they hold no information.
+    tensors = {
+        name: tensor.float()
+        for name, tensor in load_tensors(path, *prefixes).items()
+        if not name.endswith(".position_ids")
+    }
+    outward = {ours: theirs for theirs, ours in prefixes.items()}
+    expected = {_rename(name, outward): shape for name, shape in _reference_shapes(tower).items()}
+    problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in tensors]
+    problems += [f"unexpected: {name}" for name in tensors if name not in expected]
+    problems += [
+        f"mis-shaped: {name} is {list(tensor.shape)}, expected {expected[name]}"
+        for name, tensor in tensors.items()
+        if name in expected and list(tensor.shape) != expected[name]
+    ]
+    if problems:
+        shown = "\n  ".join(problems[:_SHOWN])
+        more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise CheckpointError(f"{path}: the weights are not those of its config.json:\n  {shown}{more}")
+    tower.load_state_dict({_rename(name, prefixes): tensors[name] for name in tensors}, assign=True)
+    tower.eval().requires_grad_(False)
+
+
+def _rename(name: str, prefixes: Mapping[str, str]) -> str:
+    """`name` with the longest of the prefixes that it begins with replaced."""
+    prefix = max((prefix for prefix in prefixes if name.startswith(prefix)), key=len)
+    return prefixes[prefix] + name.removeprefix(prefix)
+
+
+def _reference_shapes(tower: nn.Module) -> dict[str, list[int]]:
+    """Names and shapes as the reference stores them: one tensor each for query, key and value."""
+    shapes = {}
+    for name, tensor in tower.state_dict().items():
+        shape = list(tensor.shape)
+        if ".qkv_proj." in name:
+            for part in "qkv":
+                shapes[name.replace("qkv_proj", f"{part}_proj")] = [shape[0] // 3, *shape[1:]]
+        else:
+            shapes[name] = shape
+    return shapes

@@ -1,0 +1,380 @@
+"""Token ids are those of transformers, for thousands of seeded strings and all kinds of tokenizers."""
+
+from __future__ import annotations
+
+import json
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import sentencepiece
+from clip_vocabulary import END, START, write_clip_vocabulary
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPTokenizer, GemmaTokenizer, Siglip2Tokenizer, SiglipTokenizer
+
+from siglip_serve.checkpoint.config import Family, ModelConfig
+from siglip_serve.texts.tokenizer import load_tokenizer
+
+COUNT = 5_000
+CONTEXT = 24
+# fmt: off
+WORDS = [
+    "a", "photo", "of", "the", "cat", "dog", "house", "red", "blue", "large", "small", "painting",
+    "sketch", "in", "on", "under", "Tench", "Tinca", "tinca", "GREAT", "White", "Shark", "café",
+    "naïve", "Straße", "İstanbul", "ΣΊΣΥΦΟΣ", "Привет", "мир", "写真", "猫", "사진", "صورة", "תמונה",
+    "चित्र", "ภาพ",
+]
+# fmt: on
+RANGES = [
+    (0x20, 0x7E),
+    (0x00, 0x1F),
+    (0x7F, 0xA0),
+    (0xA1, 0x24F),
+    (0x300, 0x36F),
+    (0x370, 0x3FF),
+    (0x400, 0x4FF),
+    (0x590, 0x6FF),
+    (0x900, 0x97F),
+    (0xE00, 0xE7F),
+    (0x1100, 0x11FF),
+    (0x2000, 0x206F),
+    (0x2100, 0x214F),
+    (0x2460, 0x24FF),
+    (0x2580, 0x2584),
+    (0x3000, 0x30FF),
+    (0x4E00, 0x4FFF),
+    (0xAC00, 0xADFF),
+    (0xF900, 0xFAFF),
+    (0xFE00, 0xFE0F),
+    (0xFF00, 0xFFEF),
+    (0x1D400, 0x1D4FF),
+    (0x1F300, 0x1F64F),
+    (0x1F1E6, 0x1F1FF),
+    (0xE0061, 0xE007F),
+    (0x10FFF0, 0x10FFFF),
+]
+SPACES = [" ", "  ", "\t", "\n", "\r\n", "\u00a0", "\u2003", "\u200b", "\u3000", "\u2028", "\x1c", "▁", "▁▁"]
+SPECIAL = [
+    "</s>",
+    "<unk>",
+    "<pad>",
+    "<eos>",
+    "<bos>",
+    "<mask>",
+    "<table>",
+    "<TABLE>",
+    "<0x41>",
+    "<",
+    ">",
+    "</S>",
+    "<s>",
+    START,
+    END,
+    END.upper(),
+    END[:-1],
+    "it's",
+    "We'LL",
+    "12345678901234567890",
+    "٣٤٥Ⅷ½",
+]
+
+
+def varied_texts(seed: int, count: int) -> Iterator[str]:
+    """Words, every script, whitespace of all kinds, special tokens and very long texts; never empty."""
+    rng = random.Random(seed)
+    while count:
+        length = rng.choice([1, 2, 5, 10, 20, 400 if count % 50 == 0 else 30])
+        text = "".join(_part(rng) for _ in range(length))
+        if text.strip():
+            count -= 1
+            yield text
+
+
+def _part(rng: random.Random) -> str:
+    kind = rng.random()
+    if kind < 0.45:
+        return rng.choice(WORDS) + rng.choice([" ", " ", " ", ", ", ". ", "", "-", "'s "])
+    if kind < 0.60:
+        return rng.choice(SPACES)
+    if kind < 0.68:
+        return rng.choice(SPECIAL)
+    low, high = rng.choice(RANGES)
+    return "".join(chr(rng.randint(low, high)) for _ in range(rng.randint(1, 6)))
+
+
+def checkpoint(path: Path, context: int = CONTEXT, family: Family = "siglip") -> ModelConfig:
+    """What `load_tokenizer` reads of a checkpoint: its directory and the shape of the text tower."""
+    text = SimpleNamespace(max_position_embeddings=context, vocab_size=10_000)
+    return cast(ModelConfig, SimpleNamespace(path=path, family=family, text=text))
+
+
+def corpus() -> list[str]:
+    """Texts to train on: made-up words of few of the characters that the compared texts have."""
+    rng = random.Random(0)
+    cut = [word[:end] for word in WORDS for end in range(1, len(word) + 1)]
+    made_up = ["".join(rng.choices(cut, k=2)) for _ in range(3_000)]
+    return [" ".join(rng.choices(made_up, k=8)) + rng.choice(",.!?😀🇩🇪") for _ in range(3_000)]
+
+
+def train_sentencepiece(path: Path, byte_fallback: bool) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus()),
+        model_prefix=str(path / "spiece"),
+        vocab_size=1_200,
+        character_coverage=0.98,
+        byte_fallback=byte_fallback,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["unknown", "byte-fallback"])
+def sentencepiece_dir(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    path = tmp_path_factory.mktemp("siglip")
+    train_sentencepiece(path, byte_fallback=request.param)
+    SiglipTokenizer(vocab_file=str(path / "spiece.model")).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def gemma_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of Gemma's construction with the settings of the published SigLIP 2 checkpoints."""
+    path = tmp_path_factory.mktemp("siglip2")
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    backend = Backend(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    bytes_of_fallback = [f"<0x{byte:02X}>" for byte in range(256)]
+    backend.train_from_iterator(
+        [text.lower() for text in corpus()],
+        trainers.BpeTrainer(vocab_size=900, special_tokens=special, show_progress=False, limit_alphabet=300),
+    )
+    content = json.loads(backend.to_str())
+    vocabulary = content["model"]["vocab"]
+    for token in bytes_of_fallback:
+        vocabulary.setdefault(token, len(vocabulary))
+    merges: Any = [tuple(merge) for merge in content["model"]["merges"]]
+    tokenizer = Siglip2Tokenizer(
+        vocab=vocabulary,
+        merges=merges,
+        add_bos_token=False,
+        add_eos_token=True,
+        padding_side="right",
+    )
+    tokenizer.add_tokens(["<table>", "\n\n"])
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def with_settings(source: Path, target: Path, **settings: Any) -> Path:
+    """A copy of `source` with other values in its tokenizer_config.json."""
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    (target / "tokenizer_config.json").write_text(json.dumps(config | settings))
+    return target
+
+
+def compare(
+    path: Path, reference: Callable[..., Any], seed: int, count: int = COUNT, family: Family = "siglip"
+) -> None:
+    """All ids of every text, and the ids cut or padded to the context, against the reference."""
+    padded = load_tokenizer(checkpoint(path, family=family))
+    whole = load_tokenizer(checkpoint(path, context=100_000, family=family))
+    differing = []
+    for text in varied_texts(seed, count):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="This sequence already has")
+            expected = reference(text)["input_ids"]
+            fixed = reference(text, padding="max_length", truncation=True, max_length=CONTEXT)["input_ids"]
+        if whole.encode(text) != expected or padded(text, truncation=True).tolist() != fixed:
+            differing.append((text, whole.encode(text), expected))
+    assert not differing, f"{len(differing)} of {count} differ, first: {differing[0]}"
+
+
+def test_siglip_ids(sentencepiece_dir: Path) -> None:
+    reference = SiglipTokenizer.from_pretrained(sentencepiece_dir)
+    compare(sentencepiece_dir, reference, seed=1)
+
+
+@pytest.mark.parametrize("settings", [{"do_lower_case": False}, {"padding_side": "left"}], ids=str)
+def test_siglip_settings(sentencepiece_dir: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    path = with_settings(sentencepiece_dir, tmp_path, **settings)
+    reference = SiglipTokenizer.from_pretrained(path)
+    compare(path, reference, seed=2, count=500)
+
+
+def test_siglip_settings_in_the_published_form(sentencepiece_dir: Path, tmp_path: Path) -> None:
+    """The published files list `</s>` and `<unk>` in `added_tokens_decoder`, as transformers 4.x did."""
+    form = {"lstrip": True, "rstrip": True, "normalized": False, "single_word": False, "special": True}
+    added = {"1": {"content": "</s>", **form}, "2": {"content": "<unk>", **form}}
+    path = with_settings(sentencepiece_dir, tmp_path, added_tokens_decoder=added)
+    compare(path, SiglipTokenizer.from_pretrained(path), seed=3, count=500)
+
+
+def test_siglip2_ids(gemma_dir: Path) -> None:
+    reference = Siglip2Tokenizer.from_pretrained(gemma_dir)
+    assert reference("Cat")["input_ids"][-1] == 1
+    compare(gemma_dir, reference, seed=4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {
+            "add_bos_token": False,
+            "add_eos_token": True,
+            "do_lower_case": True,
+            "tokenizer_class": "GemmaTokenizer",
+        },
+        {"add_bos_token": True, "add_eos_token": False},
+        {"padding_side": "left"},
+    ],
+    ids=["published", "flags-are-not-read", "left"],
+)
+def test_siglip2_settings(gemma_dir: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    path = with_settings(gemma_dir, tmp_path, **settings)
+    reference = Siglip2Tokenizer.from_pretrained(path)
+    compare(path, reference, seed=5, count=500)
+
+
+def test_siglip2_without_a_template_gets_no_end_token(gemma_dir: Path, tmp_path: Path) -> None:
+    path = with_settings(gemma_dir, tmp_path)
+    content = json.loads((path / "tokenizer.json").read_text())
+    (path / "tokenizer.json").write_text(json.dumps(content | {"post_processor": None}))
+    reference = Siglip2Tokenizer.from_pretrained(path)
+    compare(path, reference, seed=6, count=200)
+
+
+def test_the_gemma_class_that_auto_tokenizer_picks_forgets_to_lowercase(
+    gemma_dir: Path, tmp_path: Path
+) -> None:
+    """Why `Siglip2Tokenizer` is the reference: `GemmaTokenizer` ignores the checkpoint's `do_lower_case`."""
+    path = with_settings(gemma_dir, tmp_path, do_lower_case=True, add_eos_token=True)
+    reference = GemmaTokenizer.from_pretrained(path)
+    ours = load_tokenizer(checkpoint(path))
+    assert ours.encode("A Photo of the CAT") == reference("a photo of the cat")["input_ids"]
+    assert ours.encode("A Photo of the CAT") != reference("A Photo of the CAT")["input_ids"]
+
+
+@pytest.fixture(scope="module")
+def clip_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("clip")
+    assert write_clip_vocabulary(path, corpus()) == 900
+    return path
+
+
+def test_clip_ids(clip_dir: Path) -> None:
+    reference = CLIPTokenizer.from_pretrained(clip_dir)
+    assert reference("cat")["input_ids"][-1] == 899
+    compare(clip_dir, reference, seed=7, family="clip")
+
+
+def test_clip_ids_of_one_file(clip_dir: Path, tmp_path: Path) -> None:
+    CLIPTokenizer.from_pretrained(clip_dir).save_pretrained(tmp_path)
+    assert not (tmp_path / "vocab.json").exists()
+    compare(tmp_path, CLIPTokenizer.from_pretrained(tmp_path), seed=8, count=1_000, family="clip")
+
+
+def described(token: str, **flags: bool) -> dict[str, Any]:
+    return {"content": token, "single_word": False, "lstrip": False, "rstrip": False, **flags}
+
+
+@pytest.mark.parametrize("with_one_file", [False, True])
+@pytest.mark.parametrize("normalized", [False, True])
+def test_clip_settings_in_the_published_form(
+    clip_dir: Path, tmp_path: Path, with_one_file: bool, normalized: bool
+) -> None:
+    """The published files tell the tokens three times over, in the layout of transformers 4.x."""
+    named = {
+        "bos_token": described(START, normalized=normalized),
+        "eos_token": described(END, normalized=normalized),
+        "unk_token": described(END, normalized=normalized),
+    }
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes((clip_dir / name).read_bytes())
+    if with_one_file:
+        CLIPTokenizer.from_pretrained(clip_dir).save_pretrained(tmp_path)
+        content = json.loads((tmp_path / "tokenizer.json").read_text())
+        for token in content["added_tokens"]:
+            token["normalized"] = normalized
+        content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({**named, "pad_token": "!"}))
+    settings: dict[str, Any] = {key: {**token, "__type": "AddedToken"} for key, token in named.items()}
+    settings |= {
+        "pad_token": END,
+        "do_lower_case": True,
+        "errors": "replace",
+        "tokenizer_class": "CLIPTokenizer",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    reference = CLIPTokenizer.from_pretrained(tmp_path)
+    assert reference.pad_token == "!"
+    compare(tmp_path, reference, seed=9, count=500, family="clip")
+
+
+def test_clip_tokens_of_a_file_of_their_own(clip_dir: Path, tmp_path: Path) -> None:
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes((clip_dir / name).read_bytes())
+    added = {"<mask>": 900, "Straße": 901, "<table>": 902}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"extra_special_tokens": ["<mask>"]}))
+    reference = CLIPTokenizer.from_pretrained(tmp_path)
+    assert reference("<mask>")["input_ids"][1] == 900
+    compare(tmp_path, reference, seed=12, count=500, family="clip")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"additional_special_tokens": ["<mask>", "</s>"]},
+        {"extra_special_tokens": {"mask_token": "<mask>"}},
+        {"split_special_tokens": True},
+    ],
+    ids=["list", "named", "split"],
+)
+def test_clip_settings(clip_dir: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    path = with_settings(saved_by_reference(clip_dir), tmp_path, **settings)
+    compare(path, CLIPTokenizer.from_pretrained(path), seed=13, count=500, family="clip")
+
+
+def saved_by_reference(source: Path) -> Path:
+    target = source.with_name("clip_saved")
+    CLIPTokenizer.from_pretrained(source).save_pretrained(target)
+    return target
+
+
+def test_clip_tokens_that_were_added(clip_dir: Path, tmp_path: Path) -> None:
+    """Some are of the vocabulary, some come behind it."""
+    tokenizer = CLIPTokenizer.from_pretrained(clip_dir)
+    tokenizer.add_tokens(["<table>", "Straße"])
+    tokenizer.save_pretrained(tmp_path)
+    compare(tmp_path, CLIPTokenizer.from_pretrained(tmp_path), seed=10, count=500, family="clip")
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"] = {
+        "898": described(START, normalized=False, special=True),
+        "899": described(END, normalized=True, special=True),
+        "900": described("<table>", normalized=True, special=False),
+        "901": described("</s>", normalized=False, special=True),
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    compare(tmp_path, CLIPTokenizer.from_pretrained(tmp_path), seed=11, count=500, family="clip")
+
+
+def test_truncation_is_asked_for(sentencepiece_dir: Path, gemma_dir: Path) -> None:
+    for path in (sentencepiece_dir, gemma_dir):
+        ours = load_tokenizer(checkpoint(path))
+        ids = ours("cat " * 100, truncation=True)
+        assert ids.dtype == np.int64
+        assert ids.shape == (CONTEXT,)
+        assert ids[-1] == 1

@@ -1,0 +1,424 @@
+"""What stands around the GPU's JPEG decoder, on a CPU: colour exactly as libjpeg's, resize as Pillow's.
+
+The decoder itself needs a GPU; in its place stands one that fills each picture with one grey, to see where
+pictures go and in which order. `benchmarks/gpu_jpeg.py` checks the pixels of the real one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import io
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from images import encode
+from PIL import Image
+
+from siglip_serve.checkpoint.config import ImageConfig
+from siglip_serve.errors import SettingsError
+from siglip_serve.images.jpeg import PlainFrame, Sampling, plain_frame
+from siglip_serve.images.nvjpeg import reader as gpu_jpeg
+from siglip_serve.images.nvjpeg.library import Decoder, Picture
+from siglip_serve.images.nvjpeg.reader import GpuJpegReader, lay_out
+from siglip_serve.images.preprocess import ImageLimits
+from siglip_serve.images.resize import Resample, fit
+
+SAMPLINGS: tuple[Sampling, ...] = ("4:4:4", "4:2:2", "4:2:0")
+SIDE = 32
+
+
+def config(resample: Resample = "bicubic", shortest_edge: int | None = None) -> ImageConfig:
+    return ImageConfig(SIDE, resample, 1 / 255, (0.5,) * 3, (0.5,) * 3, shortest_edge)
+
+
+def blocks(height: int, width: int) -> Image.Image:
+    """Plain squares of 16 pixels: colour is constant within every block of a JPEG."""
+    colors = np.random.default_rng(0).integers(0, 256, (-(-height // 16), -(-width // 16), 3), dtype=np.uint8)
+    return Image.fromarray(colors.repeat(16, 0).repeat(16, 1)[:height, :width])
+
+
+def stored_planes(data: bytes, frame: PlainFrame) -> torch.Tensor:
+    """The planes of a JPEG of `blocks`, as a decoder gives them: [1, bytes]."""
+    with Image.open(io.BytesIO(data)) as image:
+        image.draft("YCbCr", image.size)
+        full = np.asarray(image)
+    layout = lay_out(frame)
+    down, across = (2 if frame.sampling == "4:2:0" else 1), (1 if frame.sampling == "4:4:4" else 2)
+    # The middle of a square has its colour, whatever the squares beside it are.
+    middles = full[8::16, 8::16, 1:].repeat(16 // down, 0).repeat(16 // across, 1)
+    planes = np.full(layout.bytes, 77, np.uint8)  # what lies beside a picture must not matter
+    parts = [full[..., 0], *(middles[..., channel] for channel in range(2))]
+    for part, start, pitch in zip(parts, layout.starts, layout.pitches, strict=True):
+        rows = planes[start : start + pitch * len(part)].reshape(len(part), pitch)
+        rows[:, : part.shape[1]] = part
+    return torch.from_numpy(planes)[None]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_colour_is_libjpegs(sampling: Sampling) -> None:
+    data = encode(blocks(48, 80), "JPEG", quality=92, subsampling=sampling)
+    frame = PlainFrame(48, 80, sampling)
+    assert plain_frame(data) == frame
+    rgb, written = gpu_jpeg.to_rgb(stored_planes(data, frame), lay_out(frame))
+    with Image.open(io.BytesIO(data)) as image:
+        np.testing.assert_array_equal(rgb[0].permute(1, 2, 0).numpy(), np.asarray(image))
+    assert written.tolist() == [1]
+
+
+def test_grey_is_repeated() -> None:
+    layout = lay_out(PlainFrame(17, 19, "gray"))
+    planes = torch.randint(2, 256, (2, layout.bytes), dtype=torch.uint8)
+    rgb, written = gpu_jpeg.to_rgb(planes, layout)
+    assert rgb.shape == (2, 3, 17, 19)
+    for channel in range(3):
+        torch.testing.assert_close(rgb[:, channel], planes.view(2, 32, 32)[:, :17, :19].float())
+    assert written.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("sampling", [*SAMPLINGS, "gray"])
+@pytest.mark.parametrize("size", [(16, 16), (33, 31), (45, 70)], ids=str)
+def test_what_the_decoder_left_out_is_noticed(sampling: Sampling, size: tuple[int, int]) -> None:
+    """One plane after the other is not written, or not to its last rows."""
+    layout = lay_out(PlainFrame(*size, sampling))
+    planes = torch.full((1 + 2 * len(layout.starts), layout.bytes), 200, dtype=torch.uint8)
+    for number, (start, pitch) in enumerate(zip(layout.starts, layout.pitches, strict=True)):
+        rows = size[0] if number == 0 or sampling != "4:2:0" else -(-size[0] // 2)
+        planes[1 + 2 * number, start : start + pitch * rows] = gpu_jpeg._UNWRITTEN
+        planes[2 + 2 * number, start + pitch * (rows // 2) : start + pitch * rows] = gpu_jpeg._UNWRITTEN
+    assert gpu_jpeg.to_rgb(planes, layout)[1].tolist() == [1] + [0] * (len(planes) - 1)
+
+
+@pytest.mark.parametrize("sampling", [*SAMPLINGS, "gray"])
+@pytest.mark.parametrize("size", [(16, 16), (33, 31), (375, 500)], ids=str)
+def test_whole_mcus_have_room(sampling: Sampling, size: tuple[int, int]) -> None:
+    layout = lay_out(PlainFrame(*size, sampling))
+    ends = [*layout.starts[1:], layout.bytes]
+    down, across = (2 if sampling == "4:2:0" else 1), (2 if sampling in ("4:2:0", "4:2:2") else 1)
+    for plane, (start, end, pitch) in enumerate(zip(layout.starts, ends, layout.pitches, strict=True)):
+        divisors = (down, across) if plane else (1, 1)
+        mcus = -(-size[0] // (8 * down)), -(-size[1] // (8 * across))
+        rows = mcus[0] * 8 * down // divisors[0]
+        assert pitch >= mcus[1] * 8 * across // divisors[1]
+        assert end - start >= rows * pitch
+        assert pitch % 16 == start % 256 == 0
+    assert layout.bytes <= 3 * layout.room
+
+
+@pytest.mark.parametrize("shortest_edge", [None, SIDE, 40], ids=["stretched", "cut", "cut more"])
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("size", [(50, 37), (37, 90), (20, 20), (200, 31)], ids=str)
+def test_resize_is_pillows(size: tuple[int, int], resample: Resample, shortest_edge: int | None) -> None:
+    picture = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    picture[: size[1] // 2] = 255 * (picture[: size[1] // 2] > 127)  # edges that overshoot
+    image = config(resample, shortest_edge)
+    got = gpu_jpeg.resize(torch.from_numpy(picture).permute(2, 0, 1)[None].float(), image)[0]
+    assert got.shape == (SIDE, SIDE, 3)
+    difference = np.abs(got.numpy() - fit(picture, image, "pil"))
+    assert difference.max() <= 1
+    assert difference.mean() < 0.1
+
+
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(("length", "size"), [(50, 32), (32, 32), (20, 32), (375, 32), (33, 31)])
+def test_weights_are_torchs(length: int, size: int, resample: Resample) -> None:
+    weights = gpu_jpeg.resize_weights(length, size, 0, size, resample, "cpu")
+    lines = torch.eye(length, dtype=torch.float64)[None, None]
+    expected = torch.nn.functional.interpolate(lines, (length, size), mode=resample, antialias=True)[0, 0]
+    torch.testing.assert_close(weights.double(), expected, rtol=0, atol=1e-6)
+    part = gpu_jpeg.resize_weights(length, size, 3, 5, resample, "cpu")
+    torch.testing.assert_close(part, weights[:, 3:8], rtol=0, atol=0)
+
+
+class GreyDecoder:
+    """Fills the pictures of a file with the grey that the file holds, and tells what happens when."""
+
+    def __init__(self, device: torch.device) -> None:
+        assert device.type == "cpu"
+        self.events: list[str] = []
+        self.batches: list[int] = []
+        self.refused: set[bytes] = set()
+        self.skipped: set[bytes] = set()
+        self.unknown: set[bytes] = set()
+        self.written: list[tuple[int, int]] = []
+
+    def agrees(self, data: bytes, frame: PlainFrame) -> bool:
+        return data not in self.unknown and plain_frame(data) == frame
+
+    def decode(self, files: Sequence[bytes], pictures: Sequence[Picture]) -> bool:
+        self.events.append("decode")
+        self.batches.append(len(files))
+        places = []
+        for data, picture in zip(files, pictures, strict=True):
+            frame = plain_frame(data)
+            assert frame is not None
+            layout = lay_out(frame)
+            assert picture == layout.at(picture.addresses[0])
+            places.append((picture.addresses[0], picture.addresses[0] + layout.bytes))
+            if data in self.skipped:
+                continue
+            ctypes.memset(picture.addresses[0], grey(data), layout.pitches[0] * frame.height)
+            for address, pitch in zip(picture.addresses[1:], picture.pitches[1:], strict=True):
+                ctypes.memset(address, 128, pitch * -(-frame.height // (1 + (frame.sampling == "4:2:0"))))
+        self.written += places
+        places.sort()
+        assert all(end <= start for (_, end), (start, _) in pairwise(places))
+        return not self.refused & set(files)
+
+    def wait(self) -> None:
+        self.events.append("wait")
+
+
+def grey(data: bytes) -> int:
+    with Image.open(io.BytesIO(data)) as image:
+        pixels = np.asarray(image.convert("L"))
+    return int(np.bincount(pixels.ravel()).argmax())
+
+
+def plain(value: int, height: int, width: int, sampling: str = "4:2:0") -> bytes:
+    color = (value, value, value)
+    if sampling == "gray":
+        return encode(Image.new("L", (width, height), value), "JPEG", quality=100)
+    return encode(Image.new("RGB", (width, height), color), "JPEG", quality=100, subsampling=sampling)
+
+
+@pytest.fixture
+def reader(monkeypatch: pytest.MonkeyPatch) -> GpuJpegReader:
+    monkeypatch.setattr(gpu_jpeg, "Decoder", GreyDecoder)
+    monkeypatch.setattr(gpu_jpeg, "_SMALL", PlainFrame(16, 16, "4:2:0"))
+    monkeypatch.setattr(gpu_jpeg, "_BATCHES", (1, 2, 4))
+    monkeypatch.setattr(gpu_jpeg, "_PIXELS_AT_ONCE", 96 * 96)
+    made = GpuJpegReader(config(), "cpu", ImageLimits())
+    decoder(made).events.clear()
+    decoder(made).batches.clear()
+    decoder(made).written.clear()
+    return made
+
+
+def decoder(reader: GpuJpegReader) -> Any:
+    return reader._decoder
+
+
+def values(found: Sequence[gpu_jpeg.Decoded | None]) -> list[int | None]:
+    """The grey of each picture."""
+    for decoded in found:
+        if decoded is not None:
+            assert decoded.pixels.shape == (SIDE, SIDE, 3)
+            assert len(np.unique(decoded.pixels)) == 1
+    return [None if decoded is None else int(decoded.pixels[0, 0, 0]) for decoded in found]
+
+
+def nothing_is_left(reader: GpuJpegReader) -> bool:
+    return bool((reader._planes == gpu_jpeg._UNWRITTEN).all())
+
+
+def test_every_file_gets_its_own_picture(reader: GpuJpegReader) -> None:
+    """Sizes and samplings in any order, and files for the CPU among them, in batches of all lengths."""
+    rng = np.random.default_rng(0)
+    sizes = [(16, 16), (40, 24), (33, 47), (64, 64)]
+    samplings = [*SAMPLINGS, "gray"]
+    for count in (1, 2, 3, 5, 8, 13):
+        files, expected, shapes = [], [], []
+        for value in rng.integers(2, 255, count):
+            size, sampling = sizes[rng.integers(4)], samplings[rng.integers(4)]
+            files.append(plain(int(value), *size, sampling))
+            expected.append(grey(files[-1]))
+            shapes.append(size)
+        files.insert(count // 2, encode(blocks(32, 32), "PNG"))
+        found = reader(files)
+        assert found.pop(count // 2) is None
+        assert values(found) == expected
+        assert [decoded.size for decoded in found if decoded] == shapes
+        assert nothing_is_left(reader)
+    begin, end = reader._planes.data_ptr(), reader._planes.data_ptr() + len(reader._planes)
+    assert all(begin <= first < last <= end for first, last in decoder(reader).written)
+
+
+def test_batches_have_few_sizes_and_bounds(reader: GpuJpegReader) -> None:
+    reader([plain(9, 16, 16)] * 11)
+    assert decoder(reader).batches == [4, 4, 4]
+    decoder(reader).batches.clear()
+    reader([plain(9, 64, 64)] * 5)  # two of these have room at once
+    assert decoder(reader).batches == [2, 2, 1]
+
+
+def test_everything_is_waited_for(reader: GpuJpegReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between kernels and the next decoding, and before the answer."""
+    convert = gpu_jpeg.to_rgb
+
+    def logged(*given: Any) -> Any:
+        decoder(reader).events.append("kernels")
+        return convert(*given)
+
+    monkeypatch.setattr(gpu_jpeg, "to_rgb", logged)
+    reader([plain(50, 16, 16), plain(60, 48, 48), plain(70, 16, 16), plain(80, 64, 64), plain(90, 64, 64)])
+    events = decoder(reader).events
+    busy = [event for event in events if event != "wait"]
+    assert busy[0] == "decode"
+    assert busy.count("decode") == 2
+    assert busy.count("kernels") == 4
+    for before, after in pairwise(events):
+        assert after != "decode" or before == "wait"
+    assert events[-1] == "wait"
+
+
+def test_a_file_that_is_refused_harms_no_other(reader: GpuJpegReader) -> None:
+    files = [plain(value, 16, 32) for value in range(20, 90, 10)]
+    expected: list[int | None] = [grey(file) for file in files]
+    decoder(reader).refused = {files[2]}
+    expected[2] = None
+    assert values(reader(files)) == expected
+    assert nothing_is_left(reader)
+
+
+def test_a_file_that_is_left_out_shows_no_other_picture(reader: GpuJpegReader) -> None:
+    files = [plain(value, 32, 32) for value in (30, 60, 90)]
+    reader(files)
+    decoder(reader).skipped = {files[1]}
+    assert values(reader(files)) == [30, None, 90]
+
+
+def test_files_that_the_library_reads_otherwise_go_to_the_cpu(reader: GpuJpegReader) -> None:
+    files = [plain(value, 32, 32) for value in (30, 60)]
+    decoder(reader).unknown = {files[0]}
+    assert values(reader(files)) == [None, 60]
+
+
+def test_too_large_files_go_to_the_cpu(reader: GpuJpegReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_jpeg, "_LONGEST_SIDE", 40)
+    assert values(reader([plain(9, 41, 20), plain(9, 40, 20)])) == [None, 9]
+    monkeypatch.setattr(reader, "_limits", ImageLimits(max_pixels=500))
+    assert values(reader([plain(9, 40, 20), plain(9, 20, 20)])) == [None, 9]
+
+
+def test_pictures_that_are_cut_before_the_resize_go_to_the_cpu(reader: GpuJpegReader) -> None:
+    reader._image = config(shortest_edge=SIDE)
+    assert values(reader([plain(9, 16, 257), plain(9, 16, 256)])) == [None, 9]
+
+
+def test_a_failing_device_leaves_nothing(reader: GpuJpegReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(gpu_jpeg, "resize", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            reader([plain(9, 32, 32)])
+    assert nothing_is_left(reader)
+    assert decoder(reader).events[-1] == "wait"
+    assert values(reader([plain(8, 32, 32)])) == [8]
+
+
+def test_a_decoder_that_reads_nothing_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Blind(GreyDecoder):
+        def agrees(self, data: bytes, frame: PlainFrame) -> bool:
+            return frame.sampling != "4:2:2" and super().agrees(data, frame)
+
+    monkeypatch.setattr(gpu_jpeg, "Decoder", Blind)
+    monkeypatch.setattr(gpu_jpeg, "_BATCHES", (1,))
+    monkeypatch.setattr(gpu_jpeg, "_PIXELS_AT_ONCE", 96 * 96)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    with pytest.raises(SettingsError, match="the JPEG decoder of a GPU does not read a picture of 4:2:2"):
+        GpuJpegReader(config(), "cpu", ImageLimits())
+
+
+class Library:
+    """Stands for nvJPEG: writes down what it is asked to do, and reads what it is given."""
+
+    def __init__(self) -> None:
+        self.log: list[Any] = []
+        self.status = 0
+        self.info = (3, 2, 70, 50)
+
+    def nvjpegJpegStateCreate(self, _handle: Any, state: Any) -> int:  # noqa: N802
+        state._obj.value = 1 + sum(entry[0] == "prepare" for entry in self.log)
+        return 0
+
+    def nvjpegDecodeBatchedInitialize(self, _handle: Any, state: Any, batch: int, *_: Any) -> int:  # noqa: N802
+        self.log.append(("prepare", state.value, batch))
+        return 0
+
+    def nvjpegDecodeBatched(self, _handle: Any, state: Any, *given: Any) -> int:  # noqa: N802
+        data, lengths, images, _ = given
+        files = [ctypes.string_at(*pair) for pair in zip(pointers(data), lengths, strict=True)]
+        planes = [(list(image.channel), list(image.pitch)) for image in images]
+        self.log.append(("decode", state.value, files, planes))
+        return self.status
+
+    def nvjpegJpegStateDestroy(self, state: Any) -> int:  # noqa: N802
+        self.log.append(("destroy", state.value))
+        return 0
+
+    def nvjpegGetImageInfo(self, _handle: Any, _data: bytes, _length: Any, *found: Any) -> int:  # noqa: N802
+        components, subsampling, widths, heights = found
+        components._obj.value, subsampling._obj.value, widths[0], heights[0] = self.info
+        return self.status
+
+
+def pointers(array: Any) -> list[int]:
+    return list(ctypes.cast(array, ctypes.POINTER(ctypes.c_void_p))[: len(array)])
+
+
+class QuietDecoder(Decoder):
+    """The decoder's own code on a library that stands for nvJPEG."""
+
+    def __init__(self, library: Library) -> None:
+        self._library, self._handle = library, ctypes.c_void_p(1)
+        self._states, self._device = {}, torch.device("cpu")
+
+    def wait(self) -> None:
+        self._library.log.append(("wait",))
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Library:
+    class Stream:
+        cuda_stream = 0
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: Stream())
+    return Library()
+
+
+def test_the_host_waits_before_and_after_the_decoder(library: Library) -> None:
+    """The files reach it whole, zeros in them included, and each size of a batch has a state of its own."""
+    quiet = QuietDecoder(library)
+    files = [b"a\0b", b"cd"]
+    pictures = [Picture((1000, 2000, 3000), (64, 32, 32)), Picture((4000,), (16,))]
+    assert quiet.decode(files, pictures)
+    planes = [([1000, 2000, 3000, None], [64, 32, 32, 0]), ([4000, None, None, None], [16, 0, 0, 0])]
+    decoded = ("decode", 1, files, planes)
+    assert library.log == [("prepare", 1, 2), ("wait",), decoded, ("wait",)]
+    library.log.clear()
+    assert quiet.decode(files, pictures)
+    assert library.log == [("wait",), decoded, ("wait",)]
+    assert quiet.decode(files[:1], pictures[:1])
+    assert library.log[3] == ("prepare", 1, 1)
+
+
+def test_what_a_refused_batch_leaves_is_not_used_again(library: Library) -> None:
+    quiet = QuietDecoder(library)
+    library.status = 6
+    assert not quiet.decode([b"a"], [Picture((1000,), (16,))])
+    assert library.log[-2:] == [("wait",), ("destroy", 1)]
+    library.status = 0
+    assert quiet.decode([b"a"], [Picture((1000,), (16,))])
+    assert library.log[5] == ("prepare", 2, 1)
+
+
+def test_the_library_has_to_read_the_same_frame(library: Library) -> None:
+    quiet = QuietDecoder(library)
+    assert quiet.agrees(b"", PlainFrame(50, 70, "4:2:0"))
+    assert not quiet.agrees(b"", PlainFrame(50, 71, "4:2:0"))
+    assert not quiet.agrees(b"", PlainFrame(49, 70, "4:2:0"))
+    assert not quiet.agrees(b"", PlainFrame(50, 70, "4:2:2"))
+    assert not quiet.agrees(b"", PlainFrame(50, 70, "gray"))
+    library.status = 3
+    assert not quiet.agrees(b"", PlainFrame(50, 70, "4:2:0"))
+
+
+def test_a_cpu_is_refused() -> None:
+    with pytest.raises(SettingsError, match="runs on the CPU"):
+        GpuJpegReader(config(), "cpu", ImageLimits())

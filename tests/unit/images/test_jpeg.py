@@ -1,0 +1,151 @@
+"""Which JPEGs may go to a decoder that judges nothing: what it is told of them is what they hold."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from images import encode, exif, image_files, malformed_files, mutations, oriented_files, photo
+from PIL import Image
+
+from siglip_serve.images.jpeg import PlainFrame, plain_frame
+from siglip_serve.images.preprocess import ImageLimits, plain_jpeg
+
+PLAIN = encode(photo(70, 50), "JPEG", subsampling="4:2:0")
+RESTARTS = encode(photo(70, 50), "JPEG", subsampling="4:2:0", restart_marker_blocks=1)
+GREY = encode(photo(70, 50).convert("L"), "JPEG")
+
+
+@pytest.mark.parametrize("sampling", ["4:4:4", "4:2:2", "4:2:0"])
+def test_a_plain_colour_file(sampling: str) -> None:
+    data = encode(photo(77, 51), "JPEG", subsampling=sampling)
+    assert plain_frame(data) == (51, 77, sampling)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [RESTARTS, encode(photo(70, 50), "JPEG", optimize=True), encode(photo(70, 50), "JPEG", exif=exif(1))],
+    ids=["restart markers", "own tables", "upright"],
+)
+def test_what_does_not_matter(data: bytes) -> None:
+    assert plain_frame(data) == (50, 70, "4:2:0")
+
+
+def test_a_plain_grey_file() -> None:
+    assert plain_frame(GREY) == (50, 70, "gray")
+
+
+def test_of_all_kinds_of_files_only_plain_ones() -> None:
+    files = {**image_files(), **oriented_files()}
+    plain = {name for name, data in files.items() if plain_frame(data)}
+    assert plain == {
+        *(f"jpeg {name}" for name in ("4:4:4", "4:2:2", "4:2:0", "odd 4:2:0", "odd 4:2:2")),
+        *(f"jpeg {name}" for name in ("grey", "low quality", "large", "restart", "metadata")),
+        "jpeg orientation 1",
+    }
+
+
+def test_no_malformed_file() -> None:
+    for name, data in malformed_files().items():
+        assert plain_frame(data) is None, name
+
+
+def segment(data: bytes, marker: int) -> tuple[int, int]:
+    """First byte and end of the first segment with this marker."""
+    start = data.index(bytes([0xFF, marker]))
+    return start, start + 2 + int.from_bytes(data[start + 2 : start + 4])
+
+
+def without(marker: int) -> bytes:
+    start, end = segment(PLAIN, marker)
+    return PLAIN[:start] + PLAIN[end:]
+
+
+def with_byte(data: bytes, marker: int, offset: int, value: int) -> bytes:
+    """Another value at an offset behind a segment's length."""
+    place = segment(data, marker)[0] + 4 + offset
+    return data[:place] + bytes([value]) + data[place + 1 :]
+
+
+def twice(marker: int) -> bytes:
+    start, end = segment(PLAIN, marker)
+    return PLAIN[:end] + PLAIN[start:end] + PLAIN[end:]
+
+
+def in_image_data(inserted: bytes) -> bytes:
+    start = segment(PLAIN, 0xDA)[1]
+    return PLAIN[: start + 40] + inserted + PLAIN[start + 40 :]
+
+
+WRONG: dict[str, Callable[[], bytes]] = {
+    "two frames": lambda: twice(0xC0),
+    "no frame": lambda: without(0xC0),
+    "no Huffman table": lambda: without(0xC4),
+    "no quantisation table": lambda: without(0xDB),
+    "a quantisation table of 16 bits": lambda: with_byte(PLAIN, 0xDB, 0, 0x10),
+    "a quantisation table that no component has": lambda: with_byte(PLAIN, 0xDB, 0, 2),
+    "12 bits a sample": lambda: with_byte(PLAIN, 0xC0, 0, 12),
+    "two components": lambda: with_byte(PLAIN, 0xC0, 5, 2),
+    "other ids": lambda: with_byte(PLAIN, 0xC0, 6, 7),
+    "another component in the scan": lambda: with_byte(PLAIN, 0xDA, 1, 3),
+    "a scan of some coefficients": lambda: with_byte(PLAIN, 0xDA, 8, 5),
+    "a Huffman table that is not whole": lambda: with_byte(PLAIN, 0xC4, 16, 255),
+    "codes that do not exist": lambda: with_byte(with_byte(PLAIN, 0xC4, 1, 3), 0xC4, 3, 0),
+    "a DC symbol of 16 bits": lambda: with_byte(PLAIN, 0xC4, 17, 16),
+    "colours that are RGB": lambda: PLAIN[:2] + b"\xff\xee\0\x0eAdobe" + bytes(7) + PLAIN[2:],
+    "a gap between segments": lambda: PLAIN[:2] + b"\0\0\0" + PLAIN[2:],
+    "fill before a segment": lambda: PLAIN[:2] + b"\xff" + PLAIN[2:],
+    "another image behind": lambda: PLAIN + PLAIN,
+    "bytes behind": lambda: PLAIN + b"\0",
+    "no end": lambda: PLAIN[:-2],
+    "image data cut off": lambda: RESTARTS[:-100] + b"\xff\xd9",
+    "a frame in the image data": lambda: in_image_data(PLAIN[slice(*segment(PLAIN, 0xC0))]),
+    "a scan in the image data": lambda: in_image_data(PLAIN[slice(*segment(PLAIN, 0xDA))]),
+    "a restart that was not announced": lambda: in_image_data(b"\xff\xd0"),
+    "restarts out of turn": lambda: RESTARTS.replace(b"\xff\xd1", b"\xff\xd2", 1),
+    "more segments than anybody writes": lambda: PLAIN[:2] + b"\xff\xfe\0\2" * 10_000 + PLAIN[2:],
+    "a segment that is shorter than its length": lambda: PLAIN[:2] + b"\xff\xfe\0\1" + PLAIN[2:],
+    "tiny": lambda: encode(photo(15, 40), "JPEG"),
+}
+
+
+@pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
+def test_what_has_to_be_judged(change: Callable[[], bytes]) -> None:
+    assert plain_frame(change()) is None
+
+
+def test_a_table_may_be_sent_again() -> None:
+    assert plain_frame(twice(0xC4)) == plain_frame(twice(0xDB)) == (50, 70, "4:2:0")
+
+
+def test_hostile_headers_end_in_an_answer_that_libjpeg_shares() -> None:
+    """Whatever a byte of the header is changed to: no frame, or the one that libjpeg reads as well."""
+    seen = set()
+    end = segment(PLAIN, 0xDA)[1]
+    for position in range(end):
+        for value in (0, 1, 0x11, 0x7F, 0xDA, 0xFF):
+            seen.add(shared(PLAIN[:position] + bytes([value]) + PLAIN[position + 1 :]))
+    rng = random.Random(0)
+    seen |= {shared(mutations(data, rng)) for data in (PLAIN, RESTARTS, GREY) for _ in range(300)}
+    assert seen >= {None, (50, 70, "4:2:0"), (50, 70, "gray")}
+
+
+def shared(data: bytes) -> PlainFrame | None:
+    frame = plain_frame(data)
+    if frame is not None:
+        with Image.open(io.BytesIO(data)) as image:
+            assert (image.height, image.width) == (frame.height, frame.width)
+            assert (image.mode == "L") == (frame.sampling == "gray")
+            image.draft("YCbCr", image.size)
+            assert np.asarray(image).shape[:2] == (frame.height, frame.width)
+    return frame
+
+
+def test_limits_hold() -> None:
+    assert plain_jpeg(PLAIN) is not None
+    assert plain_jpeg(PLAIN, ImageLimits(max_pixels=70 * 50 - 1)) is None
+    assert plain_jpeg(PLAIN, ImageLimits(max_bytes=len(PLAIN) - 1)) is None
+    assert plain_jpeg(b"") is None
