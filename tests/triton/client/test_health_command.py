@@ -20,6 +20,9 @@ def test_health_exits_with_0_for_a_server_and_with_1_without(server: TritonServe
     good, bad = command("health", "--url", server.grpc_url), command("health", "--url", NOWHERE)
     assert (good.returncode, bad.returncode) == (0, 1)
     assert "healthy" in good.stdout
+    (note,) = good.stderr.splitlines()
+    assert note.startswith("siglip-serve: note: the server runs siglip-tiny, which knows drawings only;")
+    assert note.endswith("make serve CHECKPOINT=google/siglip-so400m-patch14-384")
     assert "no server answers" in bad.stderr
     assert "Traceback" not in bad.stderr
 

@@ -70,13 +70,15 @@ def test_the_hint_names_packages_where_there_is_no_checkout(
 def test_the_note_of_the_checkpoint_is_one_line_on_stderr(
     scheme: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with instant_server({"checkpoint_name": "tiny", "checkpoint_note": "it knows drawings only"}) as server:
+    with instant_server({"checkpoint_name": "tiny", "checkpoint_note": "knows drawings only"}) as server:
         url = server.http_url if scheme == "http" else server.grpc_url
         assert main(["health", "--url", url]) == 0
         with Client(url) as client:
             described = client.describe()
-    assert capsys.readouterr().err == "siglip-serve: note: it knows drawings only\n"
-    assert (described["checkpoint_name"], described["checkpoint_note"]) == ("tiny", "it knows drawings only")
+    assert capsys.readouterr().err == (
+        "siglip-serve: note: the server runs tiny, which knows drawings only\n"
+    )
+    assert (described["checkpoint_name"], described["checkpoint_note"]) == ("tiny", "knows drawings only")
 
 
 def test_a_checkpoint_without_a_note_prints_none(capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,10 +93,10 @@ def test_the_note_is_no_part_of_an_embedding_files_identity(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "a.jpg").write_bytes(b"x")
-    with instant_server({"checkpoint_name": "tiny", "checkpoint_note": "drawings only"}) as server:
+    with instant_server({"checkpoint_name": "tiny", "checkpoint_note": "knows drawings only"}) as server:
         words = ["embed", str(tmp_path / "a.jpg"), "-o", str(tmp_path / "out.npz"), "--url", server.http_url]
         assert main(words) == 0
-    assert capsys.readouterr().err.count("note: drawings only") == 1
+    assert capsys.readouterr().err.count("note: the server runs tiny, which knows drawings only") == 1
     with np.load(tmp_path / "out.npz") as written:
         identity = json.loads(str(written["identity"]))
     assert set(identity) == {"normalized", "checkpoint_name", "checkpoint_revision", "dtype", "preprocess"}

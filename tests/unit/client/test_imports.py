@@ -51,14 +51,6 @@ def test_imports_go_down(file: Path) -> None:
         assert RANK[module.partition(".")[0]] <= rank, (file, module)
 
 
-def test_there_is_no_circle() -> None:
-    rest = {name: imported(file) - {name} for name, file in MODULES.items()}
-    while ready := {name for name, needs in rest.items() if not needs & rest.keys()}:
-        for name in ready:
-            del rest[name]
-    assert not rest, f"these import each other, or modules that do: {sorted(rest)}"
-
-
 def test_only_the_top_level_marks_what_is_private() -> None:
     for file in FILES:
         inner = file.relative_to(PACKAGE).parts[1:]

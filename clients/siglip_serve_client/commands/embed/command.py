@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from siglip_serve_client._client import Client
 from siglip_serve_client._operations.link import Outcome
+from siglip_serve_client.commands.checkpoint_note import show_note
 from siglip_serve_client.commands.embed.output import OutputError, Store, check_output
 from siglip_serve_client.commands.embed.sources import Item, Sources, SourcesError
 from siglip_serve_client.commands.options import add_connection, connected, positive
@@ -72,8 +73,8 @@ def _embed(options: argparse.Namespace) -> int:
         total = sources.count()
         with connected(options, options.concurrency) as client:
             described = client.describe()
-            if note := described.pop("checkpoint_note"):
-                print(f"siglip-serve: note: {note}", file=sys.stderr)
+            show_note(described)
+            described.pop("checkpoint_note")
             identity = {"normalized": str(options.normalized).lower(), **described}
             store = Store(options.output, identity, overwrite=options.overwrite, restart=options.restart)
             with store:
