@@ -66,7 +66,7 @@ class Client:
         transport = connect(Endpoint.parse(url, api_key, ca_file), 0)
         self._link = Link(transport, timeout, Regions(transport) if shared_memory else None)
         # A client that is not closed, as in short scripts, is closed when it is collected.
-        weakref.finalize(self, _close_later, self._link).atexit = False
+        weakref.finalize(self, BackgroundLoop.close_later, self._link).atexit = False
 
     def __enter__(self) -> Self:
         return self
@@ -312,7 +312,3 @@ class Client:
 
     def _run(self, operation: Coroutine[Any, Any, T]) -> T:
         return BackgroundLoop.of(self._link).run(operation)
-
-
-def _close_later(link: Link) -> None:
-    BackgroundLoop.of(link).submit(link.close())

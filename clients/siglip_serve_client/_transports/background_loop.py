@@ -38,6 +38,13 @@ class BackgroundLoop:
             cls._running._links.add(link)
             return cls._running
 
+    @classmethod
+    def close_later(cls, link: Link) -> None:
+        """Begin to close a link, if it was ever used."""
+        with cls._lock:
+            if cls._running is not None and link in cls._running._links:
+                cls._running.submit(link.close())
+
     def __init__(self) -> None:
         self._links: weakref.WeakSet[Link] = weakref.WeakSet()
         self._held = 0
