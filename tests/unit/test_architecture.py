@@ -99,7 +99,7 @@ def test_importing_the_launcher_and_light_modules_loads_no_torch() -> None:
         "for name in sys.argv[1:]: importlib.import_module(name)\n"
         "sys.exit('torch' in sys.modules)"
     )
-    names = [f"siglip_serve.{module}" for module in light] + ["siglip_serve_client"]
+    names = [f"siglip_serve.{module}" for module in light] + ["siglip_serve_client.commands.main"]
     subprocess.run([sys.executable, "-c", code, *names], check=True)
 
 
