@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 
-# Triton's functions become interpreted ones only if this is set before they are imported. torch imports them at
-# times of its choosing, so it is set before any test is imported.
+# Triton's functions become interpreted ones only if this is set before they are imported. torch imports them
+# at times of its choosing, so it is set before any test is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
