@@ -12,6 +12,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# The processes of a parallel run share the cores: threads of torch would only wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
 _SHARED_SERVERS = {"server", "exact_server", "sharing_server", "front"}
 
 
