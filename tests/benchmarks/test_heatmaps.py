@@ -56,7 +56,7 @@ def setup(model: Model) -> Setup:
     return prepare(model, scenes, LABELS, range(len(LABELS)), seed=0)
 
 
-def test_rows_of_a_run(model: Model, setup: Setup, tmp_path: Path) -> None:
+def test_run_has_a_row_per_method_with_plausible_figures(model: Model, setup: Setup, tmp_path: Path) -> None:
     scenes = read(shapes(model.config.vision.image_size))
     rows = collect(setup, scenes, perturbed=2, seed=0)
     depth = model.config.vision.num_hidden_layers
@@ -96,7 +96,7 @@ def test_rows_of_a_run(model: Model, setup: Setup, tmp_path: Path) -> None:
     assert "LeGrad, pooler" in heatmaps.summary(rows)
 
 
-def test_the_command_writes_rows_and_sheets(
+def test_command_writes_rows_and_sheets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     meta: dict[str, object] = {
@@ -132,7 +132,7 @@ def test_the_command_writes_rows_and_sheets(
     assert "pointing" in capsys.readouterr().out
 
 
-def test_a_sheet_shows_every_way(model: Model, setup: Setup) -> None:
+def test_sheet_shows_every_method(model: Model, setup: Setup) -> None:
     scene = read(shapes(model.config.vision.image_size))[2]
     page = np.asarray(sheet(setup, scene, ["a", "b", "c"]))
     tiles = page[14 : 14 + 144].reshape(144, -1, 144, 3)
@@ -161,7 +161,7 @@ def test_relative_maps_and_maps_that_ignore_the_prompt(model: Model) -> None:
     assert len({(each.name, each.blocks) for each in methods(model, 0)}) == 17
 
 
-def test_occlusion_finds_what_the_cosine_hangs_on(setup: Setup) -> None:
+def test_occlusion_finds_the_pixels_that_change_the_cosine(setup: Setup) -> None:
     """A linear stand-in for the tower, which looks at one place: the map must point there."""
 
     class Corner(Model):
@@ -189,7 +189,7 @@ def test_occlusion_finds_what_the_cosine_hangs_on(setup: Setup) -> None:
     assert good[1] > bad[1]
 
 
-def test_every_way_draws_maps_of_a_clip_tower(setup: Setup, tmp_path: Path) -> None:
+def test_every_method_draws_maps_of_a_clip_tower(setup: Setup, tmp_path: Path) -> None:
     random_clip({"image_size": 48, "patch_size": 8}).save_pretrained(tmp_path)
     tower = load_vision(tmp_path)
     config = setup.model.config
@@ -241,7 +241,7 @@ def test_hidden_places_have_the_mean_colour() -> None:
     assert hide(picture, gone)[0, :, :, 0].tolist() == [[50, 100], [0, 0]]
 
 
-def test_untrained_weights_are_other_ones_and_repeat(model: Model) -> None:
+def test_untrained_weights_differ_and_repeat(model: Model) -> None:
     size = model.config.vision.image_size
     pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

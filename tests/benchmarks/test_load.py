@@ -133,7 +133,7 @@ def test_open_loop_counts_what_was_never_sent() -> None:
     assert record.unsent == 15
 
 
-def test_a_wrong_answer_is_an_error() -> None:
+def test_counts_a_wrong_answer_as_an_error() -> None:
     record = drive(Slow(0.01, answer=-1.0), load(seconds=0.2, warmup=0.0, check=1)).record
     assert record.completed == 0
     assert record.statuses["WRONG"] > 0
@@ -150,7 +150,7 @@ def test_a_wrong_answer_is_an_error() -> None:
         ([0, 0], True),
     ],
 )
-def test_what_counts_as_wrong(answer: list[float], expected: bool) -> None:
+def test_answer_is_wrong_beyond_the_tolerance(answer: list[float], expected: bool) -> None:
     with np.errstate(invalid="ignore"):
         assert wrong(np.array(answer, np.float32), np.array([1, 0], np.float32)) is expected
 
@@ -262,7 +262,7 @@ def test_ratio_takes_the_best_run_of_the_other_side() -> None:
     assert peers.with_ratio({**rows[3], "size": "1x1"}, rows)["ratio"] == ""
 
 
-def test_the_peer_answers_each_of_a_batch_with_its_own() -> None:
+def test_peer_answers_each_request_of_a_batch_with_its_own_embedding() -> None:
     jpegs = [synthetic_jpeg(64, 48, seed) for seed in range(5)]
     with run_peer(TINY, "cpu", ["--dtype", "float32"], timeout=100) as running:
         assert running.columns["dtype"] == "float32"

@@ -98,9 +98,7 @@ def pool(tower: VisionTower, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("of", ["pooler", "blocks"])
 @pytest.mark.parametrize("blocks", [1, 2, 3])
-def test_legrad_is_what_autograd_finds(
-    tower: AnyVisionTower, blocks: int, of: Literal["pooler", "blocks"]
-) -> None:
+def test_legrad_equals_autograd(tower: AnyVisionTower, blocks: int, of: Literal["pooler", "blocks"]) -> None:
     pixels, vectors = draw(tower)
     found = legrad(tower, trace_tower(tower, pixels, blocks), vectors, of)
     expected = torch.stack(
@@ -113,7 +111,7 @@ def test_legrad_is_what_autograd_finds(
     assert float((found - expected).abs().max() / expected.max()) <= 1e-5
 
 
-def test_dense_sends_every_patch_alone(tower: AnyVisionTower) -> None:
+def test_dense_pools_every_patch_alone(tower: AnyVisionTower) -> None:
     pixels, vectors = draw(tower)
     found = dense(tower, trace_tower(tower, pixels, 1), vectors)
     for image in range(len(pixels)):
@@ -131,7 +129,7 @@ def test_dense_sends_every_patch_alone(tower: AnyVisionTower) -> None:
     assert float(found.std(-1).min()) > 1e-3
 
 
-def test_pool_attention_is_the_heads_own(tower: AnyVisionTower) -> None:
+def test_pool_attention_equals_that_of_the_head(tower: AnyVisionTower) -> None:
     pixels, _ = draw(tower)
     trace = trace_tower(tower, pixels, 1)
     found = pool_attention(tower, trace)
@@ -159,7 +157,7 @@ def test_a_trace_of_fewer_blocks_is_cut_from_a_longer_one(tower: AnyVisionTower)
 
 
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
-def test_slopes_are_those_of_the_activations(name: str) -> None:
+def test_slopes_equal_those_of_the_activations(name: str) -> None:
     x = torch.linspace(-6, 6, 401, dtype=torch.float64, requires_grad=True)
     (expected,) = torch.autograd.grad(ACTIVATIONS[name](x).sum(), x)
     torch.testing.assert_close(SLOPES[name](x.detach()), expected, rtol=0, atol=1e-12)

@@ -56,7 +56,7 @@ def test_every_object_is_valid(overlay: str) -> None:
     }
 
 
-def test_the_check_finds_a_wrong_field() -> None:
+def test_validation_refuses_an_unknown_field() -> None:
     wrong = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "a"}, "spec": {"ports": "8000"}}
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(wrong, VERSION, strict=True)
@@ -92,7 +92,7 @@ def test_pods_are_probed_by_inference_and_may_write_nowhere_else(overlay: str) -
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_the_autoscaler_asks_for_what_the_adapter_makes(overlay: str) -> None:
+def test_autoscaler_uses_the_adapters_metric(overlay: str) -> None:
     adapter = yaml.safe_load((FOLDER / "prometheus-adapter.yaml").read_text())
     names = {rule["name"]["as"] for rule in adapter["rules"]["custom"]}
     (metric,) = objects(overlay)["HorizontalPodAutoscaler/siglip-serve"]["spec"]["metrics"]

@@ -44,7 +44,7 @@ def rules(kind: str) -> list[dict[str, Any]]:
     ],
     ids=" ".join,
 )
-def test_promtool_finds_nothing(arguments: tuple[str, ...]) -> None:
+def test_promtool_accepts_rules_and_configuration(arguments: tuple[str, ...]) -> None:
     assert "SUCCESS" in promtool(*arguments)
 
 

@@ -60,7 +60,7 @@ def embed_texts(caller: GrpcCaller, texts: list[str]) -> NDArray[np.float32]:
 
 @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]], ids=["four", "one"])
 @pytest.mark.parametrize("inputs", CASES, ids=lambda case: "-".join(case) + "-".join(case.get("MODE", [])))
-def test_maps_and_what_has_no_place_sum_to_the_cosine(
+def test_maps_and_the_unattributed_part_sum_to_the_cosine(
     prompts: list[str], inputs: dict[str, Any], grpc: GrpcCaller
 ) -> None:
     found = explain(grpc, DOG, prompts, **inputs)
@@ -76,7 +76,7 @@ def test_maps_and_what_has_no_place_sum_to_the_cosine(
     assert np.abs(found["PATCH_MAPS"]).max() > 1e-4  # they say something
 
 
-def test_relative_maps_are_what_prompts_have_beyond_the_background(grpc: GrpcCaller) -> None:
+def test_relative_maps_subtract_the_mean_map_of_the_background(grpc: GrpcCaller) -> None:
     absolute = explain(grpc, DOG, [*PROMPTS, *WORDS], MODE=["absolute"])["PATCH_MAPS"]
     own, words = absolute[:4], absolute[4:]
     against_words = explain(grpc, DOG, PROMPTS, BACKGROUND=WORDS)["PATCH_MAPS"]
@@ -90,7 +90,7 @@ def test_relative_maps_are_what_prompts_have_beyond_the_background(grpc: GrpcCal
     assert np.ptp(explain(grpc, DOG, PROMPTS[:1])["PATCH_MAPS"]) > 1e-4
 
 
-def test_prompts_that_are_the_background_have_a_level_map(grpc: GrpcCaller) -> None:
+def test_equal_prompts_have_flat_maps(grpc: GrpcCaller) -> None:
     found = explain(grpc, DOG, ["dog", "dog", "dog"])
     assert np.abs(found["PATCH_MAPS"]).max() < 1e-6
     assert np.ptp(found["HEATMAPS"]) < 0.5  # rounding errors are not blown up to 0 to 1
@@ -120,7 +120,7 @@ def patch(grpc: GrpcCaller) -> float:
 
 
 @pytest.mark.parametrize("size", [(300, 600), (640, 250), (60, 1000)], ids=str)
-def test_a_stretched_picture_has_its_maximum_at_the_same_place(
+def test_maximum_stays_in_place_on_a_stretched_picture(
     size: tuple[int, int], grpc: GrpcCaller, expected: tuple[float, float]
 ) -> None:
     width, height = size
@@ -132,7 +132,7 @@ def test_a_stretched_picture_has_its_maximum_at_the_same_place(
 
 @pytest.mark.parametrize("orientation", TURNS)
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_a_turned_picture_is_explained_as_it_is_seen(
+def test_turns_pictures_upright_by_their_exif_orientation(
     orientation: int, kind: str, grpc: GrpcCaller, expected: tuple[float, float]
 ) -> None:
     upright = stretched(420, 240)
@@ -150,7 +150,7 @@ def test_a_turned_picture_is_explained_as_it_is_seen(
 
 
 @pytest.mark.parametrize("size", [(5, 3), (1, 96), (97, 1), (1, 1)], ids=str)
-def test_a_tiny_picture_is_its_enlargement(size: tuple[int, int], grpc: GrpcCaller) -> None:
+def test_explains_a_tiny_picture_like_its_enlargement(size: tuple[int, int], grpc: GrpcCaller) -> None:
     tiny = stretched(*size)
     large = tiny.resize((96, 96), Image.Resampling.BICUBIC)
     given = explain(grpc, png(tiny), ["penguin", "sky"])["HEATMAPS"]
@@ -162,7 +162,7 @@ def test_a_tiny_picture_is_its_enlargement(size: tuple[int, int], grpc: GrpcCall
         assert np.corrcoef(own.ravel(), there.ravel())[0, 1] > 0.99
 
 
-def test_a_huge_picture(grpc: GrpcCaller, expected: tuple[float, float]) -> None:
+def test_scales_maps_of_a_huge_picture_to_512_pixels(grpc: GrpcCaller, expected: tuple[float, float]) -> None:
     data = encode(stretched(6000, 4000), "JPEG", quality=60)
     found = explain(grpc, data, ["penguin"], (*MAPS, "OVERLAY"))
     assert found["HEATMAPS"].shape == (1, 341, 512)
@@ -179,7 +179,7 @@ def ranges(found: Answer) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     return maps.min((1, 2)), maps.max((1, 2))
 
 
-def test_normalization_of_heatmaps(grpc: GrpcCaller) -> None:
+def test_normalizes_heatmaps_per_prompt_or_jointly(grpc: GrpcCaller) -> None:
     patches = explain(grpc, DOG, PROMPTS)["PATCH_MAPS"]
     # As many pixels as patches, so that nothing lies between two of them.
     size = list(patches.shape[1:])
@@ -200,7 +200,7 @@ def test_normalization_of_heatmaps(grpc: GrpcCaller) -> None:
         np.testing.assert_allclose(found["PATCH_MAPS"], patches, atol=1e-6)
 
 
-def test_only_what_is_asked_for_is_answered(grpc: GrpcCaller) -> None:
+def test_computes_only_the_requested_outputs(grpc: GrpcCaller) -> None:
     for names in (*((name,) for name in (*MAPS, "OVERLAY")), ("SCORES", "OVERLAY"), ("PATCH_MAPS", "SCORES")):
         assert all(len(array) == 4 for array in explain(grpc, DOG, PROMPTS, names).values())
     statistics = grpc.client.get_inference_statistics("explain_overlays", as_json=True)["model_stats"][0]
@@ -210,7 +210,7 @@ def test_only_what_is_asked_for_is_answered(grpc: GrpcCaller) -> None:
     assert int(statistics.get("execution_count", 0)) == before  # no picture was painted
 
 
-def test_overlays(grpc: GrpcCaller) -> None:
+def test_overlays_use_the_colormap_and_the_opacity(grpc: GrpcCaller) -> None:
     pictures: Mapping[str, NDArray[np.uint8]] = {}
     for name in ("jet", "viridis", "cividis"):
         found = explain(
@@ -252,7 +252,7 @@ def json_request(server: TritonServer, body: Mapping[str, Any]) -> tuple[int, di
     return status, json.loads(answer)
 
 
-def test_json_and_base64(server: TritonServer, grpc: GrpcCaller) -> None:
+def test_json_takes_and_returns_base64(server: TritonServer, grpc: GrpcCaller) -> None:
     body = {
         "inputs": [
             {
@@ -281,7 +281,7 @@ def test_json_and_base64(server: TritonServer, grpc: GrpcCaller) -> None:
     assert [one["name"] for one in answer["outputs"]] == ["SCORES"]
 
 
-def test_a_raw_post_is_refused(server: TritonServer) -> None:
+def test_refuses_a_raw_post(server: TritonServer) -> None:
     """It has room for one input only."""
     headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": "0"}
     url = f"http://{server.http_url}/v2/models/explain_image/infer"

@@ -90,7 +90,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("request_", "expected"), REFUSED, ids=lambda case: str(case)[:60])
-def test_refused(request_: dict[str, Any], expected: str, grpc: GrpcCaller) -> None:
+def test_refuses_a_wrong_request(request_: dict[str, Any], expected: str, grpc: GrpcCaller) -> None:
     """With overlays and without, since these are painted by a step that is left out otherwise."""
     asked: dict[str, Any] = {"image": SMALL, "prompts": ["dog"], **request_}
     for outputs in (MAPS, EVERY):
@@ -99,7 +99,7 @@ def test_refused(request_: dict[str, Any], expected: str, grpc: GrpcCaller) -> N
     assert np.isfinite(explain(grpc, SMALL, ["dog"])["SCORES"]).all()
 
 
-def test_wrong_types_are_refused(grpc: GrpcCaller) -> None:
+def test_refuses_wrong_types(grpc: GrpcCaller) -> None:
     module = grpc.module
     for name, kind, array in (
         ("SIZE", "INT64", np.array([5, 5])),
@@ -116,13 +116,13 @@ def test_wrong_types_are_refused(grpc: GrpcCaller) -> None:
         assert name in refusal(grpc.client.infer, "explain_image", inputs)
 
 
-def test_what_is_too_long_may_be_cut(grpc: GrpcCaller) -> None:
+def test_truncates_long_prompts_on_request(grpc: GrpcCaller) -> None:
     found = explain(grpc, SMALL, ["dog " * 300, "cat"], parameters={"truncation": True})
     cut = explain(grpc, SMALL, ["dog " * 63, "cat"])
     np.testing.assert_allclose(found["SCORES"], cut["SCORES"], atol=1e-6)
 
 
-def test_parameters_of_embeddings_change_nothing(grpc: GrpcCaller) -> None:
+def test_ignores_parameters_of_embeddings(grpc: GrpcCaller) -> None:
     plain = explain(grpc, SMALL, ["dog", "cat"])
     given = explain(
         grpc, SMALL, ["dog", "cat"], parameters={"embed_model": "siglip_vision", "normalized": True}
@@ -131,7 +131,7 @@ def test_parameters_of_embeddings_change_nothing(grpc: GrpcCaller) -> None:
         np.testing.assert_allclose(given[name], array, atol=1e-6)
 
 
-def test_base64_over_grpc(grpc: GrpcCaller) -> None:
+def test_takes_and_returns_base64_over_grpc(grpc: GrpcCaller) -> None:
     plain = explain(grpc, SMALL, ["dog", "cat"], EVERY)
     given = explain(grpc, base64.encodebytes(SMALL), ["dog", "cat"], EVERY, {"base64_encoded": True})
     np.testing.assert_allclose(given["HEATMAPS"], plain["HEATMAPS"], atol=1e-6)
@@ -183,7 +183,7 @@ def right_inputs(grpc: GrpcCaller) -> dict[str, dict[str, Any]]:
     }
 
 
-def test_steps_that_are_called_by_themselves_refuse_what_does_not_fit(grpc: GrpcCaller) -> None:
+def test_steps_refuse_wrong_direct_requests(grpc: GrpcCaller) -> None:
     """Who can reach the server can reach each of them; none may fail, or take all memory."""
     right = right_inputs(grpc)
     maps, heat = right["explain_maps"], right["explain_overlays"]
@@ -224,7 +224,7 @@ def test_steps_that_are_called_by_themselves_refuse_what_does_not_fit(grpc: Grpc
 # ---- many prompts
 
 
-def test_two_hundred_prompts(grpc: GrpcCaller) -> None:
+def test_explains_two_hundred_prompts(grpc: GrpcCaller) -> None:
     prompts = [f"prompt number {number}" for number in range(200)]
     found = explain(grpc, SMALL, prompts)
     assert found["HEATMAPS"].shape == (200, 50, 70)
@@ -234,7 +234,7 @@ def test_two_hundred_prompts(grpc: GrpcCaller) -> None:
     np.testing.assert_allclose(found["SCORES"][7:8], alone, atol=1e-5)
 
 
-def test_the_largest_answer_there_is(grpc: GrpcCaller) -> None:
+def test_limits_the_size_of_the_answer(grpc: GrpcCaller) -> None:
     side = int((LARGEST / 200) ** 0.5)
     found = explain(grpc, SMALL, ["dog"] * 199 + ["cat"], SIZE=[side, side])["HEATMAPS"]
     assert found.shape == (200, side, side)
@@ -279,7 +279,7 @@ def mixed() -> list[dict[str, Any]]:
     return kinds
 
 
-def test_neighbours_are_not_harmed(grpc: GrpcCaller) -> None:
+def test_concurrent_requests_do_not_change_each_other(grpc: GrpcCaller) -> None:
     kinds = mixed()
     alone = [outcome(grpc, asked) for asked in kinds]
     assert sum(isinstance(one, str) for one in alone) == len(kinds) // 2
@@ -302,7 +302,7 @@ def test_neighbours_are_not_harmed(grpc: GrpcCaller) -> None:
                 np.testing.assert_allclose(found[name], array, rtol=1e-3, atol=atol)
 
 
-def test_many_refusals_leave_the_server_alive(grpc: GrpcCaller) -> None:
+def test_serves_after_many_refusals(grpc: GrpcCaller) -> None:
     """Steps that ran side by side made Triton hang, or end, after some hundred refusals of one of them."""
     for asked in (
         {"image": b"no image", "prompts": ["dog"]},
@@ -398,7 +398,7 @@ def test_requests_with_and_without_vectors_share_the_tower(grpc: GrpcCaller) -> 
     np.testing.assert_allclose(maps["PATCH_MAPS"][0].sum(-1) + maps["UNATTRIBUTED"][0], scores, atol=1e-4)
 
 
-def test_a_request_that_names_no_output_gets_those_that_there_are(grpc: GrpcCaller) -> None:
+def test_returns_every_possible_output_when_none_is_named(grpc: GrpcCaller) -> None:
     """As measuring tools ask."""
     pixels = pixels_of(grpc, [encode(photo(60, 50, 1), "JPEG")])
     inputs = [grpc.module.InferInput("PIXEL_VALUES", list(pixels.shape), "UINT8")]
@@ -421,7 +421,7 @@ def batches(grpc: GrpcCaller) -> int:
     return int(statistics["model_stats"][0]["execution_count"])
 
 
-def test_the_tower_refuses_what_does_not_go_together(grpc: GrpcCaller) -> None:
+def test_vision_model_refuses_inputs_and_outputs_that_exclude_each_other(grpc: GrpcCaller) -> None:
     pixels = pixels_of(grpc, [SMALL, SMALL])
     width = grpc.embed([SMALL]).shape[1]
     vectors = np.ones((1, 2, width), dtype=np.float32)

@@ -40,14 +40,14 @@ def declared(width: int, height: int) -> bytes:
     return data[:size] + height.to_bytes(2) + width.to_bytes(2) + data[size + 4 :]
 
 
-def test_a_cpu_stops_the_start(log: Path) -> None:
+def test_refuses_preprocess_gpu_on_a_cpu(log: Path) -> None:
     options = ServeOptions(REPOSITORY, str(TINY), device="cpu", settings=SETTINGS, log_file=log)
     with pytest.raises(SettingsError, match="preprocess gpu: needs a GPU"), TritonServer(options):
         pass
 
 
 @pytest.mark.parametrize(("decoders", "expected"), [(0, 4), (7, 7)])
-def test_decoders_are_those_of_each_gpu(decoders: int, expected: int) -> None:
+def test_decoders_are_counted_per_gpu(decoders: int, expected: int) -> None:
     checkpoint = ServedCheckpoint({}, {"PIXEL_VALUES": [3, 3, 3], "PATCH_EMBEDDINGS": [9, 4]})
     stage = Stage(REPOSITORY, "cuda", "decode_on_gpu")
     try:
@@ -95,7 +95,7 @@ class Threads:
             return f"{error.status()} {error.message()}"
 
 
-def test_every_request_gets_what_the_cpu_would_read(gpu_server: TritonServer) -> None:
+def test_pixels_are_close_to_those_of_the_cpu_under_load(gpu_server: TritonServer) -> None:
     """Mixes of all kinds of files, in requests of one or more rows, from many clients at once."""
     read = Preprocessor(IMAGE, "fast")
     files = [*image_files().values(), *oriented_files().values()]
@@ -141,7 +141,7 @@ def test_every_request_gets_what_the_cpu_would_read(gpu_server: TritonServer) ->
         ([declared(8000, 8001)], {}, "INPUT_IMAGE[0]: 8000x8001 pixels, at most"),
     ],
 )
-def test_errors_are_those_of_the_cpu(
+def test_errors_equal_those_of_the_cpu(
     gpu_server: TritonServer, rows: list[bytes], parameters: dict[str, object], message: str
 ) -> None:
     answer = Threads(gpu_server).read(rows, **parameters)

@@ -33,7 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_segments(tmp_path_factory.mktemp("segmentation") / "gtsegs_ijcv.mat", images)
 
 
-def test_the_command_measures_and_leaves_out_what_the_mapping_lacks(
+def test_leaves_out_images_whose_class_the_mapping_lacks(
     server: TritonServer, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mapping = tmp_path / "mapping.txt"
@@ -50,7 +50,9 @@ def test_the_command_measures_and_leaves_out_what_the_mapping_lacks(
     assert written["server"]["checkpoint"] == "siglip-tiny"
 
 
-def test_the_figures_are_those_of_the_servers_maps(server: TritonServer, data: Path, tmp_path: Path) -> None:
+def test_figures_equal_a_computation_from_the_servers_maps(
+    server: TritonServer, data: Path, tmp_path: Path
+) -> None:
     """Asked for by hand: predicted class, mean over a bank, the mask scaled to the map."""
     from siglip_serve_client import Client
 

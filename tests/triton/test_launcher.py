@@ -288,26 +288,29 @@ def test_command_serves_and_stops_on_ctrl_c(tmp_path: Path) -> None:
         [*command, *arguments], env=environment, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
-        output = ""
-        for line in process.stdout:
-            output += line
-            if "Ctrl-C" in line:
-                break
-        assert output.count("\nsiglip-serve: note: siglip-tiny knows drawings only; ") == 1
-        example = output.partition("Try it in another terminal:")[2].partition("Ctrl-C")[0].strip()
-        answer = subprocess.run(["bash", "-c", example], capture_output=True, text=True, check=True)
-        header, row = answer.stdout.splitlines()
-        assert header.split(",")[:3] == ["path", "label", "automobile"]
-        path, best, probability = row.split(",")[:3]
-        assert (path, best) == (str(TINY / "samples" / "automobile.jpg"), "automobile")
-        assert float(probability) > 0.5
-        arguments.append(f"--checkpoint={TINY}")
-        second = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
-        assert second.returncode == 1
-        assert f"HTTP port {http_port} on 127.0.0.1 cannot be bound" in second.stderr
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
-        assert "stopped" in process.stdout.read()
+        try:
+            output = ""
+            for line in process.stdout:
+                output += line
+                if "Ctrl-C" in line:
+                    break
+            assert output.count("\nsiglip-serve: note: siglip-tiny knows drawings only; ") == 1
+            example = output.partition("Try it in another terminal:")[2].partition("Ctrl-C")[0].strip()
+            answer = subprocess.run(["bash", "-c", example], capture_output=True, text=True, check=True)
+            header, row = answer.stdout.splitlines()
+            assert header.split(",")[:3] == ["path", "label", "automobile"]
+            path, best, probability = row.split(",")[:3]
+            assert (Path(path).absolute(), best) == (TINY / "samples" / "automobile.jpg", "automobile")
+            assert float(probability) > 0.5
+            arguments.append(f"--checkpoint={TINY}")
+            second = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+            assert second.returncode == 1
+            assert f"HTTP port {http_port} on 127.0.0.1 cannot be bound" in second.stderr
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0
+            assert "stopped" in process.stdout.read()
+        finally:
+            process.terminate()
 
 
 def status_once_it_listens(http_url: str) -> int:

@@ -93,7 +93,7 @@ def _use(server: TritonServer) -> None:
     caller.client.infer("embed_text", [tensor])
 
 
-def test_every_query_of_the_dashboard_has_data(server: TritonServer, prometheus: str) -> None:
+def test_dashboard_queries_return_data(server: TritonServer, prometheus: str) -> None:
     assert len(QUERIES) > 15
     queries = [query.replace("$__rate_interval", "10s") for query in QUERIES]
     missing = queries
@@ -108,7 +108,7 @@ def test_every_query_of_the_dashboard_has_data(server: TritonServer, prometheus:
         assert EMPTY.search(query) or any(np.isfinite(float(value)) for value in found[query]), query
 
 
-def test_the_rules_are_evaluated(prometheus: str) -> None:
+def test_rules_are_evaluated_and_none_reports_a_server_down(prometheus: str) -> None:
     with OPENER.open(f"http://{prometheus}/api/v1/rules", timeout=10) as answer:
         groups = json.load(answer)["data"]["groups"]
     rules = [rule for group in groups for rule in group["rules"]]

@@ -39,7 +39,7 @@ def added(server: TritonServer, call: Callable[[], Any]) -> dict[str, float]:
     }
 
 
-def test_images_and_rows_are_counted_and_timed(server: TritonServer) -> None:
+def test_counts_and_times_images_and_rows(server: TritonServer) -> None:
     caller = GrpcCaller(server.grpc_url)
     grown = added(server, lambda: caller.embed([PICTURE] * 3))
     assert grown['siglip_serve_images_total{model="siglip_vision_process"}'] == 3
@@ -65,7 +65,7 @@ def test_images_and_rows_are_counted_and_timed(server: TritonServer) -> None:
         (PICTURE, {"embed_model": "nosuch"}, "parameter"),
     ],
 )
-def test_refusals_are_counted_by_reason(
+def test_counts_refused_images_by_reason(
     server: TritonServer, row: bytes, parameters: dict[str, Any], reason: str
 ) -> None:
     grown = added(server, lambda: GrpcCaller(server.grpc_url).embed([row], **parameters))
@@ -74,7 +74,7 @@ def test_refusals_are_counted_by_reason(
     assert 'siglip_serve_tower_rows_total{model="siglip_vision_model"}' not in grown
 
 
-def test_a_text_that_is_refused_is_counted(server: TritonServer) -> None:
+def test_counts_a_refused_text(server: TritonServer) -> None:
     tensor = triton.InferInput("INPUT_TEXT", [1, 1], "BYTES")
     tensor.set_data_from_numpy(np.array([[b"\xff\xfe"]], dtype=np.object_))
     client = triton.InferenceServerClient(server.grpc_url)

@@ -172,7 +172,7 @@ def wait_for_turns_of_both(server: TritonServer) -> None:
         time.sleep(0.002)
 
 
-def test_answers_are_right_and_a_loaded_server_ends(tmp_path: Path) -> None:
+def test_two_processes_answer_correctly_and_end_under_load(tmp_path: Path) -> None:
     with serve(tmp_path) as server:
         caller = Caller(server.grpc_url)
 
@@ -193,7 +193,7 @@ def test_answers_are_right_and_a_loaded_server_ends(tmp_path: Path) -> None:
         assert not turn_files(pid)
 
 
-def test_a_killed_process_gives_its_turn_back(tmp_path: Path) -> None:
+def test_killed_process_gives_its_turn_back(tmp_path: Path) -> None:
     with serve(tmp_path) as server:
         caller = Caller(server.grpc_url)
         with load(caller):
@@ -210,7 +210,7 @@ def test_a_killed_process_gives_its_turn_back(tmp_path: Path) -> None:
     assert not turn_files(pid)
 
 
-def test_turns_can_be_switched_off(tmp_path: Path) -> None:
+def test_turns_off_creates_no_file(tmp_path: Path) -> None:
     with serve(tmp_path, turns="off") as server:
         assert len(towers(server)) == 2
         assert not turn_files(server.pid)

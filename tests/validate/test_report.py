@@ -37,7 +37,7 @@ def report() -> Report:
     )
 
 
-def test_the_published_layout() -> None:
+def test_prints_the_published_layout() -> None:
     assert published_table(ROWS) == (
         "| | top-1 | top-5 | prompt |\n"
         "|---|---|---|---|\n"
@@ -46,7 +46,7 @@ def test_the_published_layout() -> None:
     )
 
 
-def test_the_markdown_says_what_was_measured_and_left_out(report: Report) -> None:
+def test_markdown_tells_settings_and_left_out_images(report: Report) -> None:
     text = markdown(report)
     for part in (
         "Checkpoint tiny, revision unknown, dtype float32, preprocessing fast, served by Triton 2.51.0.",
@@ -60,7 +60,7 @@ def test_the_markdown_says_what_was_measured_and_left_out(report: Report) -> Non
         assert part in text
 
 
-def test_the_json_has_the_figures(report: Report, tmp_path: Path) -> None:
+def test_json_has_the_figures(report: Report, tmp_path: Path) -> None:
     write_json(report, tmp_path / "report.json")
     content = json.loads((tmp_path / "report.json").read_text())
     assert content["rows"][0]["top1"]["value"] == 0.75
@@ -70,7 +70,7 @@ def test_the_json_has_the_figures(report: Report, tmp_path: Path) -> None:
     assert content["chance"] == {"top1": 0.5, "top5": 1}
 
 
-def test_the_picture_is_drawn(report: Report, tmp_path: Path) -> None:
+def test_draws_the_plot(report: Report, tmp_path: Path) -> None:
     means = class_means(np.eye(4), np.array([0, 0, 1, 1]))
     assert means.tolist() == [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]]
     draw(report, means, tmp_path / "report.png")
@@ -98,13 +98,13 @@ def test_parity_of_predictions() -> None:
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:8000", "localhost"])
-def test_a_url_that_is_not_grpcs_is_named(url: str) -> None:
+def test_names_a_url_that_is_not_grpc(url: str) -> None:
     with pytest.raises(ServerError, match="expected host:port of the gRPC endpoint"):
         Server(url)
 
 
 @pytest.mark.parametrize("command", [siglip_vision.main, parity.main])
-def test_no_server_is_one_line_and_a_failing_status(
+def test_no_server_ends_with_one_line_and_a_failing_status(
     command: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / MAPPING).write_text("n00000001 tench\n", encoding="utf-8")

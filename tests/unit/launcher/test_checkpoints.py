@@ -67,6 +67,13 @@ def test_says_that_a_narrow_tower_does_not_run_in_float8(monkeypatch: pytest.Mon
     assert checkpoint.notes[1:] == ("siglip-tiny runs in bfloat16: it is too narrow to gain from float8",)
 
 
+def test_shows_the_dtype_that_auto_becomes() -> None:
+    """Clients never read `auto`; that it was resolved is no news for the operator."""
+    checkpoint = describe_checkpoints(replace(SETTINGS, dtype="auto"), {"a": TINY}, "cpu")["main"]
+    assert checkpoint.parameters["dtype"] == plan.fastest_dtype(None)
+    assert len(checkpoint.notes) == 1
+
+
 def test_refuses_a_dtype_that_the_device_cannot_run() -> None:
     with pytest.raises(SettingsError, match=r"^dtype float16: not for CPUs; float32, bfloat16 and int8 are$"):
         describe_checkpoints(replace(SETTINGS, dtype="float16"), {"a": TINY}, "cpu")

@@ -83,7 +83,7 @@ def test_contrast_counts_pairs_and_ignores_what_is_common() -> None:
     assert localization.pairwise_contrast(maps + common, masks) == 1
 
 
-def test_the_highest_places_go_first() -> None:
+def test_hides_the_highest_places_first() -> None:
     gone = localization.removal_steps(np.array([[1.0, 4.0], [3.0, 2.0]]), 4)
     assert gone.sum(axis=(1, 2)).tolist() == [0, 1, 2, 3, 4]
     assert gone[1].tolist() == [[False, True], [False, False]]
@@ -107,7 +107,7 @@ def test_the_interval_of_a_mean() -> None:
     assert np.isnan(localization.bootstrap_interval(np.array([np.nan]))).all()
 
 
-def test_what_has_no_answer_is_refused() -> None:
+def test_refuses_inputs_without_an_answer() -> None:
     with pytest.raises(InvalidInputError, match="mask: is empty"):
         localization.average_precision(RIGHT, np.zeros_like(MASK))
     with pytest.raises(InvalidInputError, match=r"mask: expected shape \[2, 3\], got \[3\]"):
