@@ -31,7 +31,7 @@ S = TypeVar("S")
 
 
 class AsyncClient:
-    """`Client` for asyncio; use it as an asynchronous context manager, in one event loop.
+    """`Client` for asyncio. Use it as an asynchronous context manager, in one event loop.
 
     Arguments and errors are those of `Client`. Files are read and pictures encoded in threads.
     """
@@ -177,7 +177,7 @@ class AsyncClient:
         operation: Callable[[S], Awaitable[NDArray[np.float32]]],
         progress: Progress | None = None,
     ) -> AsyncIterator[Outcome]:
-        """The outcome of each item, in order; `concurrency` run, and as many again are read ahead."""
+        """The outcome of each item, in order. `concurrency` run, and as many again are read ahead."""
         turns, window = Turns(self.concurrency), deque[asyncio.Task[Outcome]]()
         done = count(1)
         try:

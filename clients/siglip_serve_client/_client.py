@@ -34,13 +34,13 @@ T = TypeVar("T")
 
 
 class Client:
-    """Embeds and classifies with a SigLIP Serve at `url`; use it as a context manager.
+    """Embeds and classifies with a SigLIP Serve at `url`. Use it as a context manager.
 
     Several threads may share a client. All requests run in an event loop in a thread of its own.
 
     Args:
         url: `host:port` of the gRPC endpoint, or a URL of the scheme grpc, grpcs, http or https.
-        concurrency: requests in flight of one iteration; the server batches requests that arrive together.
+        concurrency: requests in flight of one iteration. The server batches requests that arrive together.
         timeout: seconds for one request, with the few repetitions when the server is too busy.
         shared_memory: hand raw frames over through /dev/shm. The server must run on this machine, as the
             same user, and with `--shared-memory`.
@@ -86,7 +86,7 @@ class Client:
         """The embedding [D] float32 of one image.
 
         Args:
-            image: an image file as bytes or path; or a PIL image, or a uint8 array [H, W] or
+            image: an image file as bytes or path, or a PIL image, or a uint8 array [H, W] or
                 [H, W, 1, 3 or 4], which travel without loss and uncompressed.
             normalized: scale it to length 1.
             color_order: of an array with colours, "RGB" or "BGR" (OpenCV).
@@ -120,7 +120,7 @@ class Client:
     def embed_text(
         self, text: str, normalized: bool = False, *, truncation: bool = False
     ) -> NDArray[np.float32]:
-        """The embedding [D] float32 of one text; see `embed_texts`."""
+        """The embedding [D] float32 of one text. See `embed_texts`."""
         return np.asarray(self._run(ask_text_embeddings(self._link, [text], 0, normalized, truncation))[0])
 
     def embed_texts(
@@ -131,14 +131,14 @@ class Client:
         truncation: bool = False,
         progress: Progress | None = None,
     ) -> NDArray[np.float32]:
-        """The embeddings [N, D] float32 of any number of texts; [0, 0] for none.
+        """The embeddings [N, D] float32 of any number of texts, or [0, 0] for none.
 
         Args:
             truncation: cut a text that has too many tokens, instead of refusing it.
             progress: called with the number of texts that are done.
 
         Raises:
-            InvalidInputError: a text is refused; the message names its index.
+            InvalidInputError: a text is refused. The message names its index.
             ClientError, TypeError: as for `embed_image`.
         """
         parts: list[NDArray[np.float32]] = []
@@ -167,8 +167,8 @@ class Client:
 
         Args:
             image: as for `embed_image`.
-            templates: texts with `{}` for the label, averaged; the bare label if None.
-            softmax: the labels compete and sum to 1, as they always do for CLIP; otherwise each label has a
+            templates: texts with `{}` for the label, averaged, or the bare label if None.
+            softmax: the labels compete and sum to 1, as they always do for CLIP. Otherwise each label has a
                 probability of its own.
 
         Raises:
@@ -187,7 +187,7 @@ class Client:
         color_order: ColorOrder | None = None,
         progress: Progress | None = None,
     ) -> Iterator[Outcome]:
-        """The probabilities [L] float32 for each of many images, in order; errors as in `embed_images`."""
+        """The probabilities [L] float32 for each of many images, in order. Errors as in `embed_images`."""
         tensors = label_tensors(labels, templates)
         link = self._link
         return self._each(
@@ -205,14 +205,14 @@ class Client:
             image: as for `embed_image`.
             prompts: at least one.
             **options: `templates=`, texts with `{}` for the prompt, averaged. `background=`, texts that
-                prompts are compared with; without it the mean of all prompts, or of general words for one
+                prompts are compared with. Without it the mean of all prompts, or of general words for one
                 prompt. `mode=` "relative" (to the background) or "absolute". `normalize=` of the heatmaps,
-                "none", "prompt" or "joint". `size=`, height and width of the heatmaps; without it the image's
+                "none", "prompt" or "joint". `size=`, height and width of the heatmaps. Without it the image's
                 own, at most 512 on its longer side. `overlays=True` for pictures, with `colormap=` "jet",
                 "viridis" or "cividis" and `opacity=` 0 to 1. `color_order=` as for `embed_image`.
 
         Raises:
-            InvalidInputError: the server refuses an input; the message names the prompt.
+            InvalidInputError: the server refuses an input. The message names the prompt.
             ClientError, OSError, TypeError, ValueError: as for `embed_image`.
         """
         return self._run(ask_explanation(self._link, image, prompts, options))
@@ -238,19 +238,19 @@ class Client:
             anchors: [N], the known team of a crop, or -1. They decide the ids of the teams.
             prev_state: the state of an earlier fit, whose teams keep their ids.
             k: number of teams.
-            **images: `crops=`, a sequence of N images, each as for `embed_image`; or `frame=`, one such
+            **images: `crops=`, a sequence of N images, each as for `embed_image`, or `frame=`, one such
                 image, and `boxes=`, [N, 4] of x0, y0, x1, y1 in its pixels. With arrays of colours also
                 `color_order=`, "RGB" or "BGR" (OpenCV).
 
         Raises:
-            InvalidInputError: the server refuses an input; the message names the crop.
+            InvalidInputError: the server refuses an input. The message names the crop.
             ClientError, OSError, TypeError, ValueError: as for `embed_image`.
         """
         hints = hint_inputs(track_ids=track_ids, roles=roles, anchors=anchors, prev_state=prev_state, k=k)
         return self._run(ask_fit(self._link, images, hints))
 
     def classify_teams(self, *, state: bytes, **images: Unpack[TeamImages]) -> Teams:
-        """The teams of N pictures of football players; N may be 0.
+        """The teams of N pictures of football players, where N may be 0.
 
         Args:
             state: the state of a fit.
@@ -262,10 +262,10 @@ class Client:
         return self._run(ask_teams(self._link, images, state))
 
     def describe(self, model: str = "siglip_vision_model") -> dict[str, str]:
-        """The checkpoint and the settings of a model; by default of the one that embeds images.
+        """The checkpoint and the settings of a model, by default of the one that embeds images.
 
         Args:
-            model: a model with a checkpoint; `siglip_base_model` looks at the jerseys of teams.
+            model: a model with a checkpoint. `siglip_base_model` looks at the jerseys of teams.
 
         Returns:
             `checkpoint_name`, `checkpoint_revision`, `dtype`, `preprocess`, and `checkpoint_note`: the limits
@@ -277,7 +277,7 @@ class Client:
         return self._run(ask_description(self._link, model))
 
     def check_health(self) -> int:
-        """Embed a small picture; the width of the embedding.
+        """Embed a small picture, and return the width of the embedding.
 
         A server can be ready while a model process is dead, so this makes an inference.
 
@@ -292,7 +292,7 @@ class Client:
         operation: Callable[[S], Awaitable[NDArray[np.float32]]],
         progress: Progress | None = None,
     ) -> Iterator[Outcome]:
-        """The outcome of each item, in order; `concurrency` run, and as many again are read ahead."""
+        """The outcome of each item, in order. `concurrency` run, and as many again are read ahead."""
         turns, window = Turns(self.concurrency), deque[Future[Outcome]]()
         loop = BackgroundLoop.of(self._link)
         with loop.held():

@@ -52,7 +52,7 @@ class TeamTracker:
         recheck: frames after which a locked track needs a label again.
         max_age: frames after which an unseen track is forgotten.
         min_margin: 0 to 1; votes of a smaller margin do not count.
-        max_overlap: 0 to 1; a larger intersection over union of two boxes is an overlap.
+        max_overlap: 0 to 1. A larger intersection over union of two boxes is an overlap.
     """
 
     window: int = 15
@@ -79,7 +79,7 @@ class TeamTracker:
     def needs_label(
         self, track_ids: ArrayLike, *, boxes: ArrayLike | None = None, overlaps: ArrayLike | None = None
     ) -> NDArray[np.bool_]:
-        """The tracks of the next frame that are worth a classification; call it before `update`.
+        """The tracks of the next frame that are worth a classification. Call it before `update`.
 
         Args:
             track_ids: [N] whole numbers.
@@ -108,7 +108,7 @@ class TeamTracker:
         """Count the labels of one frame, and return the team of each of its tracks.
 
         Args:
-            track_ids: [N] whole numbers, each once; negative ones are unknown, may come several times, and
+            track_ids: [N] whole numbers, each once. Negative ones are unknown, may come several times, and
                 get their own label back.
             labels: [N], from `classify_teams`; -1 where a track was not classified or got no team.
             margins: [N], from `classify_teams`.
@@ -158,7 +158,7 @@ class TeamTracker:
             _start_again(track)
 
     def forget(self, track_ids: Iterable[int]) -> None:
-        """Remove tracks, as after a cut when their numbers start again; unknown ones are ignored."""
+        """Remove tracks, as after a cut when their numbers start again. Unknown ones are ignored."""
         for number in track_ids:
             self._tracks.pop(int(number), None)
 

@@ -21,12 +21,12 @@ _EIGHT_BITS = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "
 def encoded(
     image: ImageLike, name: str, color_order: ColorOrder | None, container: Literal["PNG", "BMP"] = "PNG"
 ) -> bytes:
-    """The bytes of an image file: as given or read; arrays and PIL images become one without loss.
+    """The bytes of an image file: as given or read. Arrays and PIL images become one without loss.
 
     Args:
-        image: arrays are uint8 [H, W] or [H, W, C] with C of 1, 3 or 4; a fourth channel is left out.
+        image: arrays are uint8 [H, W] or [H, W, C] with C of 1, 3 or 4. A fourth channel is left out.
         name: name of the argument in messages.
-        color_order: of an array with colours; other images need none.
+        color_order: of an array with colours. Other images need none.
         container: for arrays and PIL images. PNG is small, and BMP is quick to write and read.
 
     Raises:

@@ -47,12 +47,12 @@ class Explanation:
 
     Attributes:
         prompts: the prompts of the request.
-        heatmaps: [P, H, W] float32 over the upright image, normalised as requested; 0 without evidence.
+        heatmaps: [P, H, W] float32 over the upright image, normalised as requested, and 0 without evidence.
         scores: [P] float32, the cosine of each prompt with the image.
-        patch_maps: [P, G, G] float32, the part of a score that each patch adds; never normalised.
+        patch_maps: [P, G, G] float32, the part of a score that each patch adds, never normalised.
         unattributed: [P] float32, the part without a place: `patch_maps.sum((1, 2)) + unattributed` gives the
             scores.
-        overlays: P pictures of the size [H, W]; empty unless requested.
+        overlays: P pictures of the size [H, W], empty unless requested.
     """
 
     prompts: tuple[str, ...]
@@ -66,7 +66,7 @@ class Explanation:
 async def ask_explanation(
     link: Link, image: ImageLike, prompts: Sequence[str], options: ExplainOptions
 ) -> Explanation:
-    """The heatmaps of prompts; see `Client.explain`."""
+    """The heatmaps of prompts. See `Client.explain`."""
     unknown = options.keys() - ExplainOptions.__annotations__.keys()
     if unknown:
         raise TypeError(f"explain() has no argument {min(unknown)!r}")

@@ -21,7 +21,7 @@ __all__ = ["ask_embedding", "ask_image", "ask_probabilities", "label_tensors"]
 async def ask_embedding(
     link: Link, image: ImageLike, normalized: bool, color_order: ColorOrder | None
 ) -> NDArray[np.float32]:
-    """The embedding of an image; see `Client.embed_image`."""
+    """The embedding of an image. See `Client.embed_image`."""
     parameters: dict[str, str | bool] = {"normalized": True} if normalized else {}
     call = Call("embed_image", [], parameters, link.timeout)
     return _row(await ask_image(link, call, image, color_order), "EMBEDDING")
@@ -30,7 +30,7 @@ async def ask_embedding(
 async def ask_probabilities(
     link: Link, image: ImageLike, labels: Sequence[Tensor], softmax: bool, color_order: ColorOrder | None
 ) -> NDArray[np.float32]:
-    """The probabilities of labels; see `Client.classify`. `labels` come from `label_tensors`."""
+    """The probabilities of labels. See `Client.classify`. `labels` come from `label_tensors`."""
     parameters: dict[str, str | bool] = {"softmax": True} if softmax else {}
     call = Call("classify_image", labels, parameters, link.timeout)
     return _row(await ask_image(link, call, image, color_order), "PROBABILITIES")

@@ -25,7 +25,7 @@ class Link:
 
     Attributes:
         timeout: of one request, in seconds.
-        regions: for frames in shared memory; None if they travel with the requests.
+        regions: for frames in shared memory, or None if they travel with the requests.
     """
 
     transport: Transport
@@ -33,13 +33,13 @@ class Link:
     regions: Regions | None = None
 
     async def disconnect(self) -> None:
-        """Remove what lies in shared memory, and close the connections; the next request opens new ones."""
+        """Remove what lies in shared memory, and close the connections. The next request opens new ones."""
         if self.regions is not None:
             await self.regions.clear()
         await self.transport.close()
 
     async def close(self) -> None:
-        """Disconnect; regions that a request still holds are removed when it is answered."""
+        """Disconnect. Regions that a request still holds are removed when it is answered."""
         if self.regions is not None:
             await self.regions.close()
         await self.transport.close()

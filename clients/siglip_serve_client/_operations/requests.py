@@ -29,7 +29,7 @@ class Tensor:
     """An input: an array, or the name of a shared memory region that holds its bytes.
 
     Attributes:
-        array: of objects (bytes) for BYTES; None with a region.
+        array: of objects (bytes) for BYTES, or None with a region.
         region, size: the region, and how many of its bytes are the tensor's.
     """
 
@@ -47,7 +47,7 @@ class Call:
 
     Attributes:
         timeout: in seconds.
-        outputs: the outputs to return; all of them if none is named.
+        outputs: the outputs to return, or all of them if none is named.
     """
 
     model: str
@@ -61,11 +61,11 @@ class Answer(Protocol):
     """The outputs of a model."""
 
     def as_numpy(self, name: str) -> NDArray[Any] | None:
-        """An output by its name; None if there is none."""
+        """An output by its name, or None if there is none."""
 
 
 class Transport(Protocol):
-    """A way to the server; belongs to the event loop that uses it first. Its methods raise ClientError."""
+    """A way to the server. It belongs to the event loop that uses it first. Its methods raise ClientError."""
 
     async def infer(self, call: Call) -> Answer:
         """Send a request and return the model's answer."""
@@ -74,7 +74,7 @@ class Transport(Protocol):
         """The string parameters in the configuration of a model."""
 
     async def register(self, name: str, size: int) -> None:
-        """Let the server know the region `name` of `size` bytes; it lies in /dev/shm under this name."""
+        """Let the server know the region `name` of `size` bytes. It lies in /dev/shm under this name."""
 
     async def withdraw(self, name: str) -> None:
         """Let the server forget a region."""
@@ -84,7 +84,7 @@ class Transport(Protocol):
 
 
 async def ask(transport: Transport, call: Call) -> Answer:
-    """The model's answer; a server that is too busy is asked again, within the call's timeout.
+    """The model's answer. A server that is too busy is asked again, within the call's timeout.
 
     Raises:
         ClientError: the server refused the request, failed, or did not answer.
@@ -120,7 +120,7 @@ def strings(name: str, argument: str, values: Sequence[bytes], columns: bool = F
     """A BYTES tensor [n], with `columns` [n, 1].
 
     Raises:
-        TypeError: a value is not bytes; the message names `argument`.
+        TypeError: a value is not bytes. The message names `argument`.
     """
     for value in values:
         if not isinstance(value, bytes):
@@ -132,7 +132,7 @@ def strings(name: str, argument: str, values: Sequence[bytes], columns: bool = F
 
 
 def utf8(argument: str, texts: Sequence[str], first: int = 0) -> list[bytes]:
-    """Texts as bytes; `first` is the index of the first for messages.
+    """Texts as bytes. `first` is the index of the first for messages.
 
     Raises:
         TypeError: not a sequence of texts.

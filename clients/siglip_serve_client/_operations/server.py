@@ -17,7 +17,7 @@ _DESCRIBED = ("checkpoint_name", "checkpoint_revision", "dtype", "preprocess", "
 
 
 async def ask_health(link: Link) -> int:
-    """The width of the embedding of a small picture; see `Client.check_health`."""
+    """The width of the embedding of a small picture. See `Client.check_health`."""
     picture = io.BytesIO()
     Image.new("RGB", (16, 16), (90, 120, 60)).save(picture, "PNG")
     embedding = await ask_embedding(link, picture.getvalue(), False, None)
@@ -27,6 +27,6 @@ async def ask_health(link: Link) -> int:
 
 
 async def ask_description(link: Link, model: str) -> dict[str, str]:
-    """The checkpoint and the settings of a model; see `Client.describe`."""
+    """The checkpoint and the settings of a model. See `Client.describe`."""
     parameters = await link.transport.parameters(model, link.timeout)
     return {name: parameters.get(name, "") for name in _DESCRIBED}

@@ -80,7 +80,7 @@ class Regions:
         await self._withdraw_stale()
 
     async def close(self) -> None:
-        """Remove all regions; those that a request still holds, when it is answered."""
+        """Remove all regions. Those that a request still holds are removed when it is answered."""
         self._closed = True
         await self.clear()
 

@@ -35,7 +35,7 @@ class Teams:
         margin: float32 [N], from 0 (half-way between two teams) to 1 (at a team's centre).
         outlier_score: float32 [N]; 1 is typical, larger is less like any team.
         coordinates: float32 [N, 2], a projection to plot.
-        region_fallback: bool [N]; the jersey region was empty and the whole crop was used.
+        region_fallback: bool [N], True where the jersey region was empty and the whole crop was used.
     """
 
     labels: NDArray[np.int32]
@@ -53,7 +53,7 @@ class TeamFit(Teams):
     """A fit, and the teams of the crops that it was made from.
 
     Attributes:
-        state: for `classify_teams` and later fits; any server of the same checkpoint reads it. Empty if no
+        state: for `classify_teams` and later fits. Any server of the same checkpoint reads it. Empty if no
             teams were found.
         status: ("OK",), or one or more of LOW_SUPPORT, LOW_SEPARATION, DEGENERATE, ANCHOR_CONFLICT.
     """
@@ -73,7 +73,7 @@ class TeamImages(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class _Request:
-    """Inputs and parameters of a request; `raw` is a frame that is not among the inputs yet."""
+    """Inputs and parameters of a request. `raw` is a frame that is not among the inputs yet."""
 
     inputs: list[Tensor]
     parameters: Mapping[str, str | bool] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class _Request:
 
 
 async def ask_fit(link: Link, images: TeamImages, hints: Sequence[Tensor]) -> TeamFit:
-    """A fit of teams; see `Client.fit_teams`."""
+    """A fit of teams. See `Client.fit_teams`."""
     request = await asyncio.to_thread(partial(_request, **images))
     answer = await _infer(link, "fit_teams", request, hints)
     return TeamFit(
@@ -92,7 +92,7 @@ async def ask_fit(link: Link, images: TeamImages, hints: Sequence[Tensor]) -> Te
 
 
 async def ask_teams(link: Link, images: TeamImages, state: bytes) -> Teams:
-    """The teams of players; see `Client.classify_teams`."""
+    """The teams of players. See `Client.classify_teams`."""
     stated = strings("STATE", "state", [state])
     request = await asyncio.to_thread(partial(_request, **images))
     answer = await _infer(link, "classify_teams", request, [stated])
@@ -107,7 +107,7 @@ def hint_inputs(
     prev_state: bytes | None,
     k: int,
 ) -> list[Tensor]:
-    """The inputs of `fit_teams` other than the pictures; None is left out.
+    """The inputs of `fit_teams` other than the pictures, without those that are None.
 
     Raises:
         TypeError, ValueError: not whole numbers, or not of a size that can be sent.

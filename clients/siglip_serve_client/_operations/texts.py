@@ -22,7 +22,7 @@ _TEXTS = 256
 async def ask_text_embeddings(
     link: Link, texts: Sequence[str], first: int, normalized: bool, truncation: bool
 ) -> NDArray[np.float32]:
-    """Embeddings [n, D] of texts that fit one request; `first` is the index of the first for messages."""
+    """Embeddings [n, D] of texts that fit one request. `first` is the index of the first for messages."""
     flags = {"normalized": normalized, "truncation": truncation}
     parameters: dict[str, str | bool] = {name: True for name, wanted in flags.items() if wanted}
     tensor = strings("INPUT_TEXT", "texts", utf8("texts", texts, first), columns=True)

@@ -1,4 +1,4 @@
-"""Many operations at the same time, up to a limit; each has its own result or error."""
+"""Many operations at the same time, up to a limit. Each has its own result or error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ S = TypeVar("S")
 
 
 class Turns:
-    """Lets `concurrency` operations of an event loop run at the same time; the others wait for their turn."""
+    """Lets `concurrency` operations of an event loop run at the same time. The others wait for their turn."""
 
     def __init__(self, concurrency: int) -> None:
         self._free = asyncio.Semaphore(concurrency)
@@ -33,7 +33,7 @@ class Turns:
         return task
 
     async def outcome(self, operation: Callable[[S], Awaitable[NDArray[np.float32]]], item: S) -> Outcome:
-        """The result of an operation, or the error that concerns its item alone; to be run as a task."""
+        """The result of an operation, or the error that concerns its item alone, to be run as a task."""
         self._remember(asyncio.current_task())
         async with self._free:
             try:

@@ -14,6 +14,6 @@ def connect(endpoint: Endpoint, connections: int) -> Transport:
     """A transport to the server, which connects with its first request.
 
     Args:
-        connections: limit of open HTTP connections; 0 for none.
+        connections: limit of open HTTP connections, or 0 for none.
     """
     return HttpTransport(endpoint, connections) if endpoint.http else GrpcTransport(endpoint)

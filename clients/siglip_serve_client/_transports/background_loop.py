@@ -55,7 +55,7 @@ class BackgroundLoop:
         self._thread.start()
 
     def run(self, operation: Coroutine[Any, Any, T]) -> T:
-        """Run an operation and return its result; an interrupted wait cancels it."""
+        """Run an operation and return its result. An interrupted wait cancels it."""
         future = self.submit(operation)
         try:
             return future.result()

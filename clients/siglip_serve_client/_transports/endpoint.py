@@ -71,5 +71,5 @@ class Endpoint:
         return f"{'https' if self.tls else 'http'}://{self.address}"
 
     def context(self) -> ssl.SSLContext | None:
-        """The certificates that HTTP trusts; None without TLS."""
+        """The certificates that HTTP trusts, or None without TLS."""
         return ssl.create_default_context(cafile=self.ca_file) if self.tls else None

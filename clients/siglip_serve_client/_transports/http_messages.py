@@ -64,7 +64,7 @@ def infer_request(call: Call) -> HttpRequest:
 
 
 def _data(tensor: Tensor) -> bytes | None:
-    """The bytes of an input; None if they are in shared memory."""
+    """The bytes of an input, or None if they are in shared memory."""
     if tensor.array is None:
         return None
     if tensor.datatype == "BYTES":
@@ -121,7 +121,7 @@ class HttpAnswer:
             begin += size or 0
 
     def as_numpy(self, name: str) -> NDArray[Any] | None:
-        """An output by its name; None if there is none.
+        """An output by its name, or None if there is none.
 
         Raises:
             ValueError: its shape does not fit its bytes.

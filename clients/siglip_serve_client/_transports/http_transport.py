@@ -28,10 +28,10 @@ _CONTROL_TIMEOUT = 30.0  # seconds for registering a region
 
 
 class HttpTransport:
-    """Connections that are kept open; they belong to the event loop of the first request.
+    """Connections that are kept open. They belong to the event loop of the first request.
 
     Args:
-        connections: limit of open connections; 0 for none.
+        connections: limit of open connections, or 0 for none.
     """
 
     def __init__(self, endpoint: Endpoint, connections: int) -> None:

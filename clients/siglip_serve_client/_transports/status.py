@@ -54,7 +54,7 @@ def check_status(status: int, body: bytes, address: str) -> None:
     """Check the status of an HTTP answer.
 
     Raises:
-        ClientError: it is not 200; the message is that of the body.
+        ClientError: it is not 200. The message is that of the body.
     """
     if status == 200:
         return

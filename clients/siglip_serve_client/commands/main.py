@@ -21,10 +21,10 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return the exit status; without arguments print the help.
+    """Run the command and return the exit status. Without arguments print the help.
 
     Args:
-        arguments: the words after the program's name; those of this process if None.
+        arguments: the words after the program's name, or those of this process if None.
     """
     parser = _parser()
     words = sys.argv[1:] if arguments is None else list(arguments)

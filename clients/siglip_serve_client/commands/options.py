@@ -31,7 +31,7 @@ def endpoint(url: str, ca_file: Path | str | None) -> Endpoint:
     """The server that these options name, with the key of the environment.
 
     Raises:
-        SystemExit: the URL is malformed, or the file does not exist; with a message.
+        SystemExit: the URL is malformed, or the file does not exist, with a message.
     """
     if ca_file and not Path(ca_file).is_file():
         raise SystemExit(f"siglip-serve: {ca_file}: no such file")
@@ -45,7 +45,7 @@ def connected(options: argparse.Namespace, concurrency: int = 16, timeout: float
     """A client for the server of these options.
 
     Raises:
-        SystemExit: the URL is malformed, or the file does not exist; with a message.
+        SystemExit: the URL is malformed, or the file does not exist, with a message.
     """
     where = endpoint(options.url, options.ca_file)
     return Client(options.url, concurrency, timeout, api_key=where.api_key, ca_file=where.ca_file)

@@ -13,4 +13,4 @@ LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 
 
 class BenchError(Exception):
-    """A load test that cannot be run; the message says why."""
+    """A load test that cannot be run. The message says why."""

@@ -23,7 +23,7 @@ def input_data(images: Sequence[bytes]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Read the options and write the file; the exit status."""
+    """Read the options, write the file, and return the exit status."""
     parser = argparse.ArgumentParser(description="Make the input file of perf_analyzer from image files.")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")

@@ -73,7 +73,7 @@ class Summary:
         return sum(self.faults.values())
 
     def percentile(self, percent: float) -> float:
-        """Latency in ms that `percent` of the requests did not exceed; nan without a request."""
+        """Latency in ms that `percent` of the requests did not exceed, or nan without a request."""
         return float(np.percentile(self.latencies, percent)) * 1000 if len(self.latencies) else float("nan")
 
 

@@ -43,7 +43,7 @@ class Row:
 
 
 def table_line(row: Row | None, is_open: bool) -> str:
-    """A line of the printed table; its head if there is no row."""
+    """A line of the printed table, or its head if there is no row."""
     heads = {
         **({"rate": "asked/s"} if is_open else {"concurrency": "in flight"}),
         "requests_per_second": "requests/s",

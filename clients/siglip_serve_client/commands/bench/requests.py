@@ -98,7 +98,7 @@ def check_answer(model: str, answer: Answer) -> None:
     """Check one row: its name, type and shape, and that its values are finite and in range.
 
     Raises:
-        ServerError: the answer is wrong; the message gives the fault.
+        ServerError: the answer is wrong. The message gives the fault.
     """
     if model == "explain_image":
         _check_explanation(answer)

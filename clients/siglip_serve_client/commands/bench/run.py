@@ -36,11 +36,11 @@ class Plan:
     """The settings that all loads share.
 
     Attributes:
-        url: as `Endpoint.parse` reads it; the key is in the environment.
+        url: as `Endpoint.parse` reads it. The key is in the environment.
         ca_file: PEM file of the certificates to trust.
         model, mix: as `parse_models` and `parse_sizes` read them.
         images: files and folders, instead of `mix`.
-        seconds, warmup, timeout: in seconds; the last one for one request.
+        seconds, warmup, timeout: in seconds. The last one is for one request.
         processes: of locust.
     """
 
@@ -119,7 +119,7 @@ def locust_command(plan: Plan, point: Point, record: Path) -> list[str]:
 
 
 def run_point(plan: Plan, point: Point, output: Path) -> Summary:
-    """Put one load on the server; locust's own output goes to a file in `output`.
+    """Put one load on the server. Locust's own output goes to a file in `output`.
 
     Raises:
         BenchError: if locust fails, or no request was answered in the measured time.

@@ -1,4 +1,4 @@
-"""`siglip-serve embed`: embeddings of any number of images in one file; an interrupted run resumes."""
+"""`siglip-serve embed`: embeddings of any number of images in one file. An interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _listed(name: str | None) -> list[str]:
 
 @dataclass
 class _Asked:
-    """An image on its way; `error` if it could not be read."""
+    """An image on its way, with `error` if it could not be read."""
 
     item: Item
     data: bytes = b""
@@ -105,7 +105,7 @@ class _Run:
     """One run of the command.
 
     Attributes:
-        asked: images on their way, in order; the first is the next to have an outcome.
+        asked: images on their way, in order. The first is the next to have an outcome.
         again: images that were on their way when the server failed.
     """
 
@@ -134,7 +134,7 @@ class _Run:
         return 1 if self.store.failures else 0
 
     def _pass(self, items: Iterator[Item]) -> ClientError | None:
-        """Embed images to the end, or until the server fails; then return its error."""
+        """Embed images to the end, or until the server fails, and then return its error."""
         flushed = time.monotonic()
         outcomes = self.client.embed_images(self._data(items), self.options.normalized)
         for outcome in outcomes:
@@ -152,7 +152,7 @@ class _Run:
         return None
 
     def _data(self, items: Iterator[Item]) -> Iterator[bytes]:
-        """The bytes of the images to send; an unreadable image is only noted, in its place."""
+        """The bytes of the images to send. An unreadable image is only noted, in its place."""
         for asked in self._upcoming(items):
             self.asked.append(asked)
             if asked.error is None:

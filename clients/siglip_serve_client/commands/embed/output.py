@@ -46,7 +46,7 @@ class _Part:
 
 
 class Store:
-    """The outcomes of a run and of the interrupted runs before it; a context manager.
+    """The outcomes of a run and of the interrupted runs before it, as a context manager.
 
     Args:
         output: a file that passes `check_output`.

@@ -23,7 +23,7 @@ _ROWS = 64  # of a Parquet column in memory at once
 
 
 class SourcesError(Exception):
-    """An argument names no images; the message gives the argument and the reason."""
+    """An argument names no images. The message gives the argument and the reason."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Item:
 
     Attributes:
         key: the path as given, `shard.tar/member`, or `table.parquet#row`.
-        read: its bytes; an OSError if they cannot be read.
+        read: its bytes, or an OSError if they cannot be read.
     """
 
     key: str
@@ -44,7 +44,7 @@ class Sources:
 
     Args:
         given: files, folders, patterns with `*`, `?`, `[` or `{000..009}`.
-        column: column of Parquet files; its cells are bytes, or structs with a member `bytes`.
+        column: column of Parquet files. Its cells are bytes, or structs with a member `bytes`.
 
     Raises:
         SourcesError: an argument names nothing.
@@ -63,7 +63,7 @@ class Sources:
             self._paths += found
 
     def count(self) -> int | None:
-        """The number of images; None with tar archives, which would have to be read."""
+        """The number of images, or None with tar archives, which would have to be read."""
         total = 0
         for path in self._files():
             if path.name.endswith(_TAR):

@@ -90,7 +90,7 @@ def _check_files(options: argparse.Namespace) -> None:
     """Check the files before anything runs.
 
     Raises:
-        OSError: a file cannot be written; the message names it.
+        OSError: a file cannot be written. The message names it.
     """
     kind = Image.registered_extensions().get(options.output.suffix.lower())
     if kind not in Image.SAVE:

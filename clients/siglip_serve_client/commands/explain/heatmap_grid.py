@@ -104,7 +104,7 @@ def _places(layout: _Layout, columns: int, count: int) -> Iterator[tuple[int, in
 
 
 def _lines(text: str, room: int) -> list[str]:
-    """The text in at most `_MOST_LINES` lines of `room` pixels; what does not fit ends in an ellipsis."""
+    """The text in at most `_MOST_LINES` lines of `room` pixels. Longer text ends in an ellipsis."""
     text, font = _drawable(" ".join(text.split()))
     lines: list[str] = []
     while text and len(lines) < _MOST_LINES:
@@ -120,7 +120,7 @@ def _lines(text: str, room: int) -> list[str]:
 
 
 def _fitting(text: str, room: int, font: Font, end: str = "") -> int:
-    """The number of characters of the text that fit together with `end`; at least one."""
+    """The number of characters of the text that fit together with `end`, at least one."""
     low, high = 1, len(text)
     while low < high:
         middle = (low + high + 1) // 2
@@ -144,7 +144,7 @@ def _has(font: Font, letter: str) -> bool:
 
 
 def _title(sheet: Image.Image, place: tuple[int, int], lines: list[str], score: str) -> None:
-    """A title above a place; titles of one line and of two end at the same height."""
+    """A title above a place. Titles of one line and of two end at the same height."""
     draw, (left, bottom) = ImageDraw.Draw(sheet), place
     draw.text((left, bottom - _SCORE + 1), score, _FAINT, _default(_SCORE_SIZE))
     for number, line in enumerate(reversed(lines), 1):
@@ -154,7 +154,7 @@ def _title(sheet: Image.Image, place: tuple[int, int], lines: list[str], score: 
 def _bar(
     sheet: Image.Image, place: tuple[int, int], height: int, limits: tuple[float, float], colormap: Colormap
 ) -> None:
-    """Colours from the largest value, on top, to the least; 0 is marked if it lies between them."""
+    """Colours from the largest value, on top, to the least. 0 is marked if it lies between them."""
     colors = np.rint(cmap.Colormap(colormap).lut(256)[::-1, :3] * 255).astype(np.uint8)
     strip = Image.fromarray(colors[:, None]).resize((_BAR, height), Image.Resampling.BILINEAR)
     sheet.paste(strip, place)
@@ -187,7 +187,7 @@ def _default(size: int) -> Font:
 
 @lru_cache(maxsize=16)
 def _font(size: int, name: str | None) -> Font | None:
-    """The font of this name, or Pillow's own without a name; None if the system has no such font."""
+    """The font of this name, or Pillow's own without a name, or None if the system has no such font."""
     if name is None:
         return _default(size)
     try:

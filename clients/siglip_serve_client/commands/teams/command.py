@@ -80,7 +80,7 @@ class _Players:
 
 
 def add_teams(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    """Add the command; the parser."""
+    """Add the command, and return its parser."""
     parser = commands.add_parser(
         "teams",
         help="find the teams of football players",

@@ -33,7 +33,7 @@ class Boxes:
     Attributes:
         corners: float32 [N, 4] of x0, y0, x1, y1.
         tracks: [N], "" where a track is unknown.
-        roles: [N], "" for players; None if the file has no roles.
+        roles: [N], "" for players, or None if the file has no roles.
     """
 
     corners: NDArray[np.float32]
@@ -65,7 +65,7 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 
 
 def track_of(path: Path, pattern: re.Pattern[str] | None) -> str:
-    """The match of the pattern's first group in the path, or of the pattern without groups; else ""."""
+    """The match of the pattern's first group in the path, or of the pattern without groups, else ""."""
     found = pattern.search(path.as_posix()) if pattern else None
     if found is None:
         return ""
@@ -73,7 +73,7 @@ def track_of(path: Path, pattern: re.Pattern[str] | None) -> str:
 
 
 def track_numbers(tracks: Sequence[str]) -> NDArray[np.int64] | None:
-    """The number of each track [N], -1 for ""; None if no track is known."""
+    """The number of each track [N], -1 for "", or None if no track is known."""
     known = {track: number for number, track in enumerate(dict.fromkeys(filter(None, tracks)))}
     if not known:
         return None
@@ -83,11 +83,11 @@ def track_numbers(tracks: Sequence[str]) -> NDArray[np.int64] | None:
 def read_boxes(path: Path) -> Boxes:
     """Boxes from a CSV file with a header, or a JSON list of objects or of lists of four numbers.
 
-    The columns or members are x0, y0, x1, y1, and if known track_id and role; others are ignored.
+    The columns or members are x0, y0, x1, y1, and if known track_id and role. Others are ignored.
 
     Raises:
         OSError: the file cannot be read.
-        MisuseError: the file has another form; the message names the row.
+        MisuseError: the file has another form. The message names the row.
     """
     rows = _json_rows(path) if path.suffix.lower() == ".json" else _csv_rows(path)
     corners = [_corners(row, f"{path}, box {number}") for number, row in enumerate(rows)]

@@ -26,11 +26,11 @@ Box: TypeAlias = tuple[int, int, int, int]
 
 
 def labelled_frame(frame: Image.Image, boxes: ArrayLike, players: Labelled) -> Image.Image:
-    """The frame with a box in the team's colour around each player; a tag says team, name and margin.
+    """The frame with a box in the team's colour around each player. A tag says team, name and margin.
 
     Args:
         frame: the image that the boxes refer to, in its pixels.
-        boxes: [N, 4] of x0, y0, x1, y1; those without an area inside of the frame are left out.
+        boxes: [N, 4] of x0, y0, x1, y1. Those without an area inside of the frame are left out.
     """
     picture = frame.convert("RGB")
     draw = ImageDraw.Draw(picture)

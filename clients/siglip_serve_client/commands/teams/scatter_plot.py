@@ -1,4 +1,4 @@
-"""A plot of the coordinates of players; teams differ by colour and by shape."""
+"""A plot of the coordinates of players. Teams differ by colour and by shape."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _RADIUS = 6.5
 
 @dataclass(frozen=True)
 class _Scale:
-    """From coordinates to places in the plot; both axes have one scale, as distances have a meaning."""
+    """From coordinates to places in the plot. Both axes have one scale, as distances have a meaning."""
 
     low: NDArray[np.float64]
     high: NDArray[np.float64]
@@ -132,9 +132,9 @@ class _Canvas:
 
 
 def scatter_plot(players: Labelled, title: str) -> Image.Image:
-    """The players' COORDINATES, one shape and colour per team; outliers are ringed.
+    """The players' COORDINATES, one shape and colour per team. Outliers are ringed.
 
-    Rows whose coordinates are not finite are left out; the legend counts all.
+    Rows whose coordinates are not finite are left out. The legend counts all.
     """
     points = players.teams.coordinates.astype(np.float64)
     drawn = np.isfinite(points).all(axis=1)
