@@ -49,7 +49,7 @@ from tqdm import tqdm
 from benchmarks.common import about, write_csv
 from benchmarks.heatmap_methods import Case, Maps, Method, Model, Picture, hide, methods
 from siglip_serve.embeddings.zero_shot import cosine
-from siglip_serve.heatmaps.picture import View, normalize, overlay
+from siglip_serve.heatmaps.picture import View, color_scale, overlay
 from training.composed import Scenes, draw_scenes
 from training.pack import load_pack
 from training.tokenizer import PROMPTS
@@ -270,7 +270,7 @@ def sheet(setup: Setup, scene: Scene, names: Sequence[str]) -> Image.Image:
             images = [overlay(picture, mask.astype(np.float32), seen, "cividis", 0.6) for mask in scene.masks]
         else:
             placed = setup.place(next(iter(variants(way, way.find(case)).values())))
-            images = [overlay(picture, heat, seen) for heat in normalize(placed, "prompt")]
+            images = [overlay(picture, heat, seen) for heat in color_scale(placed, "prompt")]
         draw.text((column * tile + 2, 1), way.name if way else "where it is", fill="black")
         for row, (image, name) in enumerate(zip(images, names, strict=True)):
             top = 14 + row * (tile + 14)

@@ -21,6 +21,7 @@ __all__ = [
     "NORMALIZATIONS",
     "Normalization",
     "View",
+    "color_scale",
     "default_size",
     "normalize",
     "overlay",
@@ -30,13 +31,16 @@ Maps = NDArray[np.float32]
 Normalization = Literal["none", "prompt", "joint"]
 
 NORMALIZATIONS: tuple[Normalization, ...] = ("none", "prompt", "joint")
-# Two of these can be told apart whatever colours one sees.
-COLORMAPS = ("jet", "viridis", "cividis")
+# The first one is the default. Readers who cannot tell red from green can read all but jet.
+COLORMAPS = ("bwr", "jet", "viridis", "cividis")
+# Blue speaks against a prompt and red for it; 0 is white.
+_DIVERGING = frozenset({"bwr"})
 MOST_VALUES = 2**24  # of all maps of a request: 64 MiB
 MOST_SIDE = 8192  # of a map: what each patch counts for each pixel of a side lies in memory
 _DEFAULT_SIDE = 512
 # A map that varies less over its picture than float32 resolves is level, and not to be blown up to 0 to 1.
 _LEAST_RANGE = 1e-6
+_LEVELS = 255  # of a palette: an odd number, so that the middle has a level of its own
 
 
 @dataclass(frozen=True)
@@ -93,27 +97,51 @@ def normalize(maps: Maps, how: Normalization) -> Maps:
     return np.asarray((maps - low) / np.maximum(high - low, _LEAST_RANGE), dtype=np.float32)
 
 
+def color_scale(maps: Maps, how: Normalization, colormap: str = COLORMAPS[0]) -> Maps:
+    """Places 0 to 1 of maps [P, ...] in the colours of a colormap.
+
+    In a diverging colormap 0 is in the middle, at 0.5, and both ends are equally far from it. In another
+    one the scale runs from the least value to the largest.
+
+    Args:
+        maps: of one request, positive where the image speaks for a prompt and negative where against it.
+        how: `prompt`: a scale for each map; `joint` and `none`: one scale for all of them.
+        colormap: one of `COLORMAPS`.
+    """
+    if colormap not in _DIVERGING:
+        return normalize(maps, "prompt" if how == "prompt" else "joint")
+    axes = tuple(range(1 if how == "prompt" else 0, maps.ndim))
+    most = np.maximum(np.abs(maps).max(axis=axes, keepdims=True), _LEAST_RANGE)
+    return np.asarray(0.5 + maps / (2 * most), dtype=np.float32)
+
+
 def overlay(
     picture: Image.Image,
     heat: NDArray[np.float32],
     seen: NDArray[np.bool_],
-    colormap: str = "jet",
+    colormap: str = COLORMAPS[0],
     opacity: float = 0.5,
 ) -> Image.Image:
-    """A map laid over its picture.
+    """Lay a map over its picture.
+
+    Under a diverging colormap the picture loses its own colours, all of them from an opacity of 0.5 on:
+    a red guitar would otherwise look like a place that speaks for the prompt.
 
     Args:
-        picture: upright; it is scaled to the map.
-        heat: [H, W], 0 to 1.
-        seen: [H, W]; where it is not set, the picture shows through.
+        picture: upright. It is scaled to the map.
+        heat: [H, W] float32, 0 to 1, as from `color_scale`.
+        seen: [H, W]. Where it is not set, the picture shows through.
         colormap: one of `COLORMAPS`.
         opacity: 0 to 1, of the map.
     """
     height, width = heat.shape
     ground = picture.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
-    colors = Image.fromarray(np.clip(np.rint(heat * 255), 0, 255).astype(np.uint8))
+    colors = Image.fromarray(np.clip(np.rint(heat * (_LEVELS - 1)), 0, _LEVELS - 1).astype(np.uint8))
     colors.putpalette(_palette(colormap))
-    mixed = Image.blend(ground, colors.convert("RGB"), opacity)
+    under = ground
+    if colormap in _DIVERGING:
+        under = Image.blend(ground, ground.convert("L").convert("RGB"), min(1.0, 2 * opacity))
+    mixed = Image.blend(under, colors.convert("RGB"), opacity)
     if seen.all():
         return mixed
     return Image.composite(mixed, ground, Image.fromarray(seen.astype(np.uint8) * 255))
@@ -121,8 +149,8 @@ def overlay(
 
 @lru_cache(maxsize=len(COLORMAPS))
 def _palette(colormap: str) -> bytes:
-    """Red, green and blue of 0 to 255, one after the other."""
-    return np.rint(cmap.Colormap(colormap).lut(256)[:, :3] * 255).astype(np.uint8).tobytes()
+    """Red, green and blue of each level, 0 to 255, one after the other."""
+    return np.rint(cmap.Colormap(colormap).lut(_LEVELS)[:, :3] * 255).astype(np.uint8).tobytes()
 
 
 def _centers(side: int, count: int) -> NDArray[np.float64]:

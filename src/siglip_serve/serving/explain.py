@@ -25,6 +25,7 @@ from siglip_serve.heatmaps.picture import (
     NORMALIZATIONS,
     Normalization,
     View,
+    color_scale,
     default_size,
     normalize,
     overlay,
@@ -213,7 +214,7 @@ class ExplainVectors:
 class ExplainMapper:
     """`explain_maps`: what was found -> HEATMAPS, SCORES, UNATTRIBUTED, PATCH_MAPS.
 
-    HEAT are PATCH_MAPS scaled to 0 to 1 as NORMALIZE says, each by itself where that is `none`.
+    HEAT are PATCH_MAPS under a name that is no output of the ensemble.
     """
 
     def __init__(self, context: Context) -> None:
@@ -246,14 +247,15 @@ class ExplainMapper:
             "SCORES": (prompts @ unit).astype(np.float32),
             "UNATTRIBUTED": unattributed.astype(np.float32),
             "PATCH_MAPS": maps,
-            "HEAT": normalize(maps, "prompt" if plan.normalization == "none" else plan.normalization),
+            "HEAT": maps,
         }
 
 
 class ExplainOverlays:
     """`explain_overlays`: HEAT [P, G, G], PLAN, INPUT_IMAGE -> OVERLAY [P], PNG files: maps over the image.
 
-    Optional COLORMAP [1] BYTES and OPACITY [1] FP32. With the parameter `base64_encoded` the files are
+    Optional COLORMAP [1] BYTES and OPACITY [1] FP32. All maps share one scale of colours, or with the
+    NORMALIZE `prompt` each has its own. With the parameter `base64_encoded` the files are
     base64 text, as the image.
     """
 
@@ -272,8 +274,9 @@ class ExplainOverlays:
         plan, side = _Plan.of(request), self._context.config.vision.grid_size
         colormap, opacity = _choice(request, "COLORMAP", COLORMAPS), _opacity(request)
         encoded = request.flag("base64_encoded")
-        heat = _finite(request, "HEAT", [side, side])
-        plan.check("HEAT", len(heat), plan.prompts)
+        maps = _finite(request, "HEAT", [side, side])
+        plan.check("HEAT", len(maps), plan.prompts)
+        heat = color_scale(maps, plan.normalization, colormap)
         view = _view(self._context, _image_size(request))
         height, width = plan.height, plan.width
 
