@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 from collections.abc import Callable, Sequence
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,14 @@ mpl.use("Agg")  # no screen is needed
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 __all__ = ["PLOTS", "draw", "heatmaps", "peers", "serve_load", "waterfall"]
 
 Row = dict[str, str]
 
 WIDTH = 1000  # pixels
+HEIGHT = 900  # at most: what a screen shows at once
 _DPI = 100
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the order is kept across figures.
 _COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"]
@@ -79,23 +82,47 @@ def serve_load(rows: Sequence[Row], device: str | None = None) -> Figure:
 
 
 def waterfall(rows: Sequence[Row], device: str | None = None) -> Figure:
-    """One bar a step in the file's order, one panel a geometry and batch size."""
+    """One bar per step in the file's order, one panel per geometry and batch size, two panels per line.
+
+    A panel shows one run: the one with the most steps, or the last of several such. Panels without the
+    first step are left out, because there is nothing to compare their bars with.
+    """
     device = device or rows[-1]["device"]
     chosen = [row for row in rows if row["device"] == device]
-    panels: dict[str, dict[str, Row]] = {}
-    for row in chosen:  # the last of several runs counts
-        panel = panels.setdefault(f"{row['geometry']}, {row['rows']} images a pass", {})
-        panel[f"{row['step']} ({row['dtype']})" if row.get("dtype") else row["step"]] = row
-    heights = [len(steps) for steps in panels.values()]
-    figure, grid = _figure(
-        1.0 + 0.36 * sum(heights) + 0.8 * len(panels), len(panels), 1, height_ratios=[n + 1 for n in heights]
+    panels = _waterfall_panels(chosen)
+    steps = list(dict.fromkeys(step for panel in panels.values() for step in panel))
+    lines = math.ceil(len(panels) / 2)
+    inches = min(HEIGHT / _DPI, 1.3 + lines * (0.8 + 0.21 * len(steps)))
+    figure, grid = _figure(inches, lines, 2, sharey=True)
+    for axes, (title, panel) in zip(grid, panels.items(), strict=False):
+        _bars(axes, steps, panel)
+        axes.set_title(title, loc="left", fontsize=10)
+    grid[0].invert_yaxis()  # the first step on top
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    figure.supxlabel(
+        "images per second, gain over the first step, smallest cosine to float32\n"
+        "grey: from main memory, blue: images that lie on the GPU",
+        fontsize=10,
     )
-    for axes, (title, steps) in zip(grid, panels.items(), strict=True):
-        _bars(axes, steps)
-        axes.set_title(title, loc="left", fontsize=11)
-    grid[-1].set_xlabel("images per second; grey: from main memory, blue: rows that lie on the GPU")
     figure.suptitle(f"Vision tower, step by step: {device}, {_dates(chosen)}")
     return figure
+
+
+def _waterfall_panels(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
+    """Title of a panel -> step -> its row."""
+    runs: dict[tuple[str, str], dict[tuple[str, ...], dict[str, Row]]] = {}
+    for row in rows:
+        run = tuple(row.get(name, "") for name in ("date", "commit", "command"))
+        steps = runs.setdefault((row["geometry"], row["rows"]), {}).setdefault(run, {})
+        steps[row["step"]] = row
+    panels = {}
+    for (geometry, count), found in runs.items():
+        panel = max(reversed(found.values()), key=len)
+        first = next(iter(panel.values()))
+        images = f"{count} image{'s' * (count != '1')} per pass"
+        panels[f"{geometry}, {images}, {first['dtype']}"] = panel
+    return {title: panel for title, panel in panels.items() if rows[0]["step"] in panel}
 
 
 def peers(rows: Sequence[Row], device: str | None = None) -> Figure:
@@ -127,6 +154,7 @@ def peers(rows: Sequence[Row], device: str | None = None) -> Figure:
     axes.set(
         xlabel="images per second", xlim=(0, 1.75 * max(_value(row, "images_per_second") for row in chosen))
     )
+    axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
     for name, color in (("transformers + FastAPI", _PEER), ("SigLIP Serve", _OURS)):
         axes.barh([0], [0], color=color, label=name)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
@@ -197,10 +225,8 @@ def draw(name: str, folder: Path, device: str | None = None, output: Path | None
     return path
 
 
-def _figure(inches: float, rows: int, columns: int, **ratios: Any) -> tuple[Figure, list[Axes]]:
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(WIDTH / _DPI, inches), squeeze=False, gridspec_kw=ratios or None
-    )
+def _figure(inches: float, rows: int, columns: int, *, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    figure, grid = plt.subplots(rows, columns, figsize=(WIDTH / _DPI, inches), squeeze=False, sharey=sharey)
     return figure, list(grid.flat)
 
 
@@ -214,18 +240,22 @@ def _series(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
     return found
 
 
-def _bars(axes: Axes, steps: dict[str, Row]) -> None:
-    values = [_speed(row) for row in steps.values()]
-    colors = [_BASE, *[_OURS] * (len(steps) - 1)]
-    axes.barh(range(len(steps)), values, 0.72, color=colors)
-    for place, (row, value) in enumerate(zip(steps.values(), values, strict=True)):
-        gain = f"  {value / values[0]:.2f} x" if place else ""
-        text = f" {_thousands(value)}{gain}  cosine {row['cosine_min']}"
-        axes.text(value, place, text, va="center", fontsize=10)
-    axes.set_yticks(range(len(steps)), list(steps))
-    axes.invert_yaxis()  # the first step on top
+def _bars(axes: Axes, steps: Sequence[str], panel: dict[str, Row]) -> None:
+    values = {step: _speed(row) for step, row in panel.items()}
+    base = values[steps[0]]
+    for place, step in enumerate(steps):
+        if step not in panel:
+            continue
+        row, value = panel[step], values[step]
+        axes.barh(place, value, 0.72, color=_OURS if row.get("device_images_per_second") else _BASE)
+        gain = f"  {value / base:.2f} x" if place else ""
+        text = f" {_thousands(value)}{gain}  {float(row['cosine_min']):.5f}"
+        axes.text(value, place, text, va="center", fontsize=9)
+    axes.set_yticks(range(len(steps)), steps, fontsize=9)
     axes.grid(visible=False, axis="y")
-    axes.set_xlim(0, 1.75 * max(values))
+    axes.set_xlim(0, 1.75 * max(values.values()))
+    axes.tick_params(axis="x", labelsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
 
 
@@ -241,8 +271,12 @@ def _concurrency_axis(axes: Axes, ticks: list[int]) -> None:
 
 
 def _thousands(value: float, _: object = None) -> str:
-    """12,651, and 26.3 where it is small; also as a tick formatter."""
-    return f"{value:,.{0 < value < 100 and value % 1 > 0:d}f}"
+    """12,651, and 26.3 where it is small; also as a tick formatter.
+
+    Halves are rounded up, as in the pages: 10,630.5 is 10,631.
+    """
+    step = Decimal("0.1") if 0 < value < 100 and value % 1 > 0 else Decimal(1)
+    return f"{Decimal(str(float(value))).quantize(step, ROUND_HALF_UP):,f}"
 
 
 def _faults(row: Row) -> int:
