@@ -1,4 +1,4 @@
-"""What every benchmark says about itself, a picture to measure with, and the CSV files."""
+"""Columns that every benchmark shares, a picture to measure with, and the CSV files."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def cosine(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
 
 
 def parse_settings(given: Sequence[str]) -> dict[str, str]:
-    """Settings from NAME=VALUE, as a command line has them; exits with a message on anything else."""
+    """Settings from NAME=VALUE, as a command line has them. Exits with a message on anything else."""
     for text in given:
         if "=" not in text:
             sys.exit(f"--setting: got {text!r}, expected NAME=VALUE")
@@ -84,7 +84,7 @@ def parse_settings(given: Sequence[str]) -> dict[str, str]:
 
 
 def synthetic_jpeg(width: int, height: int, seed: int | None = None) -> bytes:
-    """A JPEG of about the size that a photograph has: smooth colour, edges, and grain; 80 kB at 500x375."""
+    """A JPEG of about a photograph's size, 80 kB at 500x375: smooth colour, edges, and grain."""
     rng = np.random.default_rng(width if seed is None else seed)
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
     colors = [127 + 100 * np.sin(5 * x + 3 * y * (channel + 1)) for channel in range(3)]

@@ -1,14 +1,18 @@
-"""What heatmaps cost beside a plain forward pass: time and peak memory of one image, random weights.
+"""Cost of heatmaps over a plain forward pass: time and peak memory of one image, random weights.
 
-Ways, each by the engine that serves: the embedding alone; the heatmaps (all layers of CLIP, the last two
-blocks of SigLIP); SigLIP's at the pooled tokens; and the naive store, which writes down what each head of
-each layer added from each token, [L, H, T, D], before anything is asked of it (of SigLIP only the pooling
-head's, as the store of one block would take [T, T, H, D]). The rounds take all ways in turns: ratios are of
-one round.
+Each way runs in the engine that serves:
 
-On a CPU each way's memory is the largest resident size of a process of its own, weights included; on a GPU
-it is what torch has taken at most, and nothing is said of the backend `fused`, whose recordings hold all that
-they need from the start. `completeness` is the largest difference between maps + unattributed and the
+- the embedding alone
+- the heatmaps: all layers of CLIP, the last two blocks of SigLIP
+- SigLIP's heatmaps at the pooled tokens
+- the naive store, which first writes down what each head of each layer added from each token, [L, H, T, D].
+  For SigLIP that is the pooling head alone, since the store of one block would take [T, T, H, D].
+
+Each round runs all ways, and ratios are of one round.
+
+On a CPU each way's memory is the largest resident size of a process of its own, weights included. On a GPU it
+is the most that torch has taken. The backend `fused` has no figure there, because its recordings hold all
+that they need from the start. `completeness` is the largest difference between maps + unattributed and the
 cosine of the same pass.
 """
 
@@ -62,7 +66,7 @@ _FORWARD, _MAPS, _POOLED, _NAIVE = "forward", "heatmaps", "heatmaps, pooled toke
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured."""
+    """A model and an image that are measured."""
 
     geometry: str
     device: str
@@ -121,7 +125,7 @@ class _Subject:
         self.runner = cast("VisionRunner", self.engine.runner)
 
     def ways(self) -> dict[str, Way]:
-        """What each way does."""
+        """The function of each way by its name."""
         ways: dict[str, Way] = {_FORWARD: self._embed, _MAPS: lambda: self._explain(self.explainer)}
         if self.pooled:
             ways[_POOLED] = lambda: self._explain(self.pooled)
@@ -201,7 +205,7 @@ def _resident(name: str) -> float:
 
 
 def _peak(case: Case, way: str, run: Way) -> tuple[float, float]:
-    """MiB at most, and before; on a GPU in this process, on a CPU in one of its own."""
+    """MiB at most, and before. It runs in this process on a GPU, and in one of its own on a CPU."""
     if case.device != "cpu":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

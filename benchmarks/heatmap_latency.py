@@ -83,13 +83,13 @@ def measure(options: argparse.Namespace, server: TritonServer) -> list[dict[str,
 
 
 def _mean(before: tuple[int, float], after: tuple[int, float]) -> str:
-    """Milliseconds of a request between two readings; empty where there was none."""
+    """Milliseconds of a request between two readings, empty where there was none."""
     count = after[0] - before[0]
     return f"{(after[1] - before[1]) / count:.3f}" if count else ""
 
 
 def main() -> None:
-    """Command line; see --help."""
+    """Run the command line."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/siglip-tiny"))

@@ -85,7 +85,7 @@ class Model:
 
 
 def untrained(model: Model, seed: int) -> Model:
-    """The same with a tower of random weights to look into; what it says of texts and pictures stays."""
+    """A copy of the model whose tower to look into has random weights. Its embeddings stay."""
     changed = copy.copy(model)
     changed.tower = copy.deepcopy(model.tower)
     with torch.no_grad():
@@ -135,7 +135,7 @@ class Case:
 
     @cached_property
     def trace(self) -> TowerTrace:
-        """Of all blocks."""
+        """The trace of all blocks."""
         with torch.inference_mode():
             return trace_tower(self.model.tower, self.pixels, len(self.model.tower.encoder.layers))
 
@@ -162,7 +162,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Maps:
-    """What a method says of a scene.
+    """Maps of a scene by one method.
 
     Attributes:
         own: [K, h, w], of each prompt: h and w are those of the patch grid, or the picture's.
@@ -198,7 +198,7 @@ class Method:
 
 
 def methods(model: Model, seed: int) -> list[Method]:
-    """All that are compared on a model; the curve over the blocks comes first."""
+    """All methods that are compared on a model, the curve over the blocks first."""
     depth = len(model.tower.encoder.layers)
     siglip = isinstance(model.tower, VisionTower)
     default = min(DEFAULT_BLOCKS, depth) if siglip else depth
@@ -232,7 +232,7 @@ class Ours:
             self._clip = ClipExplainer(tower, range(self._depth - blocks, self._depth))
 
     def __call__(self, case: Case) -> Maps:
-        """See `Method.find`."""
+        """Find the maps of a case, as `Method.find` describes."""
         tower, vectors = case.model.tower, case.few_vectors
         found: Explanation
         if self._siglip is not None:
@@ -270,7 +270,7 @@ def _random(case: Case, generator: np.random.Generator) -> Maps:
 def _occlusion(case: Case) -> Maps:
     """By how much the cosine drops when a window is painted over with the picture's mean colour.
 
-    The window stands at evenly spaced places; a pixel has the mean over the windows that covered it.
+    The window stands at evenly spaced places. A pixel has the mean over the windows that covered it.
     """
     gone, size = windows(case.model), len(case.picture)
     pictures = np.concatenate([case.picture[None], hide(case.picture, gone)])
@@ -282,7 +282,7 @@ def _occlusion(case: Case) -> Maps:
 
 
 def windows(model: Model) -> NDArray[np.bool_]:
-    """What occlusion hides, bool [n, S, S]: windows that overlap by half or more, and leave out no pixel."""
+    """Masks of occlusion, bool [n, S, S]: windows that overlap by half or more, and leave out no pixel."""
     vision = model.config.vision
     size, patch = vision.image_size, vision.patch_size
     side = size // patch

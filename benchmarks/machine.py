@@ -1,4 +1,4 @@
-"""What a run costs in CPU time: the whole machine's, and each process's of a server."""
+"""CPU time of a run: the whole machine's, and each process's of a server."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OURS = 7
 
 
 def machine_cpu() -> float:
-    """Seconds that all cores together have been busy since the machine's start; 0 where it is not told."""
+    """Seconds that all cores together have been busy since the machine's start, or 0 where it is not told."""
     fields = [
         int(field) for field in Path("/proc/stat").read_text(encoding="ascii").split("\n")[0].split()[1:]
     ]
@@ -56,7 +56,7 @@ def cpu_used(
 
 
 def gpu_names() -> list[str]:
-    """The NVIDIA GPUs of this machine; asked of the driver's tool, since importing torch takes seconds."""
+    """The NVIDIA GPUs of this machine, by the driver's tool, since importing torch takes seconds."""
     try:
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         found = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
@@ -68,7 +68,7 @@ def gpu_names() -> list[str]:
 
 
 def _what(command: list[str], name: str) -> str:
-    """A model process is named by its model, which its command line tells; a module by its name."""
+    """A model process is named by its model, which its command line tells, and a module by its name."""
     for argument in command:
         if model := re.search(r"/([^/]+)/\d+/model\.py$", argument):
             return model[1]

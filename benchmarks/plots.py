@@ -1,9 +1,9 @@
-"""Draws the results: `python -m benchmarks.plots` makes a PNG of each CSV that it knows and finds.
+"""Plots of the results: `python -m benchmarks.plots` makes a PNG of each CSV that it knows and finds.
 
-serve_load.csv: requests in flight against images a second and latencies, closed loop, one device.
-vision_waterfall.csv: what each step gains, one bar a step, with its fidelity.
-peers.csv: this server beside its peer.
-heatmaps.csv: average precision against the blocks that are gone back through, and every way beside it.
+serve_load.csv: requests in flight against images per second and latencies, closed loop, one device.
+vision_waterfall.csv: the gain of each step, one bar per step, with its fidelity.
+peers.csv: this server and its peer.
+heatmaps.csv: average precision over the number of blocks that are rolled back, and of every other way.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _STYLE: Any = {
 
 
 def serve_load(rows: Sequence[Row], device: str | None = None) -> Figure:
-    """Throughput and latencies of the closed loop; by default on the device of the last row."""
+    """Throughput and latencies of the closed loop, by default on the device of the last row."""
     closed = [row for row in rows if row.get("loop", "closed") in ("closed", "") and not _faults(row)]
     if not closed:
         raise ValueError("no row of the closed loop without errors")
@@ -126,7 +126,7 @@ def _waterfall_panels(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
 
 
 def peers(rows: Sequence[Row], device: str | None = None) -> Figure:
-    """Ours beside the peer's, one pair of bars a load."""
+    """Our speed and the peer's, one pair of bars per load."""
     device = device or _measured_on_both_sides(rows)
     chosen = [row for row in rows if row["device"] == device]
     pairs: dict[tuple[str, ...], dict[str, Row]] = {}
@@ -163,7 +163,7 @@ def peers(rows: Sequence[Row], device: str | None = None) -> Figure:
 
 
 def heatmaps(rows: Sequence[Row], device: str | None = None) -> Figure:
-    """Average precision over the blocks, and of every way, of the last row's checkpoint; 95 % intervals."""
+    """Average precision over the blocks, and of every way, of the last checkpoint; 95 % intervals."""
     device = device or rows[-1]["device"]
     checkpoint = rows[-1]["checkpoint"]
     chosen = [row for row in rows if (row["device"], row["checkpoint"]) == (device, checkpoint)]
@@ -212,7 +212,7 @@ PLOTS: dict[str, Callable[[Sequence[Row], str | None], Figure]] = {
 
 
 def draw(name: str, folder: Path, device: str | None = None, output: Path | None = None) -> Path:
-    """Draw `<name>.csv` of a folder to `<name>.png`; the PNG's path."""
+    """Draw `<name>.csv` of a folder to `<name>.png`, and return the PNG's path."""
     with (folder / f"{name}.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if not rows:
@@ -231,7 +231,7 @@ def _figure(inches: float, rows: int, columns: int, *, sharey: bool = False) -> 
 
 
 def _series(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
-    """Lines of the figure: name -> concurrency -> its last row; named by label and what differs."""
+    """Lines of the figure: name -> concurrency -> its last row. Lines are named by label and what differs."""
     differ = [name for name in ("size", "client") if len({row.get(name, "") for row in rows}) > 1]
     found: dict[str, dict[int, Row]] = {}
     for row in rows:
@@ -271,7 +271,7 @@ def _concurrency_axis(axes: Axes, ticks: list[int]) -> None:
 
 
 def _thousands(value: float, _: object = None) -> str:
-    """12,651, and 26.3 where it is small; also as a tick formatter.
+    """12,651, and 26.3 where it is small. Also a tick formatter.
 
     Halves are rounded up, as in the pages: 10,630.5 is 10,631.
     """
@@ -284,7 +284,7 @@ def _faults(row: Row) -> int:
 
 
 def _speed(row: Row) -> float:
-    """Of the tower alone where that was measured: the way to it is not what the steps change."""
+    """Speed of the tower alone where that was measured: the steps do not change the way to it."""
     return float(row.get("device_images_per_second") or row["images_per_second"])
 
 
@@ -298,7 +298,7 @@ def _dates(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    """Draw what was asked for, or every CSV that is there."""
+    """Draw the named plots, or one of every CSV that is there."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"of {', '.join(PLOTS)}; default: all that have a CSV")

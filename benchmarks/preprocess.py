@@ -1,6 +1,6 @@
-"""How long one image takes from file to pixels, `fast` against `pil`, on one thread.
+"""Time of one image from file to pixels, `fast` against `pil`, on one thread.
 
-Both modes run in turns, so that a busy machine slows both alike and the ratio stays fair.
+Both modes alternate, so that a busy machine slows both alike and the ratio stays fair.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Maps of prompts that do not add up: what the additive ones of `heatmap` are compared with.
 
-None of these sums to the score, nor says how much of it a place accounts for; they only rank the places of
+None of these sums to the score, nor says how much of it a place accounts for. They only rank the places of
 an image. All are computed from what the towers return (`BlockTrace`, `TowerTrace`), without autograd.
 
 - `dense`: every patch token sent alone to the joint space, and its cosine with the prompt. Source: MaskCLIP,
@@ -38,7 +38,7 @@ __all__ = ["dense", "last_blocks", "legrad", "pool_attention", "streams", "trace
 
 
 def trace_tower(tower: AnyVisionTower, pixels: Tensor, blocks: int) -> TowerTrace:
-    """What the last `blocks` blocks of either tower compute of pixels [B, 3, S, S]."""
+    """Trace of the last `blocks` blocks of either tower on pixels [B, 3, S, S]."""
     if isinstance(tower, VisionTower):
         return tower.trace(pixels, blocks)
     x, split = tower.embed(pixels), len(tower.encoder.layers) - blocks
@@ -111,15 +111,15 @@ def pool_attention(tower: AnyVisionTower, trace: TowerTrace) -> Tensor:
 def legrad(
     tower: AnyVisionTower, trace: TowerTrace, vectors: Tensor, of: Literal["pooler", "blocks"] = "pooler"
 ) -> Tensor:
-    """Gradients of scores by attention weights; negative ones count as 0, then the mean is taken.
+    """Gradients of scores by attention weights: the mean over them, where negative ones count as 0.
 
     Every traced block gives its own score: the cosine that the tower would return if that block were its
-    last one; of CLIP, as in the authors' code, with the mean of all tokens in place of the class token. Its
-    map is the gradient of this score by an attention map, as if each weight could change by itself, averaged
-    over the heads and queries. The maps of the blocks are averaged too.
+    last one. CLIP's is taken with the mean of all tokens in place of the class token, as in the authors'
+    code. The map is the gradient of this score by an attention map, as if each weight could change alone,
+    averaged over the heads and queries. The maps of the blocks are averaged too.
 
-    Unlike the authors' code for SigLIP the pooling head gets its tokens through the last LayerNorm, as it
-    does in the tower, and what an empty prompt finds is not masked out.
+    Two things differ from the authors' code for SigLIP. The pooling head gets its tokens through the last
+    LayerNorm, as in the tower. The map of an empty prompt is not masked out.
 
     Args:
         tower: which was traced.
@@ -156,7 +156,7 @@ def _by_attention(layer: Block, block: BlockTrace, gradient: Tensor) -> Tensor:
 
 
 def _score_gradients(tower: VisionTower, stream: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Of cosines with vectors, by the probe's attention [B, P, H, T] and by the stream [B, P, T, D]."""
+    """Gradients of cosines with vectors: by the probe's attention [B, P, H, T], by the stream [B, P, T, D]."""
     head, norm = tower.head, tower.post_layernorm
     heads = head.attention.num_heads
     tokens = norm(stream)
@@ -182,7 +182,7 @@ def _score_gradients(tower: VisionTower, stream: Tensor, vectors: Tensor) -> tup
 
 
 def _mean_token_gradient(tower: ClipVisionTower, stream: Tensor, vectors: Tensor) -> Tensor:
-    """Of cosines of the mean token with vectors, by the stream: [B, N, D] -> [B, P, N, D]."""
+    """Gradients of cosines of the mean token with vectors, by the stream: [B, N, D] -> [B, P, N, D]."""
     token = stream.mean(1, keepdim=True)
     embedding = tower.projection(tower.post_layernorm(token))[:, 0]
     by_normalised = _cosine_gradient(embedding, vectors) @ tower.projection.weight
@@ -191,7 +191,7 @@ def _mean_token_gradient(tower: ClipVisionTower, stream: Tensor, vectors: Tensor
 
 
 def _cosine_gradient(embedding: Tensor, vectors: Tensor) -> Tensor:
-    """Of the cosine with each vector, by embedding [B, E] -> [B, P, E]."""
+    """Gradient of the cosine with each vector, by embedding [B, E] -> [B, P, E]."""
     length = embedding.norm(dim=-1, keepdim=True)
     unit, wanted = embedding / length, F.normalize(vectors, dim=-1)
     cosine = unit @ wanted.T  # [B, P]
@@ -227,7 +227,7 @@ def _probe_attention(head: AttentionPooling, tokens: Tensor) -> tuple[Tensor, Te
 
 
 def _first_patch(tower: AnyVisionTower) -> int:
-    """The first token of a patch; CLIP's class token comes before."""
+    """Index of the first token of a patch. CLIP's class token comes before."""
     return 0 if isinstance(tower, VisionTower) else 1
 
 
@@ -238,13 +238,13 @@ def _layers(tower: AnyVisionTower, trace: TowerTrace) -> list[Block]:
 
 
 def _mixed(layer: Block, block: BlockTrace) -> Tensor:
-    """What a block's attention added, [B, N, D]."""
+    """Output of a block's attention, [B, N, D]."""
     added: Tensor = layer.self_attn.mix(block.queries, block.keys, block.values)
     return added
 
 
 def _gelu_slope(x: Tensor) -> Tensor:
-    """Of the exact GELU."""
+    """Derivative of the exact GELU."""
     return 0.5 * (1 + torch.erf(x * 0.5**0.5)) + x * torch.exp(-0.5 * x * x) * (2 * torch.pi) ** -0.5
 
 

@@ -85,7 +85,7 @@ def measure(options: argparse.Namespace, server: TritonServer) -> list[dict[str,
 
 
 def main() -> None:
-    """Command line; see --help."""
+    """Run the command line."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/siglip-tiny-jersey"))

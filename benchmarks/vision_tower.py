@@ -1,6 +1,6 @@
-"""Our vision tower against transformers' in the same dtype: images a second, and how far apart they are.
+"""Our vision tower against transformers' in the same dtype: images per second, and how far apart they are.
 
-Random weights at a published geometry. Both run in turns, so that a busy machine slows both alike. The
+Random weights at a published geometry. Both alternate, so that a busy machine slows both alike. The
 fidelity columns compare with transformers in float32: the pooled embedding and all patch tokens.
 """
 

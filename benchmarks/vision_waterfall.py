@@ -1,7 +1,7 @@
-"""What each of the fused runner's levers brings on a GPU: one lever a row, on top of those above it.
+"""Gain of each lever of the fused runner on a GPU: one lever per row, on top of those above it.
 
 Random weights at published geometries, or a checkpoint. `host`: pixels in main memory to embeddings in main
-memory, several passes on end; `device`: the tower alone, replayed on rows that lie on the GPU. The cosine is
+memory, several passes on end. `device`: the tower alone, replayed on rows that lie on the GPU. The cosine is
 to our plain tower in float32. `--scale` multiplies the random weights, which makes them harsher.
 """
 
@@ -48,7 +48,7 @@ _STEPS: dict[str, Levers | None] = {
 
 
 def make_tower(options: argparse.Namespace) -> tuple[VisionTower, ImageConfig]:
-    """A fresh tower on the CPU; the same weights every time."""
+    """A fresh tower on the CPU, with the same weights every time."""
     if options.checkpoint:
         return load_vision(options.checkpoint), load_config(options.checkpoint).image
     tower, image = _random_tower(options.geometry, options.scale)
@@ -96,7 +96,7 @@ def load_pixels(folder: Path, image: ImageConfig) -> NDArray[np.uint8]:
 
 
 def host_seconds(runner: AnyRunner, pixels: NDArray[np.uint8], rows: int, seconds: float) -> float:
-    """Median seconds of a pass, when four passes follow each other; one pass at a time for one row."""
+    """Median seconds of a pass, when four passes follow each other, or one pass at a time for one row."""
     passes = 4 if rows > 1 else 1
     many = np.concatenate([pixels] * passes)
 
