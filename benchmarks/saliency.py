@@ -156,7 +156,7 @@ def _by_attention(layer: Block, block: BlockTrace, gradient: Tensor) -> Tensor:
 
 
 def _score_gradients(tower: VisionTower, stream: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of cosines with vectors: by the probe's attention [B, P, H, T], by the stream [B, P, T, D]."""
+    """Gradients of cosines with vectors by the probe's attention [B, P, H, T] and the stream [B, P, T, D]."""
     head, norm = tower.head, tower.post_layernorm
     heads = head.attention.num_heads
     tokens = norm(stream)

@@ -42,7 +42,7 @@ __all__ = ["ImageLimits", "Mode", "Pixels", "Preprocessor", "decode_base64", "pl
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What one image may cost: bytes of the file, and pixels as its header declares them."""
+    """Limits of one image: bytes of the file, and pixels as its header declares them."""
 
     max_bytes: int = 32 * 2**20
     max_pixels: int = 64_000_000
@@ -143,7 +143,7 @@ class Preprocessor:
         return self.resize(self.decode(data))
 
     def decode(self, data: bytes) -> Pixels:
-        """The file's first frame, upright, on white: uint8 RGB `[H, W, 3]`; errors as for a call."""
+        """The file's first frame, upright, on white: uint8 RGB `[H, W, 3]`. Raises as a call does."""
         kind = _identify(data, self._limits)
         if self._mode == "pil":
             return np.array(_decode_with_pil(data, kind, self._limits))
@@ -155,7 +155,7 @@ class Preprocessor:
 
 
 def decode_base64(data: bytes, limits: ImageLimits = _DEFAULT_LIMITS) -> bytes:
-    """The bytes that standard base64 text stands for; ASCII whitespace between the characters is skipped.
+    """The bytes that standard base64 text stands for. ASCII whitespace between the characters is skipped.
 
     Raises:
         InvalidInputError: empty, a character outside the alphabet, or wrong padding.
@@ -220,7 +220,7 @@ def _check_size(width: int, height: int, limits: ImageLimits) -> None:
 
 
 def _decode_fast(data: bytes, kind: str, limits: ImageLimits) -> Pixels:
-    """uint8 RGB `[H, W, 3]`, upright, contiguous; by libjpeg-turbo without Pillow where both agree."""
+    """uint8 RGB `[H, W, 3]`, upright, contiguous. libjpeg-turbo reads it without Pillow where both agree."""
     if kind == "JPEG":
         header = read_header(data)
         pixels = _decode_jpeg(data, limits)
@@ -322,7 +322,7 @@ def _from_hex(text: str) -> bytes:
 
 
 def _orient(pixels: Pixels, orientation: int) -> Pixels:
-    """`[H, W, 3]` as stored becomes upright, `[W, H, 3]` for orientations 5 to 8; contiguous."""
+    """Turn `[H, W, 3]` as stored upright: contiguous, `[W, H, 3]` for orientations 5 to 8."""
     if orientation in _SWAPPED_AXES:
         pixels = pixels.swapaxes(0, 1)
     if orientation in _MIRRORED_ROWS:
