@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from benchmarks.common import GEOMETRIES, about, write_csv
+from benchmarks.inputs import GEOMETRIES
+from benchmarks.records import about, write_csv
 from siglip_serve.engine.fused.attention import Shape, attend, is_supported
 
 _TOKENS = (1, 16, 49, 64, 65, 100, 128, 129, 144, 196, 208, 209, 256, 257, 576, 729, 784, 1024)

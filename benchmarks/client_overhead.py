@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from siglip_serve_client import AsyncClient, Client
 from tqdm import tqdm
 
-from benchmarks.common import about, cosine, synthetic_jpeg, write_csv
+from benchmarks.inputs import synthetic_jpeg
+from benchmarks.records import about, cosine, write_csv
 from benchmarks.servers import Running, run_ours
 
 Embeddings: TypeAlias = NDArray[np.float32]

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.common import about, cosine, write_csv
+from benchmarks.records import about, cosine, write_csv
 from benchmarks.vision_tower import engine, reference
 from siglip_serve.checkpoint.config import ImageConfig, load_config
 from siglip_serve.checkpoint.files import resolve

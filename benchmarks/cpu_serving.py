@@ -22,8 +22,9 @@ from typing import cast
 
 import numpy as np
 
-from benchmarks.common import about, parse_settings, synthetic_jpeg, write_csv
+from benchmarks.inputs import parse_settings, synthetic_jpeg
 from benchmarks.load import Load, Result, first_answers, run
+from benchmarks.records import about, write_csv
 from benchmarks.servers import Running, run_ours
 from siglip_serve.checkpoint.config import load_config
 from siglip_serve.config import Backend, Dtype

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import about, synthetic_jpeg, write_csv
+from benchmarks.inputs import synthetic_jpeg
+from benchmarks.records import about, write_csv
 from siglip_serve.launcher import ServeOptions, TritonServer
 
 _ROOT = Path(__file__).parents[1]

@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.common import about, synthetic_jpeg, write_csv
+from benchmarks.inputs import synthetic_jpeg
 from benchmarks.preprocess import default_size
+from benchmarks.records import about, write_csv
 from siglip_serve.checkpoint.config import ImageConfig
 from siglip_serve.images.jpeg import plain_frame
 from siglip_serve.images.nvjpeg.reader import GpuJpegReader

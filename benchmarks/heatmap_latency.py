@@ -20,7 +20,8 @@ import tritonclient.grpc as triton
 from siglip_serve_client import Client
 from tqdm import tqdm
 
-from benchmarks.common import about, parse_settings, synthetic_jpeg, write_csv
+from benchmarks.inputs import parse_settings, synthetic_jpeg
+from benchmarks.records import about, write_csv
 from benchmarks.serve_load import device_name
 from benchmarks.teams_latency import milliseconds, step_milliseconds
 from siglip_serve.launcher import ServeOptions, TritonServer

@@ -46,8 +46,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from benchmarks.common import about, write_csv
 from benchmarks.heatmap_methods import Case, Maps, Method, Model, Picture, hide, methods
+from benchmarks.records import about, write_csv
 from siglip_serve.embeddings.zero_shot import cosine
 from siglip_serve.heatmaps.picture import View, color_scale, overlay
 from training.composed import Scenes, draw_scenes

@@ -18,9 +18,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common import cosine
+from benchmarks.cpu_time import cpu_of, cpu_used, machine_cpu
 from benchmarks.load_clients import Client, Target, connect
-from benchmarks.machine import cpu_of, cpu_used, machine_cpu
+from benchmarks.records import cosine
 
 __all__ = ["Arrivals", "Load", "Record", "Result", "first_answers", "run", "send_times", "wrong"]
 

@@ -14,9 +14,9 @@ from siglip_serve_client._bench_report import Row
 from siglip_serve_client._bench_run import Plan, Point, run_point
 from siglip_serve_client.loadtest._mix import pictures
 
-from benchmarks.common import about, write_csv
 from benchmarks.load import Load, first_answers, run
 from benchmarks.load_clients import Kind
+from benchmarks.records import about, write_csv
 from benchmarks.serve_load import device_name
 from benchmarks.servers import Running, run_ours
 

@@ -19,10 +19,10 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common import about, cosine, parse_settings, write_csv
+from benchmarks.inputs import parse_settings
 from benchmarks.load import first_answers, run
 from benchmarks.load_clients import Kind
-from benchmarks.machine import gpu_names
+from benchmarks.records import about, cosine, gpu_names, write_csv
 from benchmarks.serve_load import (
     add_load_options,
     device_name,

@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from benchmarks.common import about, synthetic_jpeg, write_csv
+from benchmarks.inputs import synthetic_jpeg
+from benchmarks.records import about, write_csv
 from siglip_serve.checkpoint.config import ImageConfig
 from siglip_serve.images.preprocess import Mode, Preprocessor
 

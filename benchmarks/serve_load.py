@@ -10,10 +10,10 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from benchmarks.common import about, parse_settings, synthetic_jpeg, write_csv
+from benchmarks.inputs import parse_settings, synthetic_jpeg
 from benchmarks.load import Arrivals, Load, Result, first_answers, run
 from benchmarks.load_clients import Kind, Target
-from benchmarks.machine import gpu_names
+from benchmarks.records import about, gpu_names, write_csv
 from benchmarks.servers import run_ours
 
 __all__ = ["add_load_options", "device_name", "load_columns", "make_loads", "pictures", "print_result"]

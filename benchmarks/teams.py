@@ -45,7 +45,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, roc_auc_score
 from tqdm import tqdm
 
-from benchmarks.common import about, write_csv
+from benchmarks.records import about, write_csv
 from siglip_serve.checkpoint.config import load_config
 from siglip_serve.checkpoint.files import resolve
 from siglip_serve.engine.engines import VisionEngine

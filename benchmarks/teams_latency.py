@@ -18,7 +18,7 @@ import tritonclient.grpc as triton
 from siglip_serve_client import Client, Teams
 from tqdm import tqdm
 
-from benchmarks.common import about, write_csv
+from benchmarks.records import about, write_csv
 from siglip_serve.launcher import ServeOptions, TritonServer
 from training.jerseys import clip
 

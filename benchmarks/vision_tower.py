@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from benchmarks.common import GEOMETRIES, about, write_csv
+from benchmarks.inputs import GEOMETRIES
+from benchmarks.records import about, write_csv
 from siglip_serve.checkpoint.config import ImageConfig, VisionConfig
 from siglip_serve.config import Backend, Dtype
 from siglip_serve.engine.engines import VisionEngine

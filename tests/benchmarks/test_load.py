@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -16,7 +17,8 @@ from PIL import Image
 from tritonclient.grpc import service_pb2
 
 from benchmarks import peers, plots
-from benchmarks.common import synthetic_jpeg, write_csv
+from benchmarks.cpu_time import cpu_of, cpu_used, machine_cpu
+from benchmarks.inputs import synthetic_jpeg
 from benchmarks.load import Driver, Load, Result, first_answers, send_times, wrong
 from benchmarks.load_clients import (
     Answer,
@@ -27,7 +29,7 @@ from benchmarks.load_clients import (
     infer_request,
     triton_embedding,
 )
-from benchmarks.machine import cpu_of, cpu_used, machine_cpu
+from benchmarks.records import write_csv
 from benchmarks.servers import run_peer
 
 TARGET = Target("http", "127.0.0.1:1", "/embed")
@@ -274,7 +276,7 @@ def test_waterfall_shows_the_whole_run_and_no_panel_without_the_first_step() -> 
     assert shown.pop("") == []
     expected = [" 100  1.00000", " 150  1.50 x  0.99990", " 900  9.00 x  0.99980"]
     assert shown == {"base, 64 images per pass, bfloat16": expected}
-    plots.plt.close(figure)
+    plt.close(figure)
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from siglip_serve.checkpoint.config import ImageConfig
 from siglip_serve.errors import SettingsError
+from siglip_serve.images.formats import ImageLimits, plain_jpeg
 from siglip_serve.images.jpeg import PlainFrame, Sampling
 from siglip_serve.images.nvjpeg.library import Decoder, Picture
-from siglip_serve.images.preprocess import ImageLimits, plain_jpeg
 from siglip_serve.images.resize import LONGEST, Pixels, Resample, cut_offsets, down_first, target_size
 
 __all__ = ["Decoded", "GpuJpegReader", "Layout", "lay_out", "resize", "resize_weights", "to_rgb"]

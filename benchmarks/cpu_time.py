@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 
-__all__ = ["cpu_of", "cpu_used", "gpu_names", "machine_cpu"]
+__all__ = ["cpu_of", "cpu_used", "machine_cpu"]
 
 _TICKS_PER_SECOND = 100  # of /proc/stat, the same on every Linux
 _IDLE = (3, 4)  # idle and iowait
@@ -53,18 +52,6 @@ def cpu_used(
     for key, seconds in after.items():
         used[key[1]] += seconds - before.get(key, 0.0)
     return dict(sorted(used.items(), key=lambda pair: -pair[1]))
-
-
-def gpu_names() -> list[str]:
-    """The NVIDIA GPUs of this machine, by the driver's tool, since importing torch takes seconds."""
-    try:
-        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        found = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return (
-        [line.strip() for line in found.stdout.splitlines() if line.strip()] if not found.returncode else []
-    )
 
 
 def _what(command: list[str], name: str) -> str:
