@@ -1,4 +1,4 @@
-"""The manifests: rendered by kubectl, valid for Kubernetes, and of one piece."""
+"""The manifests, rendered by kubectl: valid for Kubernetes and consistent with each other."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VERSION = "1.33"
 
 @cache
 def objects(overlay: str) -> dict[str, dict[str, Any]]:
-    """What an overlay makes, by kind and name."""
+    """The objects of an overlay, by kind and name."""
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl is not installed")
     rendered = subprocess.run(
