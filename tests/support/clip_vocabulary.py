@@ -12,7 +12,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def write_clip_vocabulary(path: Path, texts: Iterable[str], size: int = 900) -> int:
-    """Write `vocab.json` and `merges.txt`; return the number of tokens (at most `size`), the end token last."""
+    """Write `vocab.json` and `merges.txt`; return the number of tokens, the end token last."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
