@@ -56,9 +56,9 @@ def test_every_object_is_valid(overlay: str) -> None:
     }
 
 
-def test_validation_refuses_an_unknown_field() -> None:
+def test_validation_refuses_a_field_of_the_wrong_type() -> None:
     wrong = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "a"}, "spec": {"ports": "8000"}}
-    with pytest.raises(kubernetes_validate.ValidationError):
+    with pytest.raises(kubernetes_validate.ValidationError, match="'8000' is not of type 'array'"):
         kubernetes_validate.validate(wrong, VERSION, strict=True)
 
 
