@@ -10,9 +10,9 @@ import os
 import tempfile
 from pathlib import Path
 
-from siglip_serve_client._bench_report import Row
-from siglip_serve_client._bench_run import Plan, Point, run_point
-from siglip_serve_client.loadtest._mix import pictures
+from siglip_serve_client.commands.bench.mix import pictures
+from siglip_serve_client.commands.bench.report import Row
+from siglip_serve_client.commands.bench.run import Plan, Point, run_point
 
 from benchmarks.common import about, write_csv
 from benchmarks.load import Load, first_answers, run

@@ -1,4 +1,4 @@
-"""Replay a clip: find its teams in the first frames, then label each track, and classify only what is needed.
+"""Replay a clip: find its teams in the first frames, then label each track with few classifications.
 
     python clients/examples/replay_clip.py FRAMES DETECTIONS.csv -o teams.csv [--draw FOLDER]
 
@@ -39,13 +39,13 @@ class Detections:
     boxes: NDArray[np.float32]
 
     def inside(self, width: int, height: int) -> Detections:
-        """Those that are in the frame at all; trackers go on for a while where players have left it."""
+        """The detections inside the frame; trackers may report players for a while after they left it."""
         x0, y0, x1, y1 = self.boxes.T
         kept = (x0 < x1) & (y0 < y1) & (x1 > 0) & (y1 > 0) & (x0 < width) & (y0 < height)
         return Detections(self.tracks[kept], self.boxes[kept])
 
 
-NOBODY = Detections(np.zeros(0, np.int64), np.zeros((0, 4), np.float32))
+NO_PLAYERS = Detections(np.zeros(0, np.int64), np.zeros((0, 4), np.float32))
 
 
 def read_detections(path: Path, frames: Sequence[Path]) -> dict[Path, Detections]:
@@ -75,7 +75,7 @@ def fit(client: Client, detections: dict[Path, Detections], frames: Sequence[Pat
     tracks: list[int] = []
     for frame in frames:
         with Image.open(frame) as picture:
-            found = detections.get(frame, NOBODY).inside(*picture.size)
+            found = detections.get(frame, NO_PLAYERS).inside(*picture.size)
             # Whole pixels, at least one, inside of the frame.
             low = np.floor(found.boxes[:, :2]).clip(0)
             high = np.ceil(found.boxes[:, 2:]).clip(None, picture.size)
@@ -134,7 +134,7 @@ def replay(client: Client, options: argparse.Namespace) -> None:
         writer.writerow(["frame", "track_id", "team"])
         for path in frames:
             with Image.open(path) as picture:
-                found = detections.get(path, NOBODY).inside(*picture.size)
+                found = detections.get(path, NO_PLAYERS).inside(*picture.size)
                 teams = clip.label(path, found)
                 writer.writerows((path.name, *row) for row in zip(found.tracks, teams, strict=True))
                 if options.draw:

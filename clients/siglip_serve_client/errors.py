@@ -1,10 +1,10 @@
-"""What a client raises.
+"""The errors of the clients.
 
 ClientError
 ├── InvalidInputError    the server refused the input (INVALID_ARGUMENT); the message says which row and why
-├── UnavailableError     the server cannot serve it now; a retry may help
-│   ├── DeadlineError    it did not answer in time
-│   └── UnreachableError nobody answers at the address
+├── UnavailableError     the server cannot serve the request now; a retry may help
+│   ├── DeadlineError    the server did not answer in time
+│   └── UnreachableError no server answers at the address
 ├── AccessError          the server, or a proxy in front of it, does not let this caller in
 ├── ServerError          the server failed (any other status)
 └── SharedMemoryError    a frame cannot reach the server through shared memory; the message says why
@@ -37,7 +37,7 @@ class AccessError(ClientError):
 
 
 class UnavailableError(ClientError):
-    """The server cannot serve it now, as when its queue is full."""
+    """The server cannot serve the request now, for example because its queue is full."""
 
 
 class DeadlineError(UnavailableError):
@@ -45,7 +45,7 @@ class DeadlineError(UnavailableError):
 
 
 class UnreachableError(UnavailableError):
-    """Nobody answers at the address."""
+    """No server answers at the address."""
 
 
 class ServerError(ClientError):

@@ -130,7 +130,7 @@ def test_image_installs_the_server_without_triton() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
         "optional-dependencies"
     ]
-    assert extras["server"] == ["siglip-serve[embedded,runtime]"]
+    assert "siglip-serve[embedded,runtime]" in extras["server"]
     printed = run(sys.executable, DOCKER / "requirements.py", ROOT / "pyproject.toml", "runtime").stdout
     names = {re.split(r"[><=\[]", line)[0] for line in printed.splitlines()}
     assert {"torch", "openvino", "tritonclient", "numpy", "protobuf"} <= names

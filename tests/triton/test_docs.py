@@ -63,7 +63,7 @@ def test_pages_have_the_fixed_headings(page: Path) -> None:
 
 
 def test_the_page_of_heatmaps_lists_the_words_that_one_prompt_is_compared_with() -> None:
-    source = (ROOT / "src" / "siglip_serve" / "explain_handlers.py").read_text(encoding="utf-8")
+    source = (ROOT / "src" / "siglip_serve" / "serving" / "explain.py").read_text(encoding="utf-8")
     words = re.findall(r'"(\w+)"', source.partition("_BACKGROUND = (")[2].partition(")")[0])
     page = (ROOT / "deployments" / "explain_image.md").read_text(encoding="utf-8")
     assert len(words) > 10

@@ -24,7 +24,8 @@ from siglip_serve.checkpoint.config import load_config
 from siglip_serve.errors import SettingsError
 from siglip_serve.images.preprocess import Preprocessor
 from siglip_serve.launcher import ServeOptions, TritonServer
-from siglip_serve.launcher.stage import Stage, Tower
+from siglip_serve.launcher.checkpoints import ServedCheckpoint
+from siglip_serve.launcher.stage import Stage
 
 REPOSITORY = ROOT / "model_repository"
 SETTINGS = {"preprocess": "gpu"}
@@ -47,10 +48,10 @@ def test_refuses_preprocess_gpu_on_a_cpu(log: Path) -> None:
 
 @pytest.mark.parametrize(("decoders", "expected"), [(0, 4), (7, 7)])
 def test_decoders_are_counted_per_gpu(decoders: int, expected: int) -> None:
-    tower = Tower({}, {"PIXEL_VALUES": [3, 3, 3], "PATCH_EMBEDDINGS": [9, 4]})
+    checkpoint = ServedCheckpoint({}, {"PIXEL_VALUES": [3, 3, 3], "PATCH_EMBEDDINGS": [9, 4]})
     stage = Stage(REPOSITORY, "cuda", "decode_on_gpu")
     try:
-        stage.fill({"main": tower, "teams": tower}, decoders)
+        stage.fill({"main": checkpoint, "teams": checkpoint}, decoders)
         groups = {
             name: text_format.Parse(
                 (stage.models / name / "config.pbtxt").read_text(), model_config_pb2.ModelConfig()
