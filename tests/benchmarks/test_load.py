@@ -1,4 +1,4 @@
-"""The benchmarks' own machinery: what they send, count, check and draw."""
+"""The load generator of the benchmarks: its requests, counts, checks and plots."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_open_loop_counts_from_the_intended_time() -> None:
     given = load(concurrency=1, seconds=0.5, warmup=0.0, rate=50.0, arrivals="fixed")
     record = drive(Slow(0.001, stall=0.3), given).record
     assert len(record.latencies) + record.unsent == 25
-    # One in flight: those intended during the stall waited for its end, though each was answered at once.
+    # With one in flight, the requests due during the stall waited for its end.
     assert sum(latency > 0.1 for latency in record.latencies) >= 9
     assert record.late >= 9
 
@@ -131,7 +131,7 @@ def test_open_loop_counts_from_the_intended_time() -> None:
 def test_open_loop_counts_what_was_never_sent() -> None:
     given = load(concurrency=1, seconds=0.3, warmup=0.1, rate=50.0, arrivals="fixed")
     record = drive(Slow(0.001, stall=0.6), given).record
-    assert len(record.latencies) == 0  # the one that was sent belongs to the warm-up
+    assert len(record.latencies) == 0  # the only one sent belongs to the warm-up
     assert record.unsent == 15
 
 
