@@ -19,12 +19,14 @@ APT := -o Dir::State::Lists=$(CURDIR)/.tools/lists -o Dir::Cache=$(CURDIR)/.tool
 BIN := $(VENV)/bin
 SERVER := $(VENV)/.server
 DEV := $(VENV)/.dev
+# Two processes; tests that share a server stay in one of them. ARGS="-n 0" runs all in one process.
+PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint validate bench tools format clean
+.PHONY: help install serve test test-unit lint validate bench tools format clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "Variables of serve: CHECKPOINT (SigLIP or CLIP: a directory, or a hub id such as"
 	@echo "google/siglip-so400m-patch14-384 or openai/clip-vit-large-patch14, owner/name@revision), TEAMS_CHECKPOINT"
@@ -41,7 +43,10 @@ serve: $(SERVER) ## Run the server on 127.0.0.1, HTTP 8000, gRPC 8001, metrics 8
 	  --sample-image "$(SAMPLE)" $(ARGS)
 
 test: $(DEV) ## All tests: the library alone, against transformers, against real servers
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+test-unit: $(DEV) ## The tests that need no server
+	$(BIN)/python -m pytest $(PARALLEL) tests/unit $(ARGS)
 
 lint: $(DEV) ## Style and types
 	$(BIN)/ruff check .

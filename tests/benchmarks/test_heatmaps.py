@@ -1,4 +1,4 @@
-"""The heatmap benchmark end to end on scenes of plain shapes, and its own arithmetic."""
+"""The heatmap benchmark, end to end on scenes of plain shapes, and its arithmetic."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from PIL import Image
 from random_checkpoints import random_clip
 
 from benchmarks import heatmaps, plots
-from benchmarks.common import write_csv
 from benchmarks.heatmap_methods import Maps, Method, Model, hide, methods, untrained, windows
 from benchmarks.heatmaps import METRICS, Perturbation, Setup, collect, prepare, read, sheet, variants
+from benchmarks.records import write_csv
 from siglip_serve.towers.load import load_vision
 from training.composed import Scenes
 from training.pack import Pack
@@ -60,7 +60,7 @@ def test_run_has_a_row_per_method_with_plausible_figures(model: Model, setup: Se
     scenes = read(shapes(model.config.vision.image_size))
     rows = collect(setup, scenes, perturbed=2, seed=0)
     depth = model.config.vision.num_hidden_layers
-    # Both kinds of relative maps, but of what ignores the prompt.
+    # Two kinds of relative maps per method, except where the prompt is ignored.
     assert len(rows) == 2 * (depth + 1 + 5) + 2
     assert {row["method"] for row in rows} == {
         "ours",
@@ -81,7 +81,7 @@ def test_run_has_a_row_per_method_with_plausible_figures(model: Model, setup: Se
         )
         for name in METRICS[:4]:
             assert 0 <= float(row[f"{name}_low"]) <= float(row[name]) <= float(row[f"{name}_high"]) <= 1
-        # Only ours claims to add up, and does.
+        # Only this project's maps claim to sum to the cosine.
         assert bool(row["completeness"]) == row["method"].startswith("ours")
         if row["completeness"]:
             assert float(row["completeness"]) < 1e-5
@@ -136,7 +136,7 @@ def test_sheet_shows_every_method(model: Model, setup: Setup) -> None:
     scene = read(shapes(model.config.vision.image_size))[2]
     page = np.asarray(sheet(setup, scene, ["a", "b", "c"]))
     tiles = page[14 : 14 + 144].reshape(144, -1, 144, 3)
-    assert tiles.shape[1] == 9  # where it is, and eight ways
+    assert tiles.shape[1] == 9  # the scene, and eight methods
     assert (tiles.std(axis=(0, 2)).max(axis=1) > 5).all()
 
 
@@ -162,7 +162,7 @@ def test_relative_maps_and_maps_that_ignore_the_prompt(model: Model) -> None:
 
 
 def test_occlusion_finds_the_pixels_that_change_the_cosine(setup: Setup) -> None:
-    """A linear stand-in for the tower, which looks at one place: the map must point there."""
+    """The tower is replaced by a linear one that reads one place, to which the map must point."""
 
     class Corner(Model):
         def __init__(self) -> None:
@@ -182,7 +182,7 @@ def test_occlusion_finds_the_pixels_that_change_the_cosine(setup: Setup) -> None
     maps = occlusion.find(case)
     assert average_precision(maps.own[0], mask) > 0.6
     assert average_precision(-maps.own[1], mask) > 0.6
-    # What hides that place last of all keeps the score up, and the other way round.
+    # The score stays high while that place is hidden last, and drops when it is hidden first.
     curves = Perturbation(Corner(), case)
     good, bad = curves(np.stack([maps.own[0], -maps.own[0]])), curves(np.stack([-maps.own[0], maps.own[0]]))
     assert good[0] < bad[0]
@@ -253,5 +253,5 @@ def test_untrained_weights_differ_and_repeat(model: Model) -> None:
     assert not torch.allclose(first, other, atol=0.1)
     assert not torch.allclose(first, trained, atol=0.1)
     assert torch.isfinite(first).all()
-    # Pictures are told apart, so that maps are not those of a constant.
+    # The pictures differ, so that the maps are not those of a constant.
     assert not torch.allclose(first[0], first[1], atol=0.01)

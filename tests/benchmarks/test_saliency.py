@@ -1,4 +1,4 @@
-"""Maps in closed form against autograd, and against one patch after the other."""
+"""Maps in closed form, compared with autograd and with single patches."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def attention_of(layer: Block, x: Tensor) -> tuple[Tensor, Tensor]:
 def naive_legrad(
     tower: AnyVisionTower, pixels: Tensor, vector: Tensor, blocks: int, of: Literal["pooler", "blocks"]
 ) -> Tensor:
-    """One image, one vector; what the paper says, with autograd."""
+    """LeGrad of one image and one vector by the formula of the paper, with autograd."""
     assert isinstance(tower, VisionTower | ClipVisionTower)
     x = tower.embeddings(pixels)[0] if isinstance(tower, VisionTower) else tower.embed(pixels)[0]
     layers, maps = layers_of(tower), []
@@ -119,7 +119,7 @@ def test_dense_pools_every_patch_alone(tower: AnyVisionTower) -> None:
             x = trace_tower(tower, pixels[image : image + 1], 1).before
             last = layers_of(tower)[-1]
             for place in range((SIDE // PATCH) ** 2):
-                # A token that attends to nothing but itself is a sequence of one.
+                # A token that attends only to itself is a sequence of one.
                 if isinstance(tower, VisionTower):
                     alone = tower.head(tower.post_layernorm(last(x))[:, place : place + 1])
                 else:

@@ -1,4 +1,4 @@
-"""The bundled tower on drawn clips, and the benchmark's own arithmetic."""
+"""The bundled tower on drawn clips, and the arithmetic of the benchmark."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docker/: what can be held without a Docker engine."""
+"""docker/: checks that need no Docker engine."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run(*command: str | Path, **variables: str) -> subprocess.CompletedProcess[s
 
 
 def instructions() -> list[tuple[str, str]]:
-    """Name and arguments of each instruction, in one line each."""
+    """Name and arguments of each instruction, with continued lines joined."""
     lines = [line for line in DOCKERFILE.splitlines() if not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
     found = []
@@ -61,7 +61,7 @@ def sources() -> Iterator[str]:
 
 
 def reaches_the_build(path: str) -> bool:
-    """Whether .dockerignore leaves a path in: the last pattern that matches it or a folder above decides."""
+    """Tell if .dockerignore keeps a path. The last pattern that matches it or a folder above it decides."""
     kept = True
     parts = Path(path).parts
     above = ["/".join(parts[: end + 1]) for end in range(len(parts))]
@@ -156,7 +156,7 @@ def test_image_holds_the_weights_of_a_hub_checkpoint(tmp_path: Path) -> None:
 
 
 def interpolated(**given: str) -> dict[str, Any]:
-    """compose.yaml as Compose reads it with these variables."""
+    """Parse compose.yaml as Compose does with these variables."""
 
     def value(match: re.Match[str]) -> str:
         name, kind, rest = match.groups()
@@ -243,7 +243,7 @@ def test_compose_sets_what_the_front_reads() -> None:
 
 @pytest.fixture
 def front_files(tmp_path: Path) -> dict[str, str]:
-    """A certificate and a key, as the scripts make them."""
+    """A certificate and a key, made by the project's scripts."""
     program("openssl")
     certificate = run(DOCKER / "front/make_certificate.sh", tmp_path, "host.example", "10.0.0.1")
     assert "DNS:host.example,IP:10.0.0.1" in certificate.stdout

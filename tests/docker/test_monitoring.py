@@ -1,4 +1,4 @@
-"""docker/monitoring: rules, their own tests, and a dashboard of one piece."""
+"""docker/monitoring: rules, their tests, and a consistent dashboard."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_every_public_model_is_watched() -> None:
     ]
     assert len(lists) >= 6
     for names in lists:
-        # A fit takes seconds, which is no fault.
+        # A fit may take seconds.
         assert names in (public, public - {"fit_teams"})
 
 

@@ -201,7 +201,7 @@ def test_the_contrastive_loss_prefers_kits_together() -> None:
     kit = torch.arange(4).repeat_interleave(3)
     together = torch.eye(4)[kit]
     apart = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
-    # Two others of the same kit share all of the probability: log 2 each.
+    # Two others of the same kit share the whole probability: log 2 each.
     assert contrastive(together, kit, 0.01).item() == pytest.approx(np.log(2), abs=1e-4)
     assert contrastive(apart, kit, 0.01) > 10
 

@@ -1,4 +1,4 @@
-"""What the contract promises for images, over the wire of a real server."""
+"""Image embeddings of a real server, over gRPC and HTTP."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_concurrent_requests_keep_their_own_rows(server: TritonServer) -> None:
 
     def send(number: int) -> NDArray[np.float32]:
         rows = [pictures[i] for i in requests[number]]
-        # The HTTP client is not made to be shared between threads.
+        # Threads must not share a client of HTTP.
         return grpc.embed(rows) if number % 2 else HttpCaller(server.http_url).embed(rows)
 
     with ThreadPoolExecutor(16) as pool:

@@ -1,4 +1,4 @@
-"""The setting preprocess=gpu: JPEGs by the GPU, everything else as ever; needs a GPU with a JPEG decoder."""
+"""The setting preprocess=gpu, by which a GPU with a JPEG decoder reads the JPEGs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MODEL = "siglip_vision_process"
 
 
 def declared(width: int, height: int) -> bytes:
-    """A small file whose frame says that it is so large."""
+    """A small JPEG whose frame claims this size."""
     data = encode(photo(90, 60), "JPEG")
     size = data.index(b"\xff\xc0") + 5
     return data[:size] + height.to_bytes(2) + width.to_bytes(2) + data[size + 4 :]
@@ -80,7 +80,7 @@ def gpu_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServe
 
 
 class Threads:
-    """A client of its own for each thread."""
+    """Calls of many threads, each with its own client."""
 
     def __init__(self, server: TritonServer) -> None:
         self._local, self._url = threading.local(), server.grpc_url
@@ -96,7 +96,7 @@ class Threads:
 
 
 def test_pixels_are_close_to_those_of_the_cpu_under_load(gpu_server: TritonServer) -> None:
-    """Mixes of all kinds of files, in requests of one or more rows, from many clients at once."""
+    """Many clients send mixed kinds of files in requests of one or more rows."""
     read = Preprocessor(IMAGE, "fast")
     files = [*image_files().values(), *oriented_files().values()]
     files += [encode(photo(500, 375, seed), "JPEG", quality=90) for seed in range(20)]
@@ -107,7 +107,7 @@ def test_pixels_are_close_to_those_of_the_cpu_under_load(gpu_server: TritonServe
     threads = Threads(gpu_server)
 
     def one(number: int) -> tuple[dict[str, NDArray[Any]] | str, bool]:
-        if number % 10 == 9:  # beside the others
+        if number % 10 == 9:  # a broken file among the others
             return threads.read([broken[number % len(broken)]]), False
         rows = [files[index] for index in mixes[number]]
         if number % 10 == 8:

@@ -1,4 +1,4 @@
-"""ImageNet-Segmentation's protocol against a real server, on pictures of its own."""
+"""The protocol of ImageNet-Segmentation against a real server, on pictures made here."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_leaves_out_images_whose_class_the_mapping_lacks(
 def test_figures_equal_a_computation_from_the_servers_maps(
     server: TritonServer, data: Path, tmp_path: Path
 ) -> None:
-    """Asked for by hand: predicted class, mean over a bank, the mask scaled to the map."""
+    """The test repeats each step: predicted class, mean over a bank, mask scaled to the map."""
     from siglip_serve_client import Client
 
     from siglip_serve.embeddings.zero_shot import build_class_embeddings, cosine

@@ -1,4 +1,4 @@
-"""Bad input: the right status, the right row, and nobody else is harmed."""
+"""Malformed inputs: status and row of the refusal, and the answers of other requests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def refusal(call: Callable[[], Any]) -> InferenceServerException:
 
 @pytest.mark.parametrize("name", malformed_files())
 def test_refuses_a_malformed_file_and_serves_its_neighbours(name: str, exact_server: TritonServer) -> None:
-    """The bad row stands between good ones; a neighbour's request is sent at the same time."""
+    """The malformed row stands between good ones. Another request is sent at the same time."""
     bad = malformed_files()[name]
     caller = GrpcCaller(exact_server.grpc_url)
     with ThreadPoolExecutor(2) as pool:
@@ -40,7 +40,7 @@ def test_refuses_a_malformed_file_and_serves_its_neighbours(name: str, exact_ser
     assert "Traceback" not in error.message()
     assert ".py" not in error.message()
     status, body = post_image(exact_server.http_url, bad)
-    assert status == 400 or not bad  # without a body, Triton itself finds fault first
+    assert status == 400 or not bad  # Triton itself refuses a request without a body
     assert "INPUT_IMAGE[0]: " in json.loads(body)["error"] or not bad
 
 
@@ -124,7 +124,7 @@ def test_refuses_broken_json(body: bytes, exact_server: TritonServer) -> None:
 
 
 def test_refuses_a_string_length_beyond_the_data(exact_server: TritonServer) -> None:
-    """Binary tensor data whose length field promises more bytes than follow."""
+    """The length field of the binary tensor promises more bytes than follow."""
     header = json.dumps(
         {
             "inputs": [

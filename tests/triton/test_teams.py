@@ -1,4 +1,4 @@
-"""The models of the teams, through the real server."""
+"""`fit_teams`, `classify_teams` and their steps on a real server."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def png(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def players(count: int, shirts: tuple[int, int] = (0, 1), seed: int = 0) -> list[bytes]:
-    """Crops of two teams in turns."""
+    """Crops of two teams, alternating."""
     return [png(player(SHIRTS[shirts[i % 2]], 1000 * seed + i)) for i in range(count)]
 
 
 def strings(values: list[bytes]) -> NDArray[Any]:
-    return np.array([*values, None], dtype=np.object_)[:-1]  # an array of objects even if it is empty
+    return np.array([*values, None], dtype=np.object_)[:-1]  # stays an array of objects when it is empty
 
 
 class Caller:
-    """Any model of the server over gRPC."""
+    """Calls of any model over gRPC."""
 
     module: Any = triton_grpc
 
@@ -78,7 +78,7 @@ class Caller:
 
 
 class HttpCaller(Caller):
-    """The same over HTTP."""
+    """Calls of any model over HTTP."""
 
     module: Any = triton_http
 
@@ -94,7 +94,7 @@ def caller(server: TritonServer) -> Caller:
 
 @pytest.fixture(scope="module")
 def state(caller: Caller) -> bytes:
-    """Fitted to `players(40)`."""
+    """A state fitted to `players(40)`."""
     return bytes(caller.fit(players(40))["STATE"][0])
 
 
@@ -253,7 +253,7 @@ def test_refuses_a_malformed_request(caller: Caller, name: str) -> None:
 
 
 def test_refuses_broken_states(caller: Caller, state: bytes) -> None:
-    other = state.replace(b'"mean"', b'"head"')  # of equal length; the checksum tells
+    other = state.replace(b'"mean"', b'"head"')  # of equal length, so that only the checksum differs
     for broken in (b"", b"x", state[:-30], state[100:], other, bytes(2**21)):
         with pytest.raises(InferenceServerException, match="STATE: ") as refused:
             caller.classify(CROPS, broken)

@@ -1,4 +1,4 @@
-"""The project's own figures at the metrics endpoint."""
+"""The project's own metrics at the metrics endpoint."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ PICTURE = encode(photo(64, 48, 3), "JPEG")
 
 
 def figures(server: TritonServer) -> dict[str, float]:
-    """Our own figures by name and labels."""
-    with OPENER.open(f"http://{server.address}:{server.metrics_port}/metrics", timeout=5) as answer:
+    """The project's own metrics by name and labels."""
+    with OPENER.open(f"http://{server.address}:{server.metrics_port}/metrics", timeout=60) as answer:
         text = answer.read().decode()
     return {
         name: float(value) for name, value in re.findall(r"^(siglip_serve_\S+) (\S+)$", text, re.MULTILINE)
@@ -29,7 +29,7 @@ def figures(server: TritonServer) -> dict[str, float]:
 
 
 def added(server: TritonServer, call: Callable[[], Any]) -> dict[str, float]:
-    """By how much the figures grew through a call that may be refused."""
+    """Growth of each metric through a call, which may be refused."""
     before = figures(server)
     with suppress(InferenceServerException):
         call()

@@ -1,4 +1,4 @@
-"""Two processes of the image tower that take turns: right answers, deaths and ends.
+"""Two processes of the image tower that take turns: answers, a killed process, and the end of the server.
 
 On a CPU the tower has one process, so the repository is changed to have two.
 """
@@ -59,7 +59,7 @@ def turn_files(server_pid: int) -> list[Path]:
 
 
 def takers(server: TritonServer) -> set[int]:
-    """The process that has the turn at this moment, if there is one."""
+    """The process that holds the turn at this moment, if any."""
     (file,) = turn_files(server.pid)
     found = re.findall(r"POSIX +ADVISORY +WRITE (\d+) \w+:\w+:(\d+) ", Path("/proc/locks").read_text())
     return {int(pid) for pid, inode in found if int(inode) == file.stat().st_ino}
@@ -88,7 +88,7 @@ def ask(
 
 
 class Caller:
-    """Requests of every kind, each compared with what it was answered when nothing else ran."""
+    """Requests of every kind, whose answers must equal those of an idle server."""
 
     def __init__(self, url: str) -> None:
         self.client = triton.InferenceServerClient(url)
@@ -101,7 +101,7 @@ class Caller:
         self.maps = [ask(self.client, self.pixels[i : i + 1], MAPS, self.vectors) for i in range(4)]
 
     def ask_once(self, draw: random.Random) -> None:
-        """One request of a drawn kind."""
+        """Send a request of a kind drawn at random, and check its answer."""
         start = draw.randrange(16)
         rows = slice(start, start + draw.randint(1, 8))
         kinds: list[Callable[[slice], None]] = [self.embed, self.embed, self.all, self.normalized]
@@ -141,7 +141,7 @@ class Caller:
 
 @contextmanager
 def load(caller: Caller) -> Iterator[None]:
-    """Twelve requests are in flight all the time; some may fail."""
+    """Keep twelve requests in flight; some may fail."""
     stop = threading.Event()
 
     def keep_asking(seed: int) -> None:

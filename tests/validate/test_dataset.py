@@ -14,7 +14,7 @@ ROWS = ("n00000001 tench, Tinca tinca", "n00000002 goldfish, Carassius auratus",
 def make_folder(
     root: Path, rows: Sequence[str] = ROWS, train: int = 3, valid: Sequence[str] = ("a_p0", "b_p0")
 ) -> Path:
-    """A folder of ImageNet's shape; the files only look like images."""
+    """A folder of ImageNet's layout. Its files are named like images and hold none."""
     (root / MAPPING).write_text("\n".join(rows) + "\n", encoding="utf-8")
     for number, row in enumerate(rows):
         for part, names in (("train", [f"{row[:9]}_{i}" for i in range(train)]), ("valid", valid)):

@@ -16,7 +16,7 @@ PROBE = np.array([1.0, 2.0], dtype=np.float32)
 
 
 class Embedder:
-    """Number n -> [n, n + 1]; counts what it is asked, refuses negative numbers, fails at 1000."""
+    """Embeds a number n as [n, n + 1]. It counts its calls, refuses negative numbers, and fails at 1000."""
 
     def __init__(self) -> None:
         self.asked: list[int] = []

@@ -1,4 +1,4 @@
-"""ImageNet-Segmentation's file, and its figures on maps whose answer is known by eye."""
+"""The file of ImageNet-Segmentation, and its figures on maps with a known result."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_refuses_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_figures_equal_a_computation_by_hand() -> None:
     perfect = judge(np.where(MASK, 2.0, -1.0), MASK)
     assert (perfect.right, perfect.pixels, perfect.precision) == (24, 24, 1)
-    # All that is found is one pixel beside the object: object 0/5, background 19/24.
+    # The only pixel found lies outside the object: object 0/5, background 19/24.
     wrong = np.zeros(MASK.shape)
     wrong[0, 5] = 1
     missed = judge(wrong, MASK)

@@ -76,20 +76,20 @@ def assert_equal_towers(model: CLIPModel, path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_random_weights(name: str, tmp_path: Path) -> None:
+def test_towers_with_random_weights_equal_transformers(name: str, tmp_path: Path) -> None:
     vision, text = GEOMETRIES[name]
     model = random_clip(vision, text)
     assert_equal_towers(model, save_clip(model, tmp_path))
 
 
-def test_sharded_weights(tmp_path: Path) -> None:
+def test_reads_sharded_weights(tmp_path: Path) -> None:
     model = random_clip({"image_size": 32, "patch_size": 16})
     save_clip(model, tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     assert_equal_towers(model, tmp_path)
 
 
-def test_padding_is_not_seen(tmp_path: Path) -> None:
+def test_padding_does_not_change_the_embedding(tmp_path: Path) -> None:
     """Reference texts come with a mask of their padding; a text's embedding is the same without."""
     model = random_clip({"image_size": 32, "patch_size": 16})
     text = load_text(save_clip(model, tmp_path))
@@ -187,7 +187,7 @@ def pictures(width: int, height: int) -> list[Image.Image]:
 
 @pytest.mark.parametrize("resample", RESAMPLES)
 @pytest.mark.parametrize(("width", "height"), ASPECTS)
-def test_pixels(width: int, height: int, resample: Resample) -> None:
+def test_pixels_equal_transformers(width: int, height: int, resample: Resample) -> None:
     for image in pictures(width, height):
         for size, shortest in SQUARES:
             config = image_config(size, shortest, resample)
@@ -199,7 +199,7 @@ def test_pixels(width: int, height: int, resample: Resample) -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), EXTREMES)
-def test_pixels_of_long_pictures(width: int, height: int) -> None:
+def test_pixels_of_long_pictures_equal_transformers(width: int, height: int) -> None:
     """What is cut off before the resize does not count."""
     for image in pictures(width, height):
         for size, shortest in SQUARES:
@@ -210,7 +210,7 @@ def test_pixels_of_long_pictures(width: int, height: int) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_pixels_of_files(name: str) -> None:
+def test_pixels_of_files_equal_transformers(name: str) -> None:
     """Upright and without alpha before they are cut."""
     with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(FILES[name])) as image:
         config = image_config(64, 72)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import io
+import os
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -28,9 +29,9 @@ from siglip_serve_client import (
     UnavailableError,
     UnreachableError,
 )
-from wire import JERSEY, ROOT, TINY, GrpcCaller
+from wire import TINY, GrpcCaller
 
-from siglip_serve.launcher import ServeOptions, TritonServer
+from siglip_serve.launcher import TritonServer
 
 PICTURES = [encode(photo(60 + number, 50, number), "JPEG") for number in range(40)]
 LABELS = ["dog", "pizza", "größer als eine Katze"]
@@ -352,38 +353,22 @@ def test_images_may_come_asynchronously(server: TritonServer, expected: NDArray[
     close(np.stack(asyncio.run(embed())), expected[:5])
 
 
-def test_frames_through_shared_memory(tmp_path: Path) -> None:
-    options = ServeOptions(
-        ROOT / "model_repository",
-        str(TINY),
-        models=("embed_image", "classify_image", "explain_image"),
-        shared_memory=True,
-        log_file=tmp_path / "log",
-        settings={"dtype": "float32", "teams_checkpoint": str(JERSEY)},
-    )
+def test_frames_through_shared_memory(sharing_server: TritonServer) -> None:
     frame = np.asarray(photo(400, 300, 9))
-    with TritonServer(options) as server:
-        for scheme in ("grpc", "http"):
-            with Client(url(server, scheme)) as plain:
-                wanted = plain.embed_image(frame, color_order="RGB")
-            with Client(url(server, scheme), shared_memory=True) as client:
-                got = list(client.embed_images([frame] * 20, color_order="RGB"))
-                close(np.stack(got), np.stack([wanted] * 20))  # type: ignore[arg-type]
-                with pytest.raises(InvalidInputError):
-                    client.classify(frame, ["dog", ""], color_order="RGB")
-                found = client.explain(frame, ["dog"], overlays=True, color_order="RGB")
-                assert found.overlays[0].size == (400, 300)
-            again = asyncio.run(
-                awaited(
-                    url(server, scheme),
-                    {"shared_memory": True},
-                    "embed_image",
-                    (frame,),
-                    {"color_order": "RGB"},
-                )
-            )
-            close(again, wanted)
-    assert not list(Path("/dev/shm").glob("siglip-serve-client-*"))
+    for scheme in ("grpc", "http"):
+        served = url(sharing_server, scheme)
+        with Client(served) as plain:
+            wanted = plain.embed_image(frame, color_order="RGB")
+        with Client(served, shared_memory=True) as client:
+            got = list(client.embed_images([frame] * 20, color_order="RGB"))
+            close(np.stack(got), np.stack([wanted] * 20))  # type: ignore[arg-type]
+            with pytest.raises(InvalidInputError, match=r"LABELS\[1\]: the text is empty"):
+                client.classify(frame, ["dog", ""], color_order="RGB")
+            found = client.explain(frame, ["dog"], overlays=True, color_order="RGB")
+            assert found.overlays[0].size == (400, 300)
+        options, asked = {"shared_memory": True}, {"color_order": "RGB"}
+        close(asyncio.run(awaited(served, options, "embed_image", (frame,), asked)), wanted)
+    assert not list(Path("/dev/shm").glob(f"siglip-serve-client-{os.getpid()}-*"))
 
 
 def test_shared_memory_that_is_closed_is_named(server: TritonServer) -> None:

@@ -25,9 +25,8 @@ from siglip_serve_client import (
     UnavailableError,
 )
 from tritonclient.utils import InferenceServerException
-from wire import JERSEY, ROOT, TINY
 
-from siglip_serve.launcher import ServeOptions, TritonServer
+from siglip_serve.launcher import TritonServer
 
 NOBODY = "127.0.0.1:9"
 
@@ -114,7 +113,7 @@ def test_transparency_is_white(client: Client, fitted: TeamFit) -> None:
     clear.putalpha(0)
     white = Image.new("RGB", CROPS[0].size, "white")
     got = client.classify_teams(crops=[clear, encode(clear, "PNG"), white], state=fitted.state)
-    np.testing.assert_array_equal(got.margin, got.margin[:1].repeat(3))
+    np.testing.assert_allclose(got.margin, got.margin[:1].repeat(3), atol=1e-6)
 
 
 def test_no_players(client: Client, fitted: TeamFit) -> None:
@@ -248,19 +247,8 @@ def regions() -> list[str]:
     return [path.name for path in Path("/dev/shm").glob(f"siglip-serve-client-{os.getpid()}-*")]
 
 
-@pytest.fixture(scope="module")
-def sharing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    log = tmp_path_factory.mktemp("sharing") / "log"
-    settings = {"dtype": "float32", "teams_checkpoint": str(JERSEY)}
-    options = ServeOptions(
-        ROOT / "model_repository", str(TINY), log_file=log, settings=settings, shared_memory=True
-    )
-    with TritonServer(options) as running:
-        yield running
-
-
-def test_frames_go_through_shared_memory(sharing: TritonServer, fitted: TeamFit) -> None:
-    with Client(sharing.grpc_url, shared_memory=True) as client:
+def test_frames_go_through_shared_memory(sharing_server: TritonServer, fitted: TeamFit) -> None:
+    with Client(sharing_server.grpc_url, shared_memory=True) as client:
         for width in (COUNT, COUNT // 2, COUNT):
             frame = FRAME[:, : width * WIDTH]
             got = client.classify_teams(
@@ -280,8 +268,8 @@ def test_frames_go_through_shared_memory(sharing: TritonServer, fitted: TeamFit)
     assert regions() == []
 
 
-def test_threads_do_not_see_each_others_frames(sharing: TritonServer, fitted: TeamFit) -> None:
-    with Client(sharing.grpc_url, shared_memory=True) as client, ThreadPoolExecutor(6) as pool:
+def test_threads_do_not_see_each_others_frames(sharing_server: TritonServer, fitted: TeamFit) -> None:
+    with Client(sharing_server.grpc_url, shared_memory=True) as client, ThreadPoolExecutor(6) as pool:
 
         def ask(row: int) -> int:
             frame = np.asarray(CROPS[row])
@@ -296,15 +284,15 @@ def test_threads_do_not_see_each_others_frames(sharing: TritonServer, fitted: Te
     assert regions() == []
 
 
-def test_regions_are_registered_again_after_a_restart_of_the_server(sharing: TritonServer) -> None:
+def test_regions_are_registered_again_after_a_restart_of_the_server(sharing_server: TritonServer) -> None:
     def ask(client: Client) -> TeamFit:
         return client.fit_teams(frame=FRAME, boxes=BOXES, color_order="RGB")
 
-    with Client(sharing.grpc_url, shared_memory=True) as client:
+    with Client(sharing_server.grpc_url, shared_memory=True) as client:
         before = ask(client)
         known = regions()
         # What a new start leaves of the regions that the client has registered.
-        tritonclient.grpc.InferenceServerClient(sharing.grpc_url).unregister_system_shared_memory()
+        tritonclient.grpc.InferenceServerClient(sharing_server.grpc_url).unregister_system_shared_memory()
         np.testing.assert_array_equal(ask(client).labels, before.labels)
         assert len(regions()) == 1
         assert regions() != known
@@ -323,9 +311,9 @@ def forget_regions(server: tritonclient.grpc.InferenceServerClient) -> None:
             time.sleep(0.05)
 
 
-def test_threads_share_regions_that_the_server_forgot(sharing: TritonServer) -> None:
-    with Client(sharing.grpc_url, shared_memory=True) as client, ThreadPoolExecutor(4) as pool:
-        other = tritonclient.grpc.InferenceServerClient(sharing.grpc_url)
+def test_threads_share_regions_that_the_server_forgot(sharing_server: TritonServer) -> None:
+    with Client(sharing_server.grpc_url, shared_memory=True) as client, ThreadPoolExecutor(4) as pool:
+        other = tritonclient.grpc.InferenceServerClient(sharing_server.grpc_url)
 
         def ask(_: int) -> float:
             return purity(client.fit_teams(frame=FRAME, boxes=BOXES, color_order="RGB").labels)

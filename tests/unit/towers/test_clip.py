@@ -52,7 +52,7 @@ def edit(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(content))
 
 
-def test_widths_of_tower_and_joint_space(checkpoint: Path) -> None:
+def test_reads_the_widths_of_tower_and_joint_space(checkpoint: Path) -> None:
     dims = tensor_dims(load_config(checkpoint))
     assert dims["EMBEDDING"] == [48]
     assert dims["PROMPT_VECTORS"] == [-1, 48]
@@ -72,7 +72,7 @@ def test_widths_of_tower_and_joint_space(checkpoint: Path) -> None:
         ({"size": [SIDE, SIDE], "do_center_crop": False, "crop_size": 9}, None),
     ],
 )
-def test_how_pictures_are_fitted(
+def test_reads_how_pictures_are_resized_and_cropped(
     changes: dict[str, Any], shortest_edge: int | None, checkpoint: Path
 ) -> None:
     edit(checkpoint / "preprocessor_config.json", **changes)
@@ -234,7 +234,9 @@ def test_autocast_is_close(config: ModelConfig) -> None:
         ("float16", "torch", "dtype float16: not for CPUs"),
     ],
 )
-def test_what_runs_no_clip_is_refused(dtype: Dtype, backend: Backend, message: str, checkpoint: Path) -> None:
+def test_refuses_dtypes_and_backends_that_cannot_run_clip(
+    dtype: Dtype, backend: Backend, message: str, checkpoint: Path
+) -> None:
     config = load_config(checkpoint)
     with pytest.raises(SettingsError, match=message):
         VisionEngine(load_vision(checkpoint), config.image, Plan("cpu", dtype, backend))
@@ -248,7 +250,7 @@ def cut(size: int, shortest: int | None) -> ImageConfig:
 
 @pytest.mark.parametrize("mode", get_args(Mode))
 @pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000), (65_535, 2), (1, 1), (40, 3), (3, 40)])
-def test_extreme_shapes(mode: Mode, size: tuple[int, int]) -> None:
+def test_fits_extreme_shapes(mode: Mode, size: tuple[int, int]) -> None:
     """A line of 60,000 pixels would be resized to 32 x 1,920,000: 180 MB."""
     width, height = size
     rng = np.random.default_rng(0)
@@ -274,7 +276,7 @@ def test_extreme_shapes(mode: Mode, size: tuple[int, int]) -> None:
         (cut(10, 10), 31, 20, (0, 2 * 31 / 15, 20, 12 * 31 / 15)),
     ],
 )
-def test_the_part_that_is_shown(
+def test_view_is_the_centre_square(
     config: ImageConfig, height: int, width: int, box: tuple[float, float, float, float]
 ) -> None:
     assert shown(config, height, width) == pytest.approx(box)
