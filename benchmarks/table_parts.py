@@ -62,7 +62,7 @@ class Cell:
     Attributes:
         template: such as `{p50_ms:.2f}`; numeric fields are numbers.
         where: which of the source's rows.
-        reduce: how the values of several rows become one: `last` (the newest run), `largest`, `mean`, `median`.
+        reduce: how the values of several rows become one: `last` (the newest), `largest`, `mean`, `median`.
         over: conditions that replace those of `where`; each field is then divided by its value in these rows.
     """
 
