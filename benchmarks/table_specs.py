@@ -22,7 +22,7 @@ _LEVERS = {
     "cuDNN attention": "cuDNN's attention",
     "GELU in the product": "GELU inside the matrix product before it",
     "LayerNorm kernel, residual in the product": "one LayerNorm kernel, residual added by the product",
-    "folded patch embedding and pooling query": "one kernel for patches, normalisation and pooling query folded",
+    "folded patch embedding and pooling query": "patch kernel, folded normalisation and pooling query",
     "CUDA graphs": "CUDA graphs",
     "attention kernel": "own attention kernel",
     "float8": "float8, if asked for",

@@ -39,6 +39,8 @@ def _lines(text: str) -> list[str]:
 def test_pages_show_what_the_results_say(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert text == tables.rewrite(text, page), "run `python -m benchmarks.tables`"
+    # Markdown takes a comment at the begin of a line for the end of the paragraph.
+    assert "\n<!-- figure" not in text
 
 
 def test_every_declared_table_stands_in_one_page() -> None:
