@@ -10,8 +10,8 @@ from wire import ROOT
 
 __all__ = ["PAGES", "PROSE", "anchors", "blocks", "links", "name"]
 
-# Lists of authors, of licences and of changes, and a report that a program wrote.
-_DATA = {"ATTRIBUTION.md", "SAMPLES.md", "LICENCES.md", "CHANGELOG.md", "validation.md"}
+# Lists of authors and of licences, and a report that a program wrote.
+_DATA = {"ATTRIBUTION.md", "SAMPLES.md", "LICENCES.md", "validation.md"}
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 
