@@ -211,10 +211,10 @@ _SPEED: Mapping[str, Table | Summary] = {
         (
             _load("img/s", "{images_per_second:,.1f}"),
             _load("p50, ms", "{p50_ms:.2f}"),
-            _load("p95, ms", "{p95_ms:.2f}"),
             _load("p99, ms", "{p99_ms:.2f}"),
             _load("errors", "{errors:.0f}"),
             _load("busy cores", "{busy_cores:.1f}"),
+            _load("server's CPU per image, ms", "{server_cpu_ms:.2f}"),
         ),
     ),
     "peers": Table(
