@@ -191,7 +191,7 @@ _SPEED: Mapping[str, Table | Summary] = {
     "serve-load": Table(
         Source(
             "serve_load.csv",
-            {"client": "grpc", "device": (f"{_H100} x1", _EPYC), "date": ("2026-11-22", "2026-11-26")},
+            {"client": "grpc", "device": (f"{_H100} x1", _EPYC)},
         ),
         (
             Key("device", "device", {f"{_H100} x1": "H100, 16 cores", _EPYC: "2 CPU cores"}),
