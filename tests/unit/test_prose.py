@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from paths import ROOT
-from prose import LONGEST, figures, hits, python_files, sentences
+from prose_of_code import LONGEST, figures, hits, python_files, sentences
 
 COVERED = [
     "src/siglip_serve/images",

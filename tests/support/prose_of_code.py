@@ -1,6 +1,6 @@
 """A check of the English in docstrings, comments and messages.
 
-`python tests/support/prose.py FOLDER...` lists the hits below the folders.
+`python tests/support/prose_of_code.py FOLDER...` lists the hits below the folders.
 """
 
 from __future__ import annotations
