@@ -40,7 +40,8 @@ def measure(data: bytes, modes: dict[Mode, Preprocessor], seconds: float) -> dic
 
 def default_size() -> int:
     """The image size of a SigLIP checkpoint that names none."""
-    defaults = json.loads(resources.files("siglip_serve").joinpath("siglip_defaults.json").read_text())
+    file = resources.files("siglip_serve.checkpoint").joinpath("siglip_defaults.json")
+    defaults = json.loads(file.read_text())
     return int(defaults["vision_config"]["image_size"])
 
 

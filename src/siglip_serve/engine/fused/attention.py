@@ -45,11 +45,11 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Division of the work, and contents of shared memory; the names are those of `attention.cu`.
+    """Division of the work, and contents of shared memory, by the names of `attention.cu`.
 
     Attributes:
         block: keys that are copied at once.
-        half: keys of a single block that are multiplied first; 0: all.
+        half: keys of a single block that are multiplied first, or 0 for all.
         share: tiles of queries that use the same keys.
         stages: blocks of keys and values in shared memory.
         slots: tiles of queries in shared memory.
@@ -149,7 +149,7 @@ def _products(widths: Sequence[int], depth: int, kind: str) -> Iterator[str]:
 
 
 def _product(width: int, kind: str, left: Sequence[str], transposed: str) -> str:
-    """One asynchronous product of a warpgroup: d (+)= left, b; d has 64 rows and `width` columns."""
+    """One asynchronous product of a warpgroup: d (+)= left, b. d has 64 rows and `width` columns."""
     sums = [f"%{i}" for i in range(width // 2)]
     first = [f"%{len(sums) + i}" for i in range(len(left))]
     second, add = (f"%{len(sums) + len(left) + i}" for i in range(2))
@@ -164,7 +164,7 @@ def _product(width: int, kind: str, left: Sequence[str], transposed: str) -> str
 
 
 def is_supported(qkv: Tensor, rows: int, heads: int) -> bool:
-    """Return True if `attend` can compute this; arguments as for `attend`."""
+    """Return True if `attend` can compute this. Arguments as for `attend`."""
     return (
         qkv.is_cuda
         and qkv.dtype in _TYPES
@@ -202,7 +202,7 @@ def _shape(qkv: Tensor, rows: int, heads: int) -> Shape:
 
 @lru_cache
 def find(shape: Shape, device: int) -> _Kernel | None:
-    """Compile the kernel for a shape and a GPU; print the reason and return None if that is not possible."""
+    """Compile the kernel for a shape and a GPU. If that fails, print the reason and return None."""
     try:
         return _Kernel(shape, device)
     except (ImportError, RuntimeError) as error:

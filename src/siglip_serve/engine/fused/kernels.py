@@ -1,9 +1,8 @@
 """GPU kernels in Triton's language, for computations that torch has no single fast operation for.
 
 Each kernel is one pass over memory. A program holds one row of activations, in two blocks whose lengths are
-powers of two (4304 = 4096 + 208, in a block of 256), because a single block of the next power would leave up
-to half of the lanes idle. Importing this module needs the package triton. `TRITON_INTERPRET=1` runs the
-kernels on a CPU.
+powers of two. A row of 4304 takes blocks of 4096 and 256, since one of 8192 would leave almost half of the
+lanes idle. Importing this module needs the package triton. `TRITON_INTERPRET=1` runs the kernels on a CPU.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def layer_norm(x: Tensor, offset: Tensor, norm: nn.LayerNorm, branch: Branch | N
     """Compute LayerNorm(x + offset), after x += branch.
 
     Args:
-        x: [M, W], 16 bits; overwritten if there is a branch.
+        x: [M, W], 16 bits. It is overwritten if there is a branch.
         offset: [W] float32.
         norm: weight and bias in float32.
         branch: [M, W], 16 bits, and [M] float32, a factor per row.
@@ -55,7 +54,7 @@ def layer_norm(x: Tensor, offset: Tensor, norm: nn.LayerNorm, branch: Branch | N
 
 
 def normalize_quantize(x: Tensor, offset: Tensor, eps: float, branch: Branch | None = None) -> Tensor:
-    """Compute `layer_norm` without weight and bias, times `largest_norm_scale(W)`; [M, W] float8."""
+    """Compute `layer_norm` without weight and bias, times `largest_norm_scale(W)`, as float8 [M, W]."""
     return _normalize(x, offset, eps, branch, None)
 
 
@@ -100,10 +99,10 @@ def cut_patches(pixels: Tensor, patch: int, centre: Tensor, out: Tensor) -> None
     """Cut images into patches, one row of numbers each, and subtract the middle of each channel.
 
     Args:
-        pixels: [n, S, S, 3] uint8; pixels beyond the last whole patch are not seen.
+        pixels: [n, S, S, 3] uint8. Pixels beyond the last whole patch are not seen.
         patch: pixels per side.
         centre: [3] float32, whole numbers.
-        out: [n * (S // patch)^2, K], where the rows are written. K is at least patch * patch * 3; the rest of
+        out: [n * (S // patch)^2, K], where the rows are written. K is at least patch * patch * 3. The rest of
             a row becomes zeros.
     """
     size, width = pixels.shape[1], out.shape[1]
@@ -113,7 +112,7 @@ def cut_patches(pixels: Tensor, patch: int, centre: Tensor, out: Tensor) -> None
 
 
 def _parts(width: int) -> tuple[int, int]:
-    """Return two powers of two that together cover `width`; the second is 0 if one is enough."""
+    """Return two powers of two that together cover `width`, the second 0 if one is enough."""
     first = 1 << (width.bit_length() - 1)
     rest = width - first
     return first, 1 << (rest - 1).bit_length() if rest else 0
@@ -134,7 +133,7 @@ def _store(pointer, values, start, block: tl.constexpr, width):
 
 @triton.jit
 def _stream(x, branch, row_scale, offset, start, width, BRANCH: tl.constexpr, block: tl.constexpr):
-    """Load a part of the residual stream with its offset; a branch is first added to it in memory."""
+    """Load a part of the residual stream with its offset, after a branch was added to it in memory."""
     values = _load(x, start, block, width)
     if BRANCH:
         values += _load(branch, start, block, width) * row_scale
