@@ -42,8 +42,7 @@ Places = NDArray[np.floating[Any]]
 
 # Blocks that LeGrad averages over, as many as the server rolls back by default.
 DEFAULT_BLOCKS = 2
-# Occlusion hides windows of this many patches per side, at this many positions per side on small grids and
-# others.
+# Occlusion: patches per side of a window, and windows per side on small grids and on others.
 WINDOW, POSITIONS, MORE_POSITIONS, SMALL_GRID = 3, 8, 12, 12
 
 

@@ -55,10 +55,10 @@ def trace_tower(tower: AnyVisionTower, pixels: Tensor, blocks: int) -> TowerTrac
     """Trace the last `blocks` blocks of either tower on pixels [B, 3, S, S]."""
     if isinstance(tower, VisionTower):
         return tower.trace(pixels, blocks)
-    x, split = tower.embed(pixels), len(tower.encoder.layers) - blocks
-    for layer in tower.encoder.layers[:split]:
-        x = layer(x)
-    return trace_blocks(x, tower.encoder.layers[split:])
+    x, split = tower.embed(pixels), len(tower.encoder.blocks) - blocks
+    for block in tower.encoder.blocks[:split]:
+        x = block(x)
+    return trace_blocks(x, tower.encoder.blocks[split:])
 
 
 def streams(tower: AnyVisionTower, trace: TowerTrace) -> list[Tensor]:

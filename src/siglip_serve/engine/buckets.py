@@ -14,7 +14,7 @@ def rows_of_a_pass(tokens: int, max_rows: int = 0) -> int:
 
     Args:
         tokens: tokens of one row, at least 1.
-        max_rows: an upper limit; 0: none, and the result is one of `BUCKETS`.
+        max_rows: an upper limit. 0 is none, and the result is one of `BUCKETS`.
 
     Returns:
         1 to 256 rows.

@@ -55,7 +55,7 @@ class VisionEngine:
 
     @property
     def staging(self) -> NDArray[np.uint8] | None:
-        """uint8 memory [rows, S, S, 3] from which pixels reach the device fastest; None if it has none."""
+        """uint8 memory [rows, S, S, 3] from which pixels reach the device fastest, or None."""
         return getattr(self.runner, "staging", None)
 
     def __call__(self, pixels: NDArray[np.uint8], outputs: Iterable[str] = ("EMBEDDING",)) -> Batch:
@@ -63,7 +63,7 @@ class VisionEngine:
 
         Args:
             pixels: [N, S, S, 3] uint8 RGB, at least one row.
-            outputs: which of `OUTPUTS` to compute; others are ignored.
+            outputs: which of `OUTPUTS` to compute. Other names are ignored.
 
         Returns:
             Float32 outputs, not normalised. EMBEDDING [N, E] is the reference's `pooler_output`, for CLIP

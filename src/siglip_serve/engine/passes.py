@@ -52,14 +52,14 @@ class Runner(Protocol):
         """Start a pass.
 
         Args:
-            rows: uint8 pixels [n, S, S, 3] or int64 ids [n, T]; n is 1 to `max_rows`.
+            rows: uint8 pixels [n, S, S, 3] or int64 ids [n, T], 1 <= n <= `max_rows`.
             wanted: which of `OUTPUTS` to compute. A text tower has only EMBEDDING.
 
         Returns:
             A function that waits for the pass and returns the wanted outputs [n, ...], float32.
 
         Raises:
-            RuntimeError: the device failed; see `is_out_of_memory`.
+            RuntimeError: the device failed. See `is_out_of_memory`.
         """
 
 
@@ -70,7 +70,7 @@ class VisionRunner(Runner, Protocol):
         """Explain the embedding of one image.
 
         Args:
-            explainer: made for this tower; see `heatmaps.attribution.explainer_of`.
+            explainer: made for this tower. See `heatmaps.attribution.explainer_of`.
             pixels: [1, S, S, 3] RGB.
             vectors: [P, E] float32 on the CPU.
 
@@ -84,7 +84,7 @@ class Batch:
     """Outputs of N rows, some of which may have failed for lack of memory.
 
     Attributes:
-        outputs: float32 arrays [N, ...] by output name, zeros where a row failed; empty if all failed.
+        outputs: float32 arrays [N, ...] by output name, zeros where one failed. Empty if all failed.
         failed: [N] bool.
     """
 
@@ -109,7 +109,7 @@ class Batch:
 
 
 def in_passes(rows: NDArray[Any], max_rows: int, start: Callable[[NDArray[Any]], Finish]) -> Batch:
-    """Compute all rows pass by pass; a pass that runs out of memory is tried again with half its rows.
+    """Compute all rows pass by pass. A pass that runs out of memory is tried again with half its rows.
 
     Each pass is started before the previous one is waited for, so that its rows are copied to the device
     meanwhile.
@@ -117,7 +117,7 @@ def in_passes(rows: NDArray[Any], max_rows: int, start: Callable[[NDArray[Any]],
     Args:
         rows: [N, ...], at least one.
         max_rows: most rows of one pass.
-        start: starts a pass over some of the rows; see `Runner`.
+        start: starts a pass over some of the rows. See `Runner`.
 
     Raises:
         RuntimeError: the device failed for another reason than its memory.

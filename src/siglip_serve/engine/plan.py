@@ -28,13 +28,12 @@ class Plan:
         device: `cpu` or `cuda:<index>`.
         dtype: arithmetic of the tower. `auto` is the fastest that is close to float32.
         backend: `torch`, `openvino` (CPUs) or `fused` (GPUs). `auto` is the fastest that the device has.
-        max_rows: rows in one pass; 0 leaves the choice to the runner.
-        threads: CPU threads; 0: all cores.
-        cache: folder that keeps converted models between starts; None: nothing is kept.
+        max_rows: rows in one pass. 0 leaves the choice to the runner.
+        threads: CPU threads. 0 means all cores.
+        cache: folder that keeps converted models between starts. Without one, nothing is kept.
         calibration: folder of images to calibrate int8 on.
         heatmap_blocks: last blocks of a SigLIP tower that heatmaps are rolled back through.
-        heatmap_vectors: most vectors of one image for which blocks are rolled back. Each one adds to the
-            cost.
+        heatmap_vectors: most vectors of one image for which blocks are rolled back. Each adds to the cost.
     """
 
     device: str = "cpu"
@@ -144,7 +143,7 @@ def fastest_dtype(gpu_capability: int | None) -> Dtype:
     """Choose the fastest dtype that is close to float32, which is the meaning of `auto`.
 
     Args:
-        gpu_capability: major compute capability of the GPU; None for the CPU.
+        gpu_capability: major compute capability of the GPU, or None for the CPU.
 
     Returns:
         bfloat16 where the device has instructions for it. Otherwise float16 on GPUs, float32 on CPUs.

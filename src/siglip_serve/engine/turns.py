@@ -74,14 +74,14 @@ class Turns:
             self._pace = seconds / rows
 
     def close(self) -> None:
-        """Leave the other processes; no turn may follow."""
+        """Leave the other processes. No turn may follow."""
         if self._file is not None:
             _remove_if_unused(self._path, self._file)
             os.close(self._file)
             self._file = None
 
     def _enter(self, file: int) -> bool:
-        """Wait for the turn; False if another process holds it too long."""
+        """Wait for the turn, or return False if another process holds it too long."""
         until = time.monotonic() + self._patience
         while True:
             with suppress(BlockingIOError, PermissionError):  # systems differ in the error for a taken lock
@@ -125,8 +125,8 @@ def _open(path: Path) -> int:
 
 
 def _remove_if_unused(path: Path, file: int) -> None:
-    # One of several that leave at once succeeds: each gives up its shared lock before it asks for the
-    # exclusive.
+    # One of several that leave at once succeeds, as each gives up its shared lock before it asks for this
+    # one.
     with suppress(OSError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(file).st_nlink:  # else the path is another file's by now

@@ -1,15 +1,14 @@
 """Where a vision tower sees a prompt: the cosine as a sum over the places of the image.
 
-An image embedding y is a sum of parts that each place adds, once the factors that depend on the whole image
-(attention, the scale of each LayerNorm, the gate of the last activation) are held at their values. For a
-vector w in the space of the embeddings this gives
+Some factors depend on the whole image: attention, the scale of each LayerNorm, the gate of the last
+activation. Held at their values, they make the embedding y of an image a sum of parts that each place adds.
+For a vector w in the space of the embeddings this gives
 
     <w, y> / |y| = sum of maps[w] + unattributed[w],
 
 exactly, for every image. If w is a unit text embedding, this is the cosine. It is linear in w, so the
 difference of two prompts is explained by the difference of their vectors. Unattributed are the parts without
-a
-place: biases, and what is added to the token of the whole image.
+a place: biases, and the sum that is added to the token of the whole image.
 
 Source: "Interpreting CLIP's Image Representation via Text-Based Decomposition" (Gandelsman, Efros and
 Steinhardt, ICLR 2024, arXiv 2310.05916) for CLIP. SigLIP has no class token, so its embedding is decomposed
@@ -87,14 +86,12 @@ class SiglipExplainer:
 
     The head's MLP is linear once the scale of its LayerNorm and the gate of its GELU are held at their
     values. A vector's view of the embedding thus becomes a linear form on the pooled tokens. The form is
-    rolled back
-    through the last blocks: what attention added to a token counts for the tokens that it came from, and what
-        the
-    MLP added counts for the token itself.
+    rolled back through the last blocks: the part that attention added to a token counts for the tokens that
+    it came from, and the part that the MLP added counts for the token itself.
 
     Args:
         tower: the head and the output projections of the last blocks are kept.
-        blocks: how many blocks are rolled back, K; more than the tower has mean all. With 0 the places are
+        blocks: how many blocks are rolled back, K, at most all that the tower has. With 0 the places are
             the pooled tokens themselves, and the cost hardly grows with the number of vectors.
         most: with more vectors than this no block is rolled back.
     """
@@ -113,7 +110,7 @@ class SiglipExplainer:
 
     @torch.inference_mode()
     def explain(self, tower: VisionTower, pixels: Tensor, vectors: Tensor) -> Explanation[Tensor]:
-        """Explain images; see `Explainer`."""
+        """Explain images. See `Explainer`."""
         return self(tower.trace(pixels, self.blocks), vectors)
 
     @torch.inference_mode()
@@ -121,7 +118,7 @@ class SiglipExplainer:
         """Explain the images of a trace.
 
         Args:
-            trace: of the last `blocks` blocks; see `VisionTower.trace`.
+            trace: of the last `blocks` blocks. See `VisionTower.trace`.
             vectors: [P, D] float32 on the device of the trace.
         """
         stream = trace.after.float()
@@ -222,7 +219,7 @@ class ClipExplainer:
 
     @torch.inference_mode()
     def explain(self, tower: ClipVisionTower, pixels: Tensor, vectors: Tensor) -> Explanation[Tensor]:
-        """Explain images; see `Explainer`."""
+        """Explain images. See `Explainer`."""
         form, seen, biases = self._see(vectors)
         x, blocks = tower.embed(pixels), tower.encoder.blocks  # [B, 1 + T, D]
         maps = form.new_zeros(len(x), len(form), x.shape[1])  # [B, P, 1 + T]
@@ -302,7 +299,7 @@ def _centre(x: Tensor) -> Tensor:
 
 
 def _standardize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Subtract the mean of [..., D]; also return the deviation [..., 1] that a LayerNorm divides by."""
+    """Subtract the mean of [..., D], and return the deviation [..., 1] that a LayerNorm divides by."""
     centred = _centre(x)
     return centred, (centred.square().mean(-1, keepdim=True) + eps).sqrt()
 

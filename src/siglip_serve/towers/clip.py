@@ -168,5 +168,5 @@ def load_scale(path: Path) -> float:
     tensors = load_tensors(path, "logit_")
     if list(tensors) != ["logit_scale"] or tensors["logit_scale"].numel() != 1:
         shapes = {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}
-        raise CheckpointError(f"{path}: expected one logit_scale and nothing beside it, got {shapes}")
+        raise CheckpointError(f"{path}: expected one logit_scale and no other logit tensor, got {shapes}")
     return float(tensors["logit_scale"])

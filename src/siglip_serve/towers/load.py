@@ -35,7 +35,7 @@ def load_text(path: Path) -> AnyTextTower:
 
 
 def load_scale(path: Path) -> tuple[float, float | None]:
-    """Load `(logit_scale, logit_bias)`; CLIP has no bias, so the second is None.
+    """Load `(logit_scale, logit_bias)`. CLIP has no bias, so the second is None.
 
     Raises:
         CheckpointError: the checkpoint lacks one of those that its family has, or has others.

@@ -62,7 +62,7 @@ class BlockTrace:
     mlp: Tensor
 
     def attention(self) -> Tensor:
-        """Compute the weights by which tokens take from tokens, [B, H, T, T] float32; rows sum to 1."""
+        """Compute the weights by which tokens take from tokens, [B, H, T, T] float32. Rows sum to 1."""
         queries, keys = self.queries.float(), self.keys.float()
         return (queries @ keys.mT * queries.shape[-1] ** -0.5).softmax(-1)
 
@@ -108,7 +108,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with an activation between them; its names are those of `config.json`."""
+    """Two linear layers with an activation between them. Its names are those of `config.json`."""
 
     def __init__(self, width: int, hidden: int, activation: str) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class Encoder(nn.Module):
 
     @property
     def blocks(self) -> list[Block]:
-        """The blocks in order; `layers` with its type."""
+        """The blocks in order: `layers` with its type."""
         return cast("list[Block]", list(self.layers))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -239,17 +239,17 @@ class VisionTower(nn.Module):
     def trace(self, pixels: Tensor, blocks: int) -> TowerTrace:
         """Trace the last `blocks` blocks on pixels [B, 3, S, S], normalised as the checkpoint asks."""
         x = self.embeddings(pixels)
-        split = len(self.encoder.layers) - blocks
-        for layer in self.encoder.layers[:split]:
-            x = layer(x)
-        return trace_blocks(x, self.encoder.layers[split:])
+        split = len(self.encoder.blocks) - blocks
+        for block in self.encoder.blocks[:split]:
+            x = block(x)
+        return trace_blocks(x, self.encoder.blocks[split:])
 
 
-def trace_blocks(x: Tensor, layers: Iterable[nn.Module]) -> TowerTrace:
+def trace_blocks(x: Tensor, blocks: Iterable[Block]) -> TowerTrace:
     """Run `Block`s one after the other on the residual stream [B, T, D], and trace them."""
     before, traces = x, []
-    for layer in cast("Iterable[Block]", layers):
-        x, trace = layer.trace(x)
+    for block in blocks:
+        x, trace = block.trace(x)
         traces.append(trace)
     return TowerTrace(before, tuple(traces), x)
 

@@ -24,7 +24,7 @@ def load_strictly(tower: nn.Module, path: Path, prefixes: Mapping[str, str]) -> 
         prefixes: prefix of names in the checkpoint -> prefix in the tower.
 
     Raises:
-        CheckpointError: tensors are missing, unexpected or of another shape; the first 20 are listed.
+        CheckpointError: tensors are missing, unexpected or of another shape. The first 20 are listed.
     """
     # Old versions of the reference saved position ids as a buffer. They hold no information.
     tensors = {

@@ -42,7 +42,7 @@ class Stack(Protocol):
     """Blocks, and the LayerNorm behind them, that run as one."""
 
     def __call__(self, x: Tensor, rows: int) -> Tensor:
-        """Tokens [M, W] of `rows` images or texts -> normalised tokens [M, W]; x is overwritten."""
+        """Tokens [M, W] of `rows` images or texts -> normalised tokens [M, W]. x is overwritten."""
 
     def stream(self, x: Tensor, rows: int, count: int) -> Tensor:
         """Tokens [M, W] -> the residual stream behind the first `count` blocks, [M, W] float32.
@@ -55,7 +55,7 @@ class Blocks:
     """A stack with products in 16 bits.
 
     Args:
-        layers: on the device; LayerNorms and biases in float32.
+        layers: on the device, with LayerNorms and biases in float32.
         final: the LayerNorm behind them, float32.
         dtype: bfloat16 or float16.
     """
@@ -69,13 +69,13 @@ class Blocks:
             self._offset = self._layers[-1].offset_after
 
     def __call__(self, x: Tensor, rows: int) -> Tensor:
-        """Run all blocks; see `Stack`."""
+        """Run all blocks. See `Stack`."""
         for layer in self._layers:
             x = self._run(layer, x, rows)
         return kernels.layer_norm(x, self._offset, self._final)
 
     def stream(self, x: Tensor, rows: int, count: int) -> Tensor:
-        """Run the first `count` blocks; see `Stack`."""
+        """Run the first `count` blocks. See `Stack`."""
         for layer in self._layers[:count]:
             x = self._run(layer, x, rows)
         return x.float() + (self._layers[count].offset1 if count < len(self._layers) else self._offset)
@@ -132,13 +132,13 @@ def attend(qkv: Tensor, rows: int, heads: int) -> Tensor:
 
 
 def attend_by_cudnn(qkv: Tensor, rows: int, heads: int) -> Tensor:
-    """Self-attention by cuDNN, or by torch's next kernel that takes the shape; arguments as for `attend`."""
+    """Self-attention by cuDNN, or by torch's next kernel that takes the shape. Arguments as for `attend`."""
     with sdpa_kernel(_ATTENTION, set_priority=True):
         return attend_by_torch(qkv, rows, heads)
 
 
 def attend_by_torch(qkv: Tensor, rows: int, heads: int) -> Tensor:
-    """Self-attention by torch's choice of a kernel, on views of qkv; arguments as for `attend`."""
+    """Self-attention by torch's choice of a kernel, on views of qkv. Arguments as for `attend`."""
     q, k, v = qkv.view(rows, -1, 3, heads, qkv.shape[1] // 3 // heads).permute(2, 0, 3, 1, 4)
     y = F.scaled_dot_product_attention(q, k, v)  # [rows, H, T, W/H]
     return y.transpose(1, 2).reshape(len(qkv), -1)

@@ -38,7 +38,7 @@ _COLUMNS_AT_ONCE = 128
 
 
 class Float8Blocks:
-    """A stack with 8-bit products; implements `blocks.Stack`.
+    """A `Stack` with 8-bit products.
 
     Args:
         layers: at least one, float32.
@@ -58,12 +58,12 @@ class Float8Blocks:
         self._norm_scale = self._one / kernels.largest_norm_scale(len(final.weight))
 
     def __call__(self, x: Tensor, rows: int) -> Tensor:
-        """Run all blocks; see `Stack`."""
+        """Run all blocks. See `Stack`."""
         branch = self._run(x, rows, len(self._layers))
         return kernels.layer_norm(x, self._offset, self._final, branch)
 
     def stream(self, x: Tensor, rows: int, count: int) -> Tensor:
-        """Run the first `count` blocks; see `Stack`."""
+        """Run the first `count` blocks. See `Stack`."""
         branch = self._run(x, rows, count)
         offset = self._layers[count].offset1 if count < len(self._layers) else self._offset
         return x.float() + offset + (branch[0] * branch[1][:, None] if branch else 0)
@@ -99,7 +99,7 @@ class _Layer:
 
 
 def _quantize(block: Block, tokens: Tensor, offset: Tensor) -> tuple[_Layer, Tensor]:
-    """Round a block's weights for tokens [B, T, W] such as these; also return the exact block's tokens."""
+    """Round a block's weights for tokens [B, T, W] such as these, and return the exact block's tokens."""
     attention, mlp = block.self_attn, block.mlp
     qkv = _Weight(attention.qkv_proj, _normalized(tokens, block.layer_norm1), block.layer_norm1)
     tokens = tokens + attention(block.layer_norm1(tokens))
@@ -187,7 +187,7 @@ def _normalized(tokens: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 
 def _multiply(x: Tensor, weight: _Weight, x_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply x [M, K] float8 by a weight; one scale per matrix."""
+    """Multiply x [M, K] float8 by a weight, with one scale per matrix."""
     return torch._scaled_mm(
         x, weight.values, x_scale, weight.scale, weight.bias, out_dtype=dtype, use_fast_accum=True
     )

@@ -55,7 +55,7 @@ class FoldedPooling:
 
     Args:
         head: on the device, float32.
-        dtype: arithmetic; the softmax is computed in float32.
+        dtype: arithmetic, except that of the softmax, which is float32.
     """
 
     def __init__(self, head: AttentionPooling, dtype: torch.dtype) -> None:

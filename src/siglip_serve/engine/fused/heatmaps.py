@@ -29,7 +29,7 @@ class RecordedHeatmaps:
         pixels: [1, S, S, 3] uint8, any content.
         device: device of the tower.
         dtype: arithmetic of the traced products.
-        graphs: record; see `Replays`.
+        graphs: record. See `Replays`.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class RecordedHeatmaps:
     def explain(
         self, explainer: SiglipExplainer, pixels: NDArray[np.uint8], vectors: Tensor
     ) -> Explanation[Tensor]:
-        """Explain pixels [1, S, S, 3]; see `VisionRunner.explain`. Its tensors hold until the next call."""
+        """Explain pixels [1, S, S, 3] (`VisionRunner.explain`). Its tensors hold until the next call."""
         trace, count = self._find_trace(pixels), len(vectors)
         if not self._graphs or count > _MOST_RECORDED:
             return explainer(trace, vectors.to(self._device))
@@ -81,7 +81,7 @@ class RecordedHeatmaps:
     def _record(
         self, explainer: SiglipExplainer, trace: TowerTrace, vectors: Tensor
     ) -> _RecordedExplainer | None:
-        """Record an explainer; None if there is no memory for it, and then it runs unrecorded."""
+        """Record an explainer, or return None if there is no memory for it. It then runs unrecorded."""
         try:
             return _RecordedExplainer(explainer, trace, vectors, self._pool)
         except RuntimeError as error:
@@ -105,7 +105,7 @@ class _RecordedExplainer:
 
     @torch.inference_mode()
     def __call__(self, vectors: Tensor) -> Explanation[Tensor]:
-        """Explain by vectors [P, D]; the result holds until the next call."""
+        """Explain by vectors [P, D]. The result holds until the next call."""
         self._vectors.copy_(vectors)
         self._graph.replay()
         return self._found

@@ -24,11 +24,11 @@ class Replays:
     Args:
         compute: rows on the device -> tensors with as many rows. It runs the same kernels every time.
         rows: the most rows of one call, of the dtype and shape of all later ones.
-        device: device of the computation; on the CPU rows are computed in place.
+        device: device of the computation. On the CPU rows are computed at once.
         graphs: record, which needs a CUDA device. Without, `compute` is called each time.
 
     Attributes:
-        max_rows: most rows of one call; fewer than `rows` if there is no memory for more.
+        max_rows: most rows of one call. They are fewer than `rows` if there is no memory for more.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Replays:
         return replay
 
     def fetch(self, tensors: dict[str, Tensor]) -> Finish:
-        """Start to copy tensors to the host as float32; the returned function waits for them."""
+        """Start to copy tensors to the host as float32. The returned function waits for them."""
         if self._device.type != "cuda":
             arrays = {name: tensor.float().numpy() for name, tensor in tensors.items()}
             return lambda: arrays
@@ -90,7 +90,7 @@ class Replays:
         return finish
 
     def _send(self, rows: NDArray[Any]) -> None:
-        """Copy rows into the input; a full batch uses its own stream while the previous call computes."""
+        """Copy rows into the input. A full batch uses its own stream while the previous call computes."""
         n, source = len(rows), torch.from_numpy(rows)
         if self._device.type != "cuda":
             self._input[:n].copy_(source)

@@ -29,15 +29,15 @@ _FLOAT8_MULTIPLE = 16  # of the sides of a matrix of 8 bits
 
 
 class FusedVision:
-    """Run a SigLIP vision tower; uint8 pixels -> outputs. On a GPU all passes are recorded at the start.
+    """Run a SigLIP vision tower: uint8 pixels -> outputs. On a GPU all passes are recorded at the start.
 
     Args:
         tower: on the CPU, float32. The runner takes it over.
         image: the checkpoint's normalisation.
         device: a CUDA device. On a CPU, for tests, nothing is recorded.
         dtype: bfloat16 or float16, for what is not float8.
-        float8: compute three of the four products of a block in 8 bits; see `float8.py`.
-        max_rows: largest batch that is recorded; 0: the largest that is worth it.
+        float8: compute three of the four products of a block in 8 bits. See `float8.py`.
+        max_rows: largest batch that is recorded. 0 is the largest that is worth it.
         blocks: how many of the last blocks heatmaps are rolled back through.
 
     Attributes:
@@ -86,7 +86,7 @@ class FusedVision:
 
     @torch.inference_mode()
     def __call__(self, pixels: NDArray[np.uint8], /, wanted: Sequence[str]) -> Finish:
-        """Start a pass over pixels [n, S, S, 3]; see `Runner`."""
+        """Start a pass over pixels [n, S, S, 3]. See `Runner`."""
         tokens, embedding = self.replays(pixels)
         compute: dict[str, Callable[[], Tensor]] = {
             "EMBEDDING": lambda: embedding,
@@ -98,7 +98,7 @@ class FusedVision:
     def explain(
         self, explainer: SiglipExplainer, pixels: NDArray[np.uint8], vectors: Tensor
     ) -> Explanation[Tensor]:
-        """Explain pixels [1, S, S, 3] by vectors [P, D]; see `VisionRunner`."""
+        """Explain pixels [1, S, S, 3] by vectors [P, D]. See `VisionRunner`."""
         return self._heatmaps.explain(explainer, pixels, vectors)
 
     def _forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +114,7 @@ class FusedVision:
 
 
 class FusedText:
-    """Run a SigLIP text tower in 16 bits; token ids -> EMBEDDING. Arguments as for `FusedVision`."""
+    """Run a SigLIP text tower in 16 bits: token ids -> EMBEDDING. Arguments as for `FusedVision`."""
 
     def __init__(self, tower: TextTower, device: torch.device, dtype: torch.dtype, max_rows: int = 0) -> None:
         tower.to(device)
@@ -128,7 +128,7 @@ class FusedText:
 
     @torch.inference_mode()
     def __call__(self, ids: NDArray[np.int64], /, wanted: Sequence[str]) -> Finish:  # noqa: ARG002 - one output
-        """Start a pass over ids [n, T] -> EMBEDDING [n, P]; see `Runner`."""
+        """Start a pass over ids [n, T] -> EMBEDDING [n, P]. See `Runner`."""
         (embedding,) = self._replays(ids)
         return self._replays.fetch({"EMBEDDING": embedding})
 

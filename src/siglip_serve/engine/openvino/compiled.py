@@ -22,7 +22,7 @@ class Compiled:
 
     Args:
         model: the graph.
-        plan: resolved; its dtype and threads are used. A CPU without bfloat16 computes it in float32.
+        plan: resolved, for its dtype and threads. A CPU without bfloat16 computes it in float32.
     """
 
     def __init__(self, model: ov.Model, plan: Plan) -> None:

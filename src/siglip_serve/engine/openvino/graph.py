@@ -25,7 +25,6 @@ from siglip_serve.towers.siglip import (
     MLP,
     Attention,
     AttentionPooling,
-    Block,
     Encoder,
     TextTower,
     VisionTower,
@@ -81,8 +80,7 @@ def build_text(tower: TextTower) -> Model:
 
 
 def _encoder(x: Node, encoder: Encoder, tokens: int) -> Node:
-    for layer in encoder.layers:
-        block = cast(Block, layer)
+    for block in encoder.blocks:
         x = op.add(x, _attention(_layer_norm(x, block.layer_norm1), block.self_attn, tokens))
         x = op.add(x, _mlp(_layer_norm(x, block.layer_norm2), block.mlp))
     return x

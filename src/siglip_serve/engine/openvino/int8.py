@@ -42,12 +42,12 @@ Pixels = NDArray[np.uint8]
 
 
 def quantize(tower: VisionTower, image: ImageConfig, plan: Plan) -> ov.Model:
-    """Quantise the graph of `build_vision`, or load it from the cache; print how close it is to float32.
+    """Quantise the graph of `build_vision`, or load it from the cache, and print how close it is to float32.
 
     Args:
         tower: on the CPU, float32.
         image: the checkpoint's preprocessing of the calibration images.
-        plan: resolved, of dtype int8; `calibration` and `cache` are its folders.
+        plan: resolved, of dtype int8, for its folders `calibration` and `cache`.
 
     Raises:
         SettingsError: there are fewer than 10 images to calibrate on, or nncf is not installed.
@@ -150,7 +150,7 @@ def _fidelity(
 
 
 def _load(file: Path) -> tuple[ov.Model, str] | None:
-    """Read a file that `_store` wrote; None if it cannot be used, as the model can be made again."""
+    """Read a file that `_store` wrote, or return None if it cannot be used. The model is then made again."""
     if not file.exists():
         return None
     try:

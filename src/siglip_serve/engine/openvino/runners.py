@@ -32,7 +32,7 @@ _TEXT_ROWS = 32
 
 
 class OpenVinoVision:
-    """Run a SigLIP vision tower; uint8 pixels -> outputs. One call at a time.
+    """Run a SigLIP vision tower: uint8 pixels -> outputs. One call at a time.
 
     Args:
         tower: on the CPU, float32. Its tensors are shared, not copied.
@@ -57,7 +57,7 @@ class OpenVinoVision:
         self._tower, self._head = Compiled(model, plan), Compiled(build_head(tower), plan)
 
     def __call__(self, pixels: NDArray[np.uint8], /, wanted: Sequence[str]) -> Finish:
-        """Compute the wanted outputs of pixels [n, S, S, 3]; see `Runner`.
+        """Compute the wanted outputs of pixels [n, S, S, 3]. See `Runner`.
 
         Raises:
             torch.OutOfMemoryError: there is not enough memory for these rows.
@@ -77,12 +77,12 @@ class OpenVinoVision:
     def explain(
         self, explainer: Explainer, pixels: NDArray[np.uint8], vectors: Tensor
     ) -> Explanation[Tensor]:
-        """Explain pixels [1, S, S, 3] by vectors [P, E] with torch, in float32; see `VisionRunner`."""
+        """Explain pixels [1, S, S, 3] by vectors [P, E] with torch, in float32. See `VisionRunner`."""
         return explainer.explain(self._torch, self._normalize(pixels), vectors)
 
 
 class OpenVinoText:
-    """Run a SigLIP text tower; token ids -> EMBEDDING. One call at a time.
+    """Run a SigLIP text tower: token ids -> EMBEDDING. One call at a time.
 
     Texts are not quantised, since int8 is calibrated on images. Arguments as for `OpenVinoVision`.
     """
@@ -92,7 +92,7 @@ class OpenVinoText:
         self._tower = Compiled(build_text(tower), plan)
 
     def __call__(self, ids: NDArray[np.int64], /, wanted: Sequence[str]) -> Finish:  # noqa: ARG002 - one output
-        """Compute EMBEDDING [n, P] of ids [n, T]; see `Runner`.
+        """Compute EMBEDDING [n, P] of ids [n, T]. See `Runner`.
 
         Raises:
             torch.OutOfMemoryError: there is not enough memory for these rows.

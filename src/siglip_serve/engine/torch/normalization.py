@@ -18,7 +18,7 @@ class Normalization:
     Args:
         image: the checkpoint's rescale factor, mean and standard deviation.
         device: where the pixels are computed.
-        dtype: of the result; the arithmetic is float32.
+        dtype: of the result. The arithmetic is float32.
     """
 
     def __init__(self, image: ImageConfig, device: torch.device, dtype: torch.dtype) -> None:

@@ -16,7 +16,7 @@ _FUSED: dict[str, _Fused] = {"gelu_pytorch_tanh": ("gelu", [], "tanh"), "gelu": 
 
 
 def pack_linear_layers(module: nn.Module, rows: int) -> None:
-    """Replace the linear layers below `module`; without oneDNN for their dtype they stay as they are.
+    """Replace the linear layers below `module`. Without oneDNN for their dtype they stay as they are.
 
     Args:
         module: a tower on the CPU, float32 or bfloat16.
@@ -37,7 +37,7 @@ def pack_linear_layers(module: nn.Module, rows: int) -> None:
 
 
 class _PackedLinear(nn.Module):
-    """A linear layer with a packed weight; an activation can be fused behind it."""
+    """A linear layer with a packed weight, and an activation that is fused behind it."""
 
     def __init__(self, linear: nn.Linear, rows: int, activation: _Fused = _NOTHING) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Towers as torch runs them, operation by operation; on CPUs with weights packed for oneDNN."""
+"""Towers as torch runs them, operation by operation, on CPUs with weights packed for oneDNN."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _TEXT_ROWS = {"cuda": 256, "cpu": 32}
 
 
 class TorchVision:
-    """Run a vision tower of either family; uint8 pixels -> outputs.
+    """Run a vision tower of either family: uint8 pixels -> outputs.
 
     Args:
         tower: on the CPU, float32. The runner takes it over.
         image: the checkpoint's normalisation, computed on the device.
         device: any device of torch.
         dtype: arithmetic of the tower.
-        max_rows: most rows of one call; 0: the device's default.
+        max_rows: most rows of one call. 0 is the default of the device.
 
     Attributes:
         max_rows: most rows of one call.
@@ -54,7 +54,7 @@ class TorchVision:
 
     @torch.inference_mode()
     def __call__(self, pixels: NDArray[np.uint8], /, wanted: Sequence[str]) -> Finish:
-        """Compute the wanted outputs of pixels [n, S, S, 3]; see `Runner`."""
+        """Compute the wanted outputs of pixels [n, S, S, 3]. See `Runner`."""
         tokens = self.tower(self.normalize(pixels))
         compute: dict[str, Callable[[], Tensor]] = {
             "EMBEDDING": lambda: self.tower.head(tokens),
@@ -67,13 +67,13 @@ class TorchVision:
     def explain(
         self, explainer: Explainer, pixels: NDArray[np.uint8], vectors: Tensor
     ) -> Explanation[Tensor]:
-        """Explain pixels [1, S, S, 3] by vectors [P, E]; see `VisionRunner`."""
+        """Explain pixels [1, S, S, 3] by vectors [P, E]. See `VisionRunner`."""
         x = self.normalize(pixels)
         return explainer.explain(self.tower, x, vectors.to(x.device))
 
 
 class TorchText:
-    """Run a text tower of either family; token ids -> EMBEDDING. Arguments as for `TorchVision`."""
+    """Run a text tower of either family: token ids -> EMBEDDING. Arguments as for `TorchVision`."""
 
     def __init__(
         self, tower: AnyTextTower, device: torch.device, dtype: torch.dtype, max_rows: int = 0
@@ -84,7 +84,7 @@ class TorchText:
 
     @torch.inference_mode()
     def __call__(self, ids: NDArray[np.int64], /, wanted: Sequence[str]) -> Finish:  # noqa: ARG002 - one output
-        """Compute EMBEDDING [n, P] of ids [n, T]; see `Runner`."""
+        """Compute EMBEDDING [n, P] of ids [n, T]. See `Runner`."""
         on_device = torch.from_numpy(ids).to(self.device)
         tokens = self.tower(on_device)
         return _done({"EMBEDDING": self.tower.pool(tokens, on_device).float().cpu().numpy()})
