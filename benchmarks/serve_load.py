@@ -1,6 +1,6 @@
 """Load on a server, running or started for this: single-image JPEG requests over gRPC.
 
-Closed loop: `--concurrency` requests are always in flight. Open loop: `--rate` requests a second are
+Closed loop: `--concurrency` requests are always in flight. Open loop: `--rate` requests per second are
 sent at drawn times, and latency counts from the time drawn.
 """
 
@@ -28,7 +28,7 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     add("--processes", type=int, default=2, help="client processes, default %(default)s")
     add("--seconds", type=float, default=10, help="measured time, default %(default)s")
     add("--warmup", type=float, default=2, help="time before, default %(default)s")
-    add("--rate", type=float, nargs="+", help="requests a second: the open loop, instead of --concurrency")
+    add("--rate", type=float, nargs="+", help="requests per second: the open loop, instead of --concurrency")
     add(
         "--arrivals",
         choices=get_args(Arrivals),

@@ -80,7 +80,7 @@ def measure(options: argparse.Namespace, server: TritonServer) -> list[dict[str,
             row = rows[-1]
             print(", ".join(f"{key} {row[key]}" for key in ("way", "p50_ms", "p95_ms", "team_predict_ms")))
     together, alone = (float(row["p50_ms"]) for row in rows[1:])
-    print(f"{BATCH} crops one a request take {alone / together:.1f} times as long as in one request")
+    print(f"{BATCH} crops one per request take {alone / together:.1f} times as long as in one request")
     return rows
 
 

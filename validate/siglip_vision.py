@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     add_common(made)
     add = made.add_argument
     add("--protocols", nargs="*", choices=PROTOCOLS, default=list(PROTOCOLS), help="zero-shot protocols")
-    add("--shots", nargs="*", type=_positive, default=[10], help="training images a class; none: no few-shot")
+    add("--shots", nargs="*", type=_positive, default=[10], help="images per class, none: no few-shot")
     add("--seeds", type=_positive, default=1, help="draws of the training images, where there is a choice")
     add(
         "--linear-probe", action="store_true", help="add rows with logistic regression (minutes, not seconds)"

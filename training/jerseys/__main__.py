@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("out", type=Path, help="folder to write to; made if it is not there")
     parser.add_argument("--seed", type=int, default=0, help="of every choice (default: %(default)s)")
-    parser.add_argument("--sheet", type=Path, help="PNG file of all crops, a row a track, a column a frame")
+    parser.add_argument("--sheet", type=Path, help="PNG file of all crops, one row per track")
     args = parser.parse_args(argv)
 
     made = clip(args.tier, args.seed)

@@ -351,7 +351,7 @@ def clip(
 
 
 def contact_sheet(made: Clip, cell: tuple[int, int] = (56, 104)) -> Image.Image:
-    """All crops, a row a track and a column a frame, scaled to cells of this width and height."""
+    """All crops, a row per track and a column per frame, scaled to cells of this width and height."""
     tracks, frames = np.unique(made.track), np.unique(made.frame)
     sheet = Image.new("RGB", (len(frames) * cell[0], len(tracks) * cell[1]), (30, 30, 30))
     for data, track, frame in zip(made.crops, made.track, made.frame, strict=True):

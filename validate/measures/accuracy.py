@@ -74,7 +74,7 @@ def top_k_hits(scores: Floats, targets: NDArray[np.int64], k: int) -> NDArray[np
     """
     if scores.ndim != 2 or targets.shape != (len(scores),):
         raise InvalidInputError(
-            f"targets: expected one a row of scores {list(scores.shape)}, got {list(targets.shape)}"
+            f"targets: expected one per row of scores {list(scores.shape)}, got {list(targets.shape)}"
         )
     hits: NDArray[np.bool_] = (top_k(scores, min(k, scores.shape[1])) == targets[:, None]).any(axis=1)
     return hits
