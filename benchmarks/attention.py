@@ -124,7 +124,7 @@ def measure(geometry: str, rows: int, seconds: float) -> list[dict[str, str]]:
 
 
 def _record(way: Attention, sets: list[Tensor], rows: int, heads: int) -> torch.cuda.CUDAGraph:
-    """All sets, one after the other, without what it costs to launch them."""
+    """All sets, one after the other, without the cost of launching them."""
     for qkv in sets:
         way(qkv, rows, heads)
     torch.cuda.synchronize()

@@ -91,7 +91,7 @@ def untrained(model: Model, seed: int) -> Model:
     with torch.no_grad():
         torch.manual_seed(seed)
         for name, parameter in changed.tower.named_parameters():
-            # What a layer gets has about unit variance, and so has what it gives.
+            # Inputs of a layer have about unit variance, and so have its outputs.
             fan = parameter[0].numel() if parameter.ndim > 1 else len(parameter)
             parameter.copy_(torch.randn(parameter.shape) * (0 if name.endswith("bias") else fan**-0.5))
         for module in changed.tower.modules():
@@ -181,9 +181,9 @@ class Method:
 
     Attributes:
         name: as in the table.
-        blocks: the last blocks that it goes back through, if it does.
+        blocks: the last blocks that it rolls back, if it does.
         passes: images that the tower runs on for one map.
-        find: what it says of a scene.
+        find: draws the maps of a scene.
         relative: whether what the prompts have in common is taken off; there is nothing else where the
             prompt is ignored.
         perturbed: whether deletion and insertion are measured.
@@ -297,7 +297,7 @@ def windows(model: Model) -> NDArray[np.bool_]:
 
 
 def hide(picture: Picture, gone: NDArray[np.bool_]) -> Picture:
-    """Copies of a picture [S, S, 3], with its mean colour over what is gone, [n, S, S]."""
+    """Copies of a picture [S, S, 3], with its mean colour over the hidden pixels, [n, S, S]."""
     color = np.rint(picture.mean((0, 1))).astype(np.uint8)
     return np.asarray(np.where(gone[..., None], color, picture))
 

@@ -1,4 +1,4 @@
-"""How well heatmaps find the objects of composed scenes whose places are known to the pixel.
+"""Accuracy of heatmaps in finding the objects of composed scenes whose places are known to the pixel.
 
     python -m benchmarks.heatmaps --output benchmarks/results/heatmaps.csv --sheets build/heatmaps
 
@@ -126,7 +126,7 @@ def read(scenes: Scenes) -> list[Scene]:
 def prepare(
     model: Model, scenes: Sequence[Scene], labels: Sequence[str], others: Sequence[int], seed: int
 ) -> Setup:
-    """Embed what is asked for. The bank are `BANK` of the concepts `others`."""
+    """Embed the prompts and the bank. The bank are `BANK` of the concepts `others`."""
     bank = np.random.default_rng(seed).choice(others, min(BANK, len(others)), replace=False)
     wanted = sorted({concept for scene in scenes for concept in scene.concepts} | set(bank.tolist()))
     vectors = model.classes([labels[concept] for concept in wanted], PROMPTS)

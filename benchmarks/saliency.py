@@ -92,7 +92,7 @@ def dense(tower: AnyVisionTower, trace: TowerTrace, vectors: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def pool_attention(tower: AnyVisionTower, trace: TowerTrace) -> Tensor:
-    """Mean over the heads of what the pooling head, or the class token in CLIP's last block, attends to.
+    """Attention of the pooling head, or of the class token in CLIP's last block: the mean over the heads.
 
     Args:
         tower: which was traced.

@@ -206,7 +206,7 @@ def linear_probe_row(
 
 
 def raw_pixel_row(dataset: Dataset, gallery: Floats, images: Floats, shots: int, seeds: Sequence[int]) -> Row:
-    """The few-shot protocol on pixels [n, values] instead of embeddings: what no model at all gets."""
+    """The few-shot protocol on pixels [n, values] instead of embeddings: the result of no model at all."""
     row = few_shot_row(dataset, gallery, images, shots, seeds)
     row.name = f"{shots}-shot, raw pixels"
     return row

@@ -47,7 +47,7 @@ def published_table(rows: Sequence[Row]) -> str:
 
 
 def markdown(report: Report) -> str:
-    """The whole report: table, intervals, styles, confusions, what was measured and what was wrong."""
+    """The whole report: table, intervals, styles, confusions, and the files left out."""
     parts = [
         "# Validation of the image and text embeddings",
         _sentence(report),

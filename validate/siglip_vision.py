@@ -68,7 +68,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--baselines", action="store_true", help="add chance and k-nearest neighbours on raw pixels")
     add("--pixel-side", type=_positive, default=32, help="side to which raw pixels are resized")
-    add("--class-list", type=Path, help="synset ids, one a line: their accuracy and the others' beside it")
+    add(
+        "--class-list",
+        type=Path,
+        help="synset ids, one per line: their accuracy and the others' are told apart",
+    )
     add("--styles", action="store_true", help="break down by file name prefix: twemoji_p0.png is twemoji")
     return made
 

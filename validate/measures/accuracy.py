@@ -1,4 +1,4 @@
-"""How good predictions are: accuracy with its uncertainty, confusions, agreement of two embeddings."""
+"""Measures of predictions: accuracy with its uncertainty, confusions, agreement of two embeddings."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def confusion_pairs(
 
 
 def cosine_statistics(first: Floats, second: Floats) -> CosineStatistics:
-    """How well corresponding rows of `first` [n, d] and `second` [n, d] point the same way.
+    """Agreement in direction of corresponding rows of `first` [n, d] and `second` [n, d].
 
     Raises:
         InvalidInputError: not matrices of the same shape with at least one row, or not finite.

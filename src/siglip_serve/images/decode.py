@@ -178,7 +178,7 @@ def _orient(pixels: Pixels, orientation: int) -> Pixels:
 
 
 class _WarningsOff:
-    """How many threads are inside `_without_warnings`, and the filters to restore after the last."""
+    """Number of threads inside `_without_warnings`, and the filters to restore after the last."""
 
     lock = threading.Lock()
     depth = 0

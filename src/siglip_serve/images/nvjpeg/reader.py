@@ -56,7 +56,7 @@ class Decoded(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How the planes of a picture lie in memory, with room for whole MCUs.
+    """Layout of a picture's planes in memory, with room for whole MCUs.
 
     Attributes:
         pitches: bytes from row to row, of each plane.
