@@ -1,4 +1,4 @@
-"""Scenes of several drawings, with exact masks of what is visible of each.
+"""Scenes of several drawings, with exact masks of the visible part of each.
 
 Shapes: N scenes, K places for objects in each, C the canvas's side in pixels. Everything is seeded.
 """

@@ -54,7 +54,7 @@ class Random:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where drawings go, and on what.
+    """Places and grounds of drawings.
 
     Attributes:
         theta: [B, 2, 3], canvas coordinates to art coordinates, as `affine_grid` takes it.

@@ -89,7 +89,7 @@ class Clip:
     """N crops and the truth about them, ordered by frame.
 
     Attributes:
-        tier, seed: what it was made from.
+        tier, seed: its origin.
         crops: N JPEG files.
         team: int64 [N], 0 or 1, and -1 for referees.
         role: int64 [N], values of `Role`.
@@ -202,7 +202,7 @@ def _all_kits(tier: str, random: Random, difference: float) -> Kits:
 
 @dataclass(frozen=True)
 class _Roll:
-    """Who is in the clip: kit, team and role of each player, and players and frames of each crop."""
+    """People in the clip: kit, team and role of each player, and players and frames of each crop."""
 
     kit: Tensor
     team: Tensor
