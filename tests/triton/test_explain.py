@@ -240,7 +240,7 @@ def test_overlays_are_white_at_zero_on_a_scale_for_all_prompts(normalization: st
     """NORMALIZE `prompt` alone gives each map its own scale, and zero is white there too."""
     patches = explain(grpc, DOG, PROMPTS)["PATCH_MAPS"]
     # As many pixels as patches, so that nothing lies between two of them.
-    asked = {"SIZE": list(patches.shape[1:]), "OPACITY": [1.0], "NORMALIZE": [normalization]}
+    asked: dict[str, Any] = {"SIZE": list(patches.shape[1:]), "OPACITY": [1.0], "NORMALIZE": [normalization]}
     for file, patch_map in zip(
         explain(grpc, DOG, PROMPTS, ("OVERLAY",), **asked)["OVERLAY"], patches, strict=True
     ):
