@@ -26,7 +26,7 @@ def machine_cpu() -> float:
 
 
 def cpu_of(root: int | None) -> dict[tuple[int, str], float]:
-    """CPU seconds so far of a process and all below it, as (process id, what it is) -> seconds."""
+    """CPU seconds so far of a process and all below it, as (process id, its name) -> seconds."""
     if root is None:
         return {}
     found = {}

@@ -174,7 +174,7 @@ def _close(tally: Tally, pixels: NDArray[np.uint8], expected: NDArray[np.uint8])
 
 
 def keep_busy(device: str, stop: Any) -> None:
-    """Large products, one after the other, as a tower computes beside the decoders."""
+    """Large products, one after the other, as a tower computes while decoders run."""
     a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
     while not stop.is_set():
         for _ in range(20):
@@ -261,9 +261,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", default="cuda:0", help="default %(default)s")
     add("--processes", type=int, default=4, help="readers at once, default %(default)s")
     add("--pictures", type=int, default=192, help="different plain files, default %(default)s")
-    add("--damaged", type=int, default=24, help="damaged files beside them, default %(default)s")
+    add("--damaged", type=int, default=24, help="further damaged files, default %(default)s")
     add("--calls", type=int, default=1000, help="mixes that each process reads, default %(default)s")
-    add("--picture", default="500x375", help="what is timed, width x height, default %(default)s")
+    add(
+        "--picture", default="500x375", help="size of the timed pictures, width x height, default %(default)s"
+    )
     add("--batches", type=int, nargs="+", default=[1, 8, 32, 64], help="files a call, default 1 8 32 64")
     add("--seconds", type=float, default=5, help="time for each of these, default %(default)s")
     add("--seed", type=int, default=0, help="default %(default)s")

@@ -1,4 +1,4 @@
-"""How long heatmaps take through the real server, and where the time goes: one request at a time.
+"""Latency of heatmaps through the real server, step by step: one request at a time.
 
     python -m benchmarks.heatmap_latency --checkpoint DIR --output benchmarks/results/heatmap_latency.csv
 

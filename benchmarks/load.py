@@ -209,7 +209,7 @@ class Driver:
         return self.record
 
     def _send(self, now: float) -> float:
-        """Send what is due, and return the seconds until the next request."""
+        """Send the requests that are due, and return the seconds until the next request."""
         while len(self.sent) < self.limit:
             since = now
             if self.due is not None:

@@ -1,6 +1,6 @@
-"""Clients that cost little: requests are made once, answers are read only when they are checked.
+"""Clients of little cost: requests are made once, answers are read only when they are checked.
 
-A client shares its machine's cores with the server that it measures, so what it spends is missing there.
+A client shares its machine's cores with the server that it measures, so its own cost is missing there.
 """
 
 from __future__ import annotations

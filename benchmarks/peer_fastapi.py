@@ -37,7 +37,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(frozen=True)
 class Options:
-    """How the peer runs.
+    """Options of the peer.
 
     Attributes:
         dtype: a torch dtype's name; `auto` is bfloat16 on a GPU, and the faster of two on a CPU.

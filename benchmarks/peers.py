@@ -88,7 +88,7 @@ def measure(side: str, options: argparse.Namespace, jpegs: list[bytes]) -> list[
 def with_ratio(row: dict[str, str], others: list[dict[str, str]]) -> dict[str, str]:
     """The row, with what one side does better if the other side is among the others. Its best run counts.
 
-    `ratio` is our images a second over the peer's; `cpu_ratio` the peer's CPU time an image over ours,
+    `ratio` is our images per second over the peer's; `cpu_ratio` the peer's CPU time per image over ours,
     which other programs on the machine disturb less.
     """
     same = ("label", "checkpoint", "size", "loop", "rate", "concurrency")

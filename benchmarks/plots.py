@@ -105,7 +105,8 @@ def waterfall(rows: Sequence[Row], device: str | None = None) -> Figure:
         "grey: from main memory, blue: images that lie on the GPU",
         fontsize=10,
     )
-    figure.suptitle(f"Vision tower, step by step: {device}, {_dates(chosen)}")
+    shown = [row for panel in panels.values() for row in panel.values()]
+    figure.suptitle(f"Vision tower, step by step: {device}, {_dates(shown)}")
     return figure
 
 

@@ -28,7 +28,7 @@ CASES = {"500x375": (500, 375), "1080p": (1920, 1080), "12 MP": (4000, 3000), "6
 
 
 def measure(data: bytes, modes: dict[Mode, Preprocessor], seconds: float) -> dict[Mode, float]:
-    """Median milliseconds an image, for each mode."""
+    """Median milliseconds per image, for each mode."""
     times: dict[Mode, list[float]] = {mode: [] for mode in modes}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or not times["pil"]:
@@ -48,7 +48,7 @@ def default_size() -> int:
 
 
 def rows(seconds: float, size: int) -> list[dict[str, str]]:
-    """One row a case and mode."""
+    """One row per case and mode."""
     config = ImageConfig(size=size, resample="bicubic", rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3)
     modes = {mode: Preprocessor(config, mode) for mode in MODES}
     columns = {

@@ -1,6 +1,6 @@
 """Load on a server, running or started for this: single-image JPEG requests over gRPC.
 
-Closed loop: `--concurrency` requests are always in flight. Open loop: `--rate` requests a second are
+Closed loop: `--concurrency` requests are always in flight. Open loop: `--rate` requests per second are
 sent at drawn times, and latency counts from the time drawn.
 """
 
@@ -20,7 +20,7 @@ __all__ = ["add_load_options", "device_name", "load_columns", "make_loads", "pic
 
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say what is sent."""
+    """Add the options of the load."""
     add = parser.add_argument
     add("--size", default="500x375", help="width x height of the JPEG, default %(default)s")
     add("--pictures", type=int, default=16, help="different pictures, sent in turn, default %(default)s")
@@ -28,7 +28,7 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     add("--processes", type=int, default=2, help="client processes, default %(default)s")
     add("--seconds", type=float, default=10, help="measured time, default %(default)s")
     add("--warmup", type=float, default=2, help="time before, default %(default)s")
-    add("--rate", type=float, nargs="+", help="requests a second: the open loop, instead of --concurrency")
+    add("--rate", type=float, nargs="+", help="requests per second: the open loop, instead of --concurrency")
     add(
         "--arrivals",
         choices=get_args(Arrivals),
@@ -75,7 +75,7 @@ def make_loads(
 
 
 def load_columns(result: Result, size: str) -> dict[str, str]:
-    """The columns that say what was sent, and what came of it."""
+    """The columns of the load and of its results."""
     load = result.load
     return {
         "size": size,
@@ -148,7 +148,7 @@ def main() -> None:
     add_load_options(parser)
     add("--server-pid", type=int, help="process of a server on this machine, to account its CPU time")
     add("--device", help="what the server runs on, for the table; default: this machine's GPUs, else its CPU")
-    add("--label", default="", help="what is measured, for the table")
+    add("--label", default="", help="name of the measurement in the table")
     add("--output", type=Path, help="CSV file to append to")
     options = parser.parse_args()
     if not options.checkpoint:

@@ -1,4 +1,4 @@
-"""The servers that are measured: each is started, says what it is, and is stopped."""
+"""The servers that are measured: each is started, names itself, and is stopped."""
 
 from __future__ import annotations
 

@@ -225,7 +225,7 @@ def _mean(values: Iterable[Any]) -> float:
 
 @dataclass(frozen=True)
 class Contender:
-    """A way with what it looks at."""
+    """A way and its features."""
 
     way: str
     checkpoint: str

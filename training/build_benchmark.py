@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--classes", type=int, default=1000, help="number of classes")
     parser.add_argument("--styles", nargs="+", help="only these styles, of either part")
-    parser.add_argument("--canvas", type=int, default=128, help="pixels a side of each image")
+    parser.add_argument("--canvas", type=int, default=128, help="pixels per side of each image")
     parser.add_argument("--clean", action="store_true", help="also write valid_clean: centred on white")
     parser.add_argument("--seed", type=int, default=0, help="chooses placements, backgrounds and tints")
     args = parser.parse_args(argv)

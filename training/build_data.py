@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--cache", type=Path, default=Path(".cache/art"), help="where fetched packages are kept"
     )
     parser.add_argument("--out", type=Path, default=Path(".cache/art.npz"), help="the pack to write")
-    parser.add_argument("--size", type=int, default=96, help="pixels a side of each drawing")
+    parser.add_argument("--size", type=int, default=96, help="pixels per side of each drawing")
     parser.add_argument("--classes", type=int, default=1000, help="classes of the benchmark")
     parser.add_argument("--workers", type=int, default=2, help="rendering processes")
     parser.add_argument("--seed", type=int, default=0, help="chooses icons and the never-trained classes")

@@ -1,4 +1,4 @@
-"""Scenes of several drawings, with exact masks of what is visible of each.
+"""Scenes of several drawings, with exact masks of the visible part of each.
 
 Shapes: N scenes, K places for objects in each, C the canvas's side in pixels. Everything is seeded.
 """
@@ -60,7 +60,7 @@ def compose_scenes(
         art: premultiplied RGBA [N, K, 4, S, S].
         mono: bool [N, K]; these drawings get a random ink.
         present: bool [N, K].
-        canvas: C, pixels a side.
+        canvas: C, pixels per side.
         random: the source of every choice.
         rotation: largest angle in radians either way.
 
@@ -121,7 +121,7 @@ def draw_scenes(pack: Pack, count: int, canvas: int, seed: int, role: str = "hel
     Args:
         pack: the art.
         count: N.
-        canvas: C, pixels a side.
+        canvas: C, pixels per side.
         seed: the same one gives the same scenes.
         role: of the styles, as in `Pack.styles`.
     """

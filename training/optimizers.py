@@ -76,7 +76,7 @@ def optimizers(modules: Sequence[nn.Module], lr: float, weight_decay: float, muo
     """The optimizers of all parameters of `modules`.
 
     Args:
-        modules: what is trained.
+        modules: those that are trained.
         lr: learning rate of all.
         weight_decay: of matrices; embeddings, biases and gains have none.
         muon: use Muon for the matrices of the residual blocks.

@@ -54,7 +54,7 @@ class Random:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where drawings go, and on what.
+    """Places and grounds of drawings.
 
     Attributes:
         theta: [B, 2, 3], canvas coordinates to art coordinates, as `affine_grid` takes it.
@@ -115,7 +115,7 @@ def sample_placement(
     Args:
         brightness: [B], mean luminance of the art.
         mono: bool [B], drawings that get a random ink.
-        canvas: pixels a side.
+        canvas: pixels per side.
         random: the source of every choice.
         rotation: largest angle in radians either way.
     """

@@ -1,4 +1,4 @@
-"""Where the art and the names come from, under which licence, and what each set may be used for.
+"""Sources of the art and the names, their licences, and what each set may be used for.
 
 A drawing style belongs to a vendor family. Families are split as a whole: nothing of a held-out family is
 trained on, because one vendor's styles share their drawings.

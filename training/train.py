@@ -84,7 +84,7 @@ class ImageSource(Protocol):
 
 
 def _weights(pack: Pack, drawings: Sequence[int]) -> list[float]:
-    """How often each of one concept's drawings is shown: vendors before icon sets, near-twins share."""
+    """Frequencies at which one concept's drawings are shown: vendors before icon sets, near-twins share."""
     light = {"noto-mono-300": 0.4, "noto-mono-500": 0.4, "noto-mono-700": 0.4, "unifont": 0.5, "dinkie": 0.6}
     styles = [pack.styles[int(pack.style[n])] for n in drawings]
     icons = sum(style["kind"] == "icons" for style in styles)

@@ -61,7 +61,7 @@ class Sample:
 
 @dataclass
 class Dataset:
-    """An ImageNet-shaped folder, and what was wrong with it."""
+    """An ImageNet-shaped folder, and its problems."""
 
     root: Path
     classes: list[ClassInfo]
@@ -71,7 +71,7 @@ class Dataset:
 
 
 class _Problems:
-    """Collects what is wrong, or stops at the first."""
+    """Collector of problems, which stops at the first if asked to."""
 
     def __init__(self, on_error: OnError) -> None:
         self.found: list[str] = []

@@ -1,4 +1,4 @@
-"""How well a server's heatmaps find the object of ImageNet-Segmentation's 4,276 photographs.
+"""Accuracy of a server's heatmaps on the objects of ImageNet-Segmentation's 4,276 photographs.
 
     python -m validate.imagenet_segmentation --data gtsegs_ijcv.mat
 
@@ -229,7 +229,7 @@ def _outcome(
 
 
 def _classifier(server: Server, words: Vocabulary, templates: str) -> Callable[[bytes], int]:
-    """Which class an image is of, by the cosine with the mean over the templates."""
+    """Class of an image, by the cosine with the mean over the templates."""
     forms = imagenet_templates() if templates == "openai" else [_TEMPLATE]
     texts = [form.replace("{}", name) for name in words.names for form in forms]
     rows = min(_TEXT_ROWS, server.rows_per_request("embed_text") or _TEXT_ROWS)

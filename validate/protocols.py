@@ -173,7 +173,7 @@ def zero_shot_row(protocol: ZeroShot, embed: Embed, images: Floats, labels: NDAr
 
 
 def few_shot_row(dataset: Dataset, gallery: Floats, images: Floats, shots: int, seeds: Sequence[int]) -> Row:
-    """k-nearest neighbours (k = 10, cosine, distance-weighted) among `shots` training images a class."""
+    """k-nearest neighbours (k = 10, cosine, distance-weighted) among `shots` training images per class."""
     labels, wanted = _labels(dataset)
 
     def scores(seed: int) -> Floats:
@@ -186,7 +186,7 @@ def few_shot_row(dataset: Dataset, gallery: Floats, images: Floats, shots: int, 
 def linear_probe_row(
     dataset: Dataset, gallery: Floats, images: Floats, shots: int, seeds: Sequence[int]
 ) -> Row:
-    """Logistic regression (L2, C = 10) on normalised embeddings of `shots` training images a class."""
+    """Logistic regression (L2, C = 10) on normalised embeddings of `shots` training images per class."""
     from sklearn.linear_model import LogisticRegression
 
     labels, wanted = _labels(dataset)
@@ -206,7 +206,7 @@ def linear_probe_row(
 
 
 def raw_pixel_row(dataset: Dataset, gallery: Floats, images: Floats, shots: int, seeds: Sequence[int]) -> Row:
-    """The few-shot protocol on pixels [n, values] instead of embeddings: what no model at all gets."""
+    """The few-shot protocol on pixels [n, values] instead of embeddings: the result of no model at all."""
     row = few_shot_row(dataset, gallery, images, shots, seeds)
     row.name = f"{shots}-shot, raw pixels"
     return row

@@ -47,7 +47,7 @@ def published_table(rows: Sequence[Row]) -> str:
 
 
 def markdown(report: Report) -> str:
-    """The whole report: table, intervals, styles, confusions, what was measured and what was wrong."""
+    """The whole report: table, intervals, styles, confusions, and the files left out."""
     parts = [
         "# Validation of the image and text embeddings",
         _sentence(report),
@@ -172,10 +172,10 @@ def draw(report: Report, means: Floats, file: Path) -> None:
 def _draw_bars(axes: Any, report: Report) -> None:
     rows = report.rows[::-1]
     values = [row.accuracy(1) for row in rows]
-    ends = [row.interval for row in values]
+    # At 0 and 1 an end of the interval differs from the value by rounding, to either side.
     errors = [
-        [accuracy.value - low for accuracy, (low, _) in zip(values, ends, strict=True)],
-        [high - accuracy.value for accuracy, (_, high) in zip(values, ends, strict=True)],
+        [max(0.0, accuracy.value - accuracy.interval[0]) for accuracy in values],
+        [max(0.0, accuracy.interval[1] - accuracy.value) for accuracy in values],
     ]
     axes.barh(range(len(rows)), [accuracy.value for accuracy in values], xerr=errors, color="#4477aa")
     axes.set_yticks(range(len(rows)), [_wrapped(_title(row)) for row in rows], fontsize=8)

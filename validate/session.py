@@ -29,7 +29,7 @@ _WHERE = re.compile(r"^.*?INPUT_\w+\[\d+\]: ")
 
 @dataclass(frozen=True)
 class Load:
-    """How hard the server is asked: rows of one request (0: a sensible number), requests at once."""
+    """Load on the server: rows of one request (0: a sensible number), requests at once."""
 
     batch: int = 0
     concurrency: int = 8

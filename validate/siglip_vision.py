@@ -61,14 +61,18 @@ def parser() -> argparse.ArgumentParser:
     add_common(made)
     add = made.add_argument
     add("--protocols", nargs="*", choices=PROTOCOLS, default=list(PROTOCOLS), help="zero-shot protocols")
-    add("--shots", nargs="*", type=_positive, default=[10], help="training images a class; none: no few-shot")
+    add("--shots", nargs="*", type=_positive, default=[10], help="images per class, none: no few-shot")
     add("--seeds", type=_positive, default=1, help="draws of the training images, where there is a choice")
     add(
         "--linear-probe", action="store_true", help="add rows with logistic regression (minutes, not seconds)"
     )
     add("--baselines", action="store_true", help="add chance and k-nearest neighbours on raw pixels")
     add("--pixel-side", type=_positive, default=32, help="side to which raw pixels are resized")
-    add("--class-list", type=Path, help="synset ids, one a line: their accuracy and the others' beside it")
+    add(
+        "--class-list",
+        type=Path,
+        help="synset ids, one per line: their accuracy and the others' are told apart",
+    )
     add("--styles", action="store_true", help="break down by file name prefix: twemoji_p0.png is twemoji")
     return made
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,7 +14,7 @@ from validate.errors import DatasetError, ServerError
 from validate.measures.accuracy import Confusion
 from validate.pixels import pixel_features
 from validate.protocols import Row
-from validate.report import Report, class_means, draw, markdown, published_table, write_json
+from validate.report import Report, _draw_bars, class_means, draw, markdown, published_table, write_json
 from validate.server import Server, ServerInfo
 
 YES, NO = True, False
@@ -68,6 +69,17 @@ def test_json_has_the_figures(report: Report, tmp_path: Path) -> None:
     assert content["rows"][0]["confusions"] == [["n00000002", "n00000001", 1]]
     assert content["server"]["checkpoint"] == "tiny"
     assert content["chance"] == {"top1": 0.5, "top5": 1}
+
+
+def test_labels_of_the_plot_are_whole(report: Report) -> None:
+    prompt = "This is a photo from ImageNet's {label} category. This category contains photos of {text}."
+    report.rows = [*ROWS, Row("zero-shot", prompt, [np.array([YES] * 4)], [np.array([YES] * 4)])]
+    figure, axes = plt.subplots()
+    _draw_bars(axes, report)
+    labels = [" ".join(label.get_text().split()) for label in axes.get_yticklabels()]
+    plt.close(figure)
+    assert labels == [f"zero-shot, {prompt}", "zero-shot, A photo of {text}.", "10-shot"]
+    assert [text.get_text() for text in axes.texts] == ["1.0000", "0.2500", "0.7500"]
 
 
 def test_draws_the_plot(report: Report, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class Conditions:
-    """How hard a picture is to read.
+    """Difficulty of a picture.
 
     Attributes:
         heights: least and greatest height of a crop in pixels.

@@ -89,7 +89,7 @@ class Clip:
     """N crops and the truth about them, ordered by frame.
 
     Attributes:
-        tier, seed: what it was made from.
+        tier, seed: its origin.
         crops: N JPEG files.
         team: int64 [N], 0 or 1, and -1 for referees.
         role: int64 [N], values of `Role`.
@@ -202,7 +202,7 @@ def _all_kits(tier: str, random: Random, difference: float) -> Kits:
 
 @dataclass(frozen=True)
 class _Roll:
-    """Who is in the clip: kit, team and role of each player, and players and frames of each crop."""
+    """People in the clip: kit, team and role of each player, and players and frames of each crop."""
 
     kit: Tensor
     team: Tensor
@@ -351,7 +351,7 @@ def clip(
 
 
 def contact_sheet(made: Clip, cell: tuple[int, int] = (56, 104)) -> Image.Image:
-    """All crops, a row a track and a column a frame, scaled to cells of this width and height."""
+    """All crops, a row per track and a column per frame, scaled to cells of this width and height."""
     tracks, frames = np.unique(made.track), np.unique(made.frame)
     sheet = Image.new("RGB", (len(frames) * cell[0], len(tracks) * cell[1]), (30, 30, 30))
     for data, track, frame in zip(made.crops, made.track, made.frame, strict=True):

@@ -240,7 +240,7 @@ def _spread(colours: Tensor, place: Tensor, amount: Tensor, random: Random, anch
     turned = shifted(inner[:, 0], amount, random)[anchor] - inner[:, 0]
     change = torch.stack([torch.zeros_like(step), step, -step, turned - 0.5 * step])
     moved = change[place, torch.arange(len(place), device=place.device)]
-    # The second colour moves in some groups only; what is not the shirt stays.
+    # The second colour moves in some groups only, and only on the shirt.
     share = (random.uniform(len(place))[anchor] < 0.5).to(moved.dtype)
     first = (inner[:, 0] + moved).clamp(0.02, 0.98)
     second = (inner[:, 1] + moved * share[:, None]).clamp(0.02, 0.98)
@@ -337,7 +337,7 @@ FIELDS: dict[Kind, Field] = {
 
 
 def _cut(field: Tensor, kits: Kits) -> Tensor:
-    """Where the second colour is, 0 or 1, a share of the area: [K, H, W]."""
+    """Mask of the second colour, 0 or 1, over a share of the area: [K, H, W]."""
     # Below the collar, every second row and column are enough to find the level.
     ordered = field[:, round(COLLAR * field.shape[1]) :: 2, ::2].flatten(1).sort(1).values
     place = ((1 - kits.share) * ordered.shape[1]).long().clamp(max=ordered.shape[1] - 1)

@@ -1,4 +1,4 @@
-"""How good predictions are: accuracy with its uncertainty, confusions, agreement of two embeddings."""
+"""Measures of predictions: accuracy with its uncertainty, confusions, agreement of two embeddings."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def top_k_hits(scores: Floats, targets: NDArray[np.int64], k: int) -> NDArray[np
     """
     if scores.ndim != 2 or targets.shape != (len(scores),):
         raise InvalidInputError(
-            f"targets: expected one a row of scores {list(scores.shape)}, got {list(targets.shape)}"
+            f"targets: expected one per row of scores {list(scores.shape)}, got {list(targets.shape)}"
         )
     hits: NDArray[np.bool_] = (top_k(scores, min(k, scores.shape[1])) == targets[:, None]).any(axis=1)
     return hits
@@ -125,7 +125,7 @@ def confusion_pairs(
 
 
 def cosine_statistics(first: Floats, second: Floats) -> CosineStatistics:
-    """How well corresponding rows of `first` [n, d] and `second` [n, d] point the same way.
+    """Agreement in direction of corresponding rows of `first` [n, d] and `second` [n, d].
 
     Raises:
         InvalidInputError: not matrices of the same shape with at least one row, or not finite.

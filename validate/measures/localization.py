@@ -1,4 +1,4 @@
-"""How well a map finds an object: pure functions on arrays.
+"""Measures of how well a map finds an object: pure functions on arrays.
 
 A map is float [...], larger where the object is said to be. A mask is bool of the same shape, True where it
 is. Both may have any number of dimensions. Their elements, the pixels, are compared.
@@ -123,9 +123,9 @@ def mean_iou(scores: Floats, mask: Mask) -> float:
 
 
 def pairwise_contrast(maps: Floats, masks: Mask) -> float:
-    """How often a prompt's map is higher inside its own object than another prompt's map is there, 0..1.
+    """Share of cases in which a prompt's map is higher inside its own object than another prompt's map, 0..1.
 
-    What maps have in common cancels out: it says whether they tell prompts apart. Equal means count a half.
+    Common parts of maps cancel out: it says whether they tell prompts apart. Equal means count a half.
 
     Args:
         maps: [K, ...], of K prompts of one image.

@@ -162,7 +162,7 @@ def _weights(
     side: int, shown: tuple[float, float], patches: int, count: int, covered: float
 ) -> NDArray[np.float32]:
     """Weights [count, patches] of patches for pixels along one side. Rows sum to 1, or to 0 if unseen."""
-    at = (_centers(side, count) - shown[0]) / (shown[1] - shown[0])  # 0 to 1 over what was shown
+    at = (_centers(side, count) - shown[0]) / (shown[1] - shown[0])  # 0 to 1 over the part that was shown
     cell = np.clip(at / covered * patches - 0.5, 0, patches - 1)
     first = np.minimum(cell.astype(np.intp), max(patches - 2, 0))
     weights = np.zeros((count, patches), dtype=np.float32)

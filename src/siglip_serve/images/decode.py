@@ -123,7 +123,7 @@ def decode_with_pil(data: bytes, kind: str, limits: ImageLimits) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Mode RGB, transparency composited on white as transformers does since 5.21."""
     if image.mode == "F":
-        raise ImageError("floating-point pixels, of no defined range; expected 1 to 16 bits a channel")
+        raise ImageError("floating-point pixels, of no defined range; expected 1 to 16 bits per channel")
     if image.mode.startswith("I"):
         return _scale_to_8_bit(image).convert("RGB")
     if image.mode == "La":
@@ -178,7 +178,7 @@ def _orient(pixels: Pixels, orientation: int) -> Pixels:
 
 
 class _WarningsOff:
-    """How many threads are inside `_without_warnings`, and the filters to restore after the last."""
+    """Number of threads inside `_without_warnings`, and the filters to restore after the last."""
 
     lock = threading.Lock()
     depth = 0

@@ -41,7 +41,7 @@ _ADOBE = 0xEE
 _IDENTIFIERS = (0x00, 0x01, 0x10, 0x11)  # of the Huffman tables that a baseline JPEG may have: DC, then AC
 _LARGEST_DC_SYMBOL = 11  # of 8 bits a sample
 _QUANTIZATION = 0x100  # apart from the identifiers of Huffman tables
-_SMALLEST_PLAIN = 16  # pixels a side; libjpeg treats very narrow pictures in its own way
+_SMALLEST_PLAIN = 16  # pixels per side; libjpeg treats very narrow pictures in its own way
 # Component ids, then horizontal and vertical sampling factors of each; pixels across and down of an MCU.
 _SAMPLINGS: dict[bytes, tuple[Sampling, int, int]] = {
     b"\1\x11": ("gray", 8, 8),

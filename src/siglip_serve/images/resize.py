@@ -53,7 +53,7 @@ def fit(pixels: Pixels, image: ImageConfig, mode: Mode) -> Pixels:
 
 
 def shown(image: ImageConfig, height: int, width: int) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom of what is left of a picture, in its own pixels."""
+    """Left, top, right, bottom of the part of a picture that stays, in its own pixels."""
     rows, columns = target_size(image, height, width)
     top, left = cut_offsets(image, (rows, columns))
     across = (left * width / columns, (left + image.size) * width / columns)

@@ -40,7 +40,7 @@ _LEAST_RESIDUALS = 10
 # Samples that may be of no team. Two goalkeepers, a referee and two assistants beside twenty players are a
 # fifth of the people on a pitch; where roles are told, few of them are wrong.
 _STRAYS, _FEW_STRAYS = 0.25, 0.1
-# Unit vectors of one picture differ by what 16-bit arithmetic leaves: 2e-3.
+# Unit vectors of one picture differ by the rounding of 16-bit arithmetic: 2e-3.
 _SAME = 0.005
 # Clusters count as separate if of this many single Gaussians of the same spread, cut in two, at most one in
 # twenty looks more so.
@@ -106,9 +106,9 @@ def fit(embeddings: Rows, hints: Hints, stamp: Mapping[str, str], reducer: TeamR
     """Find the teams in N crops.
 
     Args:
-        embeddings: [N, D]; rows of zeros, or not finite, are left out.
-        hints: what else is known.
-        stamp: what made the embeddings.
+        embeddings: [N, D]. Rows of zeros, or not finite, are left out.
+        hints: further facts about the crops.
+        stamp: names the maker of the embeddings.
         reducer: in which coordinates clusters are looked for: principal components, the embeddings
             themselves, or UMAP's. Predictions go by the centroids of what was found, in the first two.
 
@@ -205,7 +205,7 @@ class _Crops:
         unit: [n, D] at unit length.
         track: [n], number of each crop's track.
         means: [tracks, D].
-        anchors: [n], teams that were named, -1 elsewhere; None without any.
+        anchors: [n], teams that were named, -1 elsewhere, or None without any.
     """
 
     rows: NDArray[np.intp]
@@ -318,14 +318,14 @@ def _umap(samples: Rows) -> Rows:
 
 
 def _seeds(seen: Rows, crops: _Crops, teams: int) -> Rows | None:
-    """Where clusters are looked for first, [k, d]: at the named crops, if some are named of every team."""
+    """Places [k, d] where the search starts: the named crops, if some are named of every team."""
     if crops.anchors is None or len(np.unique(crops.anchors[crops.anchors >= 0])) < teams:
         return None
     return np.stack([seen[crops.track[crops.anchors == team]].mean(axis=0) for team in range(teams)])
 
 
 def _of_crops(inner: Rows, centroids: Rows, clusters: NDArray[np.int64], crops: _Crops) -> NDArray[np.int64]:
-    """The cluster [n] of each crop's track: what most of its crops are, or what its mean is in a tie.
+    """The cluster [n] of each crop's track: that of most of its crops, or of its mean in a tie.
 
     It is what the means are throughout if a cluster would be left without a track.
 

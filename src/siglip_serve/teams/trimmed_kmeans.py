@@ -1,4 +1,4 @@
-"""KMeans that leaves the farthest samples out of account: what is of no team must not become one.
+"""KMeans that ignores the farthest samples, because samples of no team must not form one.
 
 Goalkeepers and referees differ more from both teams than the teams may from each other, so that KMeans cuts
 them off and puts all players into the other cluster. Here only a share of the samples, those nearest to their
@@ -54,7 +54,7 @@ def trimmed_kmeans(
     Args:
         rows: [n, d], n at least k.
         k: number of clusters.
-        trimmed: share of the samples that is left out of account, 0 to 1. A cluster smaller than that may be
+        trimmed: share of the samples that is ignored, 0 to 1. A cluster smaller than that may be
             left out as a whole.
         start: centroids [k, d] to start at instead.
         thorough: look for starts in finer clusters too; else in k alone.

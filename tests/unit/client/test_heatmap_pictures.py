@@ -133,7 +133,7 @@ def test_panels_share_one_scale_whose_zero_is_white_and_in_the_middle() -> None:
         assert colors[-1, 5].tolist() == [0, 0, 255]
         assert zero(sheet, panel) == [height // 2]
         assert colors[height // 2 + 1, 5].min() > 245
-    numbers = [
+    first, second = [
         np.asarray(sheet.crop((right + 18, top, right + 80, bottom))) for _, top, right, bottom in panels
     ]
     first, second = numbers

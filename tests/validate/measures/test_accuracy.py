@@ -57,7 +57,7 @@ def test_cosine_statistics() -> None:
 
 
 def test_wrong_shapes_name_the_input() -> None:
-    with pytest.raises(InvalidInputError, match=r"targets: expected one a row of scores \[3, 3\], got \[2\]"):
+    with pytest.raises(InvalidInputError, match=r"expected one per row of scores \[3, 3\], got \[2\]"):
         top_k_hits(SCORES, TARGETS[:2], 1)
     with pytest.raises(InvalidInputError, match="targets: expected at least one row"):
         top_k_accuracy(np.empty((0, 3)), np.empty(0, np.int64), 1)

@@ -23,7 +23,7 @@ _SYSTEM = ("libnvjpeg.so.13", "libnvjpeg.so.12", "/usr/local/cuda/lib64/libnvjpe
 
 
 class Picture(NamedTuple):
-    """Where a picture goes: the address of each plane, and the bytes from one of its rows to the next."""
+    """Destination of a picture: the address of each plane, and the bytes from one of its rows to the next."""
 
     addresses: tuple[int, ...]
     pitches: tuple[int, ...]

@@ -34,7 +34,7 @@ _LONGEST_SIDE = 4096  # pixels; larger pictures are left to the CPU
 _PIXELS_AT_ONCE = _LONGEST_SIDE**2
 _PLANES = 3  # at most, each with at most one byte a pixel
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)  # few, since the first batch of a size takes long
-_MCU = 16  # pixels a side, at most; the decoder may write whole ones
+_MCU = 16  # pixels per side, at most; the decoder may write whole ones
 # What memory holds before the decoder writes to it. A picture that ends with a run of it is left to the CPU
 # too: it is near black, or of a colour that no screen shows.
 _UNWRITTEN = 1
@@ -56,7 +56,7 @@ class Decoded(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How the planes of a picture lie in memory, with room for whole MCUs.
+    """Layout of a picture's planes in memory, with room for whole MCUs.
 
     Attributes:
         pitches: bytes from row to row, of each plane.
