@@ -1,8 +1,8 @@
-"""Self-attention on a GPU: our kernel against cuDNN and flash attention, in turns, on random tokens.
+"""Self-attention on a GPU: our kernel against cuDNN and flash attention, alternating, on random tokens.
 
-Before it is timed, our kernel is checked at shapes of all sorts, in bfloat16 and float16, on fresh tokens
-each time: it has to be right to half a rounding step of the type, and to write every value. The error is the
-norm of the difference over the norm of the float32 result.
+Before it is timed, our kernel is checked at many shapes, in bfloat16 and float16, on fresh tokens each time.
+It has to be right to half a rounding step of the type, and to write every value. The error is the norm of the
+difference over the norm of the float32 result.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from benchmarks.common import GEOMETRIES, about, write_csv
+from benchmarks.inputs import GEOMETRIES
+from benchmarks.records import about, write_csv
 from siglip_serve.engine.fused.attention import Shape, attend, is_supported
 
 _TOKENS = (1, 16, 49, 64, 65, 100, 128, 129, 144, 196, 208, 209, 256, 257, 576, 729, 784, 1024)
 _FEW_ROWS = 5
 _CHECKED_TOKENS = 20_000  # so that each multiprocessor has several heads to do
 _SMALL = Shape(64, 1, 64, torch.bfloat16)
-_SETS = 3  # of tokens, in turns, so that none waits in a cache
+_SETS = 3  # of tokens, alternating, so that none waits in a cache
 _MOST_ERROR = 0.5  # in rounding steps of the type; cuDNN's is .25, as ours
 _ROWS = {"base/16@224": (192, 1), "so400m/14@384": (48, 1)}
 
@@ -57,7 +58,7 @@ def make_tokens(shape: Shape, rows: int) -> Tensor:
 
 
 def error(way: Attention, qkv: Tensor, rows: int, heads: int) -> float:
-    """Of a way's result, against float32."""
+    """The error of a way's result against float32."""
     exact = _by(SDPBackend.MATH)(qkv.float(), rows, heads)
     return float((way(qkv, rows, heads).float() - exact).norm() / exact.norm())
 
@@ -135,7 +136,7 @@ def _record(way: Attention, sets: list[Tensor], rows: int, heads: int) -> torch.
 
 
 def main() -> None:
-    """Check, measure, print, and append to a CSV if asked to; the status is 1 if something was wrong."""
+    """Check, measure, print, and append to a CSV if asked to. The status is 1 if something was wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=1, help="of our kernel, default %(default)s")
     parser.add_argument("--output", type=Path, help="CSV file to append to")

@@ -36,7 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.common import GEOMETRIES, about, write_csv
+from benchmarks.inputs import GEOMETRIES
+from benchmarks.records import about, write_csv
 from siglip_serve.checkpoint.config import ClipVisionConfig, ImageConfig, VisionConfig
 from siglip_serve.engine.engines import VisionEngine
 from siglip_serve.engine.passes import VisionRunner

@@ -29,7 +29,7 @@ Numbers, each the mean over scenes with its 95 % interval from drawing scenes ag
 Deletion and insertion are measured on the first `--perturbed` scenes, with maps relative to the scene. Their
 score is the trained tower's cosine with the prompt minus the mean over the scene's prompts, so that one map
 for all prompts gets 0. `completeness` is the largest difference between a map's sum with its unattributed
-rest and the cosine; only `ours` claims to add up.
+rest and the cosine. Only `ours` claims to add up.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from benchmarks.common import about, write_csv
 from benchmarks.heatmap_methods import Case, Maps, Method, Model, Picture, hide, methods
+from benchmarks.records import about, write_csv
 from siglip_serve.embeddings.zero_shot import cosine
-from siglip_serve.heatmaps.picture import View, normalize, overlay
+from siglip_serve.heatmaps.picture import View, color_scale, overlay
 from training.composed import Scenes, draw_scenes
 from training.pack import load_pack
 from training.tokenizer import PROMPTS
@@ -83,7 +83,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Setup:
-    """What all scenes are measured with.
+    """Model, concepts and ways that all scenes are measured with.
 
     Attributes:
         units: unit vectors of the concepts that occur.
@@ -111,7 +111,7 @@ class Setup:
 
 
 def read(scenes: Scenes) -> list[Scene]:
-    """Scenes in which at least two kinds of objects are seen; the places of one kind are joined."""
+    """Scenes in which at least two kinds of objects are seen. The places of one kind are joined."""
     found = []
     masks_of, concepts_of = scenes.masks.numpy(), scenes.concepts.numpy()
     pictures = np.rint(scenes.pictures.numpy() * 255).astype(np.uint8).transpose(0, 2, 3, 1)
@@ -126,7 +126,7 @@ def read(scenes: Scenes) -> list[Scene]:
 def prepare(
     model: Model, scenes: Sequence[Scene], labels: Sequence[str], others: Sequence[int], seed: int
 ) -> Setup:
-    """Embed what is asked for; the bank are `BANK` of the concepts `others`."""
+    """Embed what is asked for. The bank are `BANK` of the concepts `others`."""
     bank = np.random.default_rng(seed).choice(others, min(BANK, len(others)), replace=False)
     wanted = sorted({concept for scene in scenes for concept in scene.concepts} | set(bank.tolist()))
     vectors = model.classes([labels[concept] for concept in wanted], PROMPTS)
@@ -160,14 +160,14 @@ def measure(setup: Setup, scene: Scene, perturbed: bool) -> dict[Key, dict[str, 
 
 
 def variants(way: Method, maps: Maps) -> dict[str, NDArray[np.floating[Any]]]:
-    """The maps relative to the scene's prompts and to the bank; as they are where the prompt is ignored."""
+    """The maps relative to the scene's prompts and to the bank, or the plain ones if prompts are ignored."""
     if not way.relative:
         return {"": maps.own}
     return {"scene": maps.own - maps.own.mean(0), "many": maps.own - maps.bank}
 
 
 class Perturbation:
-    """What becomes of the scores of a scene while its patches go, or come."""
+    """Scores of a scene while its patches are deleted or inserted."""
 
     def __init__(self, model: Model, case: Case) -> None:
         self._model, self._case = model, case
@@ -204,7 +204,7 @@ class Perturbation:
         return means
 
     def _pixels(self, gone: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """[n, G, G] -> [n, S, S]; what no whole patch covers is gone, as the tower does not see it."""
+        """Pixels [n, S, S] of patches [n, G, G]. Those that no whole patch covers are unseen, and gone."""
         patch, size = self._model.config.vision.patch_size, len(self._case.picture)
         pixels = np.ones((len(gone), size, size), dtype=bool)
         whole = gone.repeat(patch, axis=1).repeat(patch, axis=2)
@@ -213,7 +213,7 @@ class Perturbation:
 
 
 def collect(setup: Setup, scenes: Sequence[Scene], perturbed: int, seed: int) -> list[dict[str, str]]:
-    """Measure all scenes; one row a way and kind of relative map."""
+    """Measure all scenes: one row per way and kind of relative map."""
     found: dict[Key, list[dict[str, float]]] = {}
     for number, scene in enumerate(tqdm(scenes, unit="scene", disable=None)):
         for key, numbers in measure(setup, scene, number < perturbed).items():
@@ -270,7 +270,7 @@ def sheet(setup: Setup, scene: Scene, names: Sequence[str]) -> Image.Image:
             images = [overlay(picture, mask.astype(np.float32), seen, "cividis", 0.6) for mask in scene.masks]
         else:
             placed = setup.place(next(iter(variants(way, way.find(case)).values())))
-            images = [overlay(picture, heat, seen) for heat in normalize(placed, "prompt")]
+            images = [overlay(picture, heat, seen) for heat in color_scale(placed, "prompt")]
         draw.text((column * tile + 2, 1), way.name if way else "where it is", fill="black")
         for row, (image, name) in enumerate(zip(images, names, strict=True)):
             top = 14 + row * (tile + 14)
@@ -281,7 +281,7 @@ def sheet(setup: Setup, scene: Scene, names: Sequence[str]) -> Image.Image:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; see --help."""
+    """Run the command line."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument

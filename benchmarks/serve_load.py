@@ -10,10 +10,10 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from benchmarks.common import about, parse_settings, synthetic_jpeg, write_csv
+from benchmarks.inputs import parse_settings, synthetic_jpeg
 from benchmarks.load import Arrivals, Load, Result, first_answers, run
 from benchmarks.load_clients import Kind, Target
-from benchmarks.machine import gpu_names
+from benchmarks.records import about, gpu_names, write_csv
 from benchmarks.servers import run_ours
 
 __all__ = ["add_load_options", "device_name", "load_columns", "make_loads", "pictures", "print_result"]
@@ -42,7 +42,7 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
         help="most requests in flight of the open loop, default %(default)s",
     )
     add("--seed", type=int, default=0, help="of the arrivals, default %(default)s")
-    add("--check", type=int, default=64, help="one answer of so many is checked in full, default %(default)s")
+    add("--check", type=int, default=64, help="check one answer of N in full, default %(default)s")
 
 
 def pictures(options: argparse.Namespace) -> list[bytes]:
@@ -93,7 +93,7 @@ def load_columns(result: Result, size: str) -> dict[str, str]:
 
 
 def device_name(given: str | None) -> str | None:
-    """What the table calls the device: what was given, else this machine's GPUs; None is its CPU."""
+    """The device's name in the table: the given one, else this machine's GPUs, or None for its CPU."""
     names = gpu_names()
     return given or (f"{names[0]} x{len(names)}" if names else None)
 

@@ -18,7 +18,7 @@ import tritonclient.grpc as triton
 from siglip_serve_client import Client, Teams
 from tqdm import tqdm
 
-from benchmarks.common import about, write_csv
+from benchmarks.records import about, write_csv
 from siglip_serve.launcher import ServeOptions, TritonServer
 from training.jerseys import clip
 
@@ -85,7 +85,7 @@ def measure(options: argparse.Namespace, server: TritonServer) -> list[dict[str,
 
 
 def main() -> None:
-    """Command line; see --help."""
+    """Run the command line."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/siglip-tiny-jersey"))

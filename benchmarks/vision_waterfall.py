@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks.common import GEOMETRIES, about, cosine, write_csv
+from benchmarks.inputs import GEOMETRIES
 from benchmarks.levers import LeveredVision, Levers
+from benchmarks.records import about, cosine, write_csv
 from siglip_serve.checkpoint.config import ImageConfig, VisionConfig, load_config
 from siglip_serve.engine.fused.runners import FusedVision
 from siglip_serve.engine.passes import in_passes

@@ -87,7 +87,7 @@ def _of_styles(pack: Pack, role: str, styles: Sequence[str] | None, classes: Seq
 
 
 def build(pack: Pack, args: Namespace) -> None:
-    """Write the whole folder; files that are there are overwritten.
+    """Write the whole folder. Files that are there are overwritten.
 
     Args:
         pack: the drawings.
@@ -116,7 +116,7 @@ def build(pack: Pack, args: Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; see --help."""
+    """Run the command line."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--pack", type=Path, default=Path(".cache/art.npz"), help="what build_data writes")

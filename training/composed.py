@@ -45,7 +45,7 @@ class Scenes:
 
 
 def sample_presence(count: int, random: Random) -> Tensor:
-    """bool [count, MOST]: which places hold an object; FEWEST to MOST of each scene, evenly."""
+    """bool [count, MOST]: True where a place holds an object, FEWEST to MOST per scene, evenly."""
     span = MOST - FEWEST + 1
     objects = FEWEST + (random.uniform(count) * span).long().clamp(max=span - 1)
     return torch.arange(MOST, device=random.device) < objects[:, None]
@@ -54,7 +54,7 @@ def sample_presence(count: int, random: Random) -> Tensor:
 def compose_scenes(
     art: Tensor, mono: Tensor, present: Tensor, canvas: int, random: Random, rotation: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Drawings at random places of one ground; later ones cover earlier ones, which seldom happens.
+    """Drawings at random places of one ground. Later ones cover earlier ones, which seldom happens.
 
     Args:
         art: premultiplied RGBA [N, K, 4, S, S].

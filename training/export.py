@@ -126,7 +126,7 @@ def _readable(out: Path) -> None:
 
 
 def export_vision(run: Path, out: Path) -> None:
-    """Write the checkpoint folder of an image tower alone; other files in `out` stay."""
+    """Write the checkpoint folder of an image tower alone. Other files in `out` stay."""
     shape = _weights(run, out)
     head = {
         "architectures": ["SiglipVisionModel"],
@@ -163,7 +163,7 @@ def export(run: Path, tokenizer: Path, out: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; see --help."""
+    """Run the command line."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder that training.train or .train_jerseys wrote")
     parser.add_argument("--tokenizer", type=Path, default=Path("checkpoints/siglip-tiny/spiece.model"))

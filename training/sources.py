@@ -172,7 +172,7 @@ def icon_styles(cache: Path) -> list[Style]:
 
 
 def _font_licence(path: Path) -> str:
-    """What a font's own name table says."""
+    """The licence in a font's own name table."""
     font = TTFont(path, lazy=True)
     said = " ".join(str(record) for record in font["name"].names if record.nameID in (0, 13, 14))
     if "Open Font License" in said or "scripts.sil.org/OFL" in said:

@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> bool:
-    """Compare, print and write `parity.json`; whether every accuracy is within the tolerance.
+    """Compare, print and write `parity.json`. True if every accuracy is within the tolerance.
 
     Raises:
         ValidationError: the data set, the server or the reference does not allow it.

@@ -1,7 +1,7 @@
 """The ways of measuring, each a row of the table: prompts of the zero-shot ones, scores of all.
 
 - `published`: text neighbours of a class's whole mapping row, k = 10, cosine, distance-weighted.
-- `argmax`: one prompt with the first name; the class whose text has the largest cosine wins.
+- `argmax`: one prompt with the first name. The class whose text has the largest cosine wins.
 - `open_clip`: OpenAI's 80 templates, each prompt normalised, mean over templates, normalised again.
 - `big_vision`: first name, canonicalised, with `clip_paper`'s templates (the 80 and the bare name).
 """
@@ -75,12 +75,12 @@ class Row:
     confusions: list[Confusion] = field(default_factory=list)
 
     def accuracy(self, k: int, chosen: NDArray[np.bool_] | None = None) -> Accuracy:
-        """Accuracy over all images, or the chosen ones; with several seeds, of their mean."""
+        """Accuracy over all images, or the chosen ones, of the mean of several seeds."""
         hits = [hit if chosen is None else hit[chosen] for hit in (self.top1 if k == 1 else self.top5)]
         return Accuracy(round(float(np.mean([hit.sum() for hit in hits]))), len(hits[0]))
 
     def spread(self) -> tuple[float, float] | None:
-        """Lowest and highest top-1 over the seeds; None for a single one."""
+        """Lowest and highest top-1 over the seeds, or None for a single one."""
         values = [float(hit.mean()) for hit in self.top1]
         return (min(values), max(values)) if len(values) > 1 else None
 

@@ -45,12 +45,12 @@ class Segment:
 
     @property
     def synset(self) -> str:
-        """Of which class it is."""
+        """Synset of its class."""
         return self.name.partition("_")[0]
 
 
 class Segments:
-    """The images of a file, read as they are asked for; a context manager.
+    """The images of a file, read as they are asked for. It is a context manager.
 
     Raises:
         DatasetError: h5py is not installed, or this is not that file.

@@ -208,8 +208,8 @@ class Client:
                 prompts are compared with; without it the mean of all prompts, or of general words for one
                 prompt. `mode=` "relative" (to the background) or "absolute". `normalize=` of the heatmaps,
                 "none", "prompt" or "joint". `size=`, height and width of the heatmaps; without it the image's
-                own, at most 512 on its longer side. `overlays=True` for pictures, with `colormap=` "jet",
-                "viridis" or "cividis" and `opacity=` 0 to 1. `color_order=` as for `embed_image`.
+                own, at most 512 on its longer side. `overlays=True` for pictures, with `colormap=` "bwr",
+                "jet", "viridis" or "cividis" and `opacity=` 0 to 1. `color_order=` as for `embed_image`.
 
         Raises:
             InvalidInputError: the server refuses an input; the message names the prompt.

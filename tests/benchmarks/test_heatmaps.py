@@ -16,9 +16,9 @@ from PIL import Image
 from random_checkpoints import random_clip
 
 from benchmarks import heatmaps, plots
-from benchmarks.common import write_csv
 from benchmarks.heatmap_methods import Maps, Method, Model, hide, methods, untrained, windows
 from benchmarks.heatmaps import METRICS, Perturbation, Setup, collect, prepare, read, sheet, variants
+from benchmarks.records import write_csv
 from siglip_serve.towers.load import load_vision
 from training.composed import Scenes
 from training.pack import Pack

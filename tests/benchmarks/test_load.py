@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -16,7 +17,8 @@ from PIL import Image
 from tritonclient.grpc import service_pb2
 
 from benchmarks import peers, plots
-from benchmarks.common import synthetic_jpeg, write_csv
+from benchmarks.cpu_time import cpu_of, cpu_used, machine_cpu
+from benchmarks.inputs import synthetic_jpeg
 from benchmarks.load import Driver, Load, Result, first_answers, send_times, wrong
 from benchmarks.load_clients import (
     Answer,
@@ -27,7 +29,7 @@ from benchmarks.load_clients import (
     infer_request,
     triton_embedding,
 )
-from benchmarks.machine import cpu_of, cpu_used, machine_cpu
+from benchmarks.records import write_csv
 from benchmarks.servers import run_peer
 
 TARGET = Target("http", "127.0.0.1:1", "/embed")
@@ -250,6 +252,38 @@ def test_plots_are_drawn(name: str, least: int, tmp_path: Path) -> None:
         assert image.width == plots.WIDTH
         assert image.height >= least
         assert len(set(np.asarray(image.convert("L")).ravel().tolist())) > 10  # something was drawn
+
+
+def test_waterfall_is_no_taller_than_a_screen(tmp_path: Path) -> None:
+    rows = [
+        {**row, "geometry": geometry, "rows": number, "step": f"{row['step']} {turn}"}
+        for geometry in ("base", "large", "giant")
+        for number in ("64", "1")
+        for turn in range(4)
+        for row in _rows("vision_waterfall")
+    ]
+    write_csv(tmp_path / "vision_waterfall.csv", rows)
+    with Image.open(plots.draw("vision_waterfall", tmp_path)) as image:
+        assert image.height <= plots.HEIGHT
+
+
+def test_waterfall_shows_the_whole_run_and_no_panel_without_the_first_step() -> None:
+    whole = [{**row, "command": "all"} for row in _rows("vision_waterfall")]
+    single = {**whole[2], "command": "one", "images_per_second": "901"}
+    headless = {**whole[1], "geometry": "tiny"}
+    figure = plots.waterfall([*whole, single, headless])
+    shown = {axes.get_title(loc="left"): [text.get_text() for text in axes.texts] for axes in figure.axes}
+    assert shown.pop("") == []
+    expected = [" 100  1.00000", " 150  1.50 x  0.99990", " 900  9.00 x  0.99980"]
+    assert shown == {"base, 64 images per pass, bfloat16": expected}
+    plt.close(figure)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(10630.5, "10,631"), (26.25, "26.3"), (471.0, "471"), (5.0, "5"), (0, "0")]
+)
+def test_figures_are_rounded_as_in_the_pages(value: float, expected: str) -> None:
+    assert plots._thousands(value) == expected
 
 
 def test_ratio_takes_the_best_run_of_the_other_side() -> None:

@@ -214,10 +214,9 @@ def test_computes_only_the_requested_outputs(grpc: GrpcCaller) -> None:
 
 def test_overlays_use_the_colormap_and_the_opacity(grpc: GrpcCaller) -> None:
     pictures: Mapping[str, NDArray[np.uint8]] = {}
+    asked: dict[str, Any] = {"OPACITY": [1.0], "SIZE": [60, 90], "NORMALIZE": ["prompt"]}
     for name in ("jet", "viridis", "cividis"):
-        found = explain(
-            grpc, DOG, PROMPTS, ("OVERLAY", "HEATMAPS"), COLORMAP=[name], OPACITY=[1.0], SIZE=[60, 90]
-        )
+        found = explain(grpc, DOG, PROMPTS, ("OVERLAY", "HEATMAPS"), COLORMAP=[name], **asked)
         assert len(found["OVERLAY"]) == len(PROMPTS)
         for file, heat in zip(found["OVERLAY"], found["HEATMAPS"], strict=True):
             with Image.open(io.BytesIO(file)) as image:
@@ -232,10 +231,28 @@ def test_overlays_use_the_colormap_and_the_opacity(grpc: GrpcCaller) -> None:
         pictures = {**pictures, name: pixels.astype(np.uint8)}
     assert len({picture.tobytes() for picture in pictures.values()}) == 3
     half = explain(grpc, DOG, PROMPTS, ("OVERLAY",), SIZE=[60, 90])["OVERLAY"]
-    given = explain(grpc, DOG, PROMPTS, ("OVERLAY",), SIZE=[60, 90], OPACITY=[0.5], COLORMAP=["jet"])[
+    given = explain(grpc, DOG, PROMPTS, ("OVERLAY",), SIZE=[60, 90], OPACITY=[0.5], COLORMAP=["bwr"])[
         "OVERLAY"
     ]
     assert list(half) == list(given)
+
+
+@pytest.mark.parametrize("normalization", ["none", "joint", "prompt"])
+def test_overlays_are_white_at_zero_on_a_scale_for_all_prompts(normalization: str, grpc: GrpcCaller) -> None:
+    """NORMALIZE `prompt` alone gives each map its own scale, and zero is white there too."""
+    patches = explain(grpc, DOG, PROMPTS)["PATCH_MAPS"]
+    # As many pixels as patches, so that nothing lies between two of them.
+    asked: dict[str, Any] = {"SIZE": list(patches.shape[1:]), "OPACITY": [1.0], "NORMALIZE": [normalization]}
+    for file, patch_map in zip(
+        explain(grpc, DOG, PROMPTS, ("OVERLAY",), **asked)["OVERLAY"], patches, strict=True
+    ):
+        with Image.open(io.BytesIO(file)) as image:
+            red, green, blue = np.moveaxis(np.asarray(image).astype(int), -1, 0)
+        most = np.abs(patch_map if normalization == "prompt" else patches).max()
+        paler = np.rint(255 * (1 - np.abs(patch_map) / most))
+        np.testing.assert_allclose(green, paler, atol=3)
+        np.testing.assert_array_equal(red[patch_map > 0], 255)
+        np.testing.assert_array_equal(blue[patch_map < 0], 255)
 
 
 # ---- protocols

@@ -60,7 +60,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"MODE": [b"\xff"]}, "MODE: got"),
     ({"MODE": ["relative", "relative"]}, "MODE"),
     ({"NORMALIZE": ["minmax"]}, "NORMALIZE: got 'minmax', expected one of none, prompt, joint"),
-    ({"COLORMAP": ["hot"]}, "COLORMAP: got 'hot', expected one of jet, viridis, cividis"),
+    ({"COLORMAP": ["hot"]}, "COLORMAP: got 'hot', expected one of bwr, jet, viridis, cividis"),
     ({"OPACITY": [1.5]}, "OPACITY: got 1.5, expected 0 to 1"),
     ({"OPACITY": [-0.1]}, "OPACITY: got -0.1"),
     ({"OPACITY": [float("nan")]}, "OPACITY: got nan"),

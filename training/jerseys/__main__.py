@@ -15,7 +15,7 @@ from training.jerseys.clips import TIERS, Role, clip, contact_sheet
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; see --help."""
+    """Run the command line."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument(
         "tier", choices=list(TIERS), help="what is hard about it; see training/jerseys/clips.py"

@@ -188,7 +188,7 @@ def _folds(crops: Crops, random: Random) -> Tensor:
 
 
 class _Painter:
-    """Draws one batch; each method lays one part over the planes."""
+    """Drawer of one batch. Each method lays one part over the planes."""
 
     def __init__(self, wardrobe: Wardrobe, crops: Crops, sun: Tensor, random: Random) -> None:
         self.players, self.poses, self.sun = crops.players, crops.poses, sun[:, None, None, None]

@@ -2,7 +2,7 @@
 
 A shirt is a cylinder: x is the angle around the body in -pi..pi with 0 at the middle of the chest, y runs
 from the neck (0) to the hem (1). Every pattern is a scalar field on it, cut at the level that gives the
-second colour its share of the area, so that patterns of equal shares have equal areas whatever their kind.
+second colour its share of the area. Patterns of equal shares have equal areas, whatever their kind.
 """
 
 import math
@@ -26,7 +26,7 @@ COLLAR = 0.06  # where it ends
 
 
 class Kind(IntEnum):
-    """What a shirt's two colours form."""
+    """Pattern that a shirt's two colours form."""
 
     PLAIN = 0
     STRIPES = 1
@@ -103,7 +103,7 @@ class Kits:
         return Kits(*(getattr(self, field.name)[rows] for field in fields(self)))
 
     def to(self, device: torch.device) -> "Kits":
-        """The same kits there."""
+        """Copy of the kits on a device."""
         return Kits(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     @staticmethod
@@ -190,13 +190,13 @@ def with_kind(kits: Kits, kind: Tensor, random: Random) -> Kits:
 def hard_kits(count: int, random: Random, kinds: Sequence[Kind], similar: tuple[float, float]) -> Kits:
     """Kits of which some differ only in their arrangement, and some only a little in their colours.
 
-    In groups of four, a third each at random: four independent kits; four that share all colours but are of
-    different kinds; four of one pattern in colours `similar` apart in CIELAB.
+    Kits come in groups of four, of three sorts at random: four independent kits, four that share all colours
+    but are of different kinds, or four of one pattern in colours `similar` apart in CIELAB.
 
     Args:
         count: how many.
         random: the source of every choice.
-        kinds: patterns to choose from; at least five.
+        kinds: patterns to choose from, at least five.
         similar: least and greatest colour difference within a group of the third sort.
     """
     kits = sample_kits(count, random, kinds, uniform=0.25)

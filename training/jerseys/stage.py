@@ -64,7 +64,7 @@ class Views:
 
 @dataclass(frozen=True)
 class Studio:
-    """What views count: kits and their cloth, players, cameras."""
+    """Things that views show: kits and their cloth, players, cameras."""
 
     wardrobe: Wardrobe
     players: Players

@@ -20,11 +20,11 @@ __all__ = ["COLORMAPS", "MODES", "NORMALIZATIONS", "ExplainOptions", "Explanatio
 
 Mode: TypeAlias = Literal["relative", "absolute"]
 Normalization: TypeAlias = Literal["none", "prompt", "joint"]
-Colormap: TypeAlias = Literal["jet", "viridis", "cividis"]
+Colormap: TypeAlias = Literal["bwr", "jet", "viridis", "cividis"]
 
 MODES: tuple[Mode, ...] = ("relative", "absolute")
 NORMALIZATIONS: tuple[Normalization, ...] = ("none", "prompt", "joint")
-COLORMAPS: tuple[Colormap, ...] = ("jet", "viridis", "cividis")
+COLORMAPS: tuple[Colormap, ...] = ("bwr", "jet", "viridis", "cividis")
 
 
 class ExplainOptions(TypedDict, total=False):

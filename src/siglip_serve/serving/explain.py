@@ -22,6 +22,7 @@ from siglip_serve.heatmaps.picture import (
     NORMALIZATIONS,
     Normalization,
     View,
+    color_scale,
     default_size,
     normalize,
     overlay,
@@ -158,7 +159,7 @@ class ExplainVectors(RequestModel):
 class ExplainMaps(RequestModel):
     """FOUND_MAPS, FOUND_UNATTRIBUTED of the vision model -> HEATMAPS, SCORES, UNATTRIBUTED, PATCH_MAPS, HEAT.
 
-    HEAT are PATCH_MAPS scaled to 0 to 1 as NORMALIZE says; where that is `none`, each on its own.
+    HEAT are PATCH_MAPS under a name that is no output of the ensemble.
     """
 
     def __init__(self, context: Context) -> None:
@@ -188,14 +189,15 @@ class ExplainMaps(RequestModel):
             "SCORES": (prompts @ unit).astype(np.float32),
             "UNATTRIBUTED": unattributed.astype(np.float32),
             "PATCH_MAPS": maps,
-            "HEAT": normalize(maps, "prompt" if plan.normalization == "none" else plan.normalization),
+            "HEAT": maps,
         }
 
 
 class ExplainOverlays(RequestModel):
     """HEAT [P, G, G], PLAN, INPUT_IMAGE [1] -> OVERLAY [P], PNG files of the maps over the image.
 
-    Optional COLORMAP [1] BYTES and OPACITY [1] FP32. With the parameter `base64_encoded` the files are
+    Optional COLORMAP [1] BYTES and OPACITY [1] FP32. All maps share one scale of colours, or with the
+    NORMALIZE `prompt` each has its own. With the parameter `base64_encoded` the files are
     base64 text, as the image.
     """
 
@@ -211,8 +213,9 @@ class ExplainOverlays(RequestModel):
         plan, side = ExplainPlan.read(request), self._config.vision.grid_size
         colormap, opacity = request.option("COLORMAP", COLORMAPS), _opacity(request)
         encoded = request.flag("base64_encoded")
-        heat = request.finite("HEAT", [side, side])
-        plan.check_rows("HEAT", len(heat))
+        maps = request.finite("HEAT", [side, side])
+        plan.check_rows("HEAT", len(maps))
+        heat = color_scale(maps, plan.normalization, colormap)
         view = _view(self._config, request)
         height, width = plan.height, plan.width
         pixels = map_rows("INPUT_IMAGE", request.strings("INPUT_IMAGE"), self._images.decoder(request))[0]

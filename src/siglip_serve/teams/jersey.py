@@ -92,7 +92,7 @@ def rgb_frame(frame: NDArray[np.uint8], order: ColorOrder, limits: ImageLimits) 
 
 
 def cut_box(frame: Pixels, box: NDArray[np.float32]) -> Pixels:
-    """The pixels [h, w, 3] of a frame [H, W, 3] that a box touches; what lies outside the frame is left out.
+    """The pixels [h, w, 3] of a frame [H, W, 3] that a box touches. What lies outside the frame is left out.
 
     Args:
         frame: uint8.

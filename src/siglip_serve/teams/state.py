@@ -46,7 +46,7 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class TeamState:
-    """A fitted model; embeddings are at unit length before anything else is done to them.
+    """A fitted model. Embeddings are at unit length before anything else is done to them.
 
     Attributes:
         stamp: what made the embeddings; a state fits no others.
@@ -67,7 +67,7 @@ class TeamState:
     view: Array
 
     def to_bytes(self) -> bytes:
-        """An `npz` file that `numpy.load` reads as well; equal states are equal bytes."""
+        """An `npz` file that `numpy.load` reads as well. Equal states are equal bytes."""
         stamp = np.frombuffer(json.dumps(dict(self.stamp), sort_keys=True).encode(), dtype=np.uint8)
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:

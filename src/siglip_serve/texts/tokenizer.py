@@ -10,7 +10,7 @@ Three kinds, told apart by `tokenizer_class` in the checkpoint's `tokenizer_conf
   collapsed, then byte-pair encoding; stands between `<|startoftext|>` and `<|endoftext|>`.
 
 The ids are those of transformers 5.x `SiglipTokenizer`, `Siglip2Tokenizer` and `CLIPTokenizer`, special
-tokens written in the text included; transformers itself is not needed. SigLIP's tower pools the last
+tokens written in the text included. The package transformers is not needed. SigLIP's tower pools the last
 position, so a text is always padded to the full context length.
 """
 
@@ -54,7 +54,7 @@ class _Encoder(Protocol):
     pad_id: int
 
     def __call__(self, text: str, limit: int | None) -> list[int]:
-        """The ids of `text` with its special tokens; at most `limit` of them, the end token kept."""
+        """The ids of `text` with its special tokens, at most `limit` of them, the end token kept."""
 
 
 class Tokenizer:
@@ -88,7 +88,7 @@ class Tokenizer:
         return np.pad(np.asarray(ids, dtype=np.int64), padding, constant_values=self._encoder.pad_id)
 
     def encode(self, text: str, truncation: bool = False) -> list[int]:
-        """The ids of `text` without padding, at most `context_length`; raises as `__call__` does."""
+        """The ids of `text` without padding, at most `context_length`. It raises the errors of a call."""
         if not text.strip():
             raise TextError("the text is empty")
         ids = self._encoder(text, self.context_length if truncation else None)
@@ -208,7 +208,7 @@ class _Gemma:
     """transformers' `Siglip2Tokenizer`: the file's own byte-pair encoding behind a lowercasing step.
 
     transformers' `AutoTokenizer` opens the fixed-resolution SigLIP 2 checkpoints with `GemmaTokenizer`,
-    which forgets their `do_lower_case`; the towers were trained on lowercase text, so it is kept here.
+    which forgets their `do_lower_case`. The towers were trained on lowercase text, so it is kept here.
     Which end tokens are added is the file's `post_processor`; `add_eos_token` beside it is not read.
     """
 

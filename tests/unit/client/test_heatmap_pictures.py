@@ -114,19 +114,49 @@ def test_letters_that_no_font_has_are_escaped() -> None:
     assert all(letter == " " or bytes(font.getmask(letter)) != missing for letter in text)
 
 
-def test_colour_bars_have_their_own_limits_or_joint_ones() -> None:
-    sheets = [
-        heatmap_grid(Image.new("RGB", (320, 240)), explanation(2), joint=joint) for joint in (False, True)
+def bar(sheet: Image.Image, panel: tuple[int, int, int, int]) -> NDArray[np.int64]:
+    _, top, right, bottom = panel
+    return np.asarray(sheet.crop((right + 4, top, right + 16, bottom)), dtype=np.int64)
+
+
+def zero(sheet: Image.Image, panel: tuple[int, int, int, int]) -> list[int]:
+    """Rows of a colour bar with the mark of zero."""
+    return list((bar(sheet, panel) == 34).all(axis=(1, 2)).nonzero()[0].tolist())
+
+
+def test_panels_share_one_scale_whose_zero_is_white_and_in_the_middle() -> None:
+    sheet = heatmap_grid(Image.new("RGB", (320, 240)), explanation(2))
+    panels = boxes(sheet, COLORS[:2])
+    for panel in panels:
+        colors, height = bar(sheet, panel), panel[3] - panel[1]
+        assert colors[0, 5].tolist() == [255, 0, 0]
+        assert colors[-1, 5].tolist() == [0, 0, 255]
+        assert zero(sheet, panel) == [height // 2]
+        assert colors[height // 2 + 1, 5].min() > 245
+    numbers = [
+        np.asarray(sheet.crop((right + 18, top, right + 80, bottom))) for _, top, right, bottom in panels
     ]
-    (_, top, right, bottom), _ = boxes(sheets[0], COLORS[:2])
-    for sheet in sheets:
-        bar = np.asarray(sheet.crop((right + 4, top, right + 16, bottom)), dtype=int)
-        assert bar[2, 5].argmax() == 0  # jet: red on top,
-        assert bar[-3, 5].argmax() == 2  # blue at the bottom
-    own, joint = (np.asarray(sheet.crop((right + 18, top, right + 80, top + 14))) for sheet in sheets)
-    assert (own != joint).any()  # +0.0100 and +0.0200
-    marks = (np.asarray(sheets[0].crop((right + 4, top, right + 16, bottom))) == 34).all(axis=(1, 2))
-    assert marks.nonzero()[0].tolist() == [(bottom - top) // 2]  # 0 lies between -.01 and +.01
+    first, second = numbers
+    np.testing.assert_array_equal(first, second)
+
+
+def test_scale_per_prompt_has_the_limits_of_its_own_map() -> None:
+    sheet = heatmap_grid(Image.new("RGB", (320, 240)), explanation(2), joint=False)
+    panels = boxes(sheet, COLORS[:2])
+    first, second = (
+        np.asarray(sheet.crop((right + 18, top, right + 80, top + 14))) for _, top, right, _ in panels
+    )
+    assert (first != second).any()  # +0.0100 and +0.0200
+    assert all(zero(sheet, panel) == [(panel[3] - panel[1]) // 2] for panel in panels)
+
+
+def test_sequential_colormap_runs_from_the_least_to_the_largest_value() -> None:
+    sheet = heatmap_grid(Image.new("RGB", (320, 240)), explanation(2), "jet", joint=True)
+    panel = boxes(sheet, COLORS[:1])[0]
+    colors, height = bar(sheet, panel), panel[3] - panel[1]
+    assert colors[2, 5].argmax() == 0  # red on top,
+    assert colors[-3, 5].argmax() == 2  # blue at the bottom
+    assert zero(sheet, panel) == [round(height * 2 / 3)]  # 0 lies between -0.01 and +0.02
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from siglip_serve_client import Teams
 from siglip_serve_client.commands.teams.contact_sheet import contact_sheet
 from siglip_serve_client.commands.teams.labelled import Labelled, team_name
 from siglip_serve_client.commands.teams.labelled_frame import labelled_frame
-from siglip_serve_client.commands.teams.scatter_plot import scatter_plot
+from siglip_serve_client.commands.teams.scatter_plot import _Scale, scatter_plot
 
 BLUE, ORANGE, GREY, INK = (0, 114, 178), (230, 159, 0), (150, 150, 150), (34, 34, 34)
 GRASS, RED = (58, 130, 62), (200, 30, 40)
@@ -170,6 +170,40 @@ def test_a_plot_keeps_directions_and_proportions() -> None:
 def test_outliers_are_ringed() -> None:
     plain, ringed = (scatter_plot(labelled([0, 1], outliers), "") for outliers in ((), (1,)))
     assert count(ringed, INK) > count(plain, INK) + 50
+
+
+def test_outliers_do_not_squash_the_others() -> None:
+    near = [[row % 5 / 5, row // 5 / 5] for row in range(25)]
+    teams = [0] * 25 + [1] * 5
+
+    def spread(far: float) -> int:
+        """Width in pixels of what is drawn in the first team's colour."""
+        coordinates = near + [[0.5, far + row] for row in range(5)]
+        players = labelled(teams, (25, 26, 27, 28, 29), coordinates)
+        plot = np.asarray(scatter_plot(players, ""))[:, :800]
+        return int(np.ptp(np.argwhere((plot == BLUE).all(axis=-1))[:, 1]))
+
+    assert spread(1000) == spread(100) > 250
+
+
+def test_points_beyond_the_axes_are_drawn_at_the_border_with_an_arrow() -> None:
+    near = [[row % 5 / 5, row // 5 / 5] for row in range(25)]
+    plots = [
+        np.asarray(scatter_plot(labelled([0] * 25 + [1], (25,), [*near, far]), ""))
+        for far in ([0.5, 50], [0.5, -50], [50, 0.5], [-50, 0.5])
+    ]
+    border = [(64, 0), (600, 0), (800, 1), (84, 1)]  # top, bottom, right, left
+    for plot, (edge, axis) in zip(plots, border, strict=True):
+        inside = plot[64:600, 84:800]
+        orange = np.add(np.argwhere((inside == ORANGE).all(axis=-1)).mean(axis=0), (64, 84))
+        assert abs(orange[axis] - edge) == pytest.approx(14, abs=2)
+        assert (plot[:, 810:] == INK).all(axis=-1).sum() > 100  # the legend says so
+
+
+def test_no_point_is_beyond_the_axes_without_outliers() -> None:
+    players = labelled([0] * 200, coordinates=[[row % 20, row // 20] for row in range(200)])
+    scale = _Scale.of(*[players.teams.coordinates.astype(np.float64)] * 2)
+    assert not any(any(scale.within(point)[1]) for point in players.teams.coordinates)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from siglip_serve.heatmaps.picture import COLORMAPS, MOST_VALUES, View, default_size, normalize, overlay
+from siglip_serve.heatmaps.picture import (
+    COLORMAPS,
+    MOST_VALUES,
+    View,
+    color_scale,
+    default_size,
+    normalize,
+    overlay,
+)
 
 GRID = np.arange(6, dtype=np.float32).reshape(1, 2, 3)
 
@@ -81,6 +89,39 @@ def test_normalizes_per_prompt_or_jointly() -> None:
     np.testing.assert_allclose(normalize(maps, "prompt"), [[[0, 1]], [[0, 1]]])
     np.testing.assert_allclose(normalize(maps, "joint"), [[[0.25, 0.75]], [[0.0, 1.0]]])
     assert not normalize(np.ones((1, 2, 2), dtype=np.float32), "prompt").any()
+
+
+def test_diverging_scale_has_zero_in_the_middle() -> None:
+    maps = np.array([[[0.0, 2.0]], [[-4.0, 3.0]]], dtype=np.float32)
+    shared = [[[0.5, 0.75]], [[0.0, 0.875]]]
+    np.testing.assert_allclose(color_scale(maps, "joint"), shared)
+    np.testing.assert_allclose(color_scale(maps, "none"), shared)
+    np.testing.assert_allclose(color_scale(maps, "prompt"), [[[0.5, 1.0]], [[0.0, 0.875]]])
+    np.testing.assert_array_equal(color_scale(np.zeros((1, 2, 2), np.float32), "prompt"), 0.5)
+
+
+def test_sequential_scale_runs_from_least_to_largest() -> None:
+    maps = np.array([[[0.0, 2.0]], [[-4.0, 4.0]]], dtype=np.float32)
+    for how in ("joint", "none"):
+        np.testing.assert_allclose(color_scale(maps, how, "viridis"), [[[0.5, 0.75]], [[0.0, 1.0]]])
+    np.testing.assert_allclose(color_scale(maps, "prompt", "jet"), [[[0, 1]], [[0, 1]]])
+
+
+def test_default_colormap_is_blue_white_red() -> None:
+    heat = np.array([[0.0, 0.5, 1.0]], dtype=np.float32)
+    drawn = overlay(Image.new("RGB", (3, 1)), heat, np.ones((1, 3), dtype=np.bool_), opacity=1.0)
+    assert np.asarray(drawn).tolist() == [[[0, 0, 255], [255, 255, 255], [255, 0, 0]]]
+
+
+def test_picture_under_a_diverging_map_has_no_colour_of_its_own() -> None:
+    picture, seen = Image.new("RGB", (2, 1), (255, 0, 0)), np.array([[True, False]])
+    level = np.full((1, 2), 0.5, dtype=np.float32)
+    under, unseen = np.asarray(overlay(picture, level, seen))[0].tolist()
+    assert len(set(under)) == 1
+    assert unseen == [255, 0, 0]
+    assert np.asarray(overlay(picture, level, seen, opacity=0.0))[0, 0].tolist() == [255, 0, 0]
+    red, green, _ = np.asarray(overlay(picture, level, seen, "viridis"))[0, 0].tolist()
+    assert red > green  # the picture's red is left
 
 
 @pytest.mark.parametrize("colormap", COLORMAPS)

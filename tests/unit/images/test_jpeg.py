@@ -11,8 +11,8 @@ import pytest
 from images import encode, exif, image_files, malformed_files, mutations, oriented_files, photo
 from PIL import Image
 
+from siglip_serve.images.formats import ImageLimits, plain_jpeg
 from siglip_serve.images.jpeg import PlainFrame, plain_frame
-from siglip_serve.images.preprocess import ImageLimits, plain_jpeg
 
 PLAIN = encode(photo(70, 50), "JPEG", subsampling="4:2:0")
 RESTARTS = encode(photo(70, 50), "JPEG", subsampling="4:2:0", restart_marker_blocks=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,14 @@ from paths import TINY
 
 from siglip_serve.config import Settings, load_settings
 from siglip_serve.launcher import command
-from siglip_serve.launcher.command import _announce, _example, _parser, _serve_options, main
+from siglip_serve.launcher.command import (
+    _announce,
+    _command_name,
+    _example,
+    _parser,
+    _serve_options,
+    main,
+)
 
 ALL = ("classify_image", "embed_image")
 
@@ -131,6 +139,24 @@ def test_example_names_only_models_that_are_served() -> None:
         "  siglip-serve health --url 127.0.0.1:8001\n"
     )
     assert _example(server(TINY, ("embed_text",)), "") == ""
+
+
+def test_example_names_the_command_as_the_shell_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.chdir(tmp_path)
+    assert _command_name() == "siglip-serve"  # not installed next to this Python
+    script = folder / "siglip-serve"
+    script.touch(mode=0o755)
+    assert _command_name() == "siglip-serve"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert _command_name() == "bin/siglip-serve"
+    monkeypatch.chdir(Path(__file__).parent)
+    assert _command_name() == str(script)
 
 
 def test_announcement_prints_each_note_in_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,8 +50,8 @@ def add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add(
         "--normalize",
         choices=NORMALIZATIONS[1:],
-        default=NORMALIZATIONS[1],
-        help="one scale of colours for each prompt, or a joint one (default: %(default)s)",
+        default=NORMALIZATIONS[2],
+        help="one scale of colours per prompt, or a joint one for all (default: %(default)s)",
     )
     size = "of a map, in pixels; default: the picture's, at most 512"
     add("--size", type=positive, nargs=2, metavar=("HEIGHT", "WIDTH"), help=size)

@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 import cmap
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from siglip_serve_client._operations.explain import Colormap, Explanation
@@ -24,6 +25,8 @@ _TITLE_SIZE, _SCORE_SIZE, _TICK_SIZE = 16, 13, 11
 _MOST_LINES = 2
 _LEAST_SIDE = 240  # smaller overlays are enlarged to it, by their longer side
 _LEAST_TITLE = 180
+# Their middle is 0: the limits of their bars are equally far from it.
+_DIVERGING: frozenset[Colormap] = frozenset({"bwr"})
 _ASPECT = 1.6  # of the whole sheet, about that of a screen
 # Pillow's own font has ASCII letters only. These fonts have more, on systems that have the fonts.
 _FURTHER_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial.ttf")
@@ -40,7 +43,7 @@ class _Layout:
 
 
 def heatmap_grid(
-    picture: Image.Image, explanation: Explanation, colormap: Colormap = "jet", joint: bool = False
+    picture: Image.Image, explanation: Explanation, colormap: Colormap = "bwr", joint: bool = True
 ) -> Image.Image:
     """The picture, and the overlay of each prompt, in rows and columns.
 
@@ -68,9 +71,8 @@ def heatmap_grid(
             continue
         _title(sheet, below, titles[index - 1], f"cosine {explanation.scores[index - 1]:.3f}")
         sheet.paste(explanation.overlays[index - 1].resize((layout.width, layout.height)), below)
-        own = maps if joint else maps[index - 1]
-        place = (left + layout.width + 4, below[1])
-        _bar(sheet, place, layout.height, (float(own.min()), float(own.max())), colormap)
+        limits = _limits(maps if joint else maps[index - 1], colormap)
+        _bar(sheet, (left + layout.width + 4, below[1]), layout.height, limits, colormap)
     return sheet
 
 
@@ -151,11 +153,19 @@ def _title(sheet: Image.Image, place: tuple[int, int], lines: list[str], score: 
         draw.text((left, bottom - _SCORE - number * _LINE), line, _INK, _drawable(line)[1])
 
 
+def _limits(maps: NDArray[np.float32], colormap: Colormap) -> tuple[float, float]:
+    """The least and the largest value that the colours stand for."""
+    if colormap in _DIVERGING:
+        most = float(np.abs(maps).max())
+        return -most, most
+    return float(maps.min()), float(maps.max())
+
+
 def _bar(
     sheet: Image.Image, place: tuple[int, int], height: int, limits: tuple[float, float], colormap: Colormap
 ) -> None:
-    """Colours from the largest value, on top, to the least; 0 is marked if it lies between them."""
-    colors = np.rint(cmap.Colormap(colormap).lut(256)[::-1, :3] * 255).astype(np.uint8)
+    """Colours from the largest value, on top, to the least; 0 is marked where it lies between them."""
+    colors = np.rint(cmap.Colormap(colormap).lut(255)[::-1, :3] * 255).astype(np.uint8)
     strip = Image.fromarray(colors[:, None]).resize((_BAR, height), Image.Resampling.BILINEAR)
     sheet.paste(strip, place)
     draw, font = ImageDraw.Draw(sheet), _default(_TICK_SIZE)

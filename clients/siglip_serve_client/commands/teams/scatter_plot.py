@@ -32,6 +32,8 @@ _SIZE = (1000, 680)
 _PLOT = (84, 64, 800, 600)
 _SMOOTH = 3  # the plot is drawn larger by this factor and then reduced, for smooth edges
 _RADIUS = 6.5
+_INSET = 14  # of points beyond the axes, from the border at which they are drawn
+_FEWEST = 10  # with fewer points that are no outliers, the axes hold all points
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,15 @@ class _Scale:
     high: NDArray[np.float64]
 
     @staticmethod
-    def of(points: NDArray[np.float64]) -> _Scale:
+    def of(points: NDArray[np.float64], inliers: NDArray[np.float64]) -> _Scale:
+        """The scale that shows all inliers but stray ones, and other points that are not far from them."""
         left, top, right, bottom = _PLOT
         room = np.array([right - left, bottom - top], dtype=np.float64)
         least, most = (points.min(axis=0), points.max(axis=0)) if len(points) else (np.zeros(2), np.ones(2))
+        if len(inliers) >= _FEWEST:
+            low, high = np.percentile(inliers, (1, 99), axis=0)
+            around = 0.3 * float((high - low).max())
+            least, most = np.maximum(least, low - around), np.minimum(most, high + around)
         per_pixel = max(float(((most - least) / room).max()), 1e-6) * 1.12
         half = room * per_pixel / 2
         return _Scale((least + most) / 2 - half, (least + most) / 2 + half)
@@ -54,6 +61,19 @@ class _Scale:
         left, top, right, bottom = _PLOT
         x, y = (np.asarray(point) - self.low) / (self.high - self.low)
         return left + float(x) * (right - left), bottom - float(y) * (bottom - top)
+
+    def within(self, point: ArrayLike) -> tuple[tuple[float, float], tuple[int, int]]:
+        """The place of a point, moved to the border if it lies beyond, and the sides that it lies beyond.
+
+        Sides are -1, 0 or 1 to the right and downwards.
+        """
+        left, top, right, bottom = _PLOT
+        place = np.array(self.place(point))
+        low, high = np.array([left, top]), np.array([right, bottom])
+        beyond = (place > high).astype(int) - (place < low).astype(int)
+        inside = np.clip(place, low + _INSET, high - _INSET)
+        x, y = np.where(beyond == 0, place, inside).tolist()
+        return (x, y), (int(beyond[0]), int(beyond[1]))
 
     def ticks(self, axis: int) -> list[float]:
         """Round numbers along an axis, about six."""
@@ -121,6 +141,15 @@ class _Canvas:
         corners = [(x + dx * scale, y + dy * scale) for dx, dy in shape]
         self._draw.polygon(corners, fill=team_color(number), outline=PAPER, width=math.ceil(scale))
 
+    def arrow(self, place: tuple[float, float], sides: tuple[int, int]) -> None:
+        """A dark tip before a place, towards the sides."""
+        direction = np.array(sides) / math.hypot(*sides)
+        across = np.array([-direction[1], direction[0]])
+        tip = np.array(place) + (_INSET - 1) * direction
+        back = tip - 6 * direction
+        corners = (tip, back + 6 * across, back - 6 * across)
+        self._draw.polygon([tuple((corner * _SMOOTH).tolist()) for corner in corners], fill=INK)
+
     def ring(self, place: tuple[float, float]) -> None:
         x, y = (value * _SMOOTH for value in place)
         radius = (_RADIUS + 4) * _SMOOTH
@@ -132,28 +161,41 @@ class _Canvas:
 
 
 def scatter_plot(players: Labelled, title: str) -> Image.Image:
-    """The players' COORDINATES, one shape and colour per team; outliers are ringed.
+    """Draw the players' COORDINATES, a shape and a colour per team; outliers have a ring.
 
-    Rows whose coordinates are not finite are left out; the legend counts all.
+    The axes are as long as the players that are no outliers need. Points beyond them are drawn at the
+    border with an arrow, and counted in the legend. Rows whose coordinates are not finite are left out; the
+    legend counts all.
     """
     points = players.teams.coordinates.astype(np.float64)
     drawn = np.isfinite(points).all(axis=1)
-    scale = _Scale.of(points[drawn])
+    inliers = points[drawn & (players.teams.outlier_score <= OUTLIER)]
+    scale = _Scale.of(points[drawn], inliers)
     canvas = _Canvas()
     _axes(canvas, scale, title)
-    size = min(1.0, max(0.4, math.sqrt(250 / max(1, len(points)))))
-    # Unsure players first, under the others.
+    # The unsure first, under the others.
     order = np.argsort(players.teams.margin, kind="stable")
-    for row in order[drawn[order]].tolist():
-        canvas.marker(scale.place(points[row]), int(players.teams.labels[row]), size)
-    for row in order[drawn[order]].tolist():
-        if players.is_outlier(row):
-            canvas.ring(scale.place(points[row]))
+    beyond = _points(canvas, scale, players, order[drawn[order]].tolist())
     if not drawn.any():
         middle = ((_PLOT[0] + _PLOT[2]) / 2, (_PLOT[1] + _PLOT[3]) / 2)
         canvas.text(middle, "no crops", 18, FAINT, "mm")
-    _legend(canvas, players)
+    _legend(canvas, players, beyond)
     return canvas.finished()
+
+
+def _points(canvas: _Canvas, scale: _Scale, players: Labelled, rows: Sequence[int]) -> int:
+    """Draw the rows' points, and return how many of them lie beyond the axes."""
+    size = min(1.0, max(0.4, math.sqrt(250 / max(1, len(players.teams)))))
+    places = {row: scale.within(players.teams.coordinates[row]) for row in rows}
+    for row, (place, _) in places.items():
+        canvas.marker(place, int(players.teams.labels[row]), size)
+    for row, (place, _) in places.items():
+        if players.is_outlier(row):
+            canvas.ring(place)
+    beyond = [(place, sides) for place, sides in places.values() if any(sides)]
+    for place, sides in beyond:
+        canvas.arrow(place, sides)
+    return len(beyond)
 
 
 def _axes(canvas: _Canvas, scale: _Scale, title: str) -> None:
@@ -172,7 +214,7 @@ def _axes(canvas: _Canvas, scale: _Scale, title: str) -> None:
     canvas.upright_text((24, (top + bottom) / 2), "across", 15, INK)
 
 
-def _legend(canvas: _Canvas, players: Labelled) -> None:
+def _legend(canvas: _Canvas, players: Labelled, beyond: int) -> None:
     x, y = _PLOT[2] + 28.0, _PLOT[1] + 14.0
     for number in players.numbers:
         canvas.marker((x, y), number)
@@ -183,3 +225,7 @@ def _legend(canvas: _Canvas, players: Labelled) -> None:
         canvas.ring((x, y))
         canvas.text((x + 20, y), f"outlier ({outliers:,})", 15, INK, "lm")
         canvas.text((x + 20, y + 20), f"score above {OUTLIER:g}", 12, FAINT, "lm")
+        y += 52
+    if beyond:
+        canvas.arrow((x, y + 8), (0, -1))
+        canvas.text((x + 20, y), f"beyond the axes ({beyond:,})", 15, INK, "lm")

@@ -20,7 +20,7 @@ def to_rgb(
     """Planes of n pictures of one size become pixels.
 
     Args:
-        planes: [n, bytes] uint8; each row is a picture's, its brightness first.
+        planes: [n, bytes] uint8, one picture per row, its brightness first.
         frame: of all pictures.
         place: bytes from one row of brightness to the next, the same of colour, and where in a picture's
             bytes its two planes of colour begin.

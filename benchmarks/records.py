@@ -1,10 +1,9 @@
-"""What every benchmark says about itself, a picture to measure with, and the CSV files."""
+"""CSV files of results: the columns that name a run, fidelity, and writing rows."""
 
 from __future__ import annotations
 
 import csv
 import datetime
-import io
 import platform
 import shlex
 import subprocess
@@ -16,29 +15,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 
-__all__ = ["GEOMETRIES", "about", "cosine", "parse_settings", "synthetic_jpeg", "write_csv"]
-
-# Names and values as in a Hugging Face config.json.
-GEOMETRIES = {
-    "base/16@224": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "image_size": 224,
-        "patch_size": 16,
-    },
-    "so400m/14@384": {
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_hidden_layers": 27,
-        "num_attention_heads": 16,
-        "image_size": 384,
-        "patch_size": 14,
-    },
-}
+__all__ = ["about", "cosine", "gpu_names", "write_csv"]
 
 
 def about(packages: Sequence[str], device: str | None = None) -> dict[str, str]:
@@ -75,30 +53,16 @@ def cosine(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
     return product / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
 
 
-def parse_settings(given: Sequence[str]) -> dict[str, str]:
-    """Settings from NAME=VALUE, as a command line has them; exits with a message on anything else."""
-    for text in given:
-        if "=" not in text:
-            sys.exit(f"--setting: got {text!r}, expected NAME=VALUE")
-    return dict(text.split("=", 1) for text in given)
-
-
-def synthetic_jpeg(width: int, height: int, seed: int | None = None) -> bytes:
-    """A JPEG of about the size that a photograph has: smooth colour, edges, and grain; 80 kB at 500x375."""
-    rng = np.random.default_rng(width if seed is None else seed)
-    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
-    colors = [127 + 100 * np.sin(5 * x + 3 * y * (channel + 1)) for channel in range(3)]
-    image = Image.fromarray(np.stack(colors, axis=-1).astype(np.uint8))
-    draw = ImageDraw.Draw(image)
-    for _ in range(40):
-        left, top = int(rng.integers(0, width)), int(rng.integers(0, height))
-        red, green, blue = (int(value) for value in rng.integers(0, 256, 3))
-        draw.ellipse((left, top, left + width // 8, top + height // 6), fill=(red, green, blue))
-    grain = rng.normal(0, 9, (height, width, 1))
-    image = Image.fromarray(np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8))
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=90)
-    return file.getvalue()
+def gpu_names() -> list[str]:
+    """The NVIDIA GPUs of this machine, by the driver's tool, since importing torch takes seconds."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        found = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return (
+        [line.strip() for line in found.stdout.splitlines() if line.strip()] if not found.returncode else []
+    )
 
 
 def _cpu_name() -> str:

@@ -1,16 +1,15 @@
-"""What a run costs in CPU time: the whole machine's, and each process's of a server."""
+"""CPU time of a run: the whole machine's, and each process's of a server."""
 
 from __future__ import annotations
 
 import re
-import subprocess
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 
-__all__ = ["cpu_of", "cpu_used", "gpu_names", "machine_cpu"]
+__all__ = ["cpu_of", "cpu_used", "machine_cpu"]
 
 _TICKS_PER_SECOND = 100  # of /proc/stat, the same on every Linux
 _IDLE = (3, 4)  # idle and iowait
@@ -19,7 +18,7 @@ _OURS = 7
 
 
 def machine_cpu() -> float:
-    """Seconds that all cores together have been busy since the machine's start; 0 where it is not told."""
+    """Seconds that all cores together have been busy since the machine's start, or 0 where it is not told."""
     fields = [
         int(field) for field in Path("/proc/stat").read_text(encoding="ascii").split("\n")[0].split()[1:]
     ]
@@ -55,20 +54,8 @@ def cpu_used(
     return dict(sorted(used.items(), key=lambda pair: -pair[1]))
 
 
-def gpu_names() -> list[str]:
-    """The NVIDIA GPUs of this machine; asked of the driver's tool, since importing torch takes seconds."""
-    try:
-        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        found = subprocess.run(query, capture_output=True, text=True, check=False, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return (
-        [line.strip() for line in found.stdout.splitlines() if line.strip()] if not found.returncode else []
-    )
-
-
 def _what(command: list[str], name: str) -> str:
-    """A model process is named by its model, which its command line tells; a module by its name."""
+    """A model process is named by its model, which its command line tells, and a module by its name."""
     for argument in command:
         if model := re.search(r"/([^/]+)/\d+/model\.py$", argument):
             return model[1]
