@@ -140,8 +140,8 @@ class Caller:
 
 
 @contextmanager
-def load(caller: Caller) -> Iterator[None]:
-    """Keep twelve requests in flight; some may fail."""
+def load(caller: Caller, in_flight: int) -> Iterator[None]:
+    """Keep this number of requests in flight; some may fail."""
     stop = threading.Event()
 
     def keep_asking(seed: int) -> None:
@@ -150,7 +150,7 @@ def load(caller: Caller) -> Iterator[None]:
             with suppress(InferenceServerException, AssertionError):  # refused with another status
                 caller.ask_once(draw)
 
-    threads = [threading.Thread(target=keep_asking, args=(seed,)) for seed in range(12)]
+    threads = [threading.Thread(target=keep_asking, args=(seed,)) for seed in range(in_flight)]
     for thread in threads:
         thread.start()
     try:
@@ -178,7 +178,7 @@ def test_two_processes_answer_correctly_and_end_under_load(tmp_path: Path) -> No
 
         def ask_some(seed: int) -> None:
             draw = random.Random(seed)
-            for _ in range(30):
+            for _ in range(20):
                 caller.ask_once(draw)
 
         with ThreadPoolExecutor(13) as pool:
@@ -186,7 +186,7 @@ def test_two_processes_answer_correctly_and_end_under_load(tmp_path: Path) -> No
             list(pool.map(ask_some, range(12)))
             watched.result()
         pid = server.pid
-        with load(caller):
+        with load(caller, in_flight=12):
             wait_for_turns_of_both(server)
             os.kill(pid, signal.SIGTERM)
             assert server.wait() == 0
@@ -196,7 +196,7 @@ def test_two_processes_answer_correctly_and_end_under_load(tmp_path: Path) -> No
 def test_killed_process_gives_its_turn_back(tmp_path: Path) -> None:
     with serve(tmp_path) as server:
         caller = Caller(server.grpc_url)
-        with load(caller):
+        with load(caller, in_flight=4):  # the new process starts while these are computed
             wait_for_turns_of_both(server)
             before = towers(server)
             assert len(before) == 2

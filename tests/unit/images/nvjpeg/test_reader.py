@@ -311,7 +311,7 @@ def test_works_after_the_device_ran_out_of_memory(
 
     with monkeypatch.context() as broken:
         broken.setattr(gpu_jpeg, "resize", fails)
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
             reader([plain(9, 32, 32)])
     assert nothing_is_left(reader)
     assert decoder(reader).events[-1] == "wait"
