@@ -136,7 +136,6 @@ def test_panels_share_one_scale_whose_zero_is_white_and_in_the_middle() -> None:
     first, second = [
         np.asarray(sheet.crop((right + 18, top, right + 80, bottom))) for _, top, right, bottom in panels
     ]
-    first, second = numbers
     np.testing.assert_array_equal(first, second)
 
 
