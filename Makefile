@@ -21,7 +21,7 @@ SERVER := $(VENV)/.server
 DEV := $(VENV)/.dev
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint validate bench tools format clean
+.PHONY: help install serve test lint validate bench mutants tools format clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ bench: $(DEV) ## Speed on this machine's CPU, small; figures and plots go to bui
 	  --seconds 8 --warmup 2 --output build/bench/peers.csv
 	$(BIN)/python -m benchmarks.plots --results build/bench
 	@echo "Figures are in $(CURDIR)/build/bench. On a busy or shared machine only the ratios mean something."
+
+mutants: $(DEV) ## Plant known faults in a copy of the code, one by one, and say which tests notice them; ARGS chooses
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 tools: ## nginx and Prometheus for the tests of docker/, from Debian's packages into .tools, without root
 	mkdir -p .tools/lists/partial .tools/archives/partial
