@@ -66,7 +66,7 @@ bench: $(DEV) ## Speed on this machine's CPU, small; figures and plots go to bui
 	$(BIN)/python -m benchmarks.plots --results build/bench
 	@echo "Figures are in $(CURDIR)/build/bench. On a busy or shared machine only the ratios mean something."
 
-mutants: $(DEV) ## Plant known faults in a copy of the code, one by one, and say which tests notice them; ARGS chooses
+mutants: $(DEV) ## Plant known faults in a copy of the code and say which tests notice them; ARGS chooses
 	$(BIN)/python tests/mutants.py $(ARGS)
 
 tools: ## nginx and Prometheus for the tests of docker/, from Debian's packages into .tools, without root

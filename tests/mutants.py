@@ -289,15 +289,28 @@ def _select(arguments: argparse.Namespace) -> list[Fault]:
     ]
 
 
+def _problems(faults: Sequence[Fault]) -> Iterator[str]:
+    """What keeps faults from being planted, or their tests from being run."""
+    for fault in faults:
+        try:
+            locate(ROOT, fault)
+        except (FaultError, SyntaxError) as error:
+            yield str(error)
+        for test in fault.tests:
+            if not (ROOT / test.partition("::")[0]).exists():
+                yield f"{fault.name!r}: there is no {test}"
+
+
 def main() -> int:
     """Try the faults that the command line names; 1 if one of them is not noticed."""
     arguments = _parse_arguments()
     faults = _select(arguments)
-    for fault in faults:
-        locate(ROOT, fault)
     if arguments.list:
         for fault in faults:
             print(f"{fault.name:<58} {fault.file}")
+    if problems := list(_problems(faults)):
+        raise FaultError("\n".join(problems))
+    if arguments.list:
         return 0
     if not faults:
         raise FaultError(f"no fault is named {' or '.join(arguments.names)}")
