@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from siglip_serve_client import TeamTracker
 
@@ -12,7 +13,8 @@ def doubts(offset: float, **options: float) -> bool:
     for _ in range(12):
         tracker.update([7], [0])
     assert not tracker.needs_label([7])[0]
-    tracker.update([7, 8], [-1, -1], boxes=[[0, 0, 10, 20], [offset, 0, 10 + offset, 20]])
+    boxes = np.array([[0, 0, 10, 20], [offset, 0, 10 + offset, 20]])
+    tracker.update([7, 8], [-1, -1], boxes=boxes)
     return bool(tracker.needs_label([7])[0])
 
 

@@ -43,7 +43,7 @@ def squad(seed: int, teams: int = 2, others: float = 0.25) -> Squad:
     count = int(rng.integers(8 * teams, 12 * teams))
     weights = rng.uniform(0.2, 1, teams)
     team = np.sort(np.r_[np.arange(teams), rng.choice(teams, count - teams, p=weights / weights.sum())])
-    strays = int(rng.integers(0, others * count + 1)) if others else 0
+    strays = int(rng.integers(0, int(others * count) + 1))
     kits = rng.normal(size=(teams, WIDTH)) * rng.uniform(0.5, 1)
     noise = rng.uniform(0.1, 0.4, teams)
     shade = rng.integers(0, 2, count)
