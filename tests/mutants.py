@@ -37,7 +37,7 @@ FAULTS = ROOT / "tests" / "faults"
 _SERVER_TESTS = ("tests/triton", "tests/gateway")
 _LONGEST = 900  # seconds for the tests of one fault; a fault that hangs them is noticed
 _NO_SUCH_TESTS = (4, 5)  # pytest's exit codes for a wrong command line, and for no test at all
-_SUMMARY = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
+_SUMMARY = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)
 
 
 class FaultError(Exception):
