@@ -25,7 +25,7 @@ DEV := $(VENV)/.dev
 PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-unit lint validate bench load tools format clean
+.PHONY: help install serve test test-unit lint validate bench load mutants tools format clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -77,6 +77,9 @@ bench: $(DEV) ## Speed on this machine's CPU, small; figures and plots go to bui
 load: $(SERVER) ## Load on a running server; a table and a curve go to build/load
 	$(PIP) -e '.[load]'
 	$(BIN)/siglip-serve bench --url $(URL) $(ARGS)
+
+mutants: $(DEV) ## Plant known faults in a copy of the code and say which tests notice them; ARGS chooses
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 tools: ## nginx and Prometheus for the tests of docker/, from Debian's packages into .tools, without root
 	mkdir -p .tools/lists/partial .tools/archives/partial

@@ -87,6 +87,31 @@ HOSTILE = {
     "a deep stamp": with_member("stamp.npy", npy(np.frombuffer(b"[" * 4000, np.uint8))),
     "too large": PLAIN + bytes(MOST_STATE_BYTES),
 }
+MESSAGES = {
+    "nothing": "empty: the fit found no teams",
+    "text": "no state of fit_teams",
+    "truncated": "no state of fit_teams",
+    "first half": "no state of fit_teams",
+    "second half": "no state of fit_teams",
+    "a flipped bit": "no state of fit_teams",
+    "a pickle": "no state of fit_teams",
+    "a pickled array": "origin is no array of the type",
+    "a huge shape": r"origin has the shape \[1000000000000\] and 64 bytes",
+    "a negative shape": "origin is no array of the type",
+    "code as a shape": "origin is no array of the type",
+    "compressed": "origin.npy is compressed",
+    "a compressed gigabyte": "origin.npy is compressed, or larger than the file",
+    "doubles": "origin is no array of the type",
+    "not finite": "origin has the shape .* numbers that are not finite",
+    "another width": "nuisances has the shape",
+    "another rank": r"origin has the shape \[4, 4\]",
+    "no teams": r"centroids has the shape \[2, 4\], expected \[0, 4\]",
+    "a scale of zero": "a scale that is not positive",
+    "a stamp that is no JSON": "no state of fit_teams",
+    "a stamp that is a list": "its stamp is no JSON object",
+    "a deep stamp": "no state of fit_teams",
+    "too large": "bytes, at most 1048576 are allowed",
+}
 
 
 def test_a_state_comes_back_as_it_was() -> None:
@@ -114,7 +139,7 @@ def test_numpy_reads_a_state() -> None:
 def test_anything_else_is_refused(name: str) -> None:
     tracemalloc.start()
     try:
-        with pytest.raises(StateError) as refused:
+        with pytest.raises(StateError, match=MESSAGES[name]) as refused:
             TeamState.from_bytes(HOSTILE[name], STAMP)
         assert tracemalloc.get_traced_memory()[1] < 4 * MOST_STATE_BYTES
     finally:

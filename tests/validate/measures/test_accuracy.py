@@ -67,3 +67,18 @@ def test_wrong_shapes_name_the_input() -> None:
         confusion_pairs(TARGETS[:2], TARGETS)
     with pytest.raises(InvalidInputError, match="second: expected 2 rows"):
         cosine_statistics(np.eye(2), np.ones((1, 2)))
+
+
+def test_counts_a_target_at_rank_k_and_not_at_the_next() -> None:
+    scores = np.array([[0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3]] * 7)
+    for k in (1, 4, 5, 6):
+        assert top_k_hits(scores, np.arange(7), k).tolist() == [rank < k for rank in range(7)]
+
+
+def test_takes_the_most_opposite_row_as_the_worst() -> None:
+    angles = np.arccos([0.1, -0.9, 0.8])
+    second = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    statistics = cosine_statistics(np.tile([[2.0, 0.0]], (3, 1)), second)
+    assert statistics.worst_row == 1
+    assert statistics.minimum == pytest.approx(-0.9)
+    assert statistics.mean == pytest.approx(0.0)
