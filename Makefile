@@ -9,7 +9,7 @@ HOST ?= 127.0.0.1
 HTTP_PORT ?= 8000
 GRPC_PORT ?= 8001
 METRICS_PORT ?= 8002
-SAMPLE ?= $(firstword $(wildcard checkpoints/siglip-tiny/samples/*.jpg))
+SAMPLE ?= checkpoints/siglip-tiny/samples/dog.jpg
 URL ?= 127.0.0.1:$(GRPC_PORT)
 DATA ?= data/drawings
 ARGS ?=
@@ -17,20 +17,25 @@ ARGS ?=
 APT := -o Dir::State::Lists=$(CURDIR)/.tools/lists -o Dir::Cache=$(CURDIR)/.tools/archives -o Debug::NoLocking=1
 
 BIN := $(VENV)/bin
+# pip shows its progress on a terminal and is silent in a log; standard output is a pipe here.
+PIP = $(BIN)/pip install --disable-pip-version-check $$(test -t 2 || echo --quiet)
 SERVER := $(VENV)/.server
 DEV := $(VENV)/.dev
+# Two processes; tests that share a server stay in one of them. ARGS="-n 0" runs all in one process.
+PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test lint validate bench mutants tools format clean
+.PHONY: help install serve test test-unit lint validate bench load mutants tools format clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "Variables of serve: CHECKPOINT (SigLIP or CLIP: a directory, or a hub id such as"
 	@echo "google/siglip-so400m-patch14-384 or openai/clip-vit-large-patch14, owner/name@revision), TEAMS_CHECKPOINT"
 	@echo "(what looks at jerseys; likewise), DEVICE (auto, cpu, cuda), HOST, HTTP_PORT, GRPC_PORT, METRICS_PORT, and"
 	@echo "ARGS for any further option of siglip-serve serve. PYTHON chooses the interpreter (3.11 or 3.12)."
 	@echo "Variables of validate: URL (host:port of gRPC), DATA (an ImageNet-shaped folder), CHECKPOINT."
+	@echo "Variables of load: URL, and ARGS for options of siglip-serve bench."
 
 install: $(SERVER) ## A virtual environment in .venv with all that serving needs
 
@@ -41,7 +46,10 @@ serve: $(SERVER) ## Run the server on 127.0.0.1, HTTP 8000, gRPC 8001, metrics 8
 	  --sample-image "$(SAMPLE)" $(ARGS)
 
 test: $(DEV) ## All tests: the library alone, against transformers, against real servers
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+test-unit: $(DEV) ## The tests that need no server
+	$(BIN)/python -m pytest $(PARALLEL) tests/unit $(ARGS)
 
 lint: $(DEV) ## Style and types
 	$(BIN)/ruff check .
@@ -55,7 +63,7 @@ validate: $(DEV) $(filter data/drawings/%,$(DATA)/LOC_synset_mapping.txt) ## Acc
 	$(BIN)/python -m validate.parity --url $(URL) --data $(DATA) --checkpoint $(CHECKPOINT) --valid-per-class 4
 
 bench: $(DEV) ## Speed on this machine's CPU, small; figures and plots go to build/bench
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[bench]'
+	$(PIP) -e '.[bench]'
 	rm -rf build/bench
 	$(BIN)/python -m benchmarks.preprocess --seconds 2 --output build/bench/preprocess.csv
 	$(BIN)/python -m benchmarks.vision_tower --rows 4 --seconds 10 --output build/bench/vision_tower.csv
@@ -65,6 +73,10 @@ bench: $(DEV) ## Speed on this machine's CPU, small; figures and plots go to bui
 	  --seconds 8 --warmup 2 --output build/bench/peers.csv
 	$(BIN)/python -m benchmarks.plots --results build/bench
 	@echo "Figures are in $(CURDIR)/build/bench. On a busy or shared machine only the ratios mean something."
+
+load: $(SERVER) ## Load on a running server; a table and a curve go to build/load
+	$(PIP) -e '.[load]'
+	$(BIN)/siglip-serve bench --url $(URL) $(ARGS)
 
 mutants: $(DEV) ## Plant known faults in a copy of the code and say which tests notice them; ARGS chooses
 	$(BIN)/python tests/mutants.py $(ARGS)
@@ -85,16 +97,18 @@ clean: ## Remove the virtual environment and all caches
 
 # The offline benchmark: drawings in ImageNet's layout. Fetching them needs npm and, for two fonts, apt-get.
 data/drawings/LOC_synset_mapping.txt:
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[training]'
+	$(PIP) -e '.[training]'
 	$(BIN)/python -m training.build_benchmark --out data/drawings
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(SERVER): pyproject.toml $(VENV)/bin/python
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[server]'
+	@echo "Installing the server into $(VENV): 1.7 GB with torch for CPUs, more with CUDA, some minutes ..."
+	@$(PIP) -e '.[server]'
 	@touch $@
 
 $(DEV): $(SERVER)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[server,validate,dev]'
+	@echo "Installing the tools of tests and validation into $(VENV): 1.6 GB more, some minutes ..."
+	@$(PIP) -e '.[server,validate,dev]'
 	@touch $@

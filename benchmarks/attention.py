@@ -1,8 +1,8 @@
-"""Self-attention on a GPU: our kernel against cuDNN and flash attention, in turns, on random tokens.
+"""Measure self-attention on a GPU: our kernel, cuDNN and flash attention, alternately, on random tokens.
 
-Before it is timed, our kernel is checked at shapes of all sorts, in bfloat16 and float16, on fresh tokens
-each time: it has to be right to half a rounding step of the type, and to write every value. The error is the
-norm of the difference over the norm of the float32 result.
+Before it is timed, our kernel is checked at many shapes in bfloat16 and float16, on fresh tokens each time.
+It has to be right to half a rounding step of the type, and to write every value. The error is the norm of the
+difference over the norm of the float32 result.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from benchmarks.common import GEOMETRIES, about, write_csv
+from benchmarks.inputs import GEOMETRIES
+from benchmarks.records import about, write_csv
 from siglip_serve.engine.fused.attention import Shape, attend, is_supported
 
 _TOKENS = (1, 16, 49, 64, 65, 100, 128, 129, 144, 196, 208, 209, 256, 257, 576, 729, 784, 1024)
 _FEW_ROWS = 5
-_CHECKED_TOKENS = 20_000  # so that each multiprocessor has several heads to do
+_CHECKED_TOKENS = 20_000  # so that each multiprocessor computes several heads
 _SMALL = Shape(64, 1, 64, torch.bfloat16)
-_SETS = 3  # of tokens, in turns, so that none waits in a cache
-_MOST_ERROR = 0.5  # in rounding steps of the type; cuDNN's is .25, as ours
+_SETS = 3  # of tokens, used alternately, so that none stays in a cache
+_MOST_ERROR = 0.5  # in rounding steps of the type; cuDNN's error is 0.25, as ours
 _ROWS = {"base/16@224": (192, 1), "so400m/14@384": (48, 1)}
 
 Attention = Callable[[Tensor, int, int], Tensor]
@@ -50,20 +51,20 @@ _WAYS: dict[str, Attention] = {
 
 
 def make_tokens(shape: Shape, rows: int) -> Tensor:
-    """qkv [rows * T, 3 * W], columns of different sizes."""
+    """Draw qkv [rows * T, 3 * W], with columns of different sizes."""
     columns = 3 * shape.heads * shape.depth
     scale = torch.empty(columns, device="cuda").uniform_(0.2, 2.2)
     return (torch.randn(rows * shape.tokens, columns, device="cuda") * scale).to(shape.dtype)
 
 
 def error(way: Attention, qkv: Tensor, rows: int, heads: int) -> float:
-    """Of a way's result, against float32."""
+    """Return the error of a way's result against float32."""
     exact = _by(SDPBackend.MATH)(qkv.float(), rows, heads)
     return float((way(qkv, rows, heads).float() - exact).norm() / exact.norm())
 
 
 def check() -> bool:
-    """Print and return whether our kernel is right at all shapes."""
+    """Check our kernel at all shapes; print the wrong ones, and return True if there are none."""
     wrong = []
     shapes = [
         Shape(tokens, heads, depth, dtype)
@@ -74,7 +75,7 @@ def check() -> bool:
     for shape in tqdm(shapes, desc="checked", unit="shape", disable=None):
         for rows in (1, _FEW_ROWS, max(_FEW_ROWS, _CHECKED_TOKENS // shape.tokens)):
             qkv = make_tokens(shape, rows)
-            # What the result will lie on is not a number: a value that is not written shows.
+            # Fill the memory that the result will get with NaN, so that values that are not written show.
             torch.full((len(qkv), shape.heads * shape.depth), torch.nan, dtype=shape.dtype, device="cuda")
             ours = error(attend, qkv, rows, shape.heads)
             if not ours <= _MOST_ERROR * torch.finfo(shape.dtype).eps:
@@ -84,7 +85,7 @@ def check() -> bool:
 
 
 def measure(geometry: str, rows: int, seconds: float) -> list[dict[str, str]]:
-    """A row for each way."""
+    """Measure a geometry; one row of the table per way."""
     config = GEOMETRIES[geometry]
     heads = config["num_attention_heads"]
     shape = Shape(
@@ -123,7 +124,7 @@ def measure(geometry: str, rows: int, seconds: float) -> list[dict[str, str]]:
 
 
 def _record(way: Attention, sets: list[Tensor], rows: int, heads: int) -> torch.cuda.CUDAGraph:
-    """All sets, one after the other, without what it costs to launch them."""
+    """Record all sets, one after the other, so that launches cost nothing."""
     for qkv in sets:
         way(qkv, rows, heads)
     torch.cuda.synchronize()
@@ -137,7 +138,7 @@ def _record(way: Attention, sets: list[Tensor], rows: int, heads: int) -> torch.
 def main() -> None:
     """Check, measure, print, and append to a CSV if asked to; the status is 1 if something was wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=1, help="of our kernel, default %(default)s")
+    parser.add_argument("--seconds", type=float, default=1, help="time of our kernel, default %(default)s")
     parser.add_argument("--output", type=Path, help="CSV file to append to")
     options = parser.parse_args()
     torch.manual_seed(0)

@@ -1,10 +1,10 @@
-"""What the clients cost: the same pictures, as many in flight, by plain tritonclient and by ours, in turns.
+"""Cost of the clients: the same pictures, as many in flight, by plain tritonclient and by ours, alternating.
 
     python -m benchmarks.client_overhead --output benchmarks/results/client_overhead.csv
 
 Each round sends the pictures once in every way, in an order that changes from round to round. A row has the
-median over the rounds, and the median of the ratio to the reference of the same round: plain tritonclient in
-as many threads for the clients that wait, `Client` in as many threads for `AsyncClient`.
+median over the rounds, and the median of the ratio to the reference of the same round. The reference is plain
+tritonclient in as many threads for the clients that wait, and `Client` in as many threads for `AsyncClient`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from siglip_serve_client import AsyncClient, Client
 from tqdm import tqdm
 
-from benchmarks.common import about, cosine, synthetic_jpeg, write_csv
+from benchmarks.inputs import synthetic_jpeg
+from benchmarks.records import about, cosine, write_csv
 from benchmarks.servers import Running, run_ours
 
 Embeddings: TypeAlias = NDArray[np.float32]
@@ -97,7 +98,7 @@ def _ways(server: Running) -> dict[str, Way]:
 
 
 def _raw_grpc(url: str, pictures: Sequence[bytes], concurrency: int) -> Embeddings:
-    """As tritonclient's documentation shows it, a thread for each request in flight."""
+    """Embeddings by tritonclient as its documentation shows it, a thread for each request in flight."""
     import tritonclient.grpc as triton
 
     client = triton.InferenceServerClient(url)

@@ -1,8 +1,8 @@
 """The CPU engine: OpenVINO against packed torch and transformers, and what int8 costs in accuracy.
 
-`speed`: random weights at base/16@224, all ways in turns, so that a busy machine slows all alike; cosines are
-against transformers in float32. `accuracy`: zero-shot top-1 of a checkpoint in float32, bfloat16 and int8.
-int8 is calibrated on pictures of DATA/train; pictures of DATA/valid are embedded.
+`speed`: random weights at base/16@224. All ways alternate, so that a busy machine slows all alike. Cosines
+are against transformers in float32. `accuracy`: zero-shot top-1 of a checkpoint in float32, bfloat16 and
+int8. int8 is calibrated on pictures of DATA/train, and pictures of DATA/valid are embedded.
 
 On a busy machine the CPU time of a way tells more than its wall time: `cpu_ms_per_image` and its ratio.
 """
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.common import about, cosine, write_csv
+from benchmarks.records import about, cosine, write_csv
 from benchmarks.vision_tower import engine, reference
 from siglip_serve.checkpoint.config import ImageConfig, load_config
 from siglip_serve.checkpoint.files import resolve

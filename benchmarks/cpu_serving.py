@@ -1,9 +1,10 @@
-"""What serving costs on a CPU: images a second through Triton, against the same engine in this process.
+"""Cost of serving on a CPU: images per second through Triton, against the same engine in this process.
 
-Three ways in turns, several rounds: the engine fed with decoded pixels at `--rows`; pictures decoded by as
-many threads as there are cores, then the engine; and a server, loaded by `--concurrency` clients that send
-one JPEG each. The ratios are those of one round, and their median is the result. The server is idle while
-this process computes, and this process while the server does; the client's CPU time is the server's loss.
+Three ways alternate over several rounds. The first is the engine, fed with decoded pixels at `--rows`. The
+second decodes pictures in as many threads as there are cores, then runs the engine. The third is a server,
+loaded by `--concurrency` clients that send one JPEG each. The ratios are those of one round, and their median
+is the result. The server is idle while this process computes, and this process while the server does. The
+client's CPU time is the server's loss.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from typing import cast
 
 import numpy as np
 
-from benchmarks.common import about, parse_settings, synthetic_jpeg, write_csv
+from benchmarks.inputs import parse_settings, synthetic_jpeg
 from benchmarks.load import Load, Result, first_answers, run
+from benchmarks.records import about, write_csv
 from benchmarks.servers import Running, run_ours
 from siglip_serve.checkpoint.config import load_config
 from siglip_serve.config import Backend, Dtype

@@ -3,7 +3,7 @@
     python -m benchmarks.embed_resume --images 10000 --output benchmarks/results/embed_resume.csv
 
 Every image is another one. The disturbed run has the command killed at a fifth, at a third and at 60 % of the
-rows, and the server killed at a half, which is started again 5 seconds later; kills are SIGKILL.
+rows. The server is killed at a half and started again 5 seconds later. Kills are SIGKILL.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import about, synthetic_jpeg, write_csv
+from benchmarks.inputs import synthetic_jpeg
+from benchmarks.records import about, write_csv
 from siglip_serve.launcher import ServeOptions, TritonServer
 
 _ROOT = Path(__file__).parents[1]

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from transformers import SiglipConfig, SiglipModel
 
-from benchmarks.common import GEOMETRIES, about, write_csv
+from benchmarks.inputs import GEOMETRIES
+from benchmarks.records import about, write_csv
 from benchmarks.vision_tower import scaled_error
 from siglip_serve.towers.siglip import load_text, load_vision
 

@@ -1,9 +1,9 @@
-"""Whether the GPU's JPEG decoder gives the right pixels under load, and how fast it is.
+"""Correctness of the GPU's JPEG decoder under load, and its speed.
 
 Several processes read random mixes of JPEGs, from one file to more than are decoded at once, some of them
-runs of equal pictures, beside a process that keeps the GPU busy: whoever reads or writes memory too early
+runs of equal pictures. Another process keeps the GPU busy, so that memory which is read or written too early
 shows. Each answer is compared with the same file's pixels of `fast` on the CPU. Among the files are some with
-damaged image data, whose own pixels nobody promises, and some that the GPU must leave to the CPU.
+damaged image data, whose own pixels are undefined, and some that the GPU must leave to the CPU.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.common import about, synthetic_jpeg, write_csv
+from benchmarks.inputs import synthetic_jpeg
 from benchmarks.preprocess import default_size
+from benchmarks.records import about, write_csv
 from siglip_serve.checkpoint.config import ImageConfig
 from siglip_serve.images.jpeg import plain_frame
 from siglip_serve.images.nvjpeg.reader import GpuJpegReader
@@ -39,7 +40,7 @@ _SAMPLINGS = ("4:4:4", "4:2:2", "4:2:0", "gray")
 
 @dataclass
 class Tally:
-    """What came of the files of one process.
+    """Counts and differences of the files of one process.
 
     Attributes:
         answers: files that the GPU decoded, damaged ones not counted.
@@ -134,7 +135,7 @@ def _encode(image: Image.Image, format: str = "JPEG", **options: Any) -> bytes: 
 
 
 def check(reader: GpuJpegReader, corpus: Corpus, calls: int, seed: int) -> Tally:
-    """Read random mixes in so many calls."""
+    """Read random mixes in `calls` calls."""
     rng = np.random.default_rng(seed)
     tally, first = Tally(), dict[int, tuple[NDArray[np.uint8], bool]]()
     for _ in range(calls):
@@ -173,7 +174,7 @@ def _close(tally: Tally, pixels: NDArray[np.uint8], expected: NDArray[np.uint8])
 
 
 def keep_busy(device: str, stop: Any) -> None:
-    """Large products, one after the other, as a tower computes beside the decoders."""
+    """Large products, one after the other, as a tower computes while decoders run."""
     a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
     while not stop.is_set():
         for _ in range(20):
@@ -182,7 +183,7 @@ def keep_busy(device: str, stop: Any) -> None:
 
 
 def work(options: argparse.Namespace, number: int, corpus: Corpus | None, shared: tuple[Any, Any]) -> None:
-    """One process: check a corpus, or else be timed with equal pictures; the result goes to the queue."""
+    """One process: check a corpus, or else be timed with equal pictures. The result goes to the queue."""
     results, ready = shared
     torch.set_num_threads(1)
     reader = GpuJpegReader(image_config(options.size), options.device, ImageLimits())
@@ -240,7 +241,7 @@ def checked(options: argparse.Namespace) -> tuple[Tally, dict[str, str]]:
 
 
 def timed(options: argparse.Namespace, batch: int) -> dict[str, str]:
-    """The columns of a timing with calls of so many files."""
+    """The columns of a timing with calls of `batch` files."""
     options.batch = batch
     found = run(options, None)
     images = sum(images for images, _ in found)
@@ -260,9 +261,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", default="cuda:0", help="default %(default)s")
     add("--processes", type=int, default=4, help="readers at once, default %(default)s")
     add("--pictures", type=int, default=192, help="different plain files, default %(default)s")
-    add("--damaged", type=int, default=24, help="damaged files beside them, default %(default)s")
+    add("--damaged", type=int, default=24, help="further damaged files, default %(default)s")
     add("--calls", type=int, default=1000, help="mixes that each process reads, default %(default)s")
-    add("--picture", default="500x375", help="what is timed, width x height, default %(default)s")
+    add(
+        "--picture", default="500x375", help="size of the timed pictures, width x height, default %(default)s"
+    )
     add("--batches", type=int, nargs="+", default=[1, 8, 32, 64], help="files a call, default 1 8 32 64")
     add("--seconds", type=float, default=5, help="time for each of these, default %(default)s")
     add("--seed", type=int, default=0, help="default %(default)s")
@@ -271,7 +274,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Check, time, print, append to a CSV if asked to; exit with 1 if an answer was wrong."""
+    """Check, time, print, append to a CSV if asked to. Exit with 1 if an answer was wrong."""
     options = parse()
     total, columns = checked(options)
     print(

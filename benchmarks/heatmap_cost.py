@@ -1,15 +1,20 @@
-"""What heatmaps cost beside a plain forward pass: time and peak memory of one image, random weights.
+"""Measure what heatmaps cost compared with a plain forward pass: time and peak memory of one image.
 
-Ways, each by the engine that serves: the embedding alone; the heatmaps (all layers of CLIP, the last two
-blocks of SigLIP); SigLIP's at the pooled tokens; and the naive store, which writes down what each head of
-each layer added from each token, [L, H, T, D], before anything is asked of it (of SigLIP only the pooling
-head's, as the store of one block would take [T, T, H, D]). The rounds take all ways in turns: ratios are of
-one round.
+Weights are random. These ways are measured, each by the engine that serves:
 
-On a CPU each way's memory is the largest resident size of a process of its own, weights included; on a GPU
-it is what torch has taken at most, and nothing is said of the backend `fused`, whose recordings hold all that
-they need from the start. `completeness` is the largest difference between maps + unattributed and the
-cosine of the same pass.
+    forward                  the embedding alone
+    heatmaps                 all layers of CLIP, the last two blocks of SigLIP
+    heatmaps, pooled tokens  SigLIP without blocks that are rolled back
+    naive store              the parts that each head of each layer added from each token, [L, H, T, D], all
+                             stored before any is used; for SigLIP only those of the pooling head, as the
+                             store of one block would take [T, T, H, D]
+
+Each round runs all ways one after the other, and a ratio compares two ways of the same round.
+
+On a CPU the memory of a way is the largest resident size of its own process, weights included. On a GPU it is
+the most memory that torch has allocated. For the backend `fused` no memory is given, since its recordings
+hold all that they need from the start. `completeness` is the largest difference between maps + unattributed
+and the cosine of the same pass.
 """
 
 from __future__ import annotations
@@ -31,17 +36,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.common import GEOMETRIES, about, write_csv
+from benchmarks.inputs import GEOMETRIES
+from benchmarks.records import about, write_csv
 from siglip_serve.checkpoint.config import ClipVisionConfig, ImageConfig, VisionConfig
 from siglip_serve.engine.engines import VisionEngine
 from siglip_serve.engine.passes import VisionRunner
 from siglip_serve.engine.plan import Plan
-from siglip_serve.engine.torch.runners import PlainVision
+from siglip_serve.engine.torch.runners import TorchVision
 from siglip_serve.heatmaps.attribution import Explanation, SiglipExplainer, explainer_of
 from siglip_serve.machine import available_cores
 from siglip_serve.towers.clip import ClipVisionTower
 from siglip_serve.towers.load import AnyVisionTower
-from siglip_serve.towers.siglip import Block, VisionTower
+from siglip_serve.towers.siglip import VisionTower
 
 __all__ = ["CLIP_GEOMETRIES", "main", "measure", "random_tower"]
 
@@ -62,7 +68,7 @@ _FORWARD, _MAPS, _POOLED, _NAIVE = "forward", "heatmaps", "heatmaps, pooled toke
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured."""
+    """One configuration to measure."""
 
     geometry: str
     device: str
@@ -70,11 +76,11 @@ class Case:
     prompts: int
 
 
-Way = Callable[[], Explanation | None]
+Way = Callable[[], Explanation[Tensor] | None]
 
 
 def random_tower(geometry: str) -> AnyVisionTower:
-    """A tower with random weights of sensible sizes, float32, the same every time."""
+    """Make a tower with random weights of sensible sizes, float32, the same every time."""
     torch.manual_seed(0)
     tower: AnyVisionTower
     if geometry in CLIP_GEOMETRIES:
@@ -108,10 +114,10 @@ class _Subject:
         vectors = rng.normal(size=(case.prompts, config.embedding_size)).astype(np.float32)
         self.vectors = torch.from_numpy(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
         self.tower = tower
-        # What follows is taken before the engine packs the weights.
+        # Explainers and projections are taken before the engine packs the weights.
         self.explainer = explainer_of(tower, 2, case.prompts)
         self.pooled = SiglipExplainer(tower, 2, most=0) if isinstance(tower, VisionTower) else None
-        self.projections = [block.self_attn.out_proj for block in _blocks(tower)]
+        self.projections = [block.self_attn.out_proj for block in tower.encoder.blocks]
         if isinstance(tower, VisionTower):
             self.projections.append(tower.head.attention.out_proj)
         plain = case.device == "cpu" or isinstance(tower, ClipVisionTower)
@@ -121,24 +127,24 @@ class _Subject:
         self.runner = cast("VisionRunner", self.engine.runner)
 
     def ways(self) -> dict[str, Way]:
-        """What each way does."""
+        """Return the function of each way."""
         ways: dict[str, Way] = {_FORWARD: self._embed, _MAPS: lambda: self._explain(self.explainer)}
         if self.pooled:
             ways[_POOLED] = lambda: self._explain(self.pooled)
-        if isinstance(self.runner, PlainVision):
+        if isinstance(self.runner, TorchVision):
             ways[_NAIVE] = self._store
         return ways
 
     def _embed(self) -> None:
         self.engine(self.pixels).rows(0, 1)
 
-    def _explain(self, explainer: object) -> Explanation:
+    def _explain(self, explainer: object) -> Explanation[Tensor]:
         found = self.runner.explain(explainer, self.pixels, self.vectors)
         return Explanation(found.maps.cpu(), found.unattributed.cpu(), found.embedding.cpu())
 
     @torch.inference_mode()
     def _store(self) -> None:
-        pixels = cast("PlainVision", self.runner)._normalize(self.pixels)
+        pixels = cast("TorchVision", self.runner).normalize(self.pixels)
         vectors = self.vectors.to(pixels.device)
         if isinstance(self.tower, ClipVisionTower):
             _naive_clip(self.tower, self.projections, pixels, vectors).cpu()
@@ -146,16 +152,12 @@ class _Subject:
             _naive_pool(self.tower, self.projections[-1], pixels, vectors).cpu()
 
 
-def _blocks(tower: AnyVisionTower) -> list[Block]:
-    return cast("list[Block]", list(tower.encoder.layers))
-
-
 def _naive_clip(
     tower: ClipVisionTower, projections: Sequence[nn.Linear], pixels: Tensor, vectors: Tensor
 ) -> Tensor:
-    """[P, T] of [1, 3, S, S]: every head's addition from every token is written down first."""
+    """Store every head's part from every token; [1, 3, S, S] -> maps [P, T]."""
     x, store = tower.embed(pixels), []
-    for block, projection in zip(_blocks(tower), projections, strict=True):
+    for block, projection in zip(tower.encoder.blocks, projections, strict=True):
         x, trace = block.trace(x)
         q, k, v = trace.queries, trace.keys, trace.values
         weights = (q[:, :, :1] @ k.mT * q.shape[-1] ** -0.5).softmax(-1)[0, :, 0]  # [H, 1 + T]
@@ -169,7 +171,7 @@ def _naive_clip(
 
 
 def _naive_pool(tower: VisionTower, projection: nn.Linear, pixels: Tensor, vectors: Tensor) -> Tensor:
-    """[P, T] of [1, 3, S, S]: what the pooling attention took from each token by each head, [H, T, D]."""
+    """Store what each head of the pooling took from each token, [H, T, D]; [1, 3, S, S] -> maps [P, T]."""
     tokens, attention = tower(pixels), tower.head.attention
     w_q, w_k, w_v = attention.in_proj_weight.chunk(3)
     b_q, b_k, b_v = attention.in_proj_bias.chunk(3)
@@ -184,10 +186,10 @@ def _naive_pool(tower: VisionTower, projection: nn.Linear, pixels: Tensor, vecto
 
 
 def _peak_on_cpu(case: Case, way: str, answers: Any) -> None:
-    """Put MiB resident at most while one image is computed, and before it, into the queue."""
+    """Compute one image; put the largest resident MiB meanwhile, and the MiB before, into the queue."""
     run = _Subject(case).ways()[way]
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the largest size begins anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the largest size
     before = _resident("VmRSS")
     run()
     answers.put((_resident("VmHWM"), before))
@@ -201,7 +203,7 @@ def _resident(name: str) -> float:
 
 
 def _peak(case: Case, way: str, run: Way) -> tuple[float, float]:
-    """MiB at most, and before; on a GPU in this process, on a CPU in one of its own."""
+    """Return the largest MiB of a way and the MiB before it; on a CPU it runs in its own process."""
     if case.device != "cpu":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -219,7 +221,7 @@ def _peak(case: Case, way: str, run: Way) -> tuple[float, float]:
     return peak, before
 
 
-def _completeness(found: Explanation | None, vectors: Tensor) -> str:
+def _completeness(found: Explanation[Tensor] | None, vectors: Tensor) -> str:
     if found is None:
         return ""
     cosine = F.normalize(found.embedding, dim=1) @ vectors.T
@@ -227,7 +229,7 @@ def _completeness(found: Explanation | None, vectors: Tensor) -> str:
 
 
 def measure(case: Case, rounds: int) -> Iterator[dict[str, str]]:
-    """A row a way."""
+    """Measure a configuration; one row of the table per way."""
     subject = _Subject(case)
     ways = subject.ways()
     seconds: dict[str, list[float]] = {way: [] for way in ways}

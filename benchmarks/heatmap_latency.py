@@ -1,4 +1,4 @@
-"""How long heatmaps take through the real server, and where the time goes: one request at a time.
+"""Latency of heatmaps through the real server, step by step: one request at a time.
 
     python -m benchmarks.heatmap_latency --checkpoint DIR --output benchmarks/results/heatmap_latency.csv
 
@@ -20,7 +20,8 @@ import tritonclient.grpc as triton
 from siglip_serve_client import Client
 from tqdm import tqdm
 
-from benchmarks.common import about, parse_settings, synthetic_jpeg, write_csv
+from benchmarks.inputs import parse_settings, synthetic_jpeg
+from benchmarks.records import about, write_csv
 from benchmarks.serve_load import device_name
 from benchmarks.teams_latency import milliseconds, step_milliseconds
 from siglip_serve.launcher import ServeOptions, TritonServer
@@ -83,13 +84,13 @@ def measure(options: argparse.Namespace, server: TritonServer) -> list[dict[str,
 
 
 def _mean(before: tuple[int, float], after: tuple[int, float]) -> str:
-    """Milliseconds of a request between two readings; empty where there was none."""
+    """Milliseconds of a request between two readings, empty where there was none."""
     count = after[0] - before[0]
     return f"{(after[1] - before[1]) / count:.3f}" if count else ""
 
 
 def main() -> None:
-    """Command line; see --help."""
+    """Run the command line."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/siglip-tiny"))

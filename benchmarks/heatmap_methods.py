@@ -1,4 +1,4 @@
-"""The ways to draw a heatmap that `benchmarks.heatmaps` compares, each on one scene at a time."""
+"""The methods to draw heatmaps that `benchmarks.heatmaps` compares, each on one scene at a time."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.saliency import (
+    clip_maps_by_head,
     dense,
     last_blocks,
     legrad,
@@ -29,6 +30,7 @@ from siglip_serve.engine.engines import TextEngine, VisionEngine
 from siglip_serve.engine.plan import Plan
 from siglip_serve.heatmaps.attribution import ClipExplainer, Explanation, SiglipExplainer
 from siglip_serve.texts.tokenizer import load_tokenizer
+from siglip_serve.towers.clip import ClipVisionTower
 from siglip_serve.towers.load import AnyVisionTower, load_text, load_vision
 from siglip_serve.towers.siglip import TowerTrace, VisionTower
 
@@ -38,27 +40,27 @@ Picture = NDArray[np.uint8]
 Rows = NDArray[np.float32]
 Places = NDArray[np.floating[Any]]
 
-# Of LeGrad: the blocks that it averages over, as many as are rolled back by default.
+# Blocks that LeGrad averages over, as many as the server rolls back by default.
 DEFAULT_BLOCKS = 2
-# Of occlusion: patches that are hidden at once, a side, and windows a side, on small grids and on others.
+# Occlusion: patches per side of a window, and windows per side on small grids and on others.
 WINDOW, POSITIONS, MORE_POSITIONS, SMALL_GRID = 3, 8, 12, 12
 
 
 class Model:
-    """A checkpoint: the tower to look into, and engines to ask much of.
+    """A checkpoint: the tower to look into, and engines for the many embeddings.
 
     Args:
         name: directory or hub id.
 
     Attributes:
         config: of the checkpoint.
-        tower: its vision tower, or one that was put in its place.
+        tower: its vision tower, or one that replaces it.
     """
 
     def __init__(self, name: str) -> None:
         self.config: ModelConfig = load_config(resolve(name))
         self.tower: AnyVisionTower = load_vision(self.config.path)
-        # The engines get towers of their own: they change the weights' layout.
+        # The engine gets its own tower, since it changes the layout of the weights.
         tower = load_vision(self.config.path)
         self._vision = VisionEngine(tower, self.config.image, Plan("cpu", "float32"))
 
@@ -67,12 +69,12 @@ class Model:
         return TextEngine(load_text(self.config.path), Plan("cpu", "float32"))
 
     def embed(self, pictures: Picture) -> Rows:
-        """uint8 [N, S, S, 3] -> float32 [N, E], not normalised."""
+        """uint8 [N, S, S, 3] -> float32 [N, E], not normalised"""
         found = self._vision(pictures).rows(0, len(pictures))
         return np.asarray(found["EMBEDDING"], dtype=np.float32)
 
     def classes(self, labels: Sequence[str], templates: Sequence[str]) -> Rows:
-        """Unit vectors [n, E] of labels: the mean over templates."""
+        """Embed labels as unit vectors [n, E], each the mean over templates."""
         tokenizer = load_tokenizer(self.config)
         ids = [tokenizer(t.replace("{}", label), truncation=True) for label in labels for t in templates]
         found = self._text(np.stack(ids)).rows(0, len(ids))["EMBEDDING"]
@@ -80,18 +82,18 @@ class Model:
         return np.asarray(units, dtype=np.float32)
 
     def case(self, picture: Picture, prompts: Rows, bank: Rows) -> Case:
-        """A scene [S, S, 3] with vectors [K, E] of its objects and [Q, E] of other things."""
+        """Make a case of a scene [S, S, 3] with vectors [K, E] of its objects and [Q, E] of other things."""
         return Case(self, picture, torch.from_numpy(prompts), torch.from_numpy(bank))
 
 
 def untrained(model: Model, seed: int) -> Model:
-    """The same with a tower of random weights to look into; what it says of texts and pictures stays."""
+    """Copy a model, with random weights in the tower to look into; its engines keep the checkpoint's."""
     changed = copy.copy(model)
     changed.tower = copy.deepcopy(model.tower)
     with torch.no_grad():
         torch.manual_seed(seed)
         for name, parameter in changed.tower.named_parameters():
-            # What a layer gets has about unit variance, and so has what it gives.
+            # Inputs of a layer have about unit variance, and so have its outputs.
             fan = parameter[0].numel() if parameter.ndim > 1 else len(parameter)
             parameter.copy_(torch.randn(parameter.shape) * (0 if name.endswith("bias") else fan**-0.5))
         for module in changed.tower.modules():
@@ -122,7 +124,7 @@ class Case:
 
     @property
     def few_vectors(self) -> Tensor:
-        """[K + 1, E], for maps that are linear: the mean of the bank is one vector."""
+        """[K + 1, E], for maps that are linear in the vector: the mean of the bank is one vector."""
         return torch.cat([self.prompts, self.bank.mean(0, keepdim=True)])
 
     @cached_property
@@ -135,7 +137,7 @@ class Case:
 
     @cached_property
     def trace(self) -> TowerTrace:
-        """Of all blocks."""
+        """The trace of all blocks."""
         with torch.inference_mode():
             return trace_tower(self.model.tower, self.pixels, len(self.model.tower.encoder.layers))
 
@@ -156,18 +158,18 @@ class Case:
         return pooled
 
     def last(self, blocks: int) -> TowerTrace:
-        """The trace of the last blocks."""
+        """Cut the trace of the last blocks from that of all."""
         return last_blocks(self.trace, self.before, blocks)
 
 
 @dataclass(frozen=True)
 class Maps:
-    """What a method says of a scene.
+    """Maps that a method finds for a scene.
 
     Attributes:
-        own: [K, h, w], of each prompt: h and w are those of the patch grid, or the picture's.
+        own: [K, h, w], a map per prompt; h and w are those of the patch grid, or of the picture.
         bank: [h, w], the mean over the bank's prompts.
-        completeness: how far the maps are from adding up to the cosine at most; NaN if they do not claim to.
+        completeness: largest difference between the sum of a map and the cosine; NaN where maps are not sums.
     """
 
     own: Places
@@ -181,12 +183,11 @@ class Method:
 
     Attributes:
         name: as in the table.
-        blocks: the last blocks that it goes back through, if it does.
+        blocks: number of last blocks that it uses; None if it uses none.
         passes: images that the tower runs on for one map.
-        find: what it says of a scene.
-        relative: whether what the prompts have in common is taken off; there is nothing else where the
-            prompt is ignored.
-        perturbed: whether deletion and insertion are measured.
+        find: finds the maps of a scene.
+        relative: the part that prompts have in common is subtracted; false where the prompt is ignored.
+        perturbed: deletion and insertion are measured.
     """
 
     name: str
@@ -198,7 +199,7 @@ class Method:
 
 
 def methods(model: Model, seed: int) -> list[Method]:
-    """All that are compared on a model; the curve over the blocks comes first."""
+    """List the methods that are compared on a model; the curve over the blocks comes first."""
     depth = len(model.tower.encoder.layers)
     siglip = isinstance(model.tower, VisionTower)
     default = min(DEFAULT_BLOCKS, depth) if siglip else depth
@@ -226,23 +227,33 @@ class Ours:
 
     def __init__(self, model: Model, blocks: int) -> None:
         self._blocks, tower = blocks, model.tower
-        self._depth = len(tower.encoder.layers)
-        self._siglip = SiglipExplainer(tower, blocks, 2**30) if isinstance(tower, VisionTower) else None
-        if not isinstance(tower, VisionTower):
-            self._clip = ClipExplainer(tower, range(self._depth - blocks, self._depth))
+        self._explainer: SiglipExplainer | ClipExplainer
+        if isinstance(tower, VisionTower):
+            self._explainer = SiglipExplainer(tower, blocks, 2**30)
+        else:
+            self._explainer = ClipExplainer(tower)
 
     def __call__(self, case: Case) -> Maps:
-        """See `Method.find`."""
+        """Find the maps of a scene; see `Method.find`."""
         tower, vectors = case.model.tower, case.few_vectors
-        found: Explanation
-        if self._siglip is not None:
-            found = self._siglip(case.last(self._blocks), vectors)
+        if isinstance(self._explainer, SiglipExplainer):
+            found = self._explainer(case.last(self._blocks), vectors)
         elif not isinstance(tower, VisionTower):
-            found = self._clip.explain(tower, case.pixels, vectors)
+            found = self._without_first(self._explainer.explain(tower, case.pixels, vectors), tower, case)
         expected = F.normalize(case.embedding, dim=-1) @ vectors.T
         wrong = (found.maps.sum(-1) + found.unattributed - expected).abs().max()
         maps = _on_grid(case, found.maps[0])
         return Maps(maps[:-1], maps[-1], float(wrong))
+
+    def _without_first(
+        self, found: Explanation[Tensor], tower: ClipVisionTower, case: Case
+    ) -> Explanation[Tensor]:
+        """Move the parts of CLIP's first blocks, which the server places too, to the unattributed rest."""
+        first = len(tower.encoder.blocks) - self._blocks
+        if not first:
+            return found
+        moved = clip_maps_by_head(tower, case.trace, case.few_vectors)[:, :, :first].sum((2, 3))  # [B, P, T]
+        return Explanation(found.maps - moved, found.unattributed + moved.sum(-1), found.embedding)
 
 
 def _as_seen_by(model: Model, case: Case) -> Case:
@@ -268,9 +279,9 @@ def _random(case: Case, generator: np.random.Generator) -> Maps:
 
 
 def _occlusion(case: Case) -> Maps:
-    """By how much the cosine drops when a window is painted over with the picture's mean colour.
+    """Measure how much the cosine drops when a window is painted over with the picture's mean colour.
 
-    The window stands at evenly spaced places; a pixel has the mean over the windows that covered it.
+    The window stands at evenly spaced places. A pixel gets the mean over the windows that covered it.
     """
     gone, size = windows(case.model), len(case.picture)
     pictures = np.concatenate([case.picture[None], hide(case.picture, gone)])
@@ -282,7 +293,7 @@ def _occlusion(case: Case) -> Maps:
 
 
 def windows(model: Model) -> NDArray[np.bool_]:
-    """What occlusion hides, bool [n, S, S]: windows that overlap by half or more, and leave out no pixel."""
+    """Make occlusion masks, bool [n, S, S]: windows that overlap by half or more and cover all pixels."""
     vision = model.config.vision
     size, patch = vision.image_size, vision.patch_size
     side = size // patch
@@ -297,13 +308,13 @@ def windows(model: Model) -> NDArray[np.bool_]:
 
 
 def hide(picture: Picture, gone: NDArray[np.bool_]) -> Picture:
-    """Copies of a picture [S, S, 3], with its mean colour over what is gone, [n, S, S]."""
+    """Copy a picture [S, S, 3] n times, with its mean colour where the mask [n, S, S] is true."""
     color = np.rint(picture.mean((0, 1))).astype(np.uint8)
     return np.asarray(np.where(gone[..., None], color, picture))
 
 
 def _split(case: Case, maps: Tensor) -> Maps:
-    """Maps [K + Q, T] of all vectors."""
+    """Split the maps [K + Q, T] of all vectors into those of the prompts and of the bank."""
     places = _on_grid(case, maps)
     return Maps(places[: len(case.prompts)], places[len(case.prompts) :].mean(0))
 

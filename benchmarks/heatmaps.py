@@ -1,35 +1,35 @@
-"""How well heatmaps find the objects of composed scenes whose places are known to the pixel.
+"""Measure how well heatmaps find the objects of composed scenes whose places are known to the pixel.
 
     python -m benchmarks.heatmaps --output benchmarks/results/heatmaps.csv --sheets build/heatmaps
 
-Ways to draw a map of a prompt:
+Methods that draw a map of a prompt:
 
-    ours             the maps that the server gives, for every number of last blocks that it goes back through
-    ours, untrained  the same of a tower with random weights: what the method makes up
-    occlusion        by how much the cosine drops when a window is hidden; 64 windows, 144 on large grids
+    ours             the maps that the server gives, for every number of last blocks
+    ours, untrained  the maps of a tower with random weights, which show what the method invents
+    occlusion        the drop of the cosine when a window is hidden; 64 windows, 144 on large grids
     LeGrad, pooler   gradients by the pooling head's attention, as the authors do for SigLIP; last 2 blocks
     LeGrad, blocks   gradients by the blocks' self-attention; last 2 blocks
-    dense            cosine of each patch alone, as MaskCLIP
-    pool attention   where the pooling head looks, whatever the prompt
+    dense            the cosine of each patch alone, as MaskCLIP
+    pool attention   the attention of the pooling head, whatever the prompt
     random           noise
 
 Maps are relative, as the server's are: to the mean over the scene's prompts (`scene`), or to the mean over a
-bank of other things (`many`). What ignores the prompt is taken as it is. A prompt is the mean over the
+bank of other things (`many`). Maps that ignore the prompt are not relative. A prompt is the mean over the
 templates that the offline benchmark uses.
 
-Numbers, each the mean over scenes with its 95 % interval from drawing scenes again and again:
+Metrics, each the mean over scenes with its bootstrapped 95 % interval:
 
     pointing     the highest pixel is the object's
     ap           average precision of the pixels
     iou          mean intersection over union of object and background, at the mean of the clipped map
     contrast     a prompt's map is higher inside its object than another prompt's map is there
-    deletion     area under the relative cosine while the highest patches go first: low is good
-    insertion    the same while they come first, on the mean colour: high is good
+    deletion     area under the relative cosine while patches are removed, the highest first: low is good
+    insertion    area while patches are added on the mean colour, the highest first: high is good
 
 Deletion and insertion are measured on the first `--perturbed` scenes, with maps relative to the scene. Their
-score is the trained tower's cosine with the prompt minus the mean over the scene's prompts, so that one map
-for all prompts gets 0. `completeness` is the largest difference between a map's sum with its unattributed
-rest and the cosine; only `ours` claims to add up.
+score is the trained tower's cosine with the prompt minus the mean over the scene's prompts, so a map that is
+the same for all prompts gets 0. `completeness` is the largest difference between the cosine and the sum of a
+map with its unattributed rest. Only `ours` adds up.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from benchmarks.common import about, write_csv
 from benchmarks.heatmap_methods import Case, Maps, Method, Model, Picture, hide, methods
+from benchmarks.records import about, write_csv
 from siglip_serve.embeddings.zero_shot import cosine
 from siglip_serve.heatmaps.picture import View, normalize, overlay
 from training.composed import Scenes, draw_scenes
@@ -68,7 +68,7 @@ Key = tuple[str, str, str]  # method, blocks, prompts
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture with its objects, of which no two are of one kind.
+    """One picture with its objects, each of another kind.
 
     Attributes:
         picture: [S, S, 3].
@@ -83,7 +83,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Setup:
-    """What all scenes are measured with.
+    """Model, methods and vectors that all scenes are measured with.
 
     Attributes:
         units: unit vectors of the concepts that occur.
@@ -96,11 +96,11 @@ class Setup:
     bank: Rows
 
     def case(self, scene: Scene) -> Case:
-        """The scene as methods see it."""
+        """Make the case of a scene, which methods take."""
         return self.model.case(scene.picture, np.stack([self.units[c] for c in scene.concepts]), self.bank)
 
     def place(self, maps: NDArray[np.floating[Any]]) -> Rows:
-        """Maps [n, h, w] over all pixels, [n, S, S]."""
+        """Enlarge maps [n, h, w] to all pixels, [n, S, S]."""
         vision = self.model.config.vision
         size = vision.image_size
         if maps.shape[1:] == (size, size):
@@ -111,7 +111,7 @@ class Setup:
 
 
 def read(scenes: Scenes) -> list[Scene]:
-    """Scenes in which at least two kinds of objects are seen; the places of one kind are joined."""
+    """Keep scenes in which at least two kinds of objects are visible, and join the places of one kind."""
     found = []
     masks_of, concepts_of = scenes.masks.numpy(), scenes.concepts.numpy()
     pictures = np.rint(scenes.pictures.numpy() * 255).astype(np.uint8).transpose(0, 2, 3, 1)
@@ -126,7 +126,7 @@ def read(scenes: Scenes) -> list[Scene]:
 def prepare(
     model: Model, scenes: Sequence[Scene], labels: Sequence[str], others: Sequence[int], seed: int
 ) -> Setup:
-    """Embed what is asked for; the bank are `BANK` of the concepts `others`."""
+    """Embed the concepts of the scenes, and a bank of `BANK` of the concepts `others`."""
     bank = np.random.default_rng(seed).choice(others, min(BANK, len(others)), replace=False)
     wanted = sorted({concept for scene in scenes for concept in scene.concepts} | set(bank.tolist()))
     vectors = model.classes([labels[concept] for concept in wanted], PROMPTS)
@@ -135,7 +135,7 @@ def prepare(
 
 
 def measure(setup: Setup, scene: Scene, perturbed: bool) -> dict[Key, dict[str, float]]:
-    """The numbers of one scene, means over its objects, for every way."""
+    """Measure every method on one scene; the numbers are means over its objects."""
     case, rows = setup.case(scene), {}
     curves = Perturbation(setup.model, case) if perturbed else None
     for way in setup.ways:
@@ -160,14 +160,14 @@ def measure(setup: Setup, scene: Scene, perturbed: bool) -> dict[Key, dict[str, 
 
 
 def variants(way: Method, maps: Maps) -> dict[str, NDArray[np.floating[Any]]]:
-    """The maps relative to the scene's prompts and to the bank; as they are where the prompt is ignored."""
+    """Make maps relative to the scene's prompts and to the bank, unless they ignore the prompt."""
     if not way.relative:
         return {"": maps.own}
     return {"scene": maps.own - maps.own.mean(0), "many": maps.own - maps.bank}
 
 
 class Perturbation:
-    """What becomes of the scores of a scene while its patches go, or come."""
+    """Scores of a scene while its patches are removed or added."""
 
     def __init__(self, model: Model, case: Case) -> None:
         self._model, self._case = model, case
@@ -176,7 +176,7 @@ class Perturbation:
         self._whole, self._empty = self._scores(ends)
 
     def __call__(self, maps: NDArray[np.floating[Any]]) -> tuple[float, float]:
-        """Areas of deletion and insertion of maps [K, h, w], means over the K prompts."""
+        """Measure the areas of deletion and insertion of maps [K, h, w], means over the K prompts."""
         areas = []
         for prompt, scores in enumerate(self._patches(maps)):
             gone = self._pixels(localization.removal_steps(scores, STEPS)[1:-1])
@@ -195,7 +195,7 @@ class Perturbation:
         return np.asarray(cosines - cosines.mean(axis=1, keepdims=True), dtype=np.float32)
 
     def _patches(self, maps: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
-        """[K, G, G]: of a map over pixels the mean over each patch."""
+        """Average maps over each patch, [K, G, G]."""
         side, patch = self._case.side, self._model.config.vision.patch_size
         if maps.shape[1] == side:
             return maps
@@ -204,7 +204,7 @@ class Perturbation:
         return means
 
     def _pixels(self, gone: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """[n, G, G] -> [n, S, S]; what no whole patch covers is gone, as the tower does not see it."""
+        """[n, G, G] -> [n, S, S]. Pixels outside whole patches, which the tower does not see, are gone."""
         patch, size = self._model.config.vision.patch_size, len(self._case.picture)
         pixels = np.ones((len(gone), size, size), dtype=bool)
         whole = gone.repeat(patch, axis=1).repeat(patch, axis=2)
@@ -213,7 +213,7 @@ class Perturbation:
 
 
 def collect(setup: Setup, scenes: Sequence[Scene], perturbed: int, seed: int) -> list[dict[str, str]]:
-    """Measure all scenes; one row a way and kind of relative map."""
+    """Measure all scenes; one row of the table per method and kind of relative map."""
     found: dict[Key, list[dict[str, float]]] = {}
     for number, scene in enumerate(tqdm(scenes, unit="scene", disable=None)):
         for key, numbers in measure(setup, scene, number < perturbed).items():
@@ -250,7 +250,7 @@ def _text(value: float) -> str:
 
 
 def summary(rows: Sequence[dict[str, str]]) -> str:
-    """A table: a line a row, a column a metric."""
+    """Format the rows as a table with one column per metric."""
     lines = [f"{'method':18s}{'blocks':>7s}{'prompts':>9s}" + "".join(f"{name:>11s}" for name in METRICS)]
     for row in rows:
         cells = "".join(f"{row[name] or '-':>11s}" for name in METRICS)
@@ -259,7 +259,7 @@ def summary(rows: Sequence[dict[str, str]]) -> str:
 
 
 def sheet(setup: Setup, scene: Scene, names: Sequence[str]) -> Image.Image:
-    """A picture of a scene: a row an object, with the maps of every way relative to the scene's prompts."""
+    """Draw a scene with the maps of every method relative to the scene's prompts, one row per object."""
     case, picture, tile = setup.case(scene), Image.fromarray(scene.picture), 144
     seen = np.ones(scene.masks.shape[1:], dtype=bool)
     shown = [way for way in setup.ways if way.perturbed]
@@ -288,12 +288,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--checkpoint", default="checkpoints/siglip-tiny", help="directory or hub id (default: %(default)s)")
     add("--pack", type=Path, default=Path(".cache/art.npz"), help="drawings (default: %(default)s)")
     add("--scenes", type=int, default=500, metavar="N", help="how many (default: %(default)s)")
-    add("--perturbed", type=int, default=60, metavar="N", help="of which deleted and inserted (%(default)s)")
-    add("--seed", type=int, default=0, help="of the scenes, the bank and the random weights (%(default)s)")
+    add("--perturbed", type=int, default=60, metavar="N", help="with deletion and insertion (%(default)s)")
+    add("--seed", type=int, default=0, help="seed of scenes, bank and random weights (%(default)s)")
     add("--output", type=Path, help="the .csv file to write")
     add("--append", action="store_true", help="keep the rows that --output has")
     add("--sheets", type=Path, help="folder for pictures of the first scenes with all maps")
-    add("--threads", type=int, default=1, help="of what looks into the tower; more pay for large ones (1)")
+    add("--threads", type=int, default=1, help="threads of the traced tower; large ones gain by more (1)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     model, pack = Model(options.checkpoint), load_pack(options.pack)

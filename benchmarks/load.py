@@ -1,8 +1,8 @@
 """Load on a server: requests of one picture each, from several client processes, timed and checked.
 
 Closed loop: every request that ends is followed by the next, so that a fixed number is in flight.
-Open loop: requests are sent at times that were drawn before, however slow the answers are, and the
-latency counts from the time drawn: a server that stalls cannot hide the requests that it delayed.
+Open loop: requests are sent at times that were drawn before, however slow the answers are. The
+latency counts from the time drawn, so that a server that stalls cannot hide the requests that it delayed.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common import cosine
+from benchmarks.cpu_time import cpu_of, cpu_used, machine_cpu
 from benchmarks.load_clients import Client, Target, connect
-from benchmarks.machine import cpu_of, cpu_used, machine_cpu
+from benchmarks.records import cosine
 
 __all__ = ["Arrivals", "Load", "Record", "Result", "first_answers", "run", "send_times", "wrong"]
 
@@ -34,12 +34,12 @@ _FLOOR = 0.99  # cosine to the first answer of the same picture
 
 @dataclass(frozen=True)
 class Load:
-    """What to send.
+    """A load to send.
 
     Attributes:
-        concurrency: requests in flight over all processes; in the open loop the most there may be.
-        rate: requests a second over all processes; None is the closed loop.
-        check: one answer of so many is checked in full.
+        concurrency: requests in flight over all processes, in the open loop the most there may be.
+        rate: requests per second over all processes, None for the closed loop.
+        check: one answer of this number is checked in full.
         server_pid: the process whose CPU time, and whose descendants', is accounted.
     """
 
@@ -58,7 +58,7 @@ class Load:
 
 @dataclass
 class Record:
-    """What one client process saw in the measured time.
+    """Counts and latencies of one client process in the measured time.
 
     Attributes:
         latencies: seconds, of the requests that were answered well.
@@ -150,7 +150,7 @@ def send_times(load: Load, process: int) -> NDArray[np.float64]:
 
 
 def wrong(answer: NDArray[np.float32] | None, expected: NDArray[np.float32]) -> bool:
-    """Whether an embedding is not what the same picture had at first."""
+    """True if an embedding is not what the same picture had at first."""
     if answer is None or answer.shape != expected.shape or not np.isfinite(answer).all():
         return True
     return not cosine(answer, expected) >= _FLOOR
@@ -188,7 +188,7 @@ class Driver:
         self.count = 0
 
     def drive(self, start: float) -> Record:
-        """Run the whole load; `start` is a time of `time.perf_counter`."""
+        """Run the whole load. `start` is a time of `time.perf_counter`."""
         self.start = start
         self.warm = start + self.load.warmup
         self.end = self.warm + self.load.seconds
@@ -209,7 +209,7 @@ class Driver:
         return self.record
 
     def _send(self, now: float) -> float:
-        """Send what is due; seconds until the next."""
+        """Send the requests that are due, and return the seconds until the next request."""
         while len(self.sent) < self.limit:
             since = now
             if self.due is not None:

@@ -1,6 +1,6 @@
-"""Clients that cost little: requests are made once, answers are read only when they are checked.
+"""Clients of little cost: requests are made once, answers are read only when they are checked.
 
-A client shares its machine's cores with the server that it measures, so what it spends is missing there.
+A client shares its machine's cores with the server that it measures, so its own cost is missing there.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ class Client(Protocol):
         """Send one picture by its index."""
 
     def wait(self, timeout: float) -> list[Answer]:
-        """What has ended; empty if nothing does in `timeout` seconds."""
+        """Answers that have come, none if `timeout` seconds pass without one."""
 
     def embedding(self, body: Any) -> NDArray[np.float32] | None:
-        """The one row of an answer; None if it holds something else."""
+        """The one row of an answer, or None if it holds something else."""
 
     def close(self) -> None:
         """End the connection."""
@@ -91,7 +91,7 @@ def infer_request(model: str, picture: bytes) -> bytes:
 
 
 def triton_embedding(body: bytes) -> NDArray[np.float32] | None:
-    """The row of EMBEDDING in a serialised ModelInferResponse; None if it is not one row of FP32."""
+    """The row of EMBEDDING in a serialised ModelInferResponse, or None if it is not one row of FP32."""
     from google.protobuf.message import DecodeError
     from tritonclient.grpc import service_pb2
 
@@ -108,7 +108,7 @@ def triton_embedding(body: bytes) -> NDArray[np.float32] | None:
 
 
 class _Queued:
-    """What the gRPC clients share: answers come in callbacks of another thread."""
+    """Base of the gRPC clients: answers come in callbacks of another thread."""
 
     def __init__(self) -> None:
         self.ended: queue.SimpleQueue[Answer] = queue.SimpleQueue()
@@ -179,7 +179,7 @@ class TritonClient(_Queued):
 
 
 def http_answer(data: bytes | bytearray) -> tuple[int, bytes] | None:
-    """Status and body of a complete HTTP/1.1 answer; None while some of it is missing."""
+    """Status and body of a complete HTTP/1.1 answer, or None while some of it is missing."""
     head, separator, body = bytes(data).partition(b"\r\n\r\n")
     if not separator:
         return None

@@ -1,6 +1,6 @@
-"""What locust costs: the same load through `siglip-serve bench` and through this folder's own client.
+"""Cost of locust: the same load through `siglip-serve bench` and through this folder's own client.
 
-The two are run in turn on one server, in rounds, since on a shared machine only neighbours can be compared.
+The two alternate on one server, in rounds, since on a shared machine only neighbours can be compared.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import os
 import tempfile
 from pathlib import Path
 
-from siglip_serve_client._bench_report import Row
-from siglip_serve_client._bench_run import Plan, Point, run_point
-from siglip_serve_client.loadtest._mix import pictures
+from siglip_serve_client.commands.bench.mix import pictures
+from siglip_serve_client.commands.bench.report import Row
+from siglip_serve_client.commands.bench.run import Plan, Point, run_point
 
-from benchmarks.common import about, write_csv
 from benchmarks.load import Load, first_answers, run
 from benchmarks.load_clients import Kind
+from benchmarks.records import about, write_csv
 from benchmarks.serve_load import device_name
 from benchmarks.servers import Running, run_ours
 
@@ -40,7 +40,7 @@ def through_serve_load(
 def through_locust(
     server: Running, transport: str, concurrency: int, options: argparse.Namespace
 ) -> dict[str, str]:
-    """The same columns of a load by locust."""
+    """Columns of a load by locust."""
     plan = Plan(
         f"{transport}://{server.aimed_at(_KINDS[transport]).url}",
         mix=options.size,

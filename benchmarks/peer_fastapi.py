@@ -1,7 +1,7 @@
 """The peer: SigLIP image embeddings as they are commonly served, transformers behind FastAPI and uvicorn.
 
-One process. Images are decoded and preprocessed in a pool of threads, wait for company in a queue for a
-few milliseconds, and go through the model in batches in a thread of their own. `POST /embed` takes the
+One process. Images are decoded and preprocessed in a pool of threads. They wait in a queue for a few
+milliseconds, and another thread runs the model on the batch. `POST /embed` takes the
 bytes of an image and answers with the float32 of its embedding.
 """
 
@@ -37,7 +37,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(frozen=True)
 class Options:
-    """How the peer runs.
+    """Options of the peer.
 
     Attributes:
         dtype: a torch dtype's name; `auto` is bfloat16 on a GPU, and the faster of two on a CPU.

@@ -19,10 +19,10 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common import about, cosine, parse_settings, write_csv
+from benchmarks.inputs import parse_settings
 from benchmarks.load import first_answers, run
 from benchmarks.load_clients import Kind
-from benchmarks.machine import gpu_names
+from benchmarks.records import about, cosine, gpu_names, write_csv
 from benchmarks.serve_load import (
     add_load_options,
     device_name,
@@ -86,9 +86,9 @@ def measure(side: str, options: argparse.Namespace, jpegs: list[bytes]) -> list[
 
 
 def with_ratio(row: dict[str, str], others: list[dict[str, str]]) -> dict[str, str]:
-    """The row, with what one side does better if the other side is among the others; its best run counts.
+    """The row, with what one side does better if the other side is among the others. Its best run counts.
 
-    `ratio` is our images a second over the peer's; `cpu_ratio` the peer's CPU time an image over ours,
+    `ratio` is our images per second over the peer's; `cpu_ratio` the peer's CPU time per image over ours,
     which other programs on the machine disturb less.
     """
     same = ("label", "checkpoint", "size", "loop", "rate", "concurrency")
@@ -115,7 +115,7 @@ def _quotient(a: str, b: str) -> str:
 
 
 def _compare(side: str, found: NDArray[np.float32], file: Path) -> str:
-    """The smallest cosine to the other side's embeddings, if those are there; keep this side's."""
+    """The smallest cosine to the other side's embeddings, if those are there. This side's are kept."""
     file.parent.mkdir(parents=True, exist_ok=True)
     kept: dict[str, NDArray[np.float32]] = dict(np.load(file)) if file.is_file() else {}
     kept[side] = found

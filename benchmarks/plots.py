@@ -1,16 +1,18 @@
-"""Draws the results: `python -m benchmarks.plots` makes a PNG of each CSV that it knows and finds.
+"""Plots of the results: `python -m benchmarks.plots` makes a PNG of each CSV that it knows and finds.
 
-serve_load.csv: requests in flight against images a second and latencies, closed loop, one device.
-vision_waterfall.csv: what each step gains, one bar a step, with its fidelity.
-peers.csv: this server beside its peer.
-heatmaps.csv: average precision against the blocks that are gone back through, and every way beside it.
+serve_load.csv: requests in flight against images per second and latencies, closed loop, one device.
+vision_waterfall.csv: the gain of each step, one bar per step, with its fidelity.
+peers.csv: this server and its peer.
+heatmaps.csv: average precision over the number of blocks that are rolled back, and of every other way.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import math
 from collections.abc import Callable, Sequence
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,14 @@ mpl.use("Agg")  # no screen is needed
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 __all__ = ["PLOTS", "draw", "heatmaps", "peers", "serve_load", "waterfall"]
 
 Row = dict[str, str]
 
 WIDTH = 1000  # pixels
+HEIGHT = 900  # at most: what a screen shows at once
 _DPI = 100
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the order is kept across figures.
 _COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"]
@@ -44,7 +47,7 @@ _STYLE: Any = {
 
 
 def serve_load(rows: Sequence[Row], device: str | None = None) -> Figure:
-    """Throughput and latencies of the closed loop; by default on the device of the last row."""
+    """Throughput and latencies of the closed loop, by default on the device of the last row."""
     closed = [row for row in rows if row.get("loop", "closed") in ("closed", "") and not _faults(row)]
     if not closed:
         raise ValueError("no row of the closed loop without errors")
@@ -79,27 +82,52 @@ def serve_load(rows: Sequence[Row], device: str | None = None) -> Figure:
 
 
 def waterfall(rows: Sequence[Row], device: str | None = None) -> Figure:
-    """One bar a step in the file's order, one panel a geometry and batch size."""
+    """One bar per step in the file's order, one panel per geometry and batch size, two panels per line.
+
+    A panel shows one run: the one with the most steps, or the last of several such. Panels without the
+    first step are left out, because there is nothing to compare their bars with.
+    """
     device = device or rows[-1]["device"]
     chosen = [row for row in rows if row["device"] == device]
-    panels: dict[str, dict[str, Row]] = {}
-    for row in chosen:  # the last of several runs counts
-        panel = panels.setdefault(f"{row['geometry']}, {row['rows']} images a pass", {})
-        panel[f"{row['step']} ({row['dtype']})" if row.get("dtype") else row["step"]] = row
-    heights = [len(steps) for steps in panels.values()]
-    figure, grid = _figure(
-        1.0 + 0.36 * sum(heights) + 0.8 * len(panels), len(panels), 1, height_ratios=[n + 1 for n in heights]
+    panels = _waterfall_panels(chosen)
+    steps = list(dict.fromkeys(step for panel in panels.values() for step in panel))
+    lines = math.ceil(len(panels) / 2)
+    inches = min(HEIGHT / _DPI, 1.3 + lines * (0.8 + 0.21 * len(steps)))
+    figure, grid = _figure(inches, lines, 2, sharey=True)
+    for axes, (title, panel) in zip(grid, panels.items(), strict=False):
+        _bars(axes, steps, panel)
+        axes.set_title(title, loc="left", fontsize=10)
+    grid[0].invert_yaxis()  # the first step on top
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    figure.supxlabel(
+        "images per second, gain over the first step, smallest cosine to float32\n"
+        "grey: from main memory, blue: images that lie on the GPU",
+        fontsize=10,
     )
-    for axes, (title, steps) in zip(grid, panels.items(), strict=True):
-        _bars(axes, steps)
-        axes.set_title(title, loc="left", fontsize=11)
-    grid[-1].set_xlabel("images per second; grey: from main memory, blue: rows that lie on the GPU")
-    figure.suptitle(f"Vision tower, step by step: {device}, {_dates(chosen)}")
+    shown = [row for panel in panels.values() for row in panel.values()]
+    figure.suptitle(f"Vision tower, step by step: {device}, {_dates(shown)}")
     return figure
 
 
+def _waterfall_panels(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
+    """Title of a panel -> step -> its row."""
+    runs: dict[tuple[str, str], dict[tuple[str, ...], dict[str, Row]]] = {}
+    for row in rows:
+        run = tuple(row.get(name, "") for name in ("date", "commit", "command"))
+        steps = runs.setdefault((row["geometry"], row["rows"]), {}).setdefault(run, {})
+        steps[row["step"]] = row
+    panels = {}
+    for (geometry, count), found in runs.items():
+        panel = max(reversed(found.values()), key=len)
+        first = next(iter(panel.values()))
+        images = f"{count} image{'s' * (count != '1')} per pass"
+        panels[f"{geometry}, {images}, {first['dtype']}"] = panel
+    return {title: panel for title, panel in panels.items() if rows[0]["step"] in panel}
+
+
 def peers(rows: Sequence[Row], device: str | None = None) -> Figure:
-    """Ours beside the peer's, one pair of bars a load."""
+    """Our speed and the peer's, one pair of bars per load."""
     device = device or _measured_on_both_sides(rows)
     chosen = [row for row in rows if row["device"] == device]
     pairs: dict[tuple[str, ...], dict[str, Row]] = {}
@@ -127,6 +155,7 @@ def peers(rows: Sequence[Row], device: str | None = None) -> Figure:
     axes.set(
         xlabel="images per second", xlim=(0, 1.75 * max(_value(row, "images_per_second") for row in chosen))
     )
+    axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
     for name, color in (("transformers + FastAPI", _PEER), ("SigLIP Serve", _OURS)):
         axes.barh([0], [0], color=color, label=name)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
@@ -135,7 +164,7 @@ def peers(rows: Sequence[Row], device: str | None = None) -> Figure:
 
 
 def heatmaps(rows: Sequence[Row], device: str | None = None) -> Figure:
-    """Average precision over the blocks, and of every way, of the last row's checkpoint; 95 % intervals."""
+    """Average precision over the blocks, and of every way, of the last checkpoint; 95 % intervals."""
     device = device or rows[-1]["device"]
     checkpoint = rows[-1]["checkpoint"]
     chosen = [row for row in rows if (row["device"], row["checkpoint"]) == (device, checkpoint)]
@@ -184,7 +213,7 @@ PLOTS: dict[str, Callable[[Sequence[Row], str | None], Figure]] = {
 
 
 def draw(name: str, folder: Path, device: str | None = None, output: Path | None = None) -> Path:
-    """Draw `<name>.csv` of a folder to `<name>.png`; the PNG's path."""
+    """Draw `<name>.csv` of a folder to `<name>.png`, and return the PNG's path."""
     with (folder / f"{name}.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if not rows:
@@ -197,15 +226,13 @@ def draw(name: str, folder: Path, device: str | None = None, output: Path | None
     return path
 
 
-def _figure(inches: float, rows: int, columns: int, **ratios: Any) -> tuple[Figure, list[Axes]]:
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(WIDTH / _DPI, inches), squeeze=False, gridspec_kw=ratios or None
-    )
+def _figure(inches: float, rows: int, columns: int, *, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    figure, grid = plt.subplots(rows, columns, figsize=(WIDTH / _DPI, inches), squeeze=False, sharey=sharey)
     return figure, list(grid.flat)
 
 
 def _series(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
-    """Lines of the figure: name -> concurrency -> its last row; named by label and what differs."""
+    """Lines of the figure: name -> concurrency -> its last row. Lines are named by label and what differs."""
     differ = [name for name in ("size", "client") if len({row.get(name, "") for row in rows}) > 1]
     found: dict[str, dict[int, Row]] = {}
     for row in rows:
@@ -214,18 +241,22 @@ def _series(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
     return found
 
 
-def _bars(axes: Axes, steps: dict[str, Row]) -> None:
-    values = [_speed(row) for row in steps.values()]
-    colors = [_BASE, *[_OURS] * (len(steps) - 1)]
-    axes.barh(range(len(steps)), values, 0.72, color=colors)
-    for place, (row, value) in enumerate(zip(steps.values(), values, strict=True)):
-        gain = f"  {value / values[0]:.2f} x" if place else ""
-        text = f" {_thousands(value)}{gain}  cosine {row['cosine_min']}"
-        axes.text(value, place, text, va="center", fontsize=10)
-    axes.set_yticks(range(len(steps)), list(steps))
-    axes.invert_yaxis()  # the first step on top
+def _bars(axes: Axes, steps: Sequence[str], panel: dict[str, Row]) -> None:
+    values = {step: _speed(row) for step, row in panel.items()}
+    base = values[steps[0]]
+    for place, step in enumerate(steps):
+        if step not in panel:
+            continue
+        row, value = panel[step], values[step]
+        axes.barh(place, value, 0.72, color=_OURS if row.get("device_images_per_second") else _BASE)
+        gain = f"  {value / base:.2f} x" if place else ""
+        text = f" {_thousands(value)}{gain}  {float(row['cosine_min']):.5f}"
+        axes.text(value, place, text, va="center", fontsize=9)
+    axes.set_yticks(range(len(steps)), steps, fontsize=9)
     axes.grid(visible=False, axis="y")
-    axes.set_xlim(0, 1.75 * max(values))
+    axes.set_xlim(0, 1.75 * max(values.values()))
+    axes.tick_params(axis="x", labelsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
 
 
@@ -241,8 +272,12 @@ def _concurrency_axis(axes: Axes, ticks: list[int]) -> None:
 
 
 def _thousands(value: float, _: object = None) -> str:
-    """12,651, and 26.3 where it is small; also as a tick formatter."""
-    return f"{value:,.{0 < value < 100 and value % 1 > 0:d}f}"
+    """12,651, and 26.3 where it is small. Also a tick formatter.
+
+    Halves are rounded up, as in the pages: 10,630.5 is 10,631.
+    """
+    step = Decimal("0.1") if 0 < value < 100 and value % 1 > 0 else Decimal(1)
+    return f"{Decimal(str(float(value))).quantize(step, ROUND_HALF_UP):,f}"
 
 
 def _faults(row: Row) -> int:
@@ -250,7 +285,7 @@ def _faults(row: Row) -> int:
 
 
 def _speed(row: Row) -> float:
-    """Of the tower alone where that was measured: the way to it is not what the steps change."""
+    """Speed of the tower alone where that was measured: the steps do not change the way to it."""
     return float(row.get("device_images_per_second") or row["images_per_second"])
 
 
@@ -264,7 +299,7 @@ def _dates(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    """Draw what was asked for, or every CSV that is there."""
+    """Draw the named plots, or one of every CSV that is there."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"of {', '.join(PLOTS)}; default: all that have a CSV")

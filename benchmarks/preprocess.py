@@ -1,6 +1,6 @@
-"""How long one image takes from file to pixels, `fast` against `pil`, on one thread.
+"""Time of one image from file to pixels, `fast` against `pil`, on one thread.
 
-Both modes run in turns, so that a busy machine slows both alike and the ratio stays fair.
+Both modes alternate, so that a busy machine slows both alike and the ratio stays fair.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from benchmarks.common import about, synthetic_jpeg, write_csv
+from benchmarks.inputs import synthetic_jpeg
+from benchmarks.records import about, write_csv
 from siglip_serve.checkpoint.config import ImageConfig
 from siglip_serve.images.preprocess import Mode, Preprocessor
 
@@ -27,7 +28,7 @@ CASES = {"500x375": (500, 375), "1080p": (1920, 1080), "12 MP": (4000, 3000), "6
 
 
 def measure(data: bytes, modes: dict[Mode, Preprocessor], seconds: float) -> dict[Mode, float]:
-    """Median milliseconds an image, for each mode."""
+    """Median milliseconds per image, for each mode."""
     times: dict[Mode, list[float]] = {mode: [] for mode in modes}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or not times["pil"]:
@@ -40,12 +41,14 @@ def measure(data: bytes, modes: dict[Mode, Preprocessor], seconds: float) -> dic
 
 def default_size() -> int:
     """The image size of a SigLIP checkpoint that names none."""
-    defaults = json.loads(resources.files("siglip_serve").joinpath("siglip_defaults.json").read_text())
+    defaults = json.loads(
+        resources.files("siglip_serve.checkpoint").joinpath("siglip_defaults.json").read_text()
+    )
     return int(defaults["vision_config"]["image_size"])
 
 
 def rows(seconds: float, size: int) -> list[dict[str, str]]:
-    """One row a case and mode."""
+    """One row per case and mode."""
     config = ImageConfig(size=size, resample="bicubic", rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3)
     modes = {mode: Preprocessor(config, mode) for mode in MODES}
     columns = {

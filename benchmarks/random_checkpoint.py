@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import SiglipConfig, SiglipModel
 
-from benchmarks.common import GEOMETRIES
+from benchmarks.inputs import GEOMETRIES
 
 _BUNDLED = Path(__file__).parents[1] / "checkpoints" / "siglip-tiny"
 _TOKENIZER = ("spiece.model", "tokenizer_config.json", "special_tokens_map.json")

@@ -1,13 +1,19 @@
-"""Maps of prompts that do not add up: what the additive ones of `heatmap` are compared with.
+"""Maps of prompts that the server's heatmaps are compared with, without autograd.
 
-None of these sums to the score, nor says how much of it a place accounts for; they only rank the places of
-an image. All are computed from what the towers return (`BlockTrace`, `TowerTrace`), without autograd.
+These only rank the places of an image. They do not sum to the score, nor say how much of it a place accounts
+for:
 
-- `dense`: every patch token sent alone to the joint space, and its cosine with the prompt. Source: MaskCLIP,
+- `dense`: the cosine of the prompt with every patch token sent alone to the joint space. Source: MaskCLIP,
   "Extract Free Dense Labels from CLIP" (Zhou, Loy and Dai, 2022, arXiv 2112.01071).
-- `legrad`: how a score grows with each weight of an attention map, where it grows. Source: "LeGrad"
+- `legrad`: the positive gradients of a score by the weights of an attention map. Source: "LeGrad"
   (Bousselham et al., 2024, arXiv 2404.03214).
-- `pool_attention`: where the tower looks, whatever the prompt.
+- `pool_attention`: the attention of the pooling, whatever the prompt.
+
+One takes the server's maps of CLIP apart:
+
+- `clip_maps_by_head`: the same maps by layer and head.
+
+All are computed from the intermediate values that the towers return (`BlockTrace`, `TowerTrace`).
 
 Shapes: B images, P vectors of width E (of the embeddings), T patches, N tokens (T, or 1 + T with a class
 token), D hidden size, H heads.
@@ -16,7 +22,7 @@ token), D hidden size, H heads.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,21 +40,29 @@ from siglip_serve.towers.siglip import (
     trace_blocks,
 )
 
-__all__ = ["dense", "last_blocks", "legrad", "pool_attention", "streams", "trace_tower"]
+__all__ = [
+    "clip_maps_by_head",
+    "dense",
+    "last_blocks",
+    "legrad",
+    "pool_attention",
+    "streams",
+    "trace_tower",
+]
 
 
 def trace_tower(tower: AnyVisionTower, pixels: Tensor, blocks: int) -> TowerTrace:
-    """What the last `blocks` blocks of either tower compute of pixels [B, 3, S, S]."""
+    """Trace the last `blocks` blocks of either tower on pixels [B, 3, S, S]."""
     if isinstance(tower, VisionTower):
         return tower.trace(pixels, blocks)
-    x, split = tower.embed(pixels), len(tower.encoder.layers) - blocks
-    for layer in tower.encoder.layers[:split]:
-        x = layer(x)
-    return trace_blocks(x, tower.encoder.layers[split:])
+    x, split = tower.embed(pixels), len(tower.encoder.blocks) - blocks
+    for block in tower.encoder.blocks[:split]:
+        x = block(x)
+    return trace_blocks(x, tower.encoder.blocks[split:])
 
 
 def streams(tower: AnyVisionTower, trace: TowerTrace) -> list[Tensor]:
-    """The residual stream [B, N, D] before each traced block, and behind the last."""
+    """Return the residual stream [B, N, D] before each traced block, and behind the last."""
     found = [trace.before]
     for layer, block in zip(_layers(tower, trace), trace.blocks, strict=True):
         found.append(found[-1] + _mixed(layer, block) + block.mlp)
@@ -56,19 +70,19 @@ def streams(tower: AnyVisionTower, trace: TowerTrace) -> list[Tensor]:
 
 
 def last_blocks(trace: TowerTrace, before: list[Tensor], blocks: int) -> TowerTrace:
-    """The trace of fewer blocks; `before` as `streams` returned it."""
+    """Cut the trace of the last `blocks` blocks from one of more; `before` is from `streams`."""
     split = len(trace.blocks) - blocks
     return TowerTrace(before[split], trace.blocks[split:], trace.after)
 
 
 @torch.inference_mode()
 def dense(tower: AnyVisionTower, trace: TowerTrace, vectors: Tensor) -> Tensor:
-    """Cosine of every patch, as if it were the whole image, with vectors.
+    """Compute the cosine of every patch with vectors, as if the patch were the whole image.
 
-    The token attends to nothing but itself: in the pooling head, or in CLIP's last block.
+    The token attends to nothing but itself in the pooling head, or in CLIP's last block.
 
     Args:
-        tower: which was traced.
+        tower: the tower that was traced.
         trace: of any number of blocks; of CLIP at least one.
         vectors: [P, E].
 
@@ -92,14 +106,14 @@ def dense(tower: AnyVisionTower, trace: TowerTrace, vectors: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def pool_attention(tower: AnyVisionTower, trace: TowerTrace) -> Tensor:
-    """Mean over the heads of what the pooling head, or the class token in CLIP's last block, attends to.
+    """Average the attention of the pooling head, or of the class token in CLIP's last block, over heads.
 
     Args:
-        tower: which was traced.
+        tower: the tower that was traced.
         trace: of any number of blocks; of CLIP at least one.
 
     Returns:
-        [B, T], not negative; sums to 1, of CLIP to what is not on the class token itself.
+        [B, T], not negative. The sum over the places is 1, for CLIP without the class token's own share.
     """
     if isinstance(tower, VisionTower):
         weights, _ = _probe_attention(tower.head, tower.post_layernorm(trace.after))
@@ -111,21 +125,21 @@ def pool_attention(tower: AnyVisionTower, trace: TowerTrace) -> Tensor:
 def legrad(
     tower: AnyVisionTower, trace: TowerTrace, vectors: Tensor, of: Literal["pooler", "blocks"] = "pooler"
 ) -> Tensor:
-    """Gradients of scores by attention weights; negative ones count as 0, then the mean is taken.
+    """Average the positive gradients of scores by attention weights.
 
-    Every traced block gives its own score: the cosine that the tower would return if that block were its
-    last one; of CLIP, as in the authors' code, with the mean of all tokens in place of the class token. Its
-    map is the gradient of this score by an attention map, as if each weight could change by itself, averaged
-    over the heads and queries. The maps of the blocks are averaged too.
+    Every traced block has its own score: the cosine that the tower would return if that block were its last
+    one. For CLIP, as in the authors' code, the mean of all tokens stands in place of the class token. The map
+    of a block is the gradient of its score by an attention map, as if each weight could change independently.
+    Negative gradients count as 0. The mean is taken over heads, queries and blocks.
 
-    Unlike the authors' code for SigLIP the pooling head gets its tokens through the last LayerNorm, as it
-    does in the tower, and what an empty prompt finds is not masked out.
+    Two things differ from the authors' code for SigLIP: the pooling head gets its tokens through the last
+    LayerNorm, as in the tower, and places that an empty prompt finds are not masked out.
 
     Args:
-        tower: which was traced.
+        tower: the tower that was traced.
         trace: of the last blocks, at least one.
         vectors: [P, E].
-        of: whose attention. `pooler`: that of SigLIP's pooling head, as the authors do where there is one.
+        of: `pooler`: the attention of SigLIP's pooling head, as the authors do where there is one.
             `blocks`: the self-attention of each block, the only one that CLIP has.
 
     Returns:
@@ -147,8 +161,36 @@ def legrad(
     return torch.stack(maps).mean(0)
 
 
+@torch.inference_mode()
+def clip_maps_by_head(tower: ClipVisionTower, trace: TowerTrace, vectors: Tensor) -> Tensor:
+    """Compute the parts of `ClipExplainer`'s maps by layer and head.
+
+    Their sum over layers and heads are the maps.
+
+    Args:
+        tower: the tower that was traced, float32.
+        trace: of the last L blocks.
+        vectors: [P, E].
+
+    Returns:
+        [B, P, L, H, T].
+    """
+    form = (vectors @ tower.projection.weight) * tower.post_layernorm.weight
+    form = form - form.mean(-1, keepdim=True)  # [P, D], as the last LayerNorm takes off the mean
+    last = trace.after[:, 0]  # [B, D]
+    deviation = (last.var(-1, correction=0) + tower.post_layernorm.eps).sqrt()
+    length = tower.head(trace.after).norm(dim=-1)
+    maps = []
+    for layer, block in zip(_layers(tower, trace), trace.blocks, strict=True):
+        heads = block.values.shape[1]
+        seen = (form @ layer.self_attn.out_proj.weight).unflatten(-1, (heads, -1))  # [P, H, D/H]
+        weights = block.attention()[:, :, 0]  # [B, H, 1 + T]
+        maps.append(torch.einsum("bht,bhte,phe->bpht", weights, block.values, seen))
+    return torch.stack(maps, 2)[..., 1:] / (deviation * length)[:, None, None, None, None]
+
+
 def _by_attention(layer: Block, block: BlockTrace, gradient: Tensor) -> Tensor:
-    """Gradient [B, P, Q, D] by what attention added to Q tokens -> mean positive one by weight, [B, P, N]."""
+    """Gradient [B, P, Q, D] by the sum that attention added -> mean positive one by weight, [B, P, N]"""
     heads = block.values.shape[1]
     per_head = (gradient @ layer.self_attn.out_proj.weight).unflatten(-1, (heads, -1)).transpose(2, 3)
     by_weight = per_head @ block.values[:, None].transpose(-1, -2)  # [B, P, H, Q, N]
@@ -156,7 +198,7 @@ def _by_attention(layer: Block, block: BlockTrace, gradient: Tensor) -> Tensor:
 
 
 def _score_gradients(tower: VisionTower, stream: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Of cosines with vectors, by the probe's attention [B, P, H, T] and by the stream [B, P, T, D]."""
+    """Gradients of cosines with vectors by the probe's attention [B, P, H, T], by the stream [B, P, T, D]"""
     head, norm = tower.head, tower.post_layernorm
     heads = head.attention.num_heads
     tokens = norm(stream)
@@ -174,7 +216,7 @@ def _score_gradients(tower: VisionTower, stream: Tensor, vectors: Tensor) -> tup
         weights,
         torch.einsum("bphe,hed->bphd", per_head, w_v.unflatten(0, (heads, -1))),
     )
-    # What a weight gains the others of its head lose.
+    # The other weights of a head lose what one weight gains.
     shared = (weights[:, None] * by_weight).sum(-1, keepdim=True)
     by_score = weights[:, None] * (by_weight - shared)
     by_tokens = through_values + torch.einsum("bpht,hd->bptd", by_score, folded)
@@ -182,7 +224,7 @@ def _score_gradients(tower: VisionTower, stream: Tensor, vectors: Tensor) -> tup
 
 
 def _mean_token_gradient(tower: ClipVisionTower, stream: Tensor, vectors: Tensor) -> Tensor:
-    """Of cosines of the mean token with vectors, by the stream: [B, N, D] -> [B, P, N, D]."""
+    """Gradients of cosines of the mean token with vectors by the stream: [B, N, D] -> [B, P, N, D]"""
     token = stream.mean(1, keepdim=True)
     embedding = tower.projection(tower.post_layernorm(token))[:, 0]
     by_normalised = _cosine_gradient(embedding, vectors) @ tower.projection.weight
@@ -191,7 +233,7 @@ def _mean_token_gradient(tower: ClipVisionTower, stream: Tensor, vectors: Tensor
 
 
 def _cosine_gradient(embedding: Tensor, vectors: Tensor) -> Tensor:
-    """Of the cosine with each vector, by embedding [B, E] -> [B, P, E]."""
+    """Gradient of the cosine with each vector by embedding [B, E] -> [B, P, E]"""
     length = embedding.norm(dim=-1, keepdim=True)
     unit, wanted = embedding / length, F.normalize(vectors, dim=-1)
     cosine = unit @ wanted.T  # [B, P]
@@ -215,7 +257,7 @@ def _norm_gradient(norm: nn.LayerNorm, x: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _probe_attention(head: AttentionPooling, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The probe's attention [B, H, T] to tokens [B, T, D], and what makes a score of a token, [H, D]."""
+    """Tokens [B, T, D] -> the probe's attention [B, H, T], and the vectors [H, D] that score a token"""
     heads = (head.attention.num_heads, -1)
     w_q, w_k, _ = head.attention.in_proj_weight.chunk(3)
     b_q, b_k, _ = head.attention.in_proj_bias.chunk(3)
@@ -227,24 +269,24 @@ def _probe_attention(head: AttentionPooling, tokens: Tensor) -> tuple[Tensor, Te
 
 
 def _first_patch(tower: AnyVisionTower) -> int:
-    """The first token of a patch; CLIP's class token comes before."""
+    """Index of the first patch's token; CLIP's class token comes before it."""
     return 0 if isinstance(tower, VisionTower) else 1
 
 
 def _layers(tower: AnyVisionTower, trace: TowerTrace) -> list[Block]:
-    """The blocks that were traced."""
-    layers = cast("list[Block]", list(tower.encoder.layers))
-    return layers[len(layers) - len(trace.blocks) :]
+    """Return the blocks that were traced."""
+    blocks = tower.encoder.blocks
+    return blocks[len(blocks) - len(trace.blocks) :]
 
 
 def _mixed(layer: Block, block: BlockTrace) -> Tensor:
-    """What a block's attention added, [B, N, D]."""
+    """Compute the sum that a block's attention added, [B, N, D]."""
     added: Tensor = layer.self_attn.mix(block.queries, block.keys, block.values)
     return added
 
 
 def _gelu_slope(x: Tensor) -> Tensor:
-    """Of the exact GELU."""
+    """Derivative of the exact GELU."""
     return 0.5 * (1 + torch.erf(x * 0.5**0.5)) + x * torch.exp(-0.5 * x * x) * (2 * torch.pi) ** -0.5
 
 

@@ -1,6 +1,6 @@
 """Load on a server, running or started for this: single-image JPEG requests over gRPC.
 
-Closed loop: `--concurrency` requests are always in flight. Open loop: `--rate` requests a second are
+Closed loop: `--concurrency` requests are always in flight. Open loop: `--rate` requests per second are
 sent at drawn times, and latency counts from the time drawn.
 """
 
@@ -10,17 +10,17 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from benchmarks.common import about, parse_settings, synthetic_jpeg, write_csv
+from benchmarks.inputs import parse_settings, synthetic_jpeg
 from benchmarks.load import Arrivals, Load, Result, first_answers, run
 from benchmarks.load_clients import Kind, Target
-from benchmarks.machine import gpu_names
+from benchmarks.records import about, gpu_names, write_csv
 from benchmarks.servers import run_ours
 
 __all__ = ["add_load_options", "device_name", "load_columns", "make_loads", "pictures", "print_result"]
 
 
 def add_load_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say what is sent."""
+    """Add the options of the load."""
     add = parser.add_argument
     add("--size", default="500x375", help="width x height of the JPEG, default %(default)s")
     add("--pictures", type=int, default=16, help="different pictures, sent in turn, default %(default)s")
@@ -28,7 +28,7 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     add("--processes", type=int, default=2, help="client processes, default %(default)s")
     add("--seconds", type=float, default=10, help="measured time, default %(default)s")
     add("--warmup", type=float, default=2, help="time before, default %(default)s")
-    add("--rate", type=float, nargs="+", help="requests a second: the open loop, instead of --concurrency")
+    add("--rate", type=float, nargs="+", help="requests per second: the open loop, instead of --concurrency")
     add(
         "--arrivals",
         choices=get_args(Arrivals),
@@ -42,7 +42,7 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
         help="most requests in flight of the open loop, default %(default)s",
     )
     add("--seed", type=int, default=0, help="of the arrivals, default %(default)s")
-    add("--check", type=int, default=64, help="one answer of so many is checked in full, default %(default)s")
+    add("--check", type=int, default=64, help="check one answer of N in full, default %(default)s")
 
 
 def pictures(options: argparse.Namespace) -> list[bytes]:
@@ -75,7 +75,7 @@ def make_loads(
 
 
 def load_columns(result: Result, size: str) -> dict[str, str]:
-    """The columns that say what was sent, and what came of it."""
+    """The columns of the load and of its results."""
     load = result.load
     return {
         "size": size,
@@ -93,7 +93,7 @@ def load_columns(result: Result, size: str) -> dict[str, str]:
 
 
 def device_name(given: str | None) -> str | None:
-    """What the table calls the device: what was given, else this machine's GPUs; None is its CPU."""
+    """The device's name in the table: the given one, else this machine's GPUs, or None for its CPU."""
     names = gpu_names()
     return given or (f"{names[0]} x{len(names)}" if names else None)
 
@@ -148,7 +148,7 @@ def main() -> None:
     add_load_options(parser)
     add("--server-pid", type=int, help="process of a server on this machine, to account its CPU time")
     add("--device", help="what the server runs on, for the table; default: this machine's GPUs, else its CPU")
-    add("--label", default="", help="what is measured, for the table")
+    add("--label", default="", help="name of the measurement in the table")
     add("--output", type=Path, help="CSV file to append to")
     options = parser.parse_args()
     if not options.checkpoint:

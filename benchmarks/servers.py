@@ -1,4 +1,4 @@
-"""The servers that are measured: each is started, says what it is, and is stopped."""
+"""The servers that are measured: each is started, names itself, and is stopped."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Running:
 def run_ours(
     checkpoint: Path, device: str, settings: Mapping[str, str], timeout: float, model: str = "embed_image"
 ) -> Iterator[Running]:
-    """This repository's server with one model and its steps; `device` is auto, cpu or cuda."""
+    """This repository's server with one model and its steps. `device` is auto, cpu or cuda."""
     from siglip_serve.launcher import ServeOptions, TritonServer
 
     with tempfile.TemporaryDirectory() as folder:
@@ -74,7 +74,7 @@ def run_ours(
 
 @contextmanager
 def run_peer(checkpoint: Path, device: str, arguments: Sequence[str], timeout: float) -> Iterator[Running]:
-    """`peer_fastapi.py` with further arguments; `device` is cpu or cuda."""
+    """`peer_fastapi.py` with further arguments. `device` is cpu or cuda."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

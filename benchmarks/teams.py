@@ -1,10 +1,10 @@
-"""How well teams are told apart on drawn clips whose truth is known: our pipeline, and what others do.
+"""Accuracy of teams on drawn clips whose truth is known: our pipeline, and other ones.
 
     python -m benchmarks.teams --output benchmarks/results/teams.csv --sheets build/teams
 
-Every clip follows from its tier and seed (`training.jerseys.clips` says what each tier is). The first half of
-its frames is fitted on, the second held out; goalkeepers and referees are among the crops, unannounced,
-and outfield players are what counts. Ways:
+Every clip follows from its tier and seed (`training.jerseys.clips` says what each tier is). The fit sees
+the first half of its frames, and the second is held out. Goalkeepers and referees are among the crops,
+unannounced, and outfield players are what counts. Ways:
 
     ours             as `fit_teams`: track means, within-track directions removed, PCA(8), trimmed KMeans
     ours, no tracks  the same without TRACK_ID
@@ -14,12 +14,15 @@ and outfield players are what counts. Ways:
     hsv, tracks      the same on the mean of each track's histograms
     hsv, our fit     these histograms instead of embeddings in our pipeline
 
-`ours` and `recipe` are run with every checkpoint. Numbers: accuracy of crops and of tracks (each track's
-majority) at the fit, of held-out crops, and the adjusted Rand index at the fit, all under the better of the
-two ways to name the teams, which stays for the held-out half; the share of held-out tracks whose voted team
-(`TeamTracker`) is another than at the fit, per thousand frames; whether a second fit, on the held-out half
-and with PREV_STATE, names the teams the other way; the area under the curve of the outlier score for
-goalkeepers and referees against players; and the share of fits that say LOW_SEPARATION (T7 has one team).
+`ours` and `recipe` are run with every checkpoint. Numbers:
+
+- accuracy of crops and of tracks (each track's majority) at the fit, accuracy of held-out crops, and the
+  adjusted Rand index at the fit. All are under the better of the two ways to name the teams, which stays for
+  the held-out half.
+- the share of held-out tracks whose voted team (`TeamTracker`) is another than at the fit, per 1,000 frames
+- the share of second fits, on the held-out half and with PREV_STATE, that name the teams the other way
+- the area under the curve of the outlier score for goalkeepers and referees against players
+- the share of fits that say LOW_SEPARATION (T7 has one team)
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, roc_auc_score
 from tqdm import tqdm
 
-from benchmarks.common import about, write_csv
+from benchmarks.records import about, write_csv
 from siglip_serve.checkpoint.config import load_config
 from siglip_serve.checkpoint.files import resolve
 from siglip_serve.engine.engines import VisionEngine
@@ -65,10 +68,10 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Found:
-    """What a way says of a clip's N crops.
+    """Answer of a way for a clip's N crops.
 
     Attributes:
-        labels: [N], 0 or 1; -1 for none.
+        labels: [N], 0 or 1, or -1 for none.
         outlier_score: [N], if the way has one.
         refitted: [N], by a second fit on the held-out half that was told the first.
         doubted: whether the fit itself says that there may be one team only.
@@ -110,7 +113,7 @@ def histograms(pictures: Sequence[Pixels]) -> Rows:
 
 
 def ours(features: Rows, made: Clip, tracks: bool = True) -> Found:
-    """What `fit_teams` and `classify_teams` compute."""
+    """Teams by the pipeline of `fit_teams` and `classify_teams`."""
     hints = Hints(tracks=made.track) if tracks else Hints()
     fitted = clustering.fit(features[~made.held_out], _some(hints, ~made.held_out), STAMP)
     labels = np.full(len(features), -1, dtype=np.int64)
@@ -132,7 +135,7 @@ def _some(hints: Hints, rows: NDArray[np.bool_]) -> Hints:
 
 
 def recipe(features: Rows, made: Clip) -> Found:
-    """UMAP to three dimensions, then KMeans, on single crops; seeded, unlike the published code."""
+    """UMAP to three dimensions, then KMeans, on single crops. It is seeded, unlike the published code."""
     from umap import UMAP
 
     with warnings.catch_warnings():
@@ -149,7 +152,7 @@ def plain(features: Rows, made: Clip) -> Found:
 
 
 def plain_tracks(features: Rows, made: Clip) -> Found:
-    """KMeans on the mean of each track's rows; held-out crops go to the nearest centroid."""
+    """KMeans on the mean of each track's rows. Held-out crops go to the nearest centroid."""
     fit, track = features[~made.held_out], made.track[~made.held_out]
     numbers, place = np.unique(track, return_inverse=True)
     means = np.stack([fit[track == number].mean(axis=0) for number in numbers])
@@ -168,7 +171,7 @@ def _kmeans(fit: Rows, later: Rows, made: Clip) -> Found:
 
 
 def judge(found: Found, made: Clip) -> dict[str, float]:
-    """The numbers of one clip; NaN where one has no meaning."""
+    """The numbers of one clip, NaN where one has no meaning."""
     players = made.role == Role.PLAYER
     fit, later = players & ~made.held_out, players & made.held_out
     labels, one_team = found.labels, len(np.unique(made.team[players])) < 2
@@ -222,7 +225,7 @@ def _mean(values: Iterable[Any]) -> float:
 
 @dataclass(frozen=True)
 class Contender:
-    """A way with what it looks at."""
+    """A way and its features."""
 
     way: str
     checkpoint: str
@@ -285,7 +288,7 @@ def summary(rows: Sequence[dict[str, Any]], tiers: Sequence[str], column: str) -
 
 
 def main() -> None:
-    """Command line; see --help."""
+    """Run the command line."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument(

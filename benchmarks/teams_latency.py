@@ -1,4 +1,4 @@
-"""How long teams take through the real server: a frame's crops, one crop at a time, and the last step alone.
+"""Latency of teams through the real server: a frame's crops, one crop at a time, and the last step alone.
 
     python -m benchmarks.teams_latency --checkpoint DIR --output benchmarks/results/teams_latency.csv
 
@@ -18,7 +18,7 @@ import tritonclient.grpc as triton
 from siglip_serve_client import Client, Teams
 from tqdm import tqdm
 
-from benchmarks.common import about, write_csv
+from benchmarks.records import about, write_csv
 from siglip_serve.launcher import ServeOptions, TritonServer
 from training.jerseys import clip
 
@@ -40,7 +40,7 @@ def milliseconds(call: Callable[[], object], seconds: float) -> list[float]:
 
 
 def step_milliseconds(client: triton.InferenceServerClient, model: str) -> tuple[int, float]:
-    """Requests that a model has answered, and what they took together."""
+    """Requests that a model has answered, and their time together."""
     statistics = client.get_inference_statistics(model).model_stats[0].inference_stats
     return int(statistics.success.count), statistics.success.ns / 1e6
 
@@ -80,12 +80,12 @@ def measure(options: argparse.Namespace, server: TritonServer) -> list[dict[str,
             row = rows[-1]
             print(", ".join(f"{key} {row[key]}" for key in ("way", "p50_ms", "p95_ms", "team_predict_ms")))
     together, alone = (float(row["p50_ms"]) for row in rows[1:])
-    print(f"{BATCH} crops one a request take {alone / together:.1f} times as long as in one request")
+    print(f"{BATCH} crops one per request take {alone / together:.1f} times as long as in one request")
     return rows
 
 
 def main() -> None:
-    """Command line; see --help."""
+    """Run the command line."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/siglip-tiny-jersey"))

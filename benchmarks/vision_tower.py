@@ -1,6 +1,6 @@
-"""Our vision tower against transformers' in the same dtype: images a second, and how far apart they are.
+"""Our vision tower against transformers' in the same dtype: images per second, and how far apart they are.
 
-Random weights at a published geometry. Both run in turns, so that a busy machine slows both alike. The
+Random weights at a published geometry. Both alternate, so that a busy machine slows both alike. The
 fidelity columns compare with transformers in float32: the pooled embedding and all patch tokens.
 """
 
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from benchmarks.common import GEOMETRIES, about, write_csv
+from benchmarks.inputs import GEOMETRIES
+from benchmarks.records import about, write_csv
 from siglip_serve.checkpoint.config import ImageConfig, VisionConfig
 from siglip_serve.config import Backend, Dtype
 from siglip_serve.engine.engines import VisionEngine

@@ -1,8 +1,10 @@
-"""What each of the fused runner's levers brings on a GPU: one lever a row, on top of those above it.
+"""Measure what each optimisation of the fused runner gains on a GPU: one lever per row, added to those above.
 
-Random weights at published geometries, or a checkpoint. `host`: pixels in main memory to embeddings in main
-memory, several passes on end; `device`: the tower alone, replayed on rows that lie on the GPU. The cosine is
-to our plain tower in float32. `--scale` multiplies the random weights, which makes them harsher.
+The last two rows are the runners that the engine serves with; the rows before are `benchmarks.levers`.
+Weights are random at published geometries, or those of a checkpoint. `images_per_second` counts from pixels
+in main memory to embeddings in main memory, over several passes in a row. `device_images_per_second` counts
+the tower alone, replayed on rows in the GPU's memory. The cosine is to the plain tower in float32. `--scale`
+multiplies the random weights, which makes them harder to compute in few bits.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,33 +25,36 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks.common import GEOMETRIES, about, cosine, write_csv
+from benchmarks.inputs import GEOMETRIES
+from benchmarks.levers import LeveredVision, Levers
+from benchmarks.records import about, cosine, write_csv
 from siglip_serve.checkpoint.config import ImageConfig, VisionConfig, load_config
-from siglip_serve.engine.fused.blocks import Levers
 from siglip_serve.engine.fused.runners import FusedVision
 from siglip_serve.engine.passes import in_passes
-from siglip_serve.engine.torch.runners import PlainVision
+from siglip_serve.engine.torch.runners import TorchVision
 from siglip_serve.images.preprocess import Preprocessor
 from siglip_serve.towers.siglip import VisionTower, load_vision
 
-AnyRunner = PlainVision | FusedVision
+AnyFused = LeveredVision | FusedVision
+AnyRunner = TorchVision | AnyFused
+Step = Levers | Literal["torch", "fused", "float8"]
 
 _OFF = Levers(kernels=False, gelu=False, attention="torch", fold=False, graphs=False)
-_STEPS: dict[str, Levers | None] = {
-    "torch as it is": None,
+_STEPS: dict[str, Step] = {
+    "torch as it is": "torch",
     "fused QKV, torch's own attention": _OFF,
     "cuDNN attention": (cudnn := replace(_OFF, attention="cudnn")),
     "GELU in the product": (gelu := replace(cudnn, gelu=True)),
     "LayerNorm kernel, residual in the product": (kernels := replace(gelu, kernels=True)),
     "folded patch embedding and pooling query": (fold := replace(kernels, fold=True)),
-    "CUDA graphs": (graphs := replace(fold, graphs=True)),
-    "attention kernel": (own := replace(graphs, attention="own")),
-    "float8": replace(own, float8=True),
+    "CUDA graphs": replace(fold, graphs=True),
+    "attention kernel": "fused",
+    "float8": "float8",
 }
 
 
 def make_tower(options: argparse.Namespace) -> tuple[VisionTower, ImageConfig]:
-    """A fresh tower on the CPU; the same weights every time."""
+    """Make a fresh tower on the CPU, with the same weights every time."""
     if options.checkpoint:
         return load_vision(options.checkpoint), load_config(options.checkpoint).image
     tower, image = _random_tower(options.geometry, options.scale)
@@ -74,7 +80,7 @@ def _random_tower(geometry: str, scale: float) -> tuple[VisionTower, ImageConfig
 
 
 def make_pixels(rows: int, size: int) -> NDArray[np.uint8]:
-    """Other pictures than float8 is corrected on: sharp rectangles on soft colours, with grain."""
+    """Draw other pictures than float8 is calibrated on: sharp rectangles on soft colours, with grain."""
     rng = np.random.default_rng(1)
     coarse = torch.from_numpy(rng.normal(128, 60, (rows, 3, 6, 6)).astype(np.float32))
     pictures = (
@@ -90,13 +96,13 @@ def make_pixels(rows: int, size: int) -> NDArray[np.uint8]:
 
 
 def load_pixels(folder: Path, image: ImageConfig) -> NDArray[np.uint8]:
-    """The images of a folder, at least one, as the server would hand them to the tower."""
+    """Read the images of a folder, at least one, as the server prepares them for the tower."""
     preprocess = Preprocessor(image, "pil")
     return np.stack([preprocess(file.read_bytes()) for file in sorted(folder.iterdir())])
 
 
 def host_seconds(runner: AnyRunner, pixels: NDArray[np.uint8], rows: int, seconds: float) -> float:
-    """Median seconds of a pass, when four passes follow each other; one pass at a time for one row."""
+    """Measure the median seconds of a pass, when four passes follow each other; of one row, a single pass."""
     passes = 4 if rows > 1 else 1
     many = np.concatenate([pixels] * passes)
 
@@ -106,10 +112,10 @@ def host_seconds(runner: AnyRunner, pixels: NDArray[np.uint8], rows: int, second
     return _median_seconds(run, seconds) / passes
 
 
-def device_seconds(runner: FusedVision, rows: int, seconds: float) -> float:
-    """Median seconds of a pass over rows that lie on the device."""
+def device_seconds(runner: AnyFused, rows: int, seconds: float) -> float:
+    """Measure the median seconds of a pass over rows in the device's memory."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    run = runner.replay_of(rows)
+    run = torch.inference_mode()(runner.replays.replay_of(rows))
     run()
     times: list[float] = []
     until = time.perf_counter() + seconds
@@ -134,17 +140,19 @@ def _median_seconds(run: Callable[[], None], seconds: float) -> float:
     return median(times)
 
 
-def make_runner(options: argparse.Namespace, levers: Levers | None, dtype: torch.dtype) -> AnyRunner:
-    """The plain runner if there are no levers."""
+def make_runner(options: argparse.Namespace, step: Step, dtype: torch.dtype) -> AnyRunner:
+    """Make the runner of a step with a fresh tower."""
     tower, image = make_tower(options)
-    device = torch.device("cuda")
-    if levers is None:
-        return PlainVision(tower, image, device, dtype)
-    return FusedVision(tower, image, device, dtype, levers, max(options.rows))
+    device, rows = torch.device("cuda"), max(options.rows)
+    if isinstance(step, Levers):
+        return LeveredVision(tower, image, device, dtype, step, rows)
+    if step == "torch":
+        return TorchVision(tower, image, device, dtype)
+    return FusedVision(tower, image, device, dtype, step == "float8", rows)
 
 
 def run_all(runner: AnyRunner, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """The embeddings of all rows."""
+    """Compute the embeddings of all rows."""
     batch = in_passes(pixels, runner.max_rows, lambda part: runner(part, ["EMBEDDING"]))
     return batch.outputs["EMBEDDING"].astype(np.float64)
 
@@ -152,27 +160,27 @@ def run_all(runner: AnyRunner, pixels: NDArray[np.uint8]) -> NDArray[np.float64]
 def measure(
     options: argparse.Namespace,
     name: str,
-    levers: Levers | None,
+    step: Step,
     pixels: NDArray[np.uint8],
     fidelity: tuple[NDArray[np.uint8], NDArray[np.float64]],
 ) -> Iterator[dict[str, str]]:
-    """A row for each number of rows of a pass."""
+    """Measure a step; one row of the table for each number of rows of a pass."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
-    runner = make_runner(options, levers, torch.bfloat16)
+    runner = make_runner(options, step, torch.bfloat16)
     start = time.perf_counter() - begin
     judged, expected = fidelity
     got = run_all(runner, judged)
     near = cosine(got, expected)
     for rows in options.rows:
         host = host_seconds(runner, pixels[:rows], rows, options.seconds)
-        alone = device_seconds(runner, rows, options.seconds) if isinstance(runner, FusedVision) else None
+        alone = None if isinstance(runner, TorchVision) else device_seconds(runner, rows, options.seconds)
         yield {
             **about(["torch", "triton", "numpy"], torch.cuda.get_device_name()),
             "geometry": str(options.checkpoint or options.geometry),
             "scale": "" if options.checkpoint else str(options.scale),
-            "dtype": "float8" if levers and levers.float8 else "bfloat16",
+            "dtype": "float8" if step == "float8" else "bfloat16",
             "rows": str(rows),
             "step": name,
             "images_per_second": f"{rows / host:.1f}",
@@ -194,21 +202,21 @@ def main() -> None:
     parser.add_argument(
         "--pictures", type=Path, help="folder of images for the cosine, instead of drawn ones"
     )
-    parser.add_argument("--scale", type=float, default=1.0, help="of the random weights, default 1")
-    parser.add_argument("--rows", type=int, nargs="+", default=[64], help="of a pass, default 64")
-    parser.add_argument("--seconds", type=float, default=2, help="for each figure, default %(default)s")
-    parser.add_argument("--only", nargs="+", help="words of which a step's name must have one")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of the random weights, default 1")
+    parser.add_argument("--rows", type=int, nargs="+", default=[64], help="rows of a pass, default 64")
+    parser.add_argument("--seconds", type=float, default=2, help="time per figure, default %(default)s")
+    parser.add_argument("--only", nargs="+", help="measure steps whose name has one of these words")
     parser.add_argument("--output", type=Path, help="CSV file to append to")
     options = parser.parse_args()
     image = make_tower(options)[1]
-    # More than two passes, so that the figure is of rows that are copied while others are computed.
+    # More than two passes, so that rows are copied while others are computed.
     pixels = make_pixels(max(64, 2 * max(options.rows) + 1), image.size)
     judged = load_pixels(options.pictures, image) if options.pictures else pixels
-    expected = run_all(make_runner(options, None, torch.float32), judged)
-    for name, levers in tqdm(_STEPS.items(), disable=None):
+    expected = run_all(make_runner(options, "torch", torch.float32), judged)
+    for name, step in tqdm(_STEPS.items(), disable=None):
         if options.only and not any(word in name for word in options.only):
             continue
-        for row in measure(options, name, levers, pixels, (judged, expected)):
+        for row in measure(options, name, step, pixels, (judged, expected)):
             tqdm.write(" ".join(f"{value:>12}" for value in list(row.values())[-11:]))
             if options.output:
                 write_csv(options.output, [row], append=True)

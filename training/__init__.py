@@ -1,1 +1,1 @@
-"""What made `checkpoints/siglip-tiny` and the offline benchmark; see README.md."""
+"""Training of `checkpoints/siglip-tiny`, and the offline benchmark. README.md tells how to run it."""

@@ -42,7 +42,7 @@ def table(pack: Pack, sets: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; see --help."""
+    """Run the command line."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--pack", type=Path, default=Path(".cache/art.npz"), help="what build_data wrote")
     parser.add_argument("--cache", type=Path, default=Path(".cache/art"), help="packages that it fetched")

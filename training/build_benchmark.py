@@ -87,7 +87,7 @@ def _of_styles(pack: Pack, role: str, styles: Sequence[str] | None, classes: Seq
 
 
 def build(pack: Pack, args: Namespace) -> None:
-    """Write the whole folder; files that are there are overwritten.
+    """Write the whole folder. Files that are there are overwritten.
 
     Args:
         pack: the drawings.
@@ -116,7 +116,7 @@ def build(pack: Pack, args: Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; see --help."""
+    """Run the command line."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--pack", type=Path, default=Path(".cache/art.npz"), help="what build_data writes")
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--classes", type=int, default=1000, help="number of classes")
     parser.add_argument("--styles", nargs="+", help="only these styles, of either part")
-    parser.add_argument("--canvas", type=int, default=128, help="pixels a side of each image")
+    parser.add_argument("--canvas", type=int, default=128, help="pixels per side of each image")
     parser.add_argument("--clean", action="store_true", help="also write valid_clean: centred on white")
     parser.add_argument("--seed", type=int, default=0, help="chooses placements, backgrounds and tints")
     args = parser.parse_args(argv)

@@ -3,7 +3,7 @@
     python -m training.build_data --cache .cache/art --out .cache/art.npz
 
 The pack is an uncompressed npz: `blob` (all WebP images end to end), `offsets` int64 [N+1], `concept` int32
-[N], `style` int16 [N], and `meta`, a JSON string with the styles, the concepts and the benchmark's classes.
+[N], `style` int16 [N], and `meta`. The last one is a JSON string of styles, concepts and benchmark classes.
 """
 
 import json
@@ -116,7 +116,7 @@ def _icons(cache: Path, style: Style, number: int, index: dict[str, int]) -> Ite
 
 
 def collect(cache: Path, styles: Sequence[Style], concepts: Sequence[Concept], seed: int) -> list[Drawing]:
-    """All drawings of all styles; of plain icons at most 32 a concept, taken at random."""
+    """All drawings of all styles, but of plain icons at most 32 per concept, taken at random."""
     index = name_index(concepts, {}, only_icons=True)
     drawings: list[Drawing] = []
     icons: dict[int, list[Drawing]] = {}
@@ -168,13 +168,13 @@ def _classes(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; see --help."""
+    """Run the command line."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument(
         "--cache", type=Path, default=Path(".cache/art"), help="where fetched packages are kept"
     )
     parser.add_argument("--out", type=Path, default=Path(".cache/art.npz"), help="the pack to write")
-    parser.add_argument("--size", type=int, default=96, help="pixels a side of each drawing")
+    parser.add_argument("--size", type=int, default=96, help="pixels per side of each drawing")
     parser.add_argument("--classes", type=int, default=1000, help="classes of the benchmark")
     parser.add_argument("--workers", type=int, default=2, help="rendering processes")
     parser.add_argument("--seed", type=int, default=0, help="chooses icons and the never-trained classes")

@@ -104,7 +104,7 @@ def draw(cache: Path, sample: Sample) -> Image.Image:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; see --help."""
+    """Run the command line."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument(
         "--cache", type=Path, default=Path(".cache/art"), help="packages that build_data fetched"

@@ -1,4 +1,4 @@
-"""Scenes of several drawings, with exact masks of what is visible of each.
+"""Scenes of several drawings, with exact masks of the visible part of each.
 
 Shapes: N scenes, K places for objects in each, C the canvas's side in pixels. Everything is seeded.
 """
@@ -45,7 +45,7 @@ class Scenes:
 
 
 def sample_presence(count: int, random: Random) -> Tensor:
-    """bool [count, MOST]: which places hold an object; FEWEST to MOST of each scene, evenly."""
+    """bool [count, MOST]: True where a place holds an object, FEWEST to MOST per scene, evenly."""
     span = MOST - FEWEST + 1
     objects = FEWEST + (random.uniform(count) * span).long().clamp(max=span - 1)
     return torch.arange(MOST, device=random.device) < objects[:, None]
@@ -54,13 +54,13 @@ def sample_presence(count: int, random: Random) -> Tensor:
 def compose_scenes(
     art: Tensor, mono: Tensor, present: Tensor, canvas: int, random: Random, rotation: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Drawings at random places of one ground; later ones cover earlier ones, which seldom happens.
+    """Drawings at random places of one ground. Later ones cover earlier ones, which seldom happens.
 
     Args:
         art: premultiplied RGBA [N, K, 4, S, S].
         mono: bool [N, K]; these drawings get a random ink.
         present: bool [N, K].
-        canvas: C, pixels a side.
+        canvas: C, pixels per side.
         random: the source of every choice.
         rotation: largest angle in radians either way.
 
@@ -121,7 +121,7 @@ def draw_scenes(pack: Pack, count: int, canvas: int, seed: int, role: str = "hel
     Args:
         pack: the art.
         count: N.
-        canvas: C, pixels a side.
+        canvas: C, pixels per side.
         seed: the same one gives the same scenes.
         role: of the styles, as in `Pack.styles`.
     """

@@ -131,9 +131,9 @@ def benchmark_classes(
 ) -> list[int]:
     """The `count` concepts with most training drawings that a benchmark can fairly ask for.
 
-    A class is one code point with a label of its own, drawn in every held-out style; no clock faces, no
-    keycaps. Of labels that differ by a word of colour or size alone one is kept: a drawing in one ink at a
-    random scale cannot show the difference.
+    A class is one code point with a label of its own, drawn in every held-out style. Clock faces and
+    keycaps are none. Of labels that differ by a word of colour or size alone one is kept: a drawing in one
+    ink at a random scale cannot show the difference.
 
     Args:
         concepts: as loaded.

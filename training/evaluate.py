@@ -25,7 +25,7 @@ class _Views:
 
 
 def _views(pack: Pack, style: str, canvas: int, seed: int, placements: int) -> _Views:
-    """Pictures of one style's drawings of the classes; centred on white if `placements` is 0."""
+    """Pictures of one style's drawings of the classes, centred on white if `placements` is 0."""
     position = {concept: number for number, concept in enumerate(pack.classes)}
     drawings = pack.of_style(style)
     drawings = drawings[np.isin(pack.concept[drawings], pack.classes)]

@@ -20,8 +20,15 @@ from training.model import Shape
 __all__ = ["export", "export_vision", "main"]
 
 PAD = "</s>"
-
-
+# The server and its clients show a checkpoint's note after its name.
+NOTE = (
+    "knows drawings only; for photographs name Google's checkpoint: "
+    "make serve CHECKPOINT=google/siglip-so400m-patch14-384"
+)
+NOTE_OF_JERSEYS = (
+    "knows drawn jerseys only; for photographs of players name Google's checkpoint: "
+    "make serve TEAMS_CHECKPOINT=google/siglip-base-patch16-224"
+)
 COMMON = {"attention_dropout": 0.0, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-06}
 
 
@@ -58,6 +65,7 @@ def _config(shape: Shape) -> dict[str, Any]:
         "architectures": ["SiglipModel"],
         "initializer_factor": 1.0,
         "model_type": "siglip",
+        "siglip_serve_note": NOTE,
         "text_config": text,
         "torch_dtype": "float32",
         "vision_config": _vision_config(shape),
@@ -118,9 +126,13 @@ def _readable(out: Path) -> None:
 
 
 def export_vision(run: Path, out: Path) -> None:
-    """Write the checkpoint folder of an image tower alone; other files in `out` stay."""
+    """Write the checkpoint folder of an image tower alone. Other files in `out` stay."""
     shape = _weights(run, out)
-    head = {"architectures": ["SiglipVisionModel"], "torch_dtype": "float32"}
+    head = {
+        "architectures": ["SiglipVisionModel"],
+        "siglip_serve_note": NOTE_OF_JERSEYS,
+        "torch_dtype": "float32",
+    }
     _write(out / "config.json", head | _vision_config(shape))
     processor = {name: value for name, value in _processor(shape).items() if name != "processor_class"}
     _write(out / "preprocessor_config.json", processor)
@@ -151,7 +163,7 @@ def export(run: Path, tokenizer: Path, out: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; see --help."""
+    """Run the command line."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder that training.train or .train_jerseys wrote")
     parser.add_argument("--tokenizer", type=Path, default=Path("checkpoints/siglip-tiny/spiece.model"))

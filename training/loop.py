@@ -29,7 +29,7 @@ def run_for(minutes: float, name: str, step: Callable[[float], Tensor], save: Ca
 
     Args:
         minutes: how long.
-        name: what the lines printed begin with.
+        name: start of the lines printed.
         step: one update; returns the loss.
         save: called now and then, and at the end; returns what is to be printed, if anything.
 

@@ -148,7 +148,7 @@ def measure(model: Any, processor: Any, data: Path) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; see --help."""
+    """Run the command line."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="checkpoints/siglip-tiny")
     parser.add_argument("--data", type=Path, required=True, help="folder that build_benchmark wrote")

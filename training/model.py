@@ -17,7 +17,7 @@ EPS = 1e-6
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of both towers; the text tower is projected to the width of the vision tower."""
+    """Sizes of both towers. The text tower is projected to the width of the vision tower."""
 
     image_size: int = 96
     patch: int = 8
@@ -176,12 +176,12 @@ class Siglip(nn.Module):
         self.apply(_initialise)
 
     def image(self, pixels: Tensor, kept_tokens: float = 1.0, drop_path: float = 0.0) -> Tensor:
-        """[B, 3, S, S] in -1..1 -> [B, width], not normalised; only a part `kept_tokens` is seen."""
+        """[B, 3, S, S] in -1..1 -> [B, width], not normalised. A share `kept_tokens` is seen."""
         out: Tensor = self.vision_model(pixels, kept_tokens, drop_path)
         return out
 
     def image_means(self, pixels: Tensor, drop_path: float = 0.0) -> tuple[Tensor, Tensor]:
-        """[B, 3, S, S] in -1..1 -> the mean of the patch tokens, and `image`; both [B, width]."""
+        """[B, 3, S, S] in -1..1 -> the mean of the patch tokens, and `image`. Both [B, width]."""
         tokens = self.vision_model.tokens(pixels, 1.0, drop_path)
         return tokens.mean(1), self.vision_model.head(tokens)
 

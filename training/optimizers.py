@@ -1,4 +1,4 @@
-"""What turns gradients into weights: AdamW and Muon, the learning rate over time, and a moving average.
+"""Updates of weights from gradients: AdamW and Muon, the learning rate over time, and a moving average.
 
 Muon takes the matrices of the residual blocks: momentum made orthogonal.
 It is Keller Jordan's method (2024), with the scaling of Moonshot AI's "Muon is scalable" (2025) that gives
@@ -76,7 +76,7 @@ def optimizers(modules: Sequence[nn.Module], lr: float, weight_decay: float, muo
     """The optimizers of all parameters of `modules`.
 
     Args:
-        modules: what is trained.
+        modules: those that are trained.
         lr: learning rate of all.
         weight_decay: of matrices; embeddings, biases and gains have none.
         muon: use Muon for the matrices of the residual blocks.
@@ -115,7 +115,7 @@ class MovingAverage(Generic[_Model]):
 
     @torch.no_grad()
     def update(self, live: _Model) -> None:
-        """Take in the live model's parameters; early on the average forgets faster."""
+        """Take in the live model's parameters. Early on the average forgets faster."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(list(self.model.parameters()), list(live.parameters()), 1 - decay)

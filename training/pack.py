@@ -25,7 +25,7 @@ class Pack:
         styles, concepts: rows of the pack's metadata.
         classes: concepts that make up the benchmark, ascending.
         never_trained: the tenth of `classes` that no training may show.
-        size: pixels a side.
+        size: pixels per side.
     """
 
     blob: npt.NDArray[np.uint8]

@@ -95,7 +95,7 @@ def glyph_svgs(files: Sequence[Path], code_points: Sequence[int]) -> Iterator[tu
 
 
 def encode(pixels: RGBA) -> bytes:
-    """WebP of uint8 [S, S, 4]; colour under full transparency is cleared, which packs better."""
+    """WebP of uint8 [S, S, 4]. Colour under full transparency is cleared, which packs better."""
     clean = np.where(pixels[..., 3:] == 0, np.uint8(0), pixels)
     buffer = io.BytesIO()
     Image.fromarray(clean, "RGBA").save(buffer, "WEBP", quality=88, method=4, alpha_quality=90)

@@ -1,6 +1,6 @@
 """A drawing becomes a picture: placing, which benchmark and training share, and what training adds.
 
-Art is premultiplied RGBA in 0..1, [B, 4, S, S]; pictures are RGB in 0..1, [B, 3, C, C]. Every random choice
+Art is premultiplied RGBA in 0..1, [B, 4, S, S]. Pictures are RGB in 0..1, [B, 3, C, C]. Every random choice
 comes from one generator, so that a seed repeats a picture.
 """
 
@@ -54,7 +54,7 @@ class Random:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where drawings go, and on what.
+    """Places and grounds of drawings.
 
     Attributes:
         theta: [B, 2, 3], canvas coordinates to art coordinates, as `affine_grid` takes it.
@@ -81,7 +81,7 @@ def art_brightness(art: Tensor) -> Tensor:
 
 
 def with_brightness(colour: Tensor, brightness: Tensor) -> Tensor:
-    """Shift colours [B, 3] to a luminance [B]; clipping leaves a little less."""
+    """Shift colours [B, 3] to a luminance [B]. Clipping leaves a little less."""
     return (colour + (brightness - _luma(colour))[:, None]).clamp(0, 1)
 
 
@@ -115,7 +115,7 @@ def sample_placement(
     Args:
         brightness: [B], mean luminance of the art.
         mono: bool [B], drawings that get a random ink.
-        canvas: pixels a side.
+        canvas: pixels per side.
         random: the source of every choice.
         rotation: largest angle in radians either way.
     """
@@ -154,7 +154,7 @@ def ink_colour(ground: Tensor, random: Random) -> Tensor:
 
 
 def sample_art(art: Tensor, theta: Tensor, canvas: int, warp: Tensor | None = None) -> Tensor:
-    """Art [B, 4, S, S] as it lies on a canvas: [B, 4, canvas, canvas]; arguments as for `place`."""
+    """Art [B, 4, S, S] as it lies on a canvas: [B, 4, canvas, canvas]. The arguments are those of `place`."""
     grid = F.affine_grid(theta, [len(art), 4, canvas, canvas], align_corners=False)
     grid = grid if warp is None else grid + warp
     return F.grid_sample(art, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
@@ -230,7 +230,7 @@ def _one_ink(art: Tensor, random: Random) -> Tensor:
 
 
 def _relief(art: Tensor, random: Random) -> Tensor:
-    """Light falling on a puffed-up drawing, as in 3D art; colours stay within 0..alpha."""
+    """Light falling on a puffed-up drawing, as in 3D art. Colours stay within 0..alpha."""
     count = len(art)
     alpha = art[:, 3:]
     share = random.uniform(count, 1, 1, 1, low=0.0, high=0.6)
@@ -313,7 +313,7 @@ def deform(placement: Placement, amount: float, random: Random) -> Placement:
 
 
 def degrade(pictures: Tensor, random: Random) -> Tensor:
-    """Soften, speckle and cover parts of some pictures; the batch must be in random order."""
+    """Soften, speckle and cover parts of some pictures. The batch must be in random order."""
     count, _, size, _ = pictures.shape
     part = count // 8
     soft, noisy, covered, rest = pictures.split([part, part, part, count - 3 * part])

@@ -1,4 +1,4 @@
-"""Where the art and the names come from, under which licence, and what each set may be used for.
+"""Sources of the art and the names, their licences, and what each set may be used for.
 
 A drawing style belongs to a vendor family. Families are split as a whole: nothing of a held-out family is
 trained on, because one vendor's styles share their drawings.
@@ -172,7 +172,7 @@ def icon_styles(cache: Path) -> list[Style]:
 
 
 def _font_licence(path: Path) -> str:
-    """What a font's own name table says."""
+    """The licence in a font's own name table."""
     font = TTFont(path, lazy=True)
     said = " ".join(str(record) for record in font["name"].names if record.nameID in (0, 13, 14))
     if "Open Font License" in said or "scripts.sil.org/OFL" in said:

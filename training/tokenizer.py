@@ -114,7 +114,7 @@ class Tokenizer:
 
 
 def variants(label: str, aliases: Sequence[str], count: int, seed: int) -> list[str]:
-    """`count` ways of naming one concept; two of three use its label, the others an alias of its own."""
+    """`count` ways of naming one concept. Two of three use its label, the others an alias of its own."""
     rng = random.Random(f"{seed}/{label}")
     names = [rng.choice(aliases) if aliases and n % 3 == 2 else label for n in range(count)]
     return [
@@ -123,7 +123,7 @@ def variants(label: str, aliases: Sequence[str], count: int, seed: int) -> list[
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; see --help."""
+    """Run the command line."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--pack", type=Path, default=Path(".cache/art.npz"), help="what build_data wrote")
     parser.add_argument("--out", type=Path, required=True, help="the .model file to write")

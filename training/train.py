@@ -3,8 +3,9 @@
     python -m training.train --pack .cache/art.npz --tokenizer spiece.model --out OUT --minutes 12
 
 Every step shows each trained concept twice, drawn in two random ways, against the names of all trained
-concepts: SigLIP's sigmoid loss, and a cross-entropy through a linear head that is dropped at saving. The
-learning rate falls with time, not with steps, so that a run ends when it must; a moving average is kept.
+concepts. The loss is SigLIP's sigmoid loss plus a cross-entropy through a linear head that is dropped at
+saving. The learning rate falls with time, not with steps, so that a run ends on time. A moving average is
+kept.
 """
 
 import json
@@ -75,7 +76,7 @@ class Settings:
 
 
 class ImageSource(Protocol):
-    """Something that shows concepts; register one in `SOURCES` to train on further kinds of images."""
+    """Something that shows concepts. Register one in `SOURCES` to train on further kinds of images."""
 
     def pictures(self, concepts: Tensor) -> Tensor:
         """int64 [B] of trained concepts -> RGB 0..1 [B, 3, S, S], on the device of `concepts`."""
@@ -83,7 +84,7 @@ class ImageSource(Protocol):
 
 
 def _weights(pack: Pack, drawings: Sequence[int]) -> list[float]:
-    """How often each of one concept's drawings is shown: vendors before icon sets, near-twins share."""
+    """Frequencies at which one concept's drawings are shown: vendors before icon sets, near-twins share."""
     light = {"noto-mono-300": 0.4, "noto-mono-500": 0.4, "noto-mono-700": 0.4, "unifont": 0.5, "dinkie": 0.6}
     styles = [pack.styles[int(pack.style[n])] for n in drawings]
     icons = sum(style["kind"] == "icons" for style in styles)
@@ -139,7 +140,7 @@ class DrawingSource:
         return restyle(art, mono, self.settings.restyle, random)
 
     def pictures(self, concepts: Tensor) -> Tensor:
-        """See `ImageSource`. The batch is taken to be in random order."""
+        """Pictures of concepts, as in `ImageSource`. The batch is taken to be in random order."""
         random, settings = self.random, self.settings
         art, mono = self.art(concepts)
         canvas = settings.shape.image_size
@@ -257,7 +258,7 @@ def _settings(args: Namespace) -> Settings:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; see --help."""
+    """Run the command line."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--pack", type=Path, default=Path(".cache/art.npz"), help="what build_data wrote")
     parser.add_argument("--tokenizer", type=Path, default=Path("checkpoints/siglip-tiny/spiece.model"))

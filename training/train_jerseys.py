@@ -2,10 +2,10 @@
 
     python -m training.train_jerseys --out runs/jersey --minutes 9
 
-Every step draws new kits, each on several players in other light, poses and cameras, and asks a supervised
-contrastive loss (Khosla et al., 2020, arXiv 2004.11362) to bring crops of one kit together and others apart;
-kits that share all colours, or nearly, are among them. Nothing but drawn jerseys is shown. The learning rate
-falls with time, not with steps, so that a run ends when it must; a moving average is kept.
+Every step draws new kits, each on several players in other light, poses and cameras. A supervised
+contrastive loss (Khosla et al., 2020, arXiv 2004.11362) brings crops of one kit together and others apart.
+Some kits share all colours, or nearly. Nothing but drawn jerseys is shown. The learning rate falls with time,
+not with steps, so that a run ends on time. A moving average is kept.
 """
 
 import json
@@ -106,7 +106,7 @@ def train(settings: Settings, out: Path) -> Siglip:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; see --help."""
+    """Run the command line."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for weights and settings")
     parser.add_argument("--set", default="{}", help="JSON object with fields of Settings")

@@ -2,11 +2,11 @@
 
     python -m training.train_scenes --init checkpoints/siglip-tiny --out OUT
 
-Goes on from a checkpoint's weights. Every step shows single drawings, as in `training.train`, and scenes of
-two to four of them, each against the names of all trained concepts: what is in a scene are its positives. No
-place is ever shown to the model: where it looks comes of itself.
+Training starts from a checkpoint's weights. Every step shows single drawings, as in `training.train`, and
+scenes of two to four of them, each against the names of all trained concepts. The things in a scene are its
+positives. No place is ever shown to the model.
 
-What is saved lies on the line between the weights at the start and those at the end, near the end: that keeps
+The saved weights lie on the line between those at the start and those at the end, near the end. They keep
 more of what the start could do ("Robust fine-tuning of zero-shot models", Wortsman et al., arXiv 2109.01903).
 """
 
@@ -176,7 +176,7 @@ def train_scenes(pack: Pack, tokenizer: Tokenizer, settings: SceneSettings, init
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; see --help."""
+    """Run the command line."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--pack", type=Path, default=Path(".cache/art.npz"), help="what build_data wrote")
     parser.add_argument("--init", type=Path, default=Path("checkpoints/siglip-tiny"), help="begin with these")

@@ -54,14 +54,14 @@ class Sample:
 
     @property
     def style(self) -> str:
-        """What comes before the first underscore of the file name: `twemoji_p0.png` -> `twemoji`."""
+        """Start of the file name, before its first underscore: `twemoji_p0.png` -> `twemoji`."""
         stem, _, rest = self.path.stem.partition("_")
         return stem if rest else "none"
 
 
 @dataclass
 class Dataset:
-    """An ImageNet-shaped folder, and what was wrong with it."""
+    """An ImageNet-shaped folder, and its problems."""
 
     root: Path
     classes: list[ClassInfo]
@@ -71,7 +71,7 @@ class Dataset:
 
 
 class _Problems:
-    """Collects what is wrong, or stops at the first."""
+    """Collector of problems, which stops at the first if asked to."""
 
     def __init__(self, on_error: OnError) -> None:
         self.found: list[str] = []
@@ -79,7 +79,7 @@ class _Problems:
 
     def add(self, problem: str) -> None:
         if self._stop:
-            raise DatasetError(f"{problem} (--on-error skip goes on without it)")
+            raise DatasetError(f"{problem} (--on-error skip continues without it)")
         self.found.append(problem)
 
 
@@ -88,9 +88,9 @@ def load_dataset(root: Path, on_error: OnError, valid_per_class: int = 0) -> Dat
 
     Args:
         root: the folder with the mapping, `train` and `valid`.
-        on_error: `stop` raises at the first bad row, missing class or empty folder; `skip` names it
-            in `problems` and goes on.
-        valid_per_class: at most so many validation images of each class, by file name; 0: all.
+        on_error: `stop` raises at the first bad row, missing class or empty folder. `skip` names it
+            in `problems` and continues.
+        valid_per_class: most validation images per class, by file name. 0 is all.
 
     Raises:
         DatasetError: there is no mapping or nothing to validate on, or `on_error` is `stop`.
@@ -162,7 +162,7 @@ def _scan(folder: Path, classes: Sequence[ClassInfo], problems: _Problems, limit
 
 
 def few_shot(samples: Sequence[Sample], shots: int, seed: int) -> list[int]:
-    """Positions in `samples` of `shots` images of each class, chosen by `seed`; all where there are fewer.
+    """Positions in `samples` of `shots` images of each class, chosen by `seed`, or all where there are fewer.
 
     The choice hangs on the file names alone, and fewer shots are the first of more: it stays the same
     when images that no draw takes are left out.

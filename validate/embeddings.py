@@ -1,9 +1,9 @@
 """Embeddings of many files and texts: bounded concurrency, a progress bar, and a cache that survives a kill.
 
-A cache folder holds one sub-folder for each model that was asked, told apart by what the server says of
-itself and by the embedding it gives a fixed text or image. In it `rows.bin` takes embeddings as
-they arrive and `index.jsonl` says afterwards which key has which row, so that whatever was killed in
-between is simply embedded again.
+A cache folder holds one sub-folder for each model that was asked. Models are told apart by what the server
+says of itself and by the embedding it gives a fixed text or image. In it `rows.bin` takes embeddings as they
+arrive, and `index.jsonl` says afterwards which key has which row. Rows that a kill left without a key are
+embedded again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Item = TypeVar("Item")
 
 
 def file_key(path: Path) -> str:
-    """What the cache knows a file by: where it lies, its size and when it was changed."""
+    """Key of a file in the cache: where it lies, its size and when it was changed."""
     status = path.stat()
     return f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
 
@@ -135,7 +135,7 @@ def _find_folder(root: Path, identity: dict[str, str], probe: NDArray[np.float32
 
 @dataclass
 class Result:
-    """What `embed_all` did: how many were embedded now, and which items were refused, with the reason."""
+    """Result of `embed_all`: how many were embedded now, and which items were refused, with the reason."""
 
     embedded: int
     refused: dict[int, str]
@@ -149,7 +149,7 @@ def embed_all(
     concurrency: int,
     label: str,
 ) -> Result:
-    """Embed every item that `cache` lacks; when one is refused, its batch is asked again one by one.
+    """Embed every item that `cache` lacks. When one is refused, its batch is asked again one by one.
 
     Args:
         items: (key, item) pairs; a key that comes twice is embedded once.

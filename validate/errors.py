@@ -1,10 +1,10 @@
-"""What can go wrong in a validation, each told in one line.
+"""Errors of a validation, each told in one line.
 
-ValidationError
-├── DatasetError     the folder is not of ImageNet's shape, or a file in it is unusable
-├── CacheError       the cache folder is in use or unusable
-└── ServerError      the server cannot be reached, lacks a model, or failed
-    └── RefusedError the server refuses one input: INVALID_ARGUMENT
+- `ValidationError`: the base of all
+- `DatasetError`: the folder is not of ImageNet's shape, or a file in it is unusable
+- `CacheError`: the cache folder is in use or unusable
+- `ServerError`: the server cannot be reached, lacks a model, or failed
+- `RefusedError`, a `ServerError`: the server refuses one input with INVALID_ARGUMENT
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ __all__ = ["CacheError", "DatasetError", "RefusedError", "ServerError", "Validat
 
 
 class ValidationError(Exception):
-    """Base of everything that ends a validation; its text is the line that the user reads."""
+    """Base of everything that ends a validation. Its text is the line that the user reads."""
 
 
 class DatasetError(ValidationError):

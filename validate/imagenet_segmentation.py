@@ -1,17 +1,17 @@
-"""How well a server's heatmaps find the object of ImageNet-Segmentation's 4,276 photographs.
+"""Accuracy of a server's heatmaps on the objects of ImageNet-Segmentation's 4,276 photographs.
 
     python -m validate.imagenet_segmentation --data gtsegs_ijcv.mat
 
 The protocol is that of "Transformer Interpretability Beyond Attention Visualization" (Chefer, Gur and Wolf,
-2021, arXiv 2012.09838) with the relative maps of "Interpreting CLIP's Image Representation via Text-Based
-Decomposition" (Gandelsman, Efros and Steinhardt, 2024, arXiv 2310.05916): the map of a class minus the mean
-over all classes, clipped at 0, scaled to 0..1, and the object where it is above its own mean. Pixel accuracy
-and mIoU (of object and background) divide sums over all images; mAP is the mean over images of the average
-precision of both classes in one ranking. The class is the one that zero-shot classification predicts, or
-with `--mapping` the one that the image's name says.
+2021, arXiv 2012.09838). The relative maps are those of "Interpreting CLIP's Image Representation via
+Text-Based Decomposition" (Gandelsman, Efros and Steinhardt, 2024, arXiv 2310.05916). Such a map is the map of
+a class minus the mean over all classes, clipped at 0 and scaled to 0..1. The object is where a map is above
+its own mean. Pixel accuracy and mIoU (of object and background) divide sums over all images. mAP is the mean
+over images of the average precision of both classes in one ranking. The class is the one that zero-shot
+classification predicts, or with `--mapping` the one that the image's name says.
 
-It has not been run on the real file, only on one of the same form. The file is the reader's to get; its form
-is described in `validate.segments`.
+It has not been run on the real file, only on one of the same form. Readers must get the file themselves. Its
+form is described in `validate.segments`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Figures:
-    """Of all images, 0..1, with the 95 % interval of the mean precision."""
+    """Figures over all images, 0..1, with the 95 % interval of the mean precision."""
 
     images: int
     pixel_accuracy: float
@@ -111,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
         "--bank", type=int, default=0, help="classes that make the mean, evenly chosen; 0: all, which is slow"
     )
     add("--size", type=_positive, default=224, help="side to which maps and masks are scaled; published: 224")
-    add("--images", type=int, default=0, help="at most so many images, evenly chosen; 0: all")
+    add("--images", type=int, default=0, help="most images, evenly chosen; 0: all")
     add("--concurrency", type=_positive, default=4, help="requests under way at once")
     add("--timeout", type=float, default=120.0, help="seconds to wait for one answer")
     return made
@@ -167,7 +167,7 @@ def run(options: argparse.Namespace) -> Figures:
 
 
 def vocabulary(mapping: Path | None) -> Vocabulary:
-    """ImageNet's curated names; with a mapping its classes, whose names are those if they are ImageNet's."""
+    """ImageNet's curated names, or a mapping's classes, under the curated names if they are ImageNet's."""
     if mapping is None:
         return Vocabulary(imagenet_classnames(), {})
     classes = read_mapping(mapping)
@@ -176,7 +176,7 @@ def vocabulary(mapping: Path | None) -> Vocabulary:
 
 
 def judge(heat: localization.Floats, mask: NDArray[np.bool_]) -> Outcome:
-    """What a relative map [H, W] says of an image with a mask of the same size."""
+    """Outcome of a relative map [H, W] for an image with a mask of the same size."""
     scores = np.maximum(heat, 0)
     found = localization.foreground(scores)
     both, either = localization.intersections_and_unions(found, mask)
@@ -229,7 +229,7 @@ def _outcome(
 
 
 def _classifier(server: Server, words: Vocabulary, templates: str) -> Callable[[bytes], int]:
-    """Which class an image is of, by the cosine with the mean over the templates."""
+    """Class of an image, by the cosine with the mean over the templates."""
     forms = imagenet_templates() if templates == "openai" else [_TEMPLATE]
     texts = [form.replace("{}", name) for name in words.names for form in forms]
     rows = min(_TEXT_ROWS, server.rows_per_request("embed_text") or _TEXT_ROWS)
@@ -264,7 +264,7 @@ def _explainer(client: Client, words: Vocabulary, bank: int, size: int) -> Expla
 
 
 def _evenly(count: int, most: int) -> list[int]:
-    """At most `most` of 0 to count - 1, evenly chosen; all for 0."""
+    """At most `most` of 0 to count - 1, evenly chosen, or all for 0."""
     if most < 1 or most >= count:
         return list(range(count))
     return [int(number) for number in np.linspace(0, count - 1, most).round()]
@@ -276,7 +276,7 @@ def _bounded(
     segments: Iterator[Segment],
     ahead: int,
 ) -> Iterator[Outcome | None]:
-    """Results in order; the file is read here, by one thread, and only so far ahead."""
+    """Results in order. The file is read here, by one thread, and only so far ahead."""
     waiting = [pool.submit(work, segment) for segment in islice(segments, ahead)]
     try:
         while waiting:

@@ -79,14 +79,14 @@ def _parser() -> argparse.ArgumentParser:
     add_common(made)
     add = made.add_argument
     add("--checkpoint", required=True, help="what the server serves: a directory or owner/name[@revision]")
-    add("--shots", type=int, default=10, help="training images a class; 0: no few-shot")
+    add("--shots", type=int, default=10, help="training images per class; 0: no few-shot")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where transformers runs")
     add("--tolerance", type=float, help="largest accuracy difference allowed; 0.002 is 0.2 points")
     return made
 
 
 def run(options: argparse.Namespace) -> bool:
-    """Compare, print and write `parity.json`; whether every accuracy is within the tolerance.
+    """Compare, print and write `parity.json`. True if every accuracy is within the tolerance.
 
     Raises:
         ValidationError: the data set, the server or the reference does not allow it.

@@ -1,7 +1,7 @@
 """The ways of measuring, each a row of the table: prompts of the zero-shot ones, scores of all.
 
 - `published`: text neighbours of a class's whole mapping row, k = 10, cosine, distance-weighted.
-- `argmax`: one prompt with the first name; the class whose text has the largest cosine wins.
+- `argmax`: one prompt with the first name. The class whose text has the largest cosine wins.
 - `open_clip`: OpenAI's 80 templates, each prompt normalised, mean over templates, normalised again.
 - `big_vision`: first name, canonicalised, with `clip_paper`'s templates (the 80 and the bare name).
 """
@@ -75,12 +75,12 @@ class Row:
     confusions: list[Confusion] = field(default_factory=list)
 
     def accuracy(self, k: int, chosen: NDArray[np.bool_] | None = None) -> Accuracy:
-        """Accuracy over all images, or the chosen ones; with several seeds, of their mean."""
+        """Accuracy over all images, or the chosen ones, of the mean of several seeds."""
         hits = [hit if chosen is None else hit[chosen] for hit in (self.top1 if k == 1 else self.top5)]
         return Accuracy(round(float(np.mean([hit.sum() for hit in hits]))), len(hits[0]))
 
     def spread(self) -> tuple[float, float] | None:
-        """Lowest and highest top-1 over the seeds; None for a single one."""
+        """Lowest and highest top-1 over the seeds, or None for a single one."""
         values = [float(hit.mean()) for hit in self.top1]
         return (min(values), max(values)) if len(values) > 1 else None
 
@@ -173,7 +173,7 @@ def zero_shot_row(protocol: ZeroShot, embed: Embed, images: Floats, labels: NDAr
 
 
 def few_shot_row(dataset: Dataset, gallery: Floats, images: Floats, shots: int, seeds: Sequence[int]) -> Row:
-    """k-nearest neighbours (k = 10, cosine, distance-weighted) among `shots` training images a class."""
+    """k-nearest neighbours (k = 10, cosine, distance-weighted) among `shots` training images per class."""
     labels, wanted = _labels(dataset)
 
     def scores(seed: int) -> Floats:
@@ -186,7 +186,7 @@ def few_shot_row(dataset: Dataset, gallery: Floats, images: Floats, shots: int, 
 def linear_probe_row(
     dataset: Dataset, gallery: Floats, images: Floats, shots: int, seeds: Sequence[int]
 ) -> Row:
-    """Logistic regression (L2, C = 10) on normalised embeddings of `shots` training images a class."""
+    """Logistic regression (L2, C = 10) on normalised embeddings of `shots` training images per class."""
     from sklearn.linear_model import LogisticRegression
 
     labels, wanted = _labels(dataset)
@@ -206,7 +206,7 @@ def linear_probe_row(
 
 
 def raw_pixel_row(dataset: Dataset, gallery: Floats, images: Floats, shots: int, seeds: Sequence[int]) -> Row:
-    """The few-shot protocol on pixels [n, values] instead of embeddings: what no model at all gets."""
+    """The few-shot protocol on pixels [n, values] instead of embeddings: the result of no model at all."""
     row = few_shot_row(dataset, gallery, images, shots, seeds)
     row.name = f"{shots}-shot, raw pixels"
     return row

@@ -1,6 +1,6 @@
-"""The same checkpoint through transformers, in this process: what the server is compared with.
+"""A checkpoint through transformers, in this process, with which the server is compared.
 
-torch and transformers are imported on first use; they are in the `dev` extra. Images go through the
+torch and transformers are imported on first use. They are in the `dev` extra. Images go through the
 checkpoint's image processor with its Pillow backend, on which the published accuracies rest.
 """
 
@@ -56,7 +56,7 @@ class Reference:
         self._context = self._model.config.text_config.max_position_embeddings
 
     def embed_images(self, files: Sequence[Path]) -> NDArray[np.float32]:
-        """The images' embeddings [n, d], not normalised; the file's EXIF rotation is applied first."""
+        """The images' embeddings [n, d], not normalised. The file's EXIF rotation is applied first."""
         from PIL import Image, ImageOps
 
         def pixels(batch: Sequence[Path]) -> Any:
@@ -92,7 +92,7 @@ class Reference:
         )
 
     def _lower(self, text: str) -> str:
-        """SigLIP 2 learnt lowercase text; the tokenizer class that its checkpoints name leaves capitals."""
+        """SigLIP 2 learnt lowercase text. The tokenizer class that its checkpoints name leaves capitals."""
         return text.lower() if "Gemma" in type(self._tokenizer).__name__ else text
 
     def _run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +47,7 @@ def published_table(rows: Sequence[Row]) -> str:
 
 
 def markdown(report: Report) -> str:
-    """The whole report: table, intervals, styles, confusions, what was measured and what was wrong."""
+    """The whole report: table, intervals, styles, confusions, and the files left out."""
     parts = [
         "# Validation of the image and text embeddings",
         _sentence(report),
@@ -160,7 +161,7 @@ def draw(report: Report, means: Floats, file: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (bars, scatter, worst) = plt.subplots(1, 3, figsize=(20, 7), constrained_layout=True)
-    figure.suptitle(_sentence(report).replace("\n", "  "), fontsize=10)
+    figure.suptitle(_sentence(report), fontsize=10)
     _draw_bars(bars, report)
     _draw_means(scatter, means)
     _draw_confusions(worst, report)
@@ -171,14 +172,21 @@ def draw(report: Report, means: Floats, file: Path) -> None:
 def _draw_bars(axes: Any, report: Report) -> None:
     rows = report.rows[::-1]
     values = [row.accuracy(1) for row in rows]
-    ends = [row.interval for row in values]
+    # At 0 and 1 an end of the interval differs from the value by rounding, to either side.
     errors = [
-        [accuracy.value - low for accuracy, (low, _) in zip(values, ends, strict=True)],
-        [high - accuracy.value for accuracy, (_, high) in zip(values, ends, strict=True)],
+        [max(0.0, accuracy.value - accuracy.interval[0]) for accuracy in values],
+        [max(0.0, accuracy.interval[1] - accuracy.value) for accuracy in values],
     ]
     axes.barh(range(len(rows)), [accuracy.value for accuracy in values], xerr=errors, color="#4477aa")
-    axes.set_yticks(range(len(rows)), [_title(row)[:48] for row in rows], fontsize=8)
+    axes.set_yticks(range(len(rows)), [_wrapped(_title(row)) for row in rows], fontsize=8)
+    for place, accuracy in enumerate(values):
+        axes.text(accuracy.interval[1] + 0.01, place, f"{accuracy.value:.4f}", va="center", fontsize=8)
     axes.set(xlabel="top-1 accuracy, 95 % interval", xlim=(0, 1), title="Accuracy")
+
+
+def _wrapped(name: str) -> str:
+    """The whole name in lines of a panel's width, in letters that matplotlib's font has."""
+    return textwrap.fill(name.encode("ascii", "replace").decode(), 44)
 
 
 def _draw_means(axes: Any, means: Floats) -> None:
@@ -193,9 +201,8 @@ def _draw_means(axes: Any, means: Floats) -> None:
 def _draw_confusions(axes: Any, report: Report) -> None:
     pairs = report.best().confusions[:15][::-1]
     classes = report.dataset.classes
-    names = [f"{classes[p.target].first_name} > {classes[p.predicted].first_name}"[:48] for p in pairs]
+    names = [f"{classes[p.target].first_name} > {classes[p.predicted].first_name}" for p in pairs]
     axes.barh(range(len(pairs)), [pair.count for pair in pairs], color="#cc6677")
-    axes.set_yticks(
-        range(len(pairs)), [name.encode("ascii", "replace").decode() for name in names], fontsize=8
-    )
+    axes.set_yticks(range(len(pairs)), [_wrapped(name) for name in names], fontsize=8)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(title=f"Most confused ({report.best().name})", xlabel="images")

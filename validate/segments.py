@@ -1,6 +1,6 @@
 """ImageNet-Segmentation as it is published: photographs with the pixels of their object.
 
-The file `gtsegs_ijcv.mat` is HDF5 (MATLAB 7.3), which holds columns of references, one row an image:
+The file `gtsegs_ijcv.mat` is HDF5 (MATLAB 7.3), which holds columns of references, one row per image:
 
     value/img  [N, 1] -> uint8 [3, W, H], the photograph
     value/gt   [N, 1] -> [1, 1] -> uint8 [W, H], 0 or 1, the object
@@ -45,12 +45,12 @@ class Segment:
 
     @property
     def synset(self) -> str:
-        """Of which class it is."""
+        """Synset of its class."""
         return self.name.partition("_")[0]
 
 
 class Segments:
-    """The images of a file, read as they are asked for; a context manager.
+    """The images of a file, read as they are asked for. It is a context manager.
 
     Raises:
         DatasetError: h5py is not installed, or this is not that file.

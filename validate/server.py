@@ -31,7 +31,7 @@ _NO_SERVER = ("failed to connect", "errors resolving", "http/2", "socket closed"
 
 @dataclass(frozen=True)
 class ServerInfo:
-    """What the server says of itself; `unknown` where it does not."""
+    """Facts that the server says of itself, `unknown` where it does not."""
 
     url: str
     version: str
@@ -90,7 +90,7 @@ class Server:
         return self._embed("embed_image", "INPUT_IMAGE", images, {})
 
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Embeddings [n, d], not normalised; what does not fit the context is cut."""
+        """Embeddings [n, d], not normalised. Text that does not fit the context is cut."""
         return self._embed(
             "embed_text", "INPUT_TEXT", [text.encode() for text in texts], {"truncation": True}
         )

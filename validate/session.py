@@ -29,14 +29,14 @@ _WHERE = re.compile(r"^.*?INPUT_\w+\[\d+\]: ")
 
 @dataclass(frozen=True)
 class Load:
-    """How hard the server is asked: rows of one request (0: a sensible number), requests at once."""
+    """Load on the server: rows of one request (0: a sensible number), requests at once."""
 
     batch: int = 0
     concurrency: int = 8
 
 
 class Session:
-    """Embeds through `server`, keeping everything in `cache_root`; a context manager.
+    """Embedding through `server`, with everything kept in `cache_root`. It is a context manager.
 
     Attributes:
         problems: files left out, each with the reason.
@@ -61,7 +61,7 @@ class Session:
         self._open.close()
 
     def embed_images(self, dataset: Dataset, part: str) -> NDArray[np.float32]:
-        """Embeddings [n, d] of `dataset.train` or `dataset.valid`; unusable files leave that list."""
+        """Embeddings [n, d] of `dataset.train` or `dataset.valid`. Unusable files leave that list."""
         samples: list[Sample] = getattr(dataset, part)
         readable = [(key, sample) for sample in samples if (key := self._key(sample, dataset.root))]
         cache = self._cache("embed_image", lambda: self.server.embed_images([_probe_image()]))
@@ -103,7 +103,7 @@ class Session:
 
     def _problem(self, problem: str) -> None:
         if self._on_error == "stop":
-            raise DatasetError(f"{problem} (--on-error skip goes on without it)")
+            raise DatasetError(f"{problem} (--on-error skip continues without it)")
         self.problems.append(problem)
         print(f"left out: {problem}", file=sys.stderr)
 

@@ -3,8 +3,8 @@
     python -m validate.siglip_vision --data DIR
 
 The folder holds `train/{synset}/*`, `valid/{synset}/*` and `LOC_synset_mapping.txt`. Images and prompts
-are embedded over the wire and kept, so that a run that was stopped goes on where it was; the table, the
-figures and a picture are written to the output folder.
+are embedded over the wire and kept, so that a stopped run resumes. The table, the figures and a picture are
+written to the output folder.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command resumes from here", file=sys.stderr)
         return 130
     return 0
 
@@ -61,14 +61,18 @@ def parser() -> argparse.ArgumentParser:
     add_common(made)
     add = made.add_argument
     add("--protocols", nargs="*", choices=PROTOCOLS, default=list(PROTOCOLS), help="zero-shot protocols")
-    add("--shots", nargs="*", type=_positive, default=[10], help="training images a class; none: no few-shot")
+    add("--shots", nargs="*", type=_positive, default=[10], help="images per class, none: no few-shot")
     add("--seeds", type=_positive, default=1, help="draws of the training images, where there is a choice")
     add(
         "--linear-probe", action="store_true", help="add rows with logistic regression (minutes, not seconds)"
     )
     add("--baselines", action="store_true", help="add chance and k-nearest neighbours on raw pixels")
     add("--pixel-side", type=_positive, default=32, help="side to which raw pixels are resized")
-    add("--class-list", type=Path, help="synset ids, one a line: their accuracy and the others' beside it")
+    add(
+        "--class-list",
+        type=Path,
+        help="synset ids, one per line: their accuracy and the others' are told apart",
+    )
     add("--styles", action="store_true", help="break down by file name prefix: twemoji_p0.png is twemoji")
     return made
 
@@ -81,7 +85,7 @@ def add_common(made: argparse.ArgumentParser) -> None:
     add("--output", type=Path, default=Path("validation"), help="folder for the report")
     add("--cache", type=Path, default=Path(".validation-cache"), help="folder for embeddings; safe to delete")
     add("--on-error", choices=("skip", "stop"), default="skip", help="at a bad row, class or file")
-    add("--valid-per-class", type=int, default=0, help="at most so many validation images a class; 0: all")
+    add("--valid-per-class", type=int, default=0, help="most validation images per class; 0: all")
     add("--batch", type=int, default=0, help="rows of one request; 0: 16 images, 64 texts")
     add("--concurrency", type=_positive, default=8, help="requests under way at once")
     add("--timeout", type=float, default=60.0, help="seconds to wait for one answer")
@@ -94,7 +98,7 @@ def _positive(text: str) -> int:
 
 
 def open_session(options: argparse.Namespace, models: Sequence[str]) -> tuple[Dataset, Session]:
-    """The scanned folder and a session with a server of `models`; the options are those of `add_common`."""
+    """The scanned folder and a session with a server of `models`. The options are those of `add_common`."""
     dataset = load_dataset(options.data, options.on_error, options.valid_per_class)
     for problem in dataset.problems:
         print(f"left out: {problem}", file=sys.stderr)

@@ -1,9 +1,9 @@
-"""Replay a clip: find its teams in the first frames, then label each track, and classify only what is needed.
+"""Replay a clip: find its teams in the first frames, then label each track with few classifications.
 
     python clients/examples/replay_clip.py FRAMES DETECTIONS.csv -o teams.csv [--draw FOLDER]
 
 FRAMES is a folder of a video's frames as images, in the order of their names. DETECTIONS.csv has the columns
-frame, track_id, x0, y0, x1, y1 (pixels); `frame` is an image's name, with or without its ending, or its
+frame, track_id, x0, y0, x1, y1 (pixels). `frame` is an image's name, with or without its ending, or its
 number. The output has a row for each detection, in the frames' order: frame, track_id, team.
 
 In a live pipeline, frames are arrays already: send `frame=array, color_order="BGR"` instead of a file, and,
@@ -39,13 +39,13 @@ class Detections:
     boxes: NDArray[np.float32]
 
     def inside(self, width: int, height: int) -> Detections:
-        """Those that are in the frame at all; trackers go on for a while where players have left it."""
+        """The detections inside the frame. Trackers may report players for a while after they left it."""
         x0, y0, x1, y1 = self.boxes.T
         kept = (x0 < x1) & (y0 < y1) & (x1 > 0) & (y1 > 0) & (x0 < width) & (y0 < height)
         return Detections(self.tracks[kept], self.boxes[kept])
 
 
-NOBODY = Detections(np.zeros(0, np.int64), np.zeros((0, 4), np.float32))
+NO_PLAYERS = Detections(np.zeros(0, np.int64), np.zeros((0, 4), np.float32))
 
 
 def read_detections(path: Path, frames: Sequence[Path]) -> dict[Path, Detections]:
@@ -70,12 +70,12 @@ def read_detections(path: Path, frames: Sequence[Path]) -> dict[Path, Detections
 
 
 def fit(client: Client, detections: dict[Path, Detections], frames: Sequence[Path]) -> TeamFit:
-    """The teams in the players' crops of the frames; of very many crops every n-th."""
+    """The teams in the players' crops of the frames, or every n-th of very many crops."""
     crops: list[Image.Image] = []
     tracks: list[int] = []
     for frame in frames:
         with Image.open(frame) as picture:
-            found = detections.get(frame, NOBODY).inside(*picture.size)
+            found = detections.get(frame, NO_PLAYERS).inside(*picture.size)
             # Whole pixels, at least one, inside of the frame.
             low = np.floor(found.boxes[:, :2]).clip(0)
             high = np.ceil(found.boxes[:, 2:]).clip(None, picture.size)
@@ -86,7 +86,7 @@ def fit(client: Client, detections: dict[Path, Detections], frames: Sequence[Pat
 
 
 class Replay:
-    """Labels frame by frame; counts the crops that were classified, of all that there were."""
+    """Labels frame by frame, and counts the crops that were classified, of all that there were."""
 
     def __init__(self, client: Client, state: bytes) -> None:
         self.client = client
@@ -134,7 +134,7 @@ def replay(client: Client, options: argparse.Namespace) -> None:
         writer.writerow(["frame", "track_id", "team"])
         for path in frames:
             with Image.open(path) as picture:
-                found = detections.get(path, NOBODY).inside(*picture.size)
+                found = detections.get(path, NO_PLAYERS).inside(*picture.size)
                 teams = clip.label(path, found)
                 writer.writerows((path.name, *row) for row in zip(found.tracks, teams, strict=True))
                 if options.draw:
@@ -143,7 +143,7 @@ def replay(client: Client, options: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Run the example; the exit status."""
+    """Run the example and return the exit status."""
     parser = argparse.ArgumentParser(description="Find the teams of a clip, and label its tracks.")
     parser.add_argument("frames", type=Path, help="folder of the video's frames")
     parser.add_argument("detections", type=Path, help="CSV: frame, track_id, x0, y0, x1, y1")

@@ -2,9 +2,8 @@
 
 from siglip_serve_client._async_client import AsyncClient
 from siglip_serve_client._client import Client
-from siglip_serve_client._explain import Explanation
-from siglip_serve_client._team_tracker import TeamTracker, resolve_goalkeepers
-from siglip_serve_client._teams import TeamFit, Teams
+from siglip_serve_client._operations.explain import Explanation
+from siglip_serve_client._operations.teams import TeamFit, Teams
 from siglip_serve_client.errors import (
     AccessError,
     ClientError,
@@ -15,6 +14,7 @@ from siglip_serve_client.errors import (
     UnavailableError,
     UnreachableError,
 )
+from siglip_serve_client.team_tracker import TeamTracker, resolve_goalkeepers
 
 __all__ = [
     "AccessError",

@@ -1,10 +1,10 @@
-"""The client for event loops; what it does is what `Client` does."""
+"""The client for event loops, with the methods of `Client`."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -13,15 +13,17 @@ from typing import Self, TypeVar, Unpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from siglip_serve_client import _operations
-from siglip_serve_client._engine import Engine, Outcome, Progress
-from siglip_serve_client._explain import ExplainOptions, Explanation, ask_explanation
-from siglip_serve_client._images import ColorOrder, ImageLike
-from siglip_serve_client._operations import Link
-from siglip_serve_client._shared_memory import Regions
-from siglip_serve_client._steps import Operation
-from siglip_serve_client._teams import TeamFit, TeamImages, Teams, ask_fit, ask_teams, hint_inputs
-from siglip_serve_client._transports import Endpoint
+from siglip_serve_client._operations.encoding import ColorOrder, ImageLike
+from siglip_serve_client._operations.explain import ExplainOptions, Explanation, ask_explanation
+from siglip_serve_client._operations.images import ask_embedding, ask_probabilities, label_tensors
+from siglip_serve_client._operations.link import Link, Outcome, Progress
+from siglip_serve_client._operations.server import ask_description, ask_health
+from siglip_serve_client._operations.shared_memory import Regions
+from siglip_serve_client._operations.teams import TeamFit, TeamImages, Teams, ask_fit, ask_teams, hint_inputs
+from siglip_serve_client._operations.texts import ask_text_embeddings, text_chunks
+from siglip_serve_client._operations.turns import Turns
+from siglip_serve_client._transports import connect
+from siglip_serve_client._transports.endpoint import Endpoint
 
 __all__ = ["AsyncClient"]
 
@@ -29,7 +31,7 @@ S = TypeVar("S")
 
 
 class AsyncClient:
-    """`Client` for asyncio; use it as an asynchronous context manager, in one event loop.
+    """`Client` for asyncio. Use it as an asynchronous context manager, in one event loop.
 
     Arguments and errors are those of `Client`. Files are read and pictures encoded in threads.
     """
@@ -45,8 +47,8 @@ class AsyncClient:
         ca_file: Path | str | None = None,
     ) -> None:
         self.concurrency = concurrency
-        self._engine = Engine(Endpoint.parse(url, api_key, ca_file), concurrency)
-        self._link = Link(timeout, Regions() if shared_memory else None)
+        transport = connect(Endpoint.parse(url, api_key, ca_file), concurrency)
+        self._link = Link(transport, timeout, Regions(transport) if shared_memory else None)
 
     async def __aenter__(self) -> Self:
         return self
@@ -57,16 +59,14 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Remove what lies in shared memory, and close the connection."""
-        if self._link.regions is not None:
-            await self._engine.run(self._link.regions.close())
-        await self._engine.close()
+        """Remove the frames in shared memory, and close the connections."""
+        await self._link.close()
 
     async def embed_image(
         self, image: ImageLike, normalized: bool = False, *, color_order: ColorOrder | None = None
     ) -> NDArray[np.float32]:
-        """See `Client.embed_image`."""
-        return await self._engine.run(_operations.embed_image(self._link, image, normalized, color_order))
+        """Embed one image: [D] float32. Arguments and errors as in `Client.embed_image`."""
+        return await ask_embedding(self._link, image, normalized, color_order)
 
     def embed_images(
         self,
@@ -76,18 +76,16 @@ class AsyncClient:
         color_order: ColorOrder | None = None,
         progress: Progress | None = None,
     ) -> AsyncIterator[Outcome]:
-        """See `Client.embed_images`; the images may come asynchronously."""
+        """Embed any number of images, which may come asynchronously. Otherwise as `Client.embed_images`."""
         link = self._link
-        return self._each(
-            images, lambda image: _operations.embed_image(link, image, normalized, color_order), progress
-        )
+        return self._each(images, lambda image: ask_embedding(link, image, normalized, color_order), progress)
 
     async def embed_text(
         self, text: str, normalized: bool = False, *, truncation: bool = False
     ) -> NDArray[np.float32]:
-        """See `Client.embed_text`."""
-        operation = _operations.embed_texts(self._link, [text], 0, normalized, truncation)
-        return np.asarray((await self._engine.run(operation))[0])
+        """Embed one text: [D] float32. Arguments and errors as in `Client.embed_text`."""
+        operation = ask_text_embeddings(self._link, [text], 0, normalized, truncation)
+        return np.asarray(await operation)[0]
 
     async def embed_texts(
         self,
@@ -97,13 +95,13 @@ class AsyncClient:
         truncation: bool = False,
         progress: Progress | None = None,
     ) -> NDArray[np.float32]:
-        """See `Client.embed_texts`."""
+        """Embed any number of texts: [N, D] float32. Arguments and errors as in `Client.embed_texts`."""
         parts: list[NDArray[np.float32]] = []
 
-        def operation(chunk: tuple[int, list[str]]) -> Operation[NDArray[np.float32]]:
-            return _operations.embed_texts(self._link, chunk[1], chunk[0], normalized, truncation)
+        def operation(chunk: tuple[int, list[str]]) -> Awaitable[NDArray[np.float32]]:
+            return ask_text_embeddings(self._link, chunk[1], chunk[0], normalized, truncation)
 
-        async for part in self._each(_operations.chunks(texts), operation):
+        async for part in self._each(text_chunks(texts), operation):
             if isinstance(part, Exception):
                 raise part
             parts.append(part)
@@ -120,9 +118,9 @@ class AsyncClient:
         softmax: bool = False,
         color_order: ColorOrder | None = None,
     ) -> NDArray[np.float32]:
-        """See `Client.classify`."""
-        tensors = _operations.label_tensors(labels, templates)
-        return await self._engine.run(_operations.classify(self._link, image, tensors, softmax, color_order))
+        """Score labels for one image: [L] float32. Arguments and errors as in `Client.classify`."""
+        tensors = label_tensors(labels, templates)
+        return await ask_probabilities(self._link, image, tensors, softmax, color_order)
 
     def classify_images(
         self,
@@ -134,18 +132,18 @@ class AsyncClient:
         color_order: ColorOrder | None = None,
         progress: Progress | None = None,
     ) -> AsyncIterator[Outcome]:
-        """See `Client.classify_images`; the images may come asynchronously."""
-        tensors = _operations.label_tensors(labels, templates)
+        """Score labels for images, which may come asynchronously. Otherwise as `Client.classify_images`."""
+        tensors = label_tensors(labels, templates)
         link = self._link
         return self._each(
-            images, lambda image: _operations.classify(link, image, tensors, softmax, color_order), progress
+            images, lambda image: ask_probabilities(link, image, tensors, softmax, color_order), progress
         )
 
     async def explain(
         self, image: ImageLike, prompts: Sequence[str], **options: Unpack[ExplainOptions]
     ) -> Explanation:
-        """See `Client.explain`."""
-        return await self._engine.run(ask_explanation(self._link, image, prompts, options))
+        """Map the scores of prompts to places in an image. Arguments and errors as in `Client.explain`."""
+        return await ask_explanation(self._link, image, prompts, options)
 
     async def fit_teams(
         self,
@@ -157,39 +155,34 @@ class AsyncClient:
         k: int = 2,
         **images: Unpack[TeamImages],
     ) -> TeamFit:
-        """See `Client.fit_teams`."""
+        """Find the teams of football players. Arguments and errors as in `Client.fit_teams`."""
         hints = hint_inputs(track_ids=track_ids, roles=roles, anchors=anchors, prev_state=prev_state, k=k)
-        return await self._engine.run(ask_fit(self._link, images, hints))
+        return await ask_fit(self._link, images, hints)
 
     async def classify_teams(self, *, state: bytes, **images: Unpack[TeamImages]) -> Teams:
-        """See `Client.classify_teams`."""
-        return await self._engine.run(ask_teams(self._link, images, state))
+        """Name the team of each player. Arguments and errors as in `Client.classify_teams`."""
+        return await ask_teams(self._link, images, state)
 
-    async def describe(self) -> dict[str, str]:
-        """See `Client.describe`."""
-        return await self._engine.run(_operations.describe(self._link))
+    async def describe(self, model: str = "siglip_vision_model") -> dict[str, str]:
+        """Ask for the checkpoint and settings of a model. Arguments and errors as in `Client.describe`."""
+        return await ask_description(self._link, model)
 
     async def check_health(self) -> int:
-        """See `Client.check_health`."""
-        return await self._engine.run(_operations.check_health(self._link))
+        """Embed a small picture and return the width of the embedding, as `Client.check_health`."""
+        return await ask_health(self._link)
 
     async def _each(
         self,
         items: Iterable[S] | AsyncIterable[S],
-        operation: Callable[[S], Operation[NDArray[np.float32]]],
+        operation: Callable[[S], Awaitable[NDArray[np.float32]]],
         progress: Progress | None = None,
     ) -> AsyncIterator[Outcome]:
-        """The outcome of each item, in order, `concurrency` at a time."""
-        window: deque[asyncio.Task[Outcome]] = deque()
-        free = asyncio.Semaphore(self.concurrency)
+        """The outcome of each item, in order. `concurrency` run, and as many again are read ahead."""
+        turns, window = Turns(self.concurrency), deque[asyncio.Task[Outcome]]()
         done = count(1)
         try:
             async for item in _asynchronous(items):
-                await free.acquire()
-                task = asyncio.create_task(self._engine.outcome(operation(item)))
-                task.add_done_callback(lambda _: free.release())
-                window.append(task)
-                # As many again may wait behind one that is slow.
+                window.append(turns.start(operation, item))
                 while window and (window[0].done() or len(window) >= 2 * self.concurrency):
                     yield await window.popleft()
                     if progress is not None:
@@ -199,9 +192,7 @@ class AsyncClient:
                 if progress is not None:
                     progress(next(done))
         finally:
-            for task in window:
-                task.cancel()
-            await asyncio.gather(*window, return_exceptions=True)
+            await turns.cancel()
 
 
 async def _asynchronous(items: Iterable[S] | AsyncIterable[S]) -> AsyncIterator[S]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
+import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from itertools import count, islice
 from pathlib import Path
@@ -14,35 +14,41 @@ from typing import Any, Self, TypeVar, Unpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from siglip_serve_client import _operations
-from siglip_serve_client._engine import Outcome, Progress, ThreadedEngine
-from siglip_serve_client._explain import ExplainOptions, Explanation, ask_explanation
-from siglip_serve_client._images import ColorOrder, ImageLike
-from siglip_serve_client._operations import Link
-from siglip_serve_client._shared_memory import Regions
-from siglip_serve_client._steps import Call, Describe, Operation, Pause, Register, Step, Work
-from siglip_serve_client._teams import TeamFit, TeamImages, Teams, ask_fit, ask_teams, hint_inputs
-from siglip_serve_client._transports import Endpoint, connect
+from siglip_serve_client._operations.encoding import ColorOrder, ImageLike
+from siglip_serve_client._operations.explain import ExplainOptions, Explanation, ask_explanation
+from siglip_serve_client._operations.images import ask_embedding, ask_probabilities, label_tensors
+from siglip_serve_client._operations.link import Link, Outcome, Progress
+from siglip_serve_client._operations.server import ask_description, ask_health
+from siglip_serve_client._operations.shared_memory import Regions
+from siglip_serve_client._operations.teams import TeamFit, TeamImages, Teams, ask_fit, ask_teams, hint_inputs
+from siglip_serve_client._operations.texts import ask_text_embeddings, text_chunks
+from siglip_serve_client._operations.turns import Turns
+from siglip_serve_client._transports import connect
+from siglip_serve_client._transports.background_loop import BackgroundLoop
+from siglip_serve_client._transports.endpoint import Endpoint
 
 __all__ = ["Client"]
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
 class Client:
-    """Talks to a SigLIP Serve at `url`; use it as a context manager. Safe with several threads.
+    """Embeds and classifies with a SigLIP Serve at `url`. Use it as a context manager.
+
+    Several threads may share a client. All requests run in an event loop in a thread of its own.
 
     Args:
         url: `host:port` of the gRPC endpoint, or a URL of the scheme grpc, grpcs, http or https.
-        concurrency: requests in flight; the server batches what arrives together.
-        timeout: seconds for one request, in which a server that is too busy is asked again, a few times.
-        shared_memory: hand raw frames over through /dev/shm; the server runs on this machine, as the same
-            user, and was started with `--shared-memory`.
-        api_key: of a proxy in front of the server; sent as `authorization: Bearer ...`.
+        concurrency: requests in flight of one iteration. The server batches requests that arrive together.
+        timeout: seconds for one request, with the few repetitions when the server is too busy.
+        shared_memory: hand raw frames over through /dev/shm. The server must run on this machine, as the
+            same user, and with `--shared-memory`.
+        api_key: key for a proxy in front of the server; sent as `authorization: Bearer ...`.
         ca_file: PEM file of the certificates to trust with grpcs and https, instead of the system's.
 
     Raises:
-        ValueError: the URL is none of these.
+        ValueError: the URL has another form.
     """
 
     def __init__(
@@ -56,9 +62,11 @@ class Client:
         ca_file: Path | str | None = None,
     ) -> None:
         self.concurrency = concurrency
-        self._endpoint = Endpoint.parse(url, api_key, ca_file)
-        self._transport = connect(self._endpoint, concurrency)
-        self._link = Link(timeout, Regions() if shared_memory else None)
+        # No limit of connections: each iteration has its own limit, and each of the caller's threads waits.
+        transport = connect(Endpoint.parse(url, api_key, ca_file), 0)
+        self._link = Link(transport, timeout, Regions(transport) if shared_memory else None)
+        # A client that is not closed, as in short scripts, is closed when it is collected.
+        weakref.finalize(self, BackgroundLoop.close_later, self._link).atexit = False
 
     def __enter__(self) -> Self:
         return self
@@ -69,10 +77,8 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Remove what lies in shared memory, and close the connection."""
-        if self._link.regions is not None:
-            self._run(self._link.regions.close())
-        self._transport.close()
+        """Remove the frames in shared memory, and close the connections."""
+        self._run(self._link.close())
 
     def embed_image(
         self, image: ImageLike, normalized: bool = False, *, color_order: ColorOrder | None = None
@@ -80,7 +86,7 @@ class Client:
         """The embedding [D] float32 of one image.
 
         Args:
-            image: an image file as bytes or path; or a PIL image, or a uint8 array [H, W] or
+            image: an image file as bytes or path, or a PIL image, or a uint8 array [H, W] or
                 [H, W, 1, 3 or 4], which travel without loss and uncompressed.
             normalized: scale it to length 1.
             color_order: of an array with colours, "RGB" or "BGR" (OpenCV).
@@ -91,7 +97,7 @@ class Client:
             OSError: the path cannot be read.
             TypeError, ValueError: not an image of these kinds.
         """
-        return self._run(_operations.embed_image(self._link, image, normalized, color_order))
+        return self._run(ask_embedding(self._link, image, normalized, color_order))
 
     def embed_images(
         self,
@@ -101,23 +107,21 @@ class Client:
         color_order: ColorOrder | None = None,
         progress: Progress | None = None,
     ) -> Iterator[Outcome]:
-        """The embeddings of any number of images, in their order, `concurrency` requests in flight.
+        """The embeddings of any number of images, in their order, with `concurrency` requests in flight.
 
-        An image that fails yields its error in its place; the others are not affected. Images are taken
+        An image that fails yields its error in its place, and the others are not affected. Images are taken
         from the iterable as they are needed. `progress` is called with the number of results so far.
         """
         link = self._link
         return self._each(
-            (_operations.embed_image(link, image, normalized, color_order) for image in images), progress
+            iter(images), lambda image: ask_embedding(link, image, normalized, color_order), progress
         )
 
     def embed_text(
         self, text: str, normalized: bool = False, *, truncation: bool = False
     ) -> NDArray[np.float32]:
-        """The embedding [D] float32 of one text; see `embed_texts`."""
-        return np.asarray(
-            self._run(_operations.embed_texts(self._link, [text], 0, normalized, truncation))[0]
-        )
+        """The embedding [D] float32 of one text. See `embed_texts`."""
+        return np.asarray(self._run(ask_text_embeddings(self._link, [text], 0, normalized, truncation))[0])
 
     def embed_texts(
         self,
@@ -127,22 +131,22 @@ class Client:
         truncation: bool = False,
         progress: Progress | None = None,
     ) -> NDArray[np.float32]:
-        """The embeddings [N, D] float32 of any number of texts; [0, 0] for none.
+        """The embeddings [N, D] float32 of any number of texts, or [0, 0] for none.
 
         Args:
             truncation: cut a text that has too many tokens, instead of refusing it.
             progress: called with the number of texts that are done.
 
         Raises:
-            InvalidInputError: a text is refused; the message names its index.
+            InvalidInputError: a text is refused. The message names its index.
             ClientError, TypeError: as for `embed_image`.
         """
         parts: list[NDArray[np.float32]] = []
-        operations = (
-            _operations.embed_texts(self._link, chunk, first, normalized, truncation)
-            for first, chunk in _operations.chunks(texts)
-        )
-        for part in self._each(operations):
+
+        def operation(chunk: tuple[int, list[str]]) -> Awaitable[NDArray[np.float32]]:
+            return ask_text_embeddings(self._link, chunk[1], chunk[0], normalized, truncation)
+
+        for part in self._each(text_chunks(texts), operation):
             if isinstance(part, Exception):
                 raise part
             parts.append(part)
@@ -163,15 +167,15 @@ class Client:
 
         Args:
             image: as for `embed_image`.
-            templates: texts with `{}` where a label goes, averaged; none: the bare label.
-            softmax: the labels compete and sum to 1, as CLIP's always do; else each has a probability of
-                its own.
+            templates: texts with `{}` for the label, averaged, or the bare label if None.
+            softmax: the labels compete and sum to 1, as they always do for CLIP. Otherwise each label has a
+                probability of its own.
 
         Raises:
             ClientError, OSError, TypeError, ValueError: as for `embed_image`.
         """
-        tensors = _operations.label_tensors(labels, templates)
-        return self._run(_operations.classify(self._link, image, tensors, softmax, color_order))
+        tensors = label_tensors(labels, templates)
+        return self._run(ask_probabilities(self._link, image, tensors, softmax, color_order))
 
     def classify_images(
         self,
@@ -183,29 +187,32 @@ class Client:
         color_order: ColorOrder | None = None,
         progress: Progress | None = None,
     ) -> Iterator[Outcome]:
-        """What `classify` says of any number of images, in their order; errors as in `embed_images`."""
-        tensors = _operations.label_tensors(labels, templates)
+        """The probabilities [L] float32 for each of many images, in order. Errors as in `embed_images`."""
+        tensors = label_tensors(labels, templates)
         link = self._link
-        operations = (_operations.classify(link, image, tensors, softmax, color_order) for image in images)
-        return self._each(operations, progress)
+        return self._each(
+            iter(images),
+            lambda image: ask_probabilities(link, image, tensors, softmax, color_order),
+            progress,
+        )
 
     def explain(
         self, image: ImageLike, prompts: Sequence[str], **options: Unpack[ExplainOptions]
     ) -> Explanation:
-        """Where in an image the scores of P prompts come from.
+        """Heatmaps: the places in an image from which the scores of P prompts come.
 
         Args:
             image: as for `embed_image`.
             prompts: at least one.
-            **options: `templates=`, texts with `{}` where a prompt goes, averaged. `background=`, texts that
-                prompts are compared with; without it the mean of all prompts, or of general words for one
+            **options: `templates=`, texts with `{}` for the prompt, averaged. `background=`, texts that
+                prompts are compared with. Without it the mean of all prompts, or of general words for one
                 prompt. `mode=` "relative" (to the background) or "absolute". `normalize=` of the heatmaps,
-                "none", "prompt" or "joint". `size=`, height and width of the heatmaps; without it the image's
-                own, at most 512 on its longer side. `overlays=True` for pictures, with `colormap=` "jet",
-                "viridis" or "cividis" and `opacity=` 0 to 1. `color_order=` as for `embed_image`.
+                "none", "prompt" or "joint". `size=`, height and width of the heatmaps. Without it the image's
+                own, at most 512 on its longer side. `overlays=True` for pictures, with `colormap=` "bwr",
+                "jet", "viridis" or "cividis" and `opacity=` 0 to 1. `color_order=` as for `embed_image`.
 
         Raises:
-            InvalidInputError: what the server refuses; its message names the prompt.
+            InvalidInputError: the server refuses an input. The message names the prompt.
             ClientError, OSError, TypeError, ValueError: as for `embed_image`.
         """
         return self._run(ask_explanation(self._link, image, prompts, options))
@@ -222,31 +229,31 @@ class Client:
     ) -> TeamFit:
         """Find the teams in N pictures of football players.
 
-        60 crops of 10 players or more, over several frames, make a good fit; 8 are the least.
+        60 crops of 10 players or more, over several frames, make a good fit. The minimum is 8 crops.
 
         Args:
-            track_ids: [N] whole numbers; crops of one number show one player, negative ones are unknown.
-                They improve a fit much.
+            track_ids: [N] whole numbers. Crops of one number show one player, and negative numbers are
+                unknown. They improve a fit much.
             roles: [N] of "player", "goalkeeper", "referee"; "" is a player. Only players are clustered.
-            anchors: [N], the team that a crop is known to be, -1 where it is not: decides the teams' ids.
-            prev_state: of an earlier fit, whose teams keep their ids.
-            k: how many teams.
-            **images: `crops=`, a sequence of N images, each as for `embed_image`; or `frame=`, one such
+            anchors: [N], the known team of a crop, or -1. They decide the ids of the teams.
+            prev_state: the state of an earlier fit, whose teams keep their ids.
+            k: number of teams.
+            **images: `crops=`, a sequence of N images, each as for `embed_image`, or `frame=`, one such
                 image, and `boxes=`, [N, 4] of x0, y0, x1, y1 in its pixels. With arrays of colours also
                 `color_order=`, "RGB" or "BGR" (OpenCV).
 
         Raises:
-            InvalidInputError: what the server refuses; its message names the crop.
+            InvalidInputError: the server refuses an input. The message names the crop.
             ClientError, OSError, TypeError, ValueError: as for `embed_image`.
         """
         hints = hint_inputs(track_ids=track_ids, roles=roles, anchors=anchors, prev_state=prev_state, k=k)
         return self._run(ask_fit(self._link, images, hints))
 
     def classify_teams(self, *, state: bytes, **images: Unpack[TeamImages]) -> Teams:
-        """The teams of N pictures of football players; N may be 0.
+        """The teams of N pictures of football players, where N may be 0.
 
         Args:
-            state: of a fit.
+            state: the state of a fit.
             **images: `crops=`, or `frame=` and `boxes=`, and `color_order=`, as for `fit_teams`.
 
         Raises:
@@ -254,63 +261,54 @@ class Client:
         """
         return self._run(ask_teams(self._link, images, state))
 
-    def describe(self) -> dict[str, str]:
-        """What embeds images: `checkpoint_name`, `checkpoint_revision`, `dtype`, `preprocess`.
+    def describe(self, model: str = "siglip_vision_model") -> dict[str, str]:
+        """The checkpoint and the settings of a model, by default of the one that embeds images.
+
+        Args:
+            model: a model with a checkpoint. `siglip_base_model` looks at the jerseys of teams.
+
+        Returns:
+            `checkpoint_name`, `checkpoint_revision`, `dtype`, `preprocess`, and `checkpoint_note`: the limits
+            of the checkpoint, as in "knows drawings only". Values that the server does not give are "".
 
         Raises:
             ClientError: as for `embed_image`.
         """
-        return self._run(_operations.describe(self._link))
+        return self._run(ask_description(self._link, model))
 
     def check_health(self) -> int:
-        """Embed a small picture; the width of the embedding.
+        """Embed a small picture, and return the width of the embedding.
 
-        A server can be ready while a model process is dead: only an inference tells.
+        A server can be ready while a model process is dead, so this makes an inference.
 
         Raises:
-            ClientError: it was not answered, or not with finite numbers.
+            ClientError: the server did not answer, or not with finite numbers.
         """
-        return self._run(_operations.check_health(self._link))
+        return self._run(ask_health(self._link))
 
     def _each(
-        self, operations: Iterable[Operation[NDArray[np.float32]]], progress: Progress | None = None
+        self,
+        items: Iterator[S],
+        operation: Callable[[S], Awaitable[NDArray[np.float32]]],
+        progress: Progress | None = None,
     ) -> Iterator[Outcome]:
-        """The outcome of each, in order; `concurrency` at a time, as many again read ahead."""
-        window: deque[Future[Outcome]] = deque()
-        rest = iter(operations)
-        with ThreadedEngine(self._endpoint, self.concurrency) as engine:
-            for done in count(1):
-                # Those that are done come first: each change of the thread costs time.
-                if not (window and window[0].done()):
-                    window.extend(map(engine.submit, islice(rest, 2 * self.concurrency - len(window))))
-                if not window:
-                    return
-                yield window.popleft().result()
-                if progress is not None:
-                    progress(done)
+        """The outcome of each item, in order. `concurrency` run, and as many again are read ahead."""
+        turns, window = Turns(self.concurrency), deque[Future[Outcome]]()
+        loop = BackgroundLoop.of(self._link)
+        with loop.held():
+            try:
+                for done in count(1):
+                    # Results that are there come first: each change of the thread costs time.
+                    if not (window and window[0].done()):
+                        new = islice(items, 2 * self.concurrency - len(window))
+                        window.extend(loop.submit(turns.outcome(operation, item)) for item in new)
+                    if not window:
+                        return
+                    yield window.popleft().result()
+                    if progress is not None:
+                        progress(done)
+            finally:
+                loop.finish(turns.cancel())
 
-    def _run(self, operation: Operation[T]) -> T:
-        try:
-            step = next(operation)
-            while True:
-                try:
-                    result = self._perform(step)
-                except BaseException as error:  # noqa: BLE001 - the operation raises what it does not handle
-                    step = operation.throw(error)
-                else:
-                    step = operation.send(result)
-        except StopIteration as end:
-            return end.value
-
-    def _perform(self, step: Step) -> Any:
-        if isinstance(step, Call):
-            return self._transport.infer(step)
-        if isinstance(step, Work):
-            return step.function()
-        if isinstance(step, Pause):
-            return time.sleep(step.seconds)
-        if isinstance(step, Describe):
-            return self._transport.describe(step)
-        if isinstance(step, Register):
-            return self._transport.register(step)
-        return self._transport.withdraw(step)
+    def _run(self, operation: Coroutine[Any, Any, T]) -> T:
+        return BackgroundLoop.of(self._link).run(operation)

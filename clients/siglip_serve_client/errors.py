@@ -1,13 +1,13 @@
-"""What a client raises.
+"""The errors of the clients.
 
 ClientError
-├── InvalidInputError    the server refused the input (INVALID_ARGUMENT); the message says which row and why
-├── UnavailableError     the server cannot serve it now; a retry may help
-│   ├── DeadlineError    it did not answer in time
-│   └── UnreachableError nobody answers at the address
+├── InvalidInputError    the server refused the input (INVALID_ARGUMENT). The message says which row and why
+├── UnavailableError     the server cannot serve the request now, and a retry may help
+│   ├── DeadlineError    the server did not answer in time
+│   └── UnreachableError no server answers at the address
 ├── AccessError          the server, or a proxy in front of it, does not let this caller in
 ├── ServerError          the server failed (any other status)
-└── SharedMemoryError    a frame cannot reach the server through shared memory; the message says why
+└── SharedMemoryError    a frame cannot reach the server through shared memory. The message says why
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ClientError(Exception):
 
 
 class InvalidInputError(ClientError):
-    """The server refused the input; the message names the row."""
+    """The server refused the input. The message names the row."""
 
 
 class AccessError(ClientError):
@@ -37,15 +37,15 @@ class AccessError(ClientError):
 
 
 class UnavailableError(ClientError):
-    """The server cannot serve it now, as when its queue is full."""
+    """The server cannot serve the request now, for example because its queue is full."""
 
 
 class DeadlineError(UnavailableError):
-    """The server did not answer in time; the request may still run there."""
+    """The server did not answer in time. The request may still run there."""
 
 
 class UnreachableError(UnavailableError):
-    """Nobody answers at the address."""
+    """No server answers at the address."""
 
 
 class ServerError(ClientError):

@@ -1,8 +1,8 @@
 """Settings, read once from the environment and from the `parameters` of a model's `config.pbtxt`.
 
-Every field of `Settings` is an environment variable `SIGLIP_SERVE_<NAME>` and a model parameter
-`<name>`; the parameter, which concerns one model, wins over the variable, which concerns all.
-A name that is not a setting stops the start.
+Every field of `Settings` is an environment variable `SIGLIP_SERVE_<NAME>` and a model parameter `<name>`.
+The variable applies to all models. The parameter applies to one model and wins over the variable.
+Startup fails on a name that is not a setting.
 """
 
 from __future__ import annotations
@@ -18,114 +18,164 @@ from siglip_serve.errors import SettingsError
 __all__ = [
     "PREFIX",
     "Backend",
+    "CheckpointUse",
     "Dtype",
     "PreprocessMode",
     "Settings",
     "Switch",
     "TeamReducer",
-    "Tower",
     "load_settings",
 ]
 
 PREFIX = "SIGLIP_SERVE_"
-# What Kubernetes puts into the environment of every pod beside a service that is named siglip-serve.
+# Kubernetes sets these variables in every pod of a namespace that has a service named siglip-serve.
 _SERVICE_LINKS = re.compile(rf"{PREFIX}(SERVICE_HOST|SERVICE_PORT.*|PORT|PORT_\d+_.*)")
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float8", "int8"]
 Backend = Literal["auto", "torch", "openvino", "fused"]
 PreprocessMode = Literal["fast", "pil", "gpu"]
 TeamReducer = Literal["pca", "none", "umap"]
-Tower = Literal["main", "teams"]
+CheckpointUse = Literal["main", "teams"]
 Switch = Literal["on", "off"]
+
+
+def _option(group: str, text: str, metavar: str = "") -> dict[str, str]:
+    """Describe a setting that is also an option of `siglip-serve serve`.
+
+    Args:
+        group: heading of the option in the command's help.
+        text: help of the option, without the default.
+        metavar: placeholder of the value in the help; empty: that of a number.
+    """
+    return {"group": group, "help": text, "metavar": metavar}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What an operator can choose. The texts below are also the command line's help."""
+    """Choices of the operator. The texts of the options are also the command's help.
+
+    Attributes:
+        tower: use of the checkpoint that a model loads; only its `config.pbtxt` sets it.
+        checkpoint_name: name of that checkpoint as clients see it; the launcher sets it.
+        checkpoint_revision: revision of that checkpoint as clients see it; the launcher sets it.
+        checkpoint_note: limits of that checkpoint as its `config.json` tells them; the launcher sets it.
+    """
 
     checkpoint: str = field(
-        metadata={"help": "Hugging Face directory or hub id; owner/name@revision pins the revision"}
-    )
-    tower: Tower = field(
-        default="main", metadata={"help": "which checkpoint a model takes; only its config.pbtxt says so"}
-    )
-    checkpoint_name: str = field(default="", metadata={"help": "the checkpoint's name as clients see it"})
-    checkpoint_revision: str = field(default="", metadata={"help": "its revision as clients see it"})
-    dtype: Dtype = field(
-        default="auto",
-        metadata={"help": "arithmetic of the towers; auto: bfloat16 where fast; float8, int8: images only"},
-    )
-    backend: Backend = field(
-        default="auto",
-        metadata={"help": "what runs the towers; auto: fused on GPUs, openvino on CPUs, torch for CLIP"},
-    )
-    calibration: str = field(default="", metadata={"help": "folder of images that int8 is calibrated on"})
-    cache: str = field(
-        default="",
-        metadata={"help": "folder that keeps the int8 model between starts; default: ~/.cache/siglip-serve"},
+        metadata=_option(
+            "checkpoints",
+            "Hugging Face directory or hub id; owner/name@revision pins the revision",
+            "CHECKPOINT",
+        )
     )
     teams_checkpoint: str = field(
         default="",
-        metadata={"help": "checkpoint whose image tower tells teams apart; default: the one of --checkpoint"},
+        metadata=_option(
+            "checkpoints",
+            "checkpoint whose image tower tells teams apart (default: that of --checkpoint)",
+            "CHECKPOINT",
+        ),
     )
-    jersey_region: str = field(
-        default="0.25,0.2,0.75,0.5",
-        metadata={"help": "left, top, right, bottom of the jersey, as parts of a player's box"},
+    tower: CheckpointUse = "main"
+    checkpoint_name: str = ""
+    checkpoint_revision: str = ""
+    checkpoint_note: str = ""
+    dtype: Dtype = field(
+        default="auto",
+        metadata=_option(
+            "towers", "arithmetic; auto: bfloat16 where it is fast; float8 and int8: images only"
+        ),
     )
-    team_reducer: TeamReducer = field(
-        default="pca", metadata={"help": "in which coordinates teams are looked for; umap: needs umap-learn"}
+    backend: Backend = field(
+        default="auto",
+        metadata=_option("towers", "engine; auto: fused on GPUs, openvino on CPUs, torch for CLIP"),
     )
-    preprocess: PreprocessMode = field(
-        default="fast",
-        metadata={"help": "fast: libjpeg-turbo; pil: pixel for pixel as published; gpu: JPEG by the GPU"},
+    calibration: str = field(
+        default="", metadata=_option("towers", "folder of images to calibrate int8 on", "FOLDER")
     )
-    max_image_bytes: int = field(
-        default=32 * 1024 * 1024, metadata={"help": "largest encoded image, in bytes"}
-    )
-    max_image_pixels: int = field(
-        default=64_000_000, metadata={"help": "largest image, in pixels; checked before decoding"}
+    cache: str = field(
+        default="",
+        metadata=_option(
+            "towers",
+            "folder that keeps the int8 model between starts (default: ~/.cache/siglip-serve)",
+            "FOLDER",
+        ),
     )
     max_rows: int = field(
-        default=0, metadata={"help": "rows in one pass of a tower; 0: fitted to the device"}
+        default=0, metadata=_option("towers", "rows in one pass of a tower; 0: fitted to the device")
     )
     turns: Switch = field(
         default="on",
-        metadata={"help": "off: processes of one tower on one device compute at the same time, not in turns"},
+        metadata=_option(
+            "towers", "on: processes of one tower on one device compute in turn; off: at the same time"
+        ),
     )
-    threads: int = field(default=0, metadata={"help": "CPU threads of one tower; 0: all cores"})
+    threads: int = field(default=0, metadata=_option("towers", "CPU threads of one tower; 0: all cores"))
+    preprocess: PreprocessMode = field(
+        default="fast",
+        metadata=_option(
+            "images",
+            "fast: libjpeg-turbo; pil: the same pixels as the reference; gpu: JPEG decoded on the GPU",
+        ),
+    )
     decoders: int = field(
-        default=0, metadata={"help": "processes that decode images, with gpu on each GPU; 0: fitted"}
+        default=0,
+        metadata=_option(
+            "images", "processes that decode images, per GPU with --preprocess gpu; 0: fitted to the machine"
+        ),
     )
-    max_text_bytes: int = field(default=65_536, metadata={"help": "largest text or label, in bytes"})
+    max_image_bytes: int = field(
+        default=32 * 1024 * 1024, metadata=_option("images", "largest encoded image, in bytes")
+    )
+    max_image_pixels: int = field(
+        default=64_000_000,
+        metadata=_option("images", "largest image, in pixels; checked before it is decoded"),
+    )
+    max_text_bytes: int = field(default=65_536, metadata=_option("texts", "largest text or label, in bytes"))
     text_cache_rows: int = field(
-        default=32_768, metadata={"help": "texts whose tokens and embeddings are kept; 0: none"}
+        default=32_768,
+        metadata=_option("texts", "texts whose tokens and embeddings stay in memory; 0: none"),
     )
     heatmap_blocks: int = field(
-        default=2, metadata={"help": "last blocks that heatmaps are rolled back through; 0: none"}
+        default=2, metadata=_option("heatmaps", "last blocks that heatmaps are traced back through; 0: none")
     )
     heatmap_prompts: int = field(
-        default=32, metadata={"help": "most prompts of one image for which blocks are rolled back"}
+        default=32, metadata=_option("heatmaps", "most prompts per image for which blocks are traced back")
     )
-    embed_text_models: str = field(
-        default="siglip_text", metadata={"help": "values that embed_model may take for texts"}
+    jersey_region: str = field(
+        default="0.25,0.2,0.75,0.5",
+        metadata=_option(
+            "teams", "left, top, right and bottom of the jersey, as fractions of a player's box", "L,T,R,B"
+        ),
+    )
+    team_reducer: TeamReducer = field(
+        default="pca",
+        metadata=_option(
+            "teams", "reduction of the embeddings before they are clustered; umap needs umap-learn"
+        ),
     )
     embed_models: str = field(
-        default="siglip_vision", metadata={"help": "values that the request parameter embed_model may take"}
+        default="siglip_vision",
+        metadata=_option("requests", "values that the parameter embed_model may have for images", "NAME,..."),
+    )
+    embed_text_models: str = field(
+        default="siglip_text",
+        metadata=_option("requests", "values that the parameter embed_model may have for texts", "NAME,..."),
     )
 
     @property
     def own_checkpoint(self) -> str:
-        """The checkpoint that the model with these settings takes."""
+        """Name of the checkpoint that a model with these settings loads."""
         return (self.tower == "teams" and self.teams_checkpoint) or self.checkpoint
 
 
 def load_settings(
     environment: Mapping[str, str] | None = None, parameters: Mapping[str, str] | None = None
 ) -> Settings:
-    """The settings of one model.
+    """Read the settings of one model.
 
     Args:
-        environment: variables; those that begin with `SIGLIP_SERVE_` are read. Default: `os.environ`.
+        environment: variables; only names that begin with `SIGLIP_SERVE_` count. Default: `os.environ`.
         parameters: the `parameters` of the model's configuration, as name -> string value.
 
     Raises:

@@ -1,21 +1,20 @@
 """The exceptions of SigLIP Serve.
 
     SiglipServeError
-    ├── SettingsError            unknown or malformed setting: the start stops
-    ├── CheckpointError          unknown checkpoint, or weights that are not its own: the start stops
-    ├── ServerStartError         tritonserver could not be started or never answered
+    ├── SettingsError            unknown or malformed setting: startup fails
+    ├── CheckpointError          unknown checkpoint, or weights of another model: startup fails
+    ├── ServerStartError         tritonserver did not start or never answered
     ├── InvalidInputError        the request is at fault: INVALID_ARGUMENT / 400
     │   ├── ImageError           not a decodable image
     │   ├── ImageTooLargeError   more bytes or pixels than the limits allow
-    │   ├── ParameterError       an unknown request parameter, or a value that it cannot have
-    │   ├── StateError           not a team state, or one of other embeddings
+    │   ├── ParameterError       unknown request parameter, or a value that it cannot have
+    │   ├── StateError           not a team state, or a state of other embeddings
     │   └── TextError            not a usable text
-    └── UnavailableError         the server cannot serve it now, a retry may help: UNAVAILABLE / 503
+    └── UnavailableError         the server cannot answer now, a retry may help: UNAVAILABLE / 503
         └── DeviceMemoryError    not even one row fits into the device's memory
 
-An `InvalidInputError` raised for one element knows nothing of the tensor it came from; `at()` adds
-the tensor's name and the element's index, so that a message reads
-`INPUT_IMAGE[3]: not a decodable image`.
+Code that raises an `InvalidInputError` for one element does not know the tensor. Its caller adds the
+tensor's name and the element's index with `at()`: `INPUT_IMAGE[3]: not a decodable image`.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ __all__ = [
     "UnavailableError",
 ]
 
-# Marks, in the server's log, the line that tells why a model did not start.
+# Marks the line of the server's log that says why a model did not start.
 START_REFUSED = "siglip-serve cannot start: "
 
 
@@ -49,7 +48,7 @@ class SettingsError(SiglipServeError):
 
 
 class CheckpointError(SiglipServeError):
-    """A checkpoint cannot be found, or does not hold the model that it claims to hold."""
+    """A checkpoint cannot be found, or its files do not hold the model that its configuration describes."""
 
 
 class ServerStartError(SiglipServeError):
@@ -57,10 +56,10 @@ class ServerStartError(SiglipServeError):
 
 
 class InvalidInputError(SiglipServeError):
-    """A request's input is not what the model takes."""
+    """A request's input does not meet the model's requirements."""
 
     def at(self, name: str, index: int | None = None) -> InvalidInputError:
-        """The same error with the input's name, and the element's index, in front."""
+        """Copy the error with the input's name, and the element's index, in front of its message."""
         where = name if index is None else f"{name}[{index}]"
         return type(self)(f"{where}: {self}")
 
@@ -74,11 +73,11 @@ class ImageTooLargeError(InvalidInputError):
 
 
 class ParameterError(InvalidInputError):
-    """A request parameter is unknown, or its value is not one that it can have."""
+    """A request parameter is unknown, or it cannot have the value."""
 
 
 class StateError(InvalidInputError):
-    """The bytes are not a team state, or one that was fitted to other embeddings."""
+    """The bytes are not a team state, or the state was fitted to other embeddings."""
 
 
 class TextError(InvalidInputError):
@@ -86,7 +85,7 @@ class TextError(InvalidInputError):
 
 
 class UnavailableError(SiglipServeError):
-    """The server cannot serve this now; trying again later may help."""
+    """The server cannot answer now; a later retry may succeed."""
 
 
 class DeviceMemoryError(UnavailableError):

@@ -1,4 +1,4 @@
-"""Ask the machine what it has: CPU cores, CPU instructions, GPUs."""
+"""Detect the machine's hardware: CPU cores, CPU instructions, GPUs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ from pathlib import Path
 
 __all__ = ["available_cores", "gpu_capabilities", "processor_flags"]
 
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds per period, or `max`
 # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of the CUDA driver.
 _CAPABILITY = (75, 76)
 
 
 def available_cores() -> int:
-    """CPU cores that this process may use: its affinity, and its control group's quota (containers)."""
+    """Count the CPU cores that this process may use, at least 1.
+
+    The count is limited by the process's affinity and by the CPU quota of its control group (containers).
+    """
     cores = len(os.sched_getaffinity(0))
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        quota, period = _CPU_QUOTA.read_text(encoding="ascii").split()
     except (OSError, ValueError):
         return cores
     if not quota.isdigit():
@@ -27,16 +31,16 @@ def available_cores() -> int:
 
 
 def processor_flags() -> frozenset[str]:
-    """What the CPU can do, in the kernel's words, such as `avx512_vnni`."""
+    """List the CPU's features under the kernel's names, such as `avx512_vnni`."""
     flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     return frozenset(flags[1].split() if flags else ())
 
 
 @cache
 def gpu_capabilities() -> tuple[tuple[int, int], ...]:
-    """Compute capability, major and minor, of each GPU that this process may use.
+    """Read the compute capability (major, minor) of each GPU that this process may use.
 
-    The driver is asked, since importing torch takes seconds; it honours `CUDA_VISIBLE_DEVICES`.
+    The CUDA driver answers, because importing torch takes seconds. It honours `CUDA_VISIBLE_DEVICES`.
     """
     try:
         driver = ctypes.CDLL("libcuda.so.1")

@@ -1,4 +1,4 @@
-"""The heatmap benchmark end to end on scenes of plain shapes, and its own arithmetic."""
+"""The heatmap benchmark, end to end on scenes of plain shapes, and its arithmetic."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from PIL import Image
 from random_checkpoints import random_clip
 
 from benchmarks import heatmaps, plots
-from benchmarks.common import write_csv
 from benchmarks.heatmap_methods import Maps, Method, Model, hide, methods, untrained, windows
 from benchmarks.heatmaps import METRICS, Perturbation, Setup, collect, prepare, read, sheet, variants
+from benchmarks.records import write_csv
 from siglip_serve.towers.load import load_vision
 from training.composed import Scenes
 from training.pack import Pack
@@ -56,11 +56,11 @@ def setup(model: Model) -> Setup:
     return prepare(model, scenes, LABELS, range(len(LABELS)), seed=0)
 
 
-def test_rows_of_a_run(model: Model, setup: Setup, tmp_path: Path) -> None:
+def test_run_has_a_row_per_method_with_plausible_figures(model: Model, setup: Setup, tmp_path: Path) -> None:
     scenes = read(shapes(model.config.vision.image_size))
     rows = collect(setup, scenes, perturbed=2, seed=0)
     depth = model.config.vision.num_hidden_layers
-    # Both kinds of relative maps, but of what ignores the prompt.
+    # Two kinds of relative maps per method, except where the prompt is ignored.
     assert len(rows) == 2 * (depth + 1 + 5) + 2
     assert {row["method"] for row in rows} == {
         "ours",
@@ -81,7 +81,7 @@ def test_rows_of_a_run(model: Model, setup: Setup, tmp_path: Path) -> None:
         )
         for name in METRICS[:4]:
             assert 0 <= float(row[f"{name}_low"]) <= float(row[name]) <= float(row[f"{name}_high"]) <= 1
-        # Only ours claims to add up, and does.
+        # Only this project's maps claim to sum to the cosine.
         assert bool(row["completeness"]) == row["method"].startswith("ours")
         if row["completeness"]:
             assert float(row["completeness"]) < 1e-5
@@ -96,7 +96,7 @@ def test_rows_of_a_run(model: Model, setup: Setup, tmp_path: Path) -> None:
     assert "LeGrad, pooler" in heatmaps.summary(rows)
 
 
-def test_the_command_writes_rows_and_sheets(
+def test_command_writes_rows_and_sheets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     meta: dict[str, object] = {
@@ -132,11 +132,11 @@ def test_the_command_writes_rows_and_sheets(
     assert "pointing" in capsys.readouterr().out
 
 
-def test_a_sheet_shows_every_way(model: Model, setup: Setup) -> None:
+def test_sheet_shows_every_method(model: Model, setup: Setup) -> None:
     scene = read(shapes(model.config.vision.image_size))[2]
     page = np.asarray(sheet(setup, scene, ["a", "b", "c"]))
     tiles = page[14 : 14 + 144].reshape(144, -1, 144, 3)
-    assert tiles.shape[1] == 9  # where it is, and eight ways
+    assert tiles.shape[1] == 9  # the scene, and eight methods
     assert (tiles.std(axis=(0, 2)).max(axis=1) > 5).all()
 
 
@@ -161,8 +161,8 @@ def test_relative_maps_and_maps_that_ignore_the_prompt(model: Model) -> None:
     assert len({(each.name, each.blocks) for each in methods(model, 0)}) == 17
 
 
-def test_occlusion_finds_what_the_cosine_hangs_on(setup: Setup) -> None:
-    """A linear stand-in for the tower, which looks at one place: the map must point there."""
+def test_occlusion_finds_the_pixels_that_change_the_cosine(setup: Setup) -> None:
+    """The tower is replaced by a linear one that reads one place, to which the map must point."""
 
     class Corner(Model):
         def __init__(self) -> None:
@@ -182,14 +182,14 @@ def test_occlusion_finds_what_the_cosine_hangs_on(setup: Setup) -> None:
     maps = occlusion.find(case)
     assert average_precision(maps.own[0], mask) > 0.6
     assert average_precision(-maps.own[1], mask) > 0.6
-    # What hides that place last of all keeps the score up, and the other way round.
+    # The score stays high while that place is hidden last, and drops when it is hidden first.
     curves = Perturbation(Corner(), case)
     good, bad = curves(np.stack([maps.own[0], -maps.own[0]])), curves(np.stack([-maps.own[0], maps.own[0]]))
     assert good[0] < bad[0]
     assert good[1] > bad[1]
 
 
-def test_every_way_draws_maps_of_a_clip_tower(setup: Setup, tmp_path: Path) -> None:
+def test_every_method_draws_maps_of_a_clip_tower(setup: Setup, tmp_path: Path) -> None:
     random_clip({"image_size": 48, "patch_size": 8}).save_pretrained(tmp_path)
     tower = load_vision(tmp_path)
     config = setup.model.config
@@ -241,7 +241,7 @@ def test_hidden_places_have_the_mean_colour() -> None:
     assert hide(picture, gone)[0, :, :, 0].tolist() == [[50, 100], [0, 0]]
 
 
-def test_untrained_weights_are_other_ones_and_repeat(model: Model) -> None:
+def test_untrained_weights_differ_and_repeat(model: Model) -> None:
     size = model.config.vision.image_size
     pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -253,5 +253,5 @@ def test_untrained_weights_are_other_ones_and_repeat(model: Model) -> None:
     assert not torch.allclose(first, other, atol=0.1)
     assert not torch.allclose(first, trained, atol=0.1)
     assert torch.isfinite(first).all()
-    # Pictures are told apart, so that maps are not those of a constant.
+    # The pictures differ, so that the maps are not those of a constant.
     assert not torch.allclose(first[0], first[1], atol=0.01)

@@ -1,4 +1,4 @@
-"""The benchmarks' own machinery: what they send, count, check and draw."""
+"""The load generator of the benchmarks: its requests, counts, checks and plots."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -16,7 +17,8 @@ from PIL import Image
 from tritonclient.grpc import service_pb2
 
 from benchmarks import peers, plots
-from benchmarks.common import synthetic_jpeg, write_csv
+from benchmarks.cpu_time import cpu_of, cpu_used, machine_cpu
+from benchmarks.inputs import synthetic_jpeg
 from benchmarks.load import Driver, Load, Result, first_answers, send_times, wrong
 from benchmarks.load_clients import (
     Answer,
@@ -27,7 +29,7 @@ from benchmarks.load_clients import (
     infer_request,
     triton_embedding,
 )
-from benchmarks.machine import cpu_of, cpu_used, machine_cpu
+from benchmarks.records import write_csv
 from benchmarks.servers import run_peer
 
 TARGET = Target("http", "127.0.0.1:1", "/embed")
@@ -121,7 +123,7 @@ def test_open_loop_counts_from_the_intended_time() -> None:
     given = load(concurrency=1, seconds=0.5, warmup=0.0, rate=50.0, arrivals="fixed")
     record = drive(Slow(0.001, stall=0.3), given).record
     assert len(record.latencies) + record.unsent == 25
-    # One in flight: those intended during the stall waited for its end, though each was answered at once.
+    # With one in flight, the requests due during the stall waited for its end.
     assert sum(latency > 0.1 for latency in record.latencies) >= 9
     assert record.late >= 9
 
@@ -129,11 +131,11 @@ def test_open_loop_counts_from_the_intended_time() -> None:
 def test_open_loop_counts_what_was_never_sent() -> None:
     given = load(concurrency=1, seconds=0.3, warmup=0.1, rate=50.0, arrivals="fixed")
     record = drive(Slow(0.001, stall=0.6), given).record
-    assert len(record.latencies) == 0  # the one that was sent belongs to the warm-up
+    assert len(record.latencies) == 0  # the only one sent belongs to the warm-up
     assert record.unsent == 15
 
 
-def test_a_wrong_answer_is_an_error() -> None:
+def test_counts_a_wrong_answer_as_an_error() -> None:
     record = drive(Slow(0.01, answer=-1.0), load(seconds=0.2, warmup=0.0, check=1)).record
     assert record.completed == 0
     assert record.statuses["WRONG"] > 0
@@ -150,7 +152,7 @@ def test_a_wrong_answer_is_an_error() -> None:
         ([0, 0], True),
     ],
 )
-def test_what_counts_as_wrong(answer: list[float], expected: bool) -> None:
+def test_answer_is_wrong_beyond_the_tolerance(answer: list[float], expected: bool) -> None:
     with np.errstate(invalid="ignore"):
         assert wrong(np.array(answer, np.float32), np.array([1, 0], np.float32)) is expected
 
@@ -252,6 +254,38 @@ def test_plots_are_drawn(name: str, least: int, tmp_path: Path) -> None:
         assert len(set(np.asarray(image.convert("L")).ravel().tolist())) > 10  # something was drawn
 
 
+def test_waterfall_is_no_taller_than_a_screen(tmp_path: Path) -> None:
+    rows = [
+        {**row, "geometry": geometry, "rows": number, "step": f"{row['step']} {turn}"}
+        for geometry in ("base", "large", "giant")
+        for number in ("64", "1")
+        for turn in range(4)
+        for row in _rows("vision_waterfall")
+    ]
+    write_csv(tmp_path / "vision_waterfall.csv", rows)
+    with Image.open(plots.draw("vision_waterfall", tmp_path)) as image:
+        assert image.height <= plots.HEIGHT
+
+
+def test_waterfall_shows_the_whole_run_and_no_panel_without_the_first_step() -> None:
+    whole = [{**row, "command": "all"} for row in _rows("vision_waterfall")]
+    single = {**whole[2], "command": "one", "images_per_second": "901"}
+    headless = {**whole[1], "geometry": "tiny"}
+    figure = plots.waterfall([*whole, single, headless])
+    shown = {axes.get_title(loc="left"): [text.get_text() for text in axes.texts] for axes in figure.axes}
+    assert shown.pop("") == []
+    expected = [" 100  1.00000", " 150  1.50 x  0.99990", " 900  9.00 x  0.99980"]
+    assert shown == {"base, 64 images per pass, bfloat16": expected}
+    plt.close(figure)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(10630.5, "10,631"), (26.25, "26.3"), (471.0, "471"), (5.0, "5"), (0, "0")]
+)
+def test_figures_are_rounded_as_in_the_pages(value: float, expected: str) -> None:
+    assert plots._thousands(value) == expected
+
+
 def test_ratio_takes_the_best_run_of_the_other_side() -> None:
     cpu = {"peer": "12.0", "ours": "4.0"}
     more = {"checkpoint": "base", "cosine_min": "1"}
@@ -262,7 +296,7 @@ def test_ratio_takes_the_best_run_of_the_other_side() -> None:
     assert peers.with_ratio({**rows[3], "size": "1x1"}, rows)["ratio"] == ""
 
 
-def test_the_peer_answers_each_of_a_batch_with_its_own() -> None:
+def test_peer_answers_each_request_of_a_batch_with_its_own_embedding() -> None:
     jpegs = [synthetic_jpeg(64, 48, seed) for seed in range(5)]
     with run_peer(TINY, "cpu", ["--dtype", "float32"], timeout=100) as running:
         assert running.columns["dtype"] == "float32"

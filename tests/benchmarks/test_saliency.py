@@ -1,4 +1,4 @@
-"""Maps in closed form against autograd, and against one patch after the other."""
+"""Maps in closed form, compared with autograd and with single patches."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def attention_of(layer: Block, x: Tensor) -> tuple[Tensor, Tensor]:
 def naive_legrad(
     tower: AnyVisionTower, pixels: Tensor, vector: Tensor, blocks: int, of: Literal["pooler", "blocks"]
 ) -> Tensor:
-    """One image, one vector; what the paper says, with autograd."""
+    """LeGrad of one image and one vector by the formula of the paper, with autograd."""
     assert isinstance(tower, VisionTower | ClipVisionTower)
     x = tower.embeddings(pixels)[0] if isinstance(tower, VisionTower) else tower.embed(pixels)[0]
     layers, maps = layers_of(tower), []
@@ -98,9 +98,7 @@ def pool(tower: VisionTower, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("of", ["pooler", "blocks"])
 @pytest.mark.parametrize("blocks", [1, 2, 3])
-def test_legrad_is_what_autograd_finds(
-    tower: AnyVisionTower, blocks: int, of: Literal["pooler", "blocks"]
-) -> None:
+def test_legrad_equals_autograd(tower: AnyVisionTower, blocks: int, of: Literal["pooler", "blocks"]) -> None:
     pixels, vectors = draw(tower)
     found = legrad(tower, trace_tower(tower, pixels, blocks), vectors, of)
     expected = torch.stack(
@@ -113,7 +111,7 @@ def test_legrad_is_what_autograd_finds(
     assert float((found - expected).abs().max() / expected.max()) <= 1e-5
 
 
-def test_dense_sends_every_patch_alone(tower: AnyVisionTower) -> None:
+def test_dense_pools_every_patch_alone(tower: AnyVisionTower) -> None:
     pixels, vectors = draw(tower)
     found = dense(tower, trace_tower(tower, pixels, 1), vectors)
     for image in range(len(pixels)):
@@ -121,7 +119,7 @@ def test_dense_sends_every_patch_alone(tower: AnyVisionTower) -> None:
             x = trace_tower(tower, pixels[image : image + 1], 1).before
             last = layers_of(tower)[-1]
             for place in range((SIDE // PATCH) ** 2):
-                # A token that attends to nothing but itself is a sequence of one.
+                # A token that attends only to itself is a sequence of one.
                 if isinstance(tower, VisionTower):
                     alone = tower.head(tower.post_layernorm(last(x))[:, place : place + 1])
                 else:
@@ -131,7 +129,7 @@ def test_dense_sends_every_patch_alone(tower: AnyVisionTower) -> None:
     assert float(found.std(-1).min()) > 1e-3
 
 
-def test_pool_attention_is_the_heads_own(tower: AnyVisionTower) -> None:
+def test_pool_attention_equals_that_of_the_head(tower: AnyVisionTower) -> None:
     pixels, _ = draw(tower)
     trace = trace_tower(tower, pixels, 1)
     found = pool_attention(tower, trace)
@@ -159,7 +157,7 @@ def test_a_trace_of_fewer_blocks_is_cut_from_a_longer_one(tower: AnyVisionTower)
 
 
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
-def test_slopes_are_those_of_the_activations(name: str) -> None:
+def test_slopes_equal_those_of_the_activations(name: str) -> None:
     x = torch.linspace(-6, 6, 401, dtype=torch.float64, requires_grad=True)
     (expected,) = torch.autograd.grad(ACTIVATIONS[name](x).sum(), x)
     torch.testing.assert_close(SLOPES[name](x.detach()), expected, rtol=0, atol=1e-12)

@@ -1,4 +1,4 @@
-"""The bundled tower on drawn clips, and the benchmark's own arithmetic."""
+"""The bundled tower on drawn clips, and the arithmetic of the benchmark."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def jerseys(made: Clip) -> list[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]]
 
 
 @pytest.mark.parametrize("tier", ["T0", "T3", "T5"])
-def test_the_bundled_tower_tells_teams_apart(tier: str, encoder: Encoder) -> None:
+def test_bundled_tower_tells_teams_apart(tier: str, encoder: Encoder) -> None:
     made = clip(tier, 50, CAST)
     found = judge(ours(encoder(jerseys(made)), made), made)
     assert found["tracks"] >= 0.9

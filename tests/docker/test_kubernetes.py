@@ -1,4 +1,4 @@
-"""The manifests: rendered by kubectl, valid for Kubernetes, and of one piece."""
+"""The manifests, rendered by kubectl: valid for Kubernetes and consistent with each other."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VERSION = "1.33"
 
 @cache
 def objects(overlay: str) -> dict[str, dict[str, Any]]:
-    """What an overlay makes, by kind and name."""
+    """The objects of an overlay, by kind and name."""
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl is not installed")
     rendered = subprocess.run(
@@ -56,9 +56,9 @@ def test_every_object_is_valid(overlay: str) -> None:
     }
 
 
-def test_the_check_finds_a_wrong_field() -> None:
+def test_validation_refuses_a_field_of_the_wrong_type() -> None:
     wrong = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "a"}, "spec": {"ports": "8000"}}
-    with pytest.raises(kubernetes_validate.ValidationError):
+    with pytest.raises(kubernetes_validate.ValidationError, match="'8000' is not of type 'array'"):
         kubernetes_validate.validate(wrong, VERSION, strict=True)
 
 
@@ -92,7 +92,7 @@ def test_pods_are_probed_by_inference_and_may_write_nowhere_else(overlay: str) -
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_the_autoscaler_asks_for_what_the_adapter_makes(overlay: str) -> None:
+def test_autoscaler_uses_the_adapters_metric(overlay: str) -> None:
     adapter = yaml.safe_load((FOLDER / "prometheus-adapter.yaml").read_text())
     names = {rule["name"]["as"] for rule in adapter["rules"]["custom"]}
     (metric,) = objects(overlay)["HorizontalPodAutoscaler/siglip-serve"]["spec"]["metrics"]

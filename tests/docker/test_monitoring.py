@@ -1,4 +1,4 @@
-"""docker/monitoring: rules, their own tests, and a dashboard of one piece."""
+"""docker/monitoring: rules, their tests, and a consistent dashboard."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def rules(kind: str) -> list[dict[str, Any]]:
     ],
     ids=" ".join,
 )
-def test_promtool_finds_nothing(arguments: tuple[str, ...]) -> None:
+def test_promtool_accepts_rules_and_configuration(arguments: tuple[str, ...]) -> None:
     assert "SUCCESS" in promtool(*arguments)
 
 
@@ -71,7 +71,7 @@ def test_every_public_model_is_watched() -> None:
     ]
     assert len(lists) >= 6
     for names in lists:
-        # A fit takes seconds, which is no fault.
+        # A fit may take seconds.
         assert names in (public, public - {"fit_teams"})
 
 

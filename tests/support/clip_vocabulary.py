@@ -1,4 +1,4 @@
-"""A small byte-pair vocabulary of CLIP's construction, trained on the spot."""
+"""A small byte-pair vocabulary in CLIP's format, trained by the test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def write_clip_vocabulary(path: Path, texts: Iterable[str], size: int = 900) -> int:
-    """Write `vocab.json` and `merges.txt` of at most `size` tokens; returns how many, the end token last."""
+    """Write `vocab.json` and `merges.txt`; return the number of tokens, the end token last."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]

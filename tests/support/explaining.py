@@ -1,4 +1,4 @@
-"""Requests to `explain_image` by plain tritonclient, and a picture whose answer is known."""
+"""Requests to `explain_image` by plain tritonclient, and a picture with a known result."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SIDE = 384
 
 
 def explain_inputs(module: Any, image: bytes | Sequence[bytes], inputs: Mapping[str, Any]) -> list[Any]:
-    """Tensors of tritonclient's `module`; texts are str or bytes."""
+    """Make input tensors of tritonclient's `module`; texts are str or bytes."""
     images = [image] if isinstance(image, bytes) else list(image)
     made = module.InferInput("INPUT_IMAGE", [len(images), 1], "BYTES")
     made.set_data_from_numpy(np.array(images, dtype=np.object_).reshape(-1, 1))
@@ -49,7 +49,7 @@ def explain(
     parameters: Mapping[str, Any] | None = None,
     **inputs: Any,
 ) -> Answer:
-    """The named outputs of one request; further inputs by their names."""
+    """Return the named outputs of one request; `inputs` holds further inputs by name."""
     result = caller.client.infer(
         "explain_image",
         explain_inputs(caller.module, image, {"PROMPTS": prompts, **inputs}),
@@ -61,7 +61,7 @@ def explain(
 
 @functools.cache
 def corner() -> Image.Image:
-    """A penguin in the upper right corner of a calm square, so that no two sides can be mixed up."""
+    """Draw a penguin in the upper right corner of a plain square, so that no two sides look alike."""
     with Image.open(TINY / "samples" / "penguin.png") as file:
         drawing = file.convert("RGB")
     side = min(drawing.size)
@@ -73,16 +73,16 @@ def corner() -> Image.Image:
 
 
 def peak(heatmap: NDArray[np.float32]) -> tuple[float, float]:
-    """Where a map is largest: down and across, 0 to 1 of its height and width."""
+    """Find the maximum of a map: down and across, as fractions of its height and width."""
     row, column = np.unravel_index(int(heatmap.argmax()), heatmap.shape)
     return (float(row) + 0.5) / heatmap.shape[0], (float(column) + 0.5) / heatmap.shape[1]
 
 
 def stretched(width: int, height: int) -> Image.Image:
-    """The square drawn out to another shape; the tower, which takes squares, is shown the same."""
+    """Stretch the square to another shape; the tower, which takes squares, sees the same."""
     return corner().resize((width, height), Image.Resampling.BICUBIC)
 
 
 def png(image: Image.Image) -> bytes:
-    """A small file of it."""
+    """Encode an image as PNG, with little compression."""
     return encode(image, "PNG", compress_level=1)

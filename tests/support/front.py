@@ -1,4 +1,4 @@
-"""The front of `docker/front`, run before a server of the tests."""
+"""The reverse proxy of `docker/front`, run before a server of the tests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FRONT = ROOT / "docker" / "front"
 
 @dataclass(frozen=True)
 class Front:
-    """A running front; `key` is a valid one."""
+    """A running front and one of its valid keys."""
 
     port: int
     key: str
@@ -37,7 +37,7 @@ class Front:
     def post(
         self, path: str, body: bytes | None, headers: Mapping[str, str], key: str | None = None
     ) -> tuple[int, bytes]:
-        """Status and body; with the valid key unless another is given, none with ""."""
+        """Return status and body. The valid key is sent unless another is given; "" sends none."""
         used = self.key if key is None else key
         headers = {**headers, **({"Authorization": f"Bearer {used}"} if used else {})}
         request = urllib.request.Request(f"https://{self.address}{path}", body, dict(headers))
@@ -55,7 +55,7 @@ class Front:
 
 @contextmanager
 def run_front(http_url: str, grpc_url: str, folder: Path) -> Iterator[Front]:
-    """The front before a server; the test is skipped where nginx or openssl is missing."""
+    """Run the front before a server; the test is skipped where nginx or openssl is missing."""
     for name in ("nginx", "openssl"):
         program(name)
     subprocess.run(["sh", FRONT / "make_certificate.sh", folder], check=True, capture_output=True)
@@ -82,7 +82,7 @@ def run_front(http_url: str, grpc_url: str, folder: Path) -> Iterator[Front]:
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(["sh", FRONT / "start.sh"], env=environment, stdout=log, stderr=log)
     try:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
@@ -93,4 +93,4 @@ def run_front(http_url: str, grpc_url: str, folder: Path) -> Iterator[Front]:
         assert made.stdout.strip() not in (folder / "log").read_text()
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)

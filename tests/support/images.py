@@ -1,4 +1,4 @@
-"""Image files for the tests, made here: one of every kind that is served, and named broken ones."""
+"""Image files for the tests: one of every kind that is served, and broken ones by name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HAS_AVIF = bool(features.check("avif"))
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Something like a photograph: gradients, shapes with saturated edges, text, sensor noise."""
+    """Draw something like a photograph: gradients, shapes with saturated edges, text, sensor noise."""
     rng = np.random.default_rng(seed)
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
     phase = rng.uniform(0, 6, 3)
@@ -54,14 +54,14 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
-    """`image` as a file of Pillow's format `kind`."""
+    """Encode `image` as a file of Pillow's format `kind`."""
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
 
 
 def exif(orientation: int) -> bytes:
-    """An EXIF block that says how the camera was held, 1 to 8, between two other tags."""
+    """Make an EXIF block with the orientation 1 to 8 between two other tags."""
     block = Image.Exif()
     block[0x010F] = "SigLIP Serve"
     block[0x0112] = orientation
@@ -70,7 +70,7 @@ def exif(orientation: int) -> bytes:
 
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes], rows: bytes | None = None) -> bytes:
-    """A grey PNG that says it is `width` x `height`, with `chunks` before its image data `rows`."""
+    """Make a grey PNG that claims `width` x `height`, with `chunks` before its image data `rows`."""
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     body = zlib.compress(bytes((width + 1) * height) if rows is None else rows)
     parts = [(b"IHDR", header), *chunks, (b"IDAT", body), (b"IEND", b"")]
@@ -83,7 +83,7 @@ def png(width: int, height: int, *chunks: tuple[bytes, bytes], rows: bytes | Non
 
 @functools.cache
 def image_files() -> Mapping[str, bytes]:
-    """Files of every kind that is served and that the reference decodes to the same 8-bit pixels."""
+    """Make a file of every kind that is served and that the reference decodes to the same 8-bit pixels."""
     files = {
         **_jpegs(),
         **_palettes_and_alphas(),
@@ -175,7 +175,7 @@ def _animation(kind: str, **options: Any) -> bytes:
 
 @functools.cache
 def oriented_files() -> Mapping[str, bytes]:
-    """Every EXIF orientation in a JPEG, and some in each other format that can hold one."""
+    """Make a JPEG of every EXIF orientation, and some in each other format that can hold one."""
     files = {
         f"jpeg orientation {value}": encode(photo(300, 200, 60), "JPEG", quality=90, exif=exif(value))
         for value in range(1, 9)
@@ -197,7 +197,7 @@ def oriented_files() -> Mapping[str, bytes]:
 
 @functools.cache
 def sixteen_bit_files() -> Mapping[str, tuple[bytes, NDArray[np.uint8]]]:
-    """16-bit grey files, each with the 8-bit grey `[H, W]` that it stands for."""
+    """Make 16-bit grey files, each with its 8-bit grey values `[H, W]`."""
     values = np.linspace(0, 65535, 120 * 80).round().astype(np.uint16).reshape(80, 120)
     grey = np.round(values / 257).astype(np.uint8)
     small = np.arange(120 * 80, dtype=np.int32).reshape(80, 120) * 6
@@ -213,7 +213,7 @@ def sixteen_bit_files() -> Mapping[str, tuple[bytes, NDArray[np.uint8]]]:
 
 @functools.cache
 def malformed_files() -> Mapping[str, bytes]:
-    """Inputs that are no image, or no whole one, by what is wrong with them."""
+    """Make inputs that are no image or an incomplete one, by the name of the fault."""
     jpeg = encode(photo(120, 90, 70), "JPEG")
     whole = encode(photo(120, 90, 71), "PNG")
     files = {
@@ -253,9 +253,9 @@ def malformed_files() -> Mapping[str, bytes]:
 
 
 def mutations(data: bytes, rng: random.Random) -> bytes:
-    """`data` with one hostile change: a cut, flipped bits, random bytes, or a piece moved or repeated."""
+    """Make one hostile change to `data`: a cut, flipped bits, random bytes, or a piece moved or repeated."""
     changed = bytearray(data)
-    # Headers are where parsers stumble, so that half of all changes fall into the first bytes.
+    # Parsers fail mostly on headers, so half of all changes fall into the first bytes.
     reach = len(data) if rng.random() < 0.5 else min(len(data), 400)
     position = rng.randrange(reach)
     length = rng.choice((1, 2, 4, 8, 64))

@@ -1,4 +1,4 @@
-"""Pictures of players, drawn here: a frame of two teams side by side, and its crops."""
+"""Drawn pictures of players: a frame of two teams side by side, and its crops."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WIDTH, HEIGHT = 40, 90
 
 
 def player(team: int, seed: int) -> Image.Image:
-    """Something like a player before grass, with noise."""
+    """Draw something like a player on grass, with noise."""
     rng = np.random.default_rng(seed)
     image = Image.new("RGB", (WIDTH, HEIGHT), (58, 122 + int(rng.integers(16)), 62))
     draw = ImageDraw.Draw(image)
@@ -34,6 +34,6 @@ BOXES = np.array([(WIDTH * row, 0, WIDTH * (row + 1), HEIGHT) for row in range(C
 
 
 def purity(labels: NDArray[np.int32]) -> float:
-    """Part of the crops that are labelled rightly, whichever team has which number."""
+    """Return the fraction of crops with the right label, whichever team has which number."""
     agree = float((labels == TEAMS).mean())
     return max(agree, 1 - agree)

@@ -1,4 +1,4 @@
-"""Programs that some tests run beside the server."""
+"""Programs that some tests run next to the server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from wire import ROOT
 
 __all__ = ["PROGRAM_PATH", "free_port", "program"]
 
-# Those of the system first, then what `make tools` has fetched.
+# Programs of the system come before those of `make tools`.
 PROGRAM_PATH = os.pathsep.join(
     [
         str(Path(sys.executable).parent),
@@ -26,7 +26,7 @@ PROGRAM_PATH = os.pathsep.join(
 
 
 def program(name: str) -> str:
-    """The path of a program; the test is skipped where there is none."""
+    """Find the path of a program; the test is skipped where it is missing."""
     found = shutil.which(name, path=PROGRAM_PATH)
     if found is None:
         pytest.skip(f"{name} is not installed: install it, or run `make tools`")
@@ -34,7 +34,7 @@ def program(name: str) -> str:
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody listens on."""
+    """Find a free port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

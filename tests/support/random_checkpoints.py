@@ -1,4 +1,4 @@
-"""Random checkpoints in the Hugging Face layout, written by the reference itself."""
+"""Random checkpoints in the Hugging Face layout, written by transformers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NARROW = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "
 
 
 def random_model(vision: dict[str, Any], text: dict[str, Any] | None = None, seed: int = 0) -> SiglipModel:
-    """A reference model with random weights; biases and norms too, so that no term of a block is neutral."""
+    """Make a reference model with random weights, biases and norms, so that no term of a block is neutral."""
     torch.manual_seed(seed)
     small_text = {**NARROW, "vocab_size": 300, "bos_token_id": None, "eos_token_id": 1}
     config = SiglipConfig(vision_config={**NARROW, **vision}, text_config={**small_text, **(text or {})})
@@ -36,7 +36,7 @@ def _randomise(model: torch.nn.Module) -> None:
 
 
 def save_checkpoint(model: SiglipModel, path: Path, **save: Any) -> Path:
-    """Weights, configuration and image processor of `model`, as `save_pretrained` writes them."""
+    """Write weights, configuration and image processor of `model` with `save_pretrained`."""
     model.save_pretrained(path, **save)
     size = model.config.vision_config.image_size
     SiglipImageProcessorPil(size={"height": size, "width": size}).save_pretrained(path)
@@ -44,7 +44,7 @@ def save_checkpoint(model: SiglipModel, path: Path, **save: Any) -> Path:
 
 
 def random_clip(vision: dict[str, Any], text: dict[str, Any] | None = None, seed: int = 0) -> CLIPModel:
-    """The same for CLIP, its joint space narrower than its towers."""
+    """Make a random CLIP model whose joint space is narrower than its towers."""
     torch.manual_seed(seed)
     small_text = {**NARROW, "vocab_size": 300, "bos_token_id": 298, "eos_token_id": 299}
     config = CLIPConfig(
@@ -56,7 +56,7 @@ def random_clip(vision: dict[str, Any], text: dict[str, Any] | None = None, seed
 
 
 def save_clip(model: CLIPModel, path: Path, **save: Any) -> Path:
-    """Weights, configuration and image processor of `model`, as `save_pretrained` writes them."""
+    """Write weights, configuration and image processor of `model` with `save_pretrained`."""
     model.save_pretrained(path, **save)
     size = model.config.vision_config.image_size
     crop = {"height": size, "width": size}

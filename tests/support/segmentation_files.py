@@ -1,4 +1,4 @@
-"""A file of the form of ImageNet-Segmentation's, as MATLAB writes it."""
+"""A file in the format of ImageNet-Segmentation, as MATLAB writes it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["write_segments"]
 def write_segments(
     path: Path, images: Sequence[tuple[str, NDArray[np.uint8], NDArray[np.bool_]]], **left_out: Any
 ) -> Path:
-    """Write (name, picture [H, W, 3], mask [H, W]) of each image; columns named in `left_out` are not."""
+    """Write (name, picture [H, W, 3], mask [H, W]) of each image, without the columns named in `left_out`."""
     with h5py.File(path, "w") as file:
         columns = {
             name: file.create_dataset(f"value/{name}", (len(images), 1), dtype=h5py.ref_dtype)

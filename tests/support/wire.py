@@ -1,4 +1,4 @@
-"""Plain tritonclient calls, as somebody would write them who has only read the contract."""
+"""Plain calls of tritonclient and of HTTP, without the project's client."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
     "raw_embedding",
 ]
 
-# A proxy that the environment names is not for addresses of this machine.
+# A proxy of the environment must not see requests to this machine.
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 TINY = ROOT / "checkpoints" / "siglip-tiny"
 JERSEY = ROOT / "checkpoints" / "siglip-tiny-jersey"
@@ -39,13 +39,13 @@ class _Caller:
     def embed(
         self, rows: Sequence[bytes], model: str = "embed_image", **parameters: Any
     ) -> NDArray[np.float32]:
-        """EMBEDDING of the rows, sent as one request."""
+        """Return EMBEDDING of the rows, sent as one request."""
         return self.call(model, rows, ["EMBEDDING"], **parameters)["EMBEDDING"]
 
     def call(
         self, model: str, rows: Sequence[bytes], outputs: Sequence[str], **parameters: Any
     ) -> dict[str, NDArray[Any]]:
-        """The named outputs of a model with the one input INPUT_IMAGE."""
+        """Return the named outputs of a model whose only input is INPUT_IMAGE."""
         tensor = self.module.InferInput("INPUT_IMAGE", [len(rows), 1], "BYTES")
         tensor.set_data_from_numpy(np.array(rows, dtype=np.object_).reshape(-1, 1))
         result = self.client.infer(
@@ -58,7 +58,7 @@ class _Caller:
 
 
 class GrpcCaller(_Caller):
-    """Over gRPC; `url` is host:port."""
+    """Calls over gRPC; `url` is host:port."""
 
     def __init__(self, url: str) -> None:
         self.module = triton_grpc
@@ -66,7 +66,7 @@ class GrpcCaller(_Caller):
 
 
 class HttpCaller(_Caller):
-    """Over HTTP with binary tensors; `url` is host:port."""
+    """Calls over HTTP with binary tensors; `url` is host:port."""
 
     def __init__(self, url: str) -> None:
         self.module = triton_http
@@ -74,7 +74,7 @@ class HttpCaller(_Caller):
 
 
 def post(url: str, data: bytes, headers: Mapping[str, str]) -> tuple[int, bytes]:
-    """Status and body of a plain POST."""
+    """Send a plain POST; return status and body."""
     request = urllib.request.Request(url, data, dict(headers))
     try:
         with OPENER.open(request, timeout=60) as response:
@@ -84,7 +84,7 @@ def post(url: str, data: bytes, headers: Mapping[str, str]) -> tuple[int, bytes]
 
 
 def post_image(http_url: str, data: bytes, headers: Mapping[str, str] | None = None) -> tuple[int, bytes]:
-    """The raw call of the contract: the bytes of an image, nothing around them.
+    """Post the bytes of an image without any JSON; return status and body.
 
     Triton answers it with JSON that describes the tensor, and behind it the tensor's own bytes.
     """
@@ -93,7 +93,7 @@ def post_image(http_url: str, data: bytes, headers: Mapping[str, str] | None = N
 
 
 def raw_embedding(body: bytes) -> NDArray[np.float32]:
-    """The one FP32 row of an answer to `post_image`."""
+    """Return the one FP32 row of an answer to `post_image`."""
     description, _ = json.JSONDecoder().raw_decode(body.decode("latin-1"))
     size = description["outputs"][0]["parameters"]["binary_data_size"]
     return np.frombuffer(body[-size:], dtype=np.float32)

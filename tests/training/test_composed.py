@@ -1,4 +1,4 @@
-"""Scenes of several drawings: what lies where is what the masks say."""
+"""Scenes of several drawings, whose masks tell where each drawing is visible."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def test_a_pattern_covers_its_share(kind: Kind) -> None:
     assert cloth.std((1, 2)).min() > 0.4
 
 
-def test_arrangement_is_all_that_differs_in_t3() -> None:
+def test_kits_of_t3_differ_in_arrangement_alone() -> None:
     for seed in range(6):
         kits = pair_of_kits("T3", Random(seed))
         assert torch.equal(kits.colours[0], kits.colours[1])
@@ -142,7 +142,7 @@ def test_a_seed_repeats_a_clip(shaded: Clip) -> None:
     assert clip("T5", 5, SMALL).crops != clip("T5", 4, SMALL).crops
 
 
-def test_the_truth_is_consistent(shaded: Clip) -> None:
+def test_truth_of_a_clip_is_consistent(shaded: Clip) -> None:
     count = len(shaded.crops)
     truth = (shaded.team, shaded.role, shaded.track, shaded.player, shaded.frame, shaded.camera, shaded.lit)
     assert all(array.shape == (count,) for array in truth)
@@ -156,7 +156,7 @@ def test_the_truth_is_consistent(shaded: Clip) -> None:
     assert contact_sheet(shaded).width == 4 * 56
 
 
-def test_tiers_keep_their_promises() -> None:
+def test_tiers_have_their_sizes_teams_and_swapped_tracks() -> None:
     tiny = clip("T6", 0, SMALL)
     assert tiny.height.min() >= 8
     assert tiny.height.max() <= 16
@@ -171,7 +171,7 @@ def test_tiers_keep_their_promises() -> None:
     assert len(set(frames)) == len(swapped.crops)
 
 
-def test_a_training_batch_has_the_servers_squares() -> None:
+def test_training_batch_has_squares_of_the_served_size() -> None:
     made, kit = training_batch(4, 3, Random(7), 24)
     assert made.shape == (12, 3, 24, 24)
     assert kit.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
@@ -184,7 +184,7 @@ def test_a_training_batch_has_the_servers_squares() -> None:
 
 
 @pytest.mark.parametrize(("quality", "subsampled"), [(45, True), (75, True), (92, False)])
-def test_jpeg_is_pillows(quality: int, subsampled: bool) -> None:
+def test_jpeg_is_close_to_pillows(quality: int, subsampled: bool) -> None:
     picture = torch.nn.functional.interpolate(
         Random(0).uniform(1, 3, 8, 5), (61, 37), mode="bicubic", antialias=True
     ).clamp(0, 1)
@@ -201,12 +201,12 @@ def test_the_contrastive_loss_prefers_kits_together() -> None:
     kit = torch.arange(4).repeat_interleave(3)
     together = torch.eye(4)[kit]
     apart = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
-    # Two others of the same kit share all of the probability: log 2 each.
+    # Two others of the same kit share the whole probability: log 2 each.
     assert contrastive(together, kit, 0.01).item() == pytest.approx(np.log(2), abs=1e-4)
     assert contrastive(apart, kit, 0.01) > 10
 
 
-def test_a_run_leaves_an_image_tower_that_can_be_served(tmp_path: Path) -> None:
+def test_run_leaves_a_servable_image_tower(tmp_path: Path) -> None:
     settings = '{"kits": 4, "views": 2, "compile": false, "shape": {"layers": 1, "width": 32, "heads": 2}}'
     train_jerseys.main(["--out", str(tmp_path / "run"), "--minutes", "0.02", "--set", settings])
     export_vision(tmp_path / "run", tmp_path / "checkpoint")
@@ -215,7 +215,7 @@ def test_a_run_leaves_an_image_tower_that_can_be_served(tmp_path: Path) -> None:
     assert load_config(tmp_path / "checkpoint").vision_only
 
 
-def test_a_clip_as_files(tmp_path: Path) -> None:
+def test_writes_a_clip_as_files(tmp_path: Path) -> None:
     write_clip(["T6", str(tmp_path / "crops"), "--sheet", str(tmp_path / "sheet.png")])
     names = {path.name for path in (tmp_path / "crops").iterdir()}
     rows = (tmp_path / "crops.truth.csv").read_text().splitlines()

@@ -1,4 +1,7 @@
-"""Real servers for the tests: started once a session, on free ports of the loopback."""
+"""Real servers for the tests, started once per session on free ports of the loopback interface.
+
+A test that needs other options starts its own server, with only the models that it calls.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from siglip_serve.launcher import ServeOptions, TritonServer
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """The bundled checkpoints with the settings a user gets, but in float32."""
+    """The bundled checkpoints in float32, all other settings at their defaults."""
     log_file = tmp_path_factory.mktemp("server") / "log"
     options = ServeOptions(
         ROOT / "model_repository",
@@ -28,27 +31,39 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
 
 @pytest.fixture(scope="session")
 def exact_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """The bundled checkpoint as the published accuracies rest on it: PIL pixels, float32; small limits."""
+    """The bundled checkpoints with the pixels of the published accuracies: PIL's, in float32.
+
+    Its limits of an image are small, and clients may share memory with it.
+    """
     settings = {
         "dtype": "float32",
+        "teams_checkpoint": str(JERSEY),
         "preprocess": "pil",
         "max_image_bytes": str(2**20),
         "max_image_pixels": "1000000",
     }
     log_file = tmp_path_factory.mktemp("exact_server") / "log"
-    options = ServeOptions(ROOT / "model_repository", str(TINY), log_file=log_file, settings=settings)
+    options = ServeOptions(
+        ROOT / "model_repository", str(TINY), log_file=log_file, settings=settings, shared_memory=True
+    )
     with TritonServer(options) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
+def sharing_server(exact_server: TritonServer) -> TritonServer:
+    """A server with which clients may share memory; images of up to 1 MiB and 1,000,000 pixels fit."""
+    return exact_server
+
+
+@pytest.fixture(scope="session")
 def front(server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
-    """TLS and keys before `server`."""
+    """A reverse proxy with TLS and keys before `server`."""
     with run_front(server.http_url, server.grpc_url, tmp_path_factory.mktemp("front")) as running:
         yield running
 
 
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
-    """Where a server of one test writes its log."""
+    """The log file of a server that one test starts."""
     return tmp_path / "log"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,7 +23,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from tritonclient.utils import InferenceServerException
 from wire import ROOT, GrpcCaller
 
-from siglip_serve.errors import ServerStartError
+from siglip_serve.errors import ServerStartError, SettingsError
 from siglip_serve.launcher import ServeOptions, TritonServer
 
 SIDE = 48
@@ -35,7 +35,7 @@ LANDSCAPE, PORTRAIT = photo(90, 60, 1), photo(60, 90, 2)
 
 @dataclass(frozen=True)
 class Served:
-    """A server, and what it serves as transformers reads it."""
+    """A server, and transformers' reading of its checkpoint."""
 
     server: TritonServer
     path: Path
@@ -94,7 +94,7 @@ def assert_close(ours: NDArray[np.float32], theirs: torch.Tensor) -> None:
     assert float(np.abs(ours - theirs.numpy()).max() / theirs.abs().max()) <= 1e-5
 
 
-def test_images(served: Served) -> None:
+def test_image_outputs_equal_transformers(served: Served) -> None:
     caller = GrpcCaller(served.server.grpc_url)
     files = [encode(image, "PNG") for image in (LANDSCAPE, PORTRAIT)]
     assert_close(caller.embed(files), served.image_features(LANDSCAPE, PORTRAIT))
@@ -107,14 +107,14 @@ def test_images(served: Served) -> None:
     assert_close(found["MEAN_EMBEDDING"], patches.mean(1))
 
 
-def test_texts(served: Served) -> None:
+def test_text_embeddings_equal_transformers(served: Served) -> None:
     with Client(served.server.grpc_url) as client:
         assert_close(client.embed_texts(TEXTS, truncation=True), served.text_features(TEXTS))
         with pytest.raises(InvalidInputError, match="the text has 302 tokens and 16 fit"):
             client.embed_text("x " * 300)
 
 
-def test_labels_compete(served: Served) -> None:
+def test_probabilities_are_a_softmax_over_the_labels(served: Served) -> None:
     images = F.normalize(served.image_features(LANDSCAPE), dim=1)
     texts = F.normalize(served.text_features(LABELS), dim=1)
     expected = (images @ texts.T * served.model.logit_scale.detach().exp()).softmax(1)
@@ -124,7 +124,7 @@ def test_labels_compete(served: Served) -> None:
             np.testing.assert_allclose(found, expected[0], rtol=1e-4)
 
 
-def test_a_probability_of_one_pair_is_refused(served: Served) -> None:
+def test_refuses_probabilities_of_single_pairs(served: Served) -> None:
     caller = GrpcCaller(served.server.grpc_url)
     tensors = []
     for name, rows, shape in (
@@ -133,17 +133,17 @@ def test_a_probability_of_one_pair_is_refused(served: Served) -> None:
     ):
         tensors.append(caller.module.InferInput(name, shape, "BYTES"))
         tensors[-1].set_data_from_numpy(np.array(rows, dtype=np.object_).reshape(shape))
-    with pytest.raises(InferenceServerException) as caught:
+    message = "parameter 'softmax': got false, but the labels of a CLIP checkpoint always compete"
+    with pytest.raises(InferenceServerException, match=message) as caught:
         caller.client.infer("classify_image", tensors, parameters={"softmax": False})
-    assert "StatusCode.INVALID_ARGUMENT" in str(caught.value)
-    assert "parameter 'softmax': got false, but the labels of a CLIP checkpoint always compete" in str(
-        caught.value
-    )
+    assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
 
 
 @pytest.mark.parametrize("image", [LANDSCAPE, PORTRAIT], ids=["landscape", "portrait"])
 @pytest.mark.parametrize("mode", ["absolute", "relative"])
-def test_heatmaps(served: Served, image: Image.Image, mode: Literal["absolute", "relative"]) -> None:
+def test_heatmaps_cover_the_centre_square_and_sum_to_the_score(
+    served: Served, image: Image.Image, mode: Literal["absolute", "relative"]
+) -> None:
     picture = F.normalize(served.image_features(image), dim=1)
     expected = (picture @ F.normalize(served.text_features(LABELS), dim=1).T)[0].numpy()
     with Client(served.server.grpc_url) as client:
@@ -166,54 +166,27 @@ def test_heatmaps(served: Served, image: Image.Image, mode: Literal["absolute", 
     assert painted[inside].any(axis=-1).mean() > 0.9
 
 
-def test_teams(served: Served) -> None:
+def test_finds_two_teams(served: Served) -> None:
     with Client(served.server.grpc_url) as client:
         fitted = client.fit_teams(crops=CROPS)
         found = client.classify_teams(state=fitted.state, crops=CROPS)
     assert purity(found.labels) >= 0.9
 
 
-def break_nothing(_: Path) -> None:
-    pass
-
-
-def without_vocabulary(path: Path) -> None:
-    (path / "vocab.json").unlink()
-
-
-def with_another_width(path: Path) -> None:
-    file = path / "config.json"
-    file.write_text(file.read_text().replace('"projection_dim": 48', '"projection_dim": 32'))
-
-
-@pytest.mark.parametrize(
-    ("model", "damage", "settings", "message"),
-    [
-        (
-            "embed_text",
-            without_vocabulary,
-            {},
-            "no tokenizer.json, and not both of vocab.json and merges.txt",
-        ),
-        (
-            "embed_image",
-            with_another_width,
-            {},
-            r"visual_projection.weight is \[48, 64\], expected \[32, 64\]",
-        ),
-        ("embed_image", break_nothing, {"dtype": "int8"}, "dtype int8: for SigLIP's towers only"),
-    ],
-)
-def test_what_cannot_be_served_stops_the_start(
-    model: str,
-    damage: Callable[[Path], None],
-    settings: dict[str, str],
-    message: str,
-    checkpoint: Path,
-    tmp_path: Path,
-) -> None:
+def test_start_lists_every_fault_of_the_checkpoint(checkpoint: Path, log: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
-    damage(path)
-    start = options(path, tmp_path / "log", model, **settings)
-    with pytest.raises(ServerStartError, match=message), TritonServer(start):
+    (path / "vocab.json").unlink()
+    config = path / "config.json"
+    config.write_text(config.read_text().replace('"projection_dim": 48', '"projection_dim": 32'))
+    start = options(path, log, "embed_image", "embed_text")
+    with pytest.raises(ServerStartError) as caught, TritonServer(start):
         pass
+    assert "no tokenizer.json, and not both of vocab.json and merges.txt" in str(caught.value)
+    assert "visual_projection.weight is [48, 64], expected [32, 64]" in str(caught.value)
+
+
+def test_refuses_int8_before_the_server_starts(checkpoint: Path, log: Path) -> None:
+    start = options(checkpoint, log, "embed_image", dtype="int8")
+    with pytest.raises(SettingsError, match="dtype int8: for SigLIP's towers only"), TritonServer(start):
+        pass
+    assert not log.exists()

@@ -1,4 +1,4 @@
-"""What the contract promises for images, over the wire of a real server."""
+"""Image embeddings of a real server, over gRPC and HTTP."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float3
 
 
 @pytest.mark.parametrize(("mode", "least"), [("pil", 0.999999), ("fast", 0.999)])
-def test_equals_transformers(
+def test_image_outputs_equal_transformers(
     mode: str, least: float, server: TritonServer, exact_server: TritonServer, reference: SiglipModel
 ) -> None:
     files = [encode(photo(120 + 31 * seed, 300 - 17 * seed, seed), "JPEG", quality=92) for seed in range(12)]
@@ -51,7 +51,7 @@ def test_equals_transformers(
     assert cosines(ours["PATCH_EMBEDDINGS"], tokens).min() >= (least if mode == "pil" else 0.98)
 
 
-def test_every_kind_of_file(server: TritonServer) -> None:
+def test_embeds_every_kind_of_file(server: TritonServer) -> None:
     files = list(image_files().values())
     embeddings = GrpcCaller(server.grpc_url).embed(files)
     assert embeddings.shape[0] == len(files)
@@ -88,7 +88,7 @@ def test_raw_post_takes_parameters_as_headers(server: TritonServer) -> None:
     np.testing.assert_allclose(unit, embedding / np.linalg.norm(embedding), atol=1e-5)
 
 
-def test_normalized_only_when_asked(server: TritonServer) -> None:
+def test_normalizes_only_on_request(server: TritonServer) -> None:
     caller = GrpcCaller(server.grpc_url)
     plain, unit = caller.embed([PHOTO]), caller.embed([PHOTO], normalized=True)
     assert abs(np.linalg.norm(plain) - 1) > 0.01
@@ -113,16 +113,16 @@ def test_metadata_names_the_checkpoints_dimensions(server: TritonServer) -> None
 
 
 def test_concurrent_requests_keep_their_own_rows(server: TritonServer) -> None:
-    """200 requests of 1 to 16 rows over both protocols; each row is recognised by its embedding."""
+    """Sends 100 requests of 1 to 16 rows over both protocols; each row is recognised by its embedding."""
     pictures = [encode(photo(90, 70, seed), "JPEG") for seed in range(40)]
     grpc = GrpcCaller(server.grpc_url)
     known = np.concatenate([grpc.embed([picture]) for picture in pictures])
     rng = np.random.default_rng(7)
-    requests = [rng.integers(len(pictures), size=rng.integers(1, 17)) for _ in range(200)]
+    requests = [rng.integers(len(pictures), size=rng.integers(1, 17)) for _ in range(100)]
 
     def send(number: int) -> NDArray[np.float32]:
         rows = [pictures[i] for i in requests[number]]
-        # The HTTP client is not made to be shared between threads.
+        # Threads must not share a client of HTTP.
         return grpc.embed(rows) if number % 2 else HttpCaller(server.http_url).embed(rows)
 
     with ThreadPoolExecutor(16) as pool:
@@ -134,7 +134,7 @@ def test_concurrent_requests_keep_their_own_rows(server: TritonServer) -> None:
         np.testing.assert_allclose(answer, known[rows], rtol=1e-3, atol=1e-4)
 
 
-def test_tensors_can_be_sent_to_the_vision_model(server: TritonServer) -> None:
+def test_vision_model_takes_pixels(server: TritonServer) -> None:
     caller = GrpcCaller(server.grpc_url)
     pixels = caller.call("siglip_vision_process", [PHOTO], ["PIXEL_VALUES"])["PIXEL_VALUES"]
     assert pixels.dtype == np.uint8

@@ -1,4 +1,4 @@
-"""What `explain_image` promises, over the wire of a real server: sums, places, options, pictures."""
+"""`explain_image` of a real server: sums, places, options and pictures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DOG = (TINY / "samples" / "dog.jpg").read_bytes()
 PROMPTS = ["dog", "a slice of pizza", "grass", "größer als eine Katze"]
 TEMPLATES = ["a photo of a {}.", "{}", "a drawing of a {}."]
 WORDS = ["thing", "animal", "sky"]
-# The stored picture that a viewer turns upright again.
+# The turn from an upright picture to the stored one, by EXIF orientation.
 TURNS = {
     1: None,
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -60,7 +60,7 @@ def embed_texts(caller: GrpcCaller, texts: list[str]) -> NDArray[np.float32]:
 
 @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]], ids=["four", "one"])
 @pytest.mark.parametrize("inputs", CASES, ids=lambda case: "-".join(case) + "-".join(case.get("MODE", [])))
-def test_maps_and_what_has_no_place_sum_to_the_cosine(
+def test_maps_and_the_unattributed_part_sum_to_the_cosine(
     prompts: list[str], inputs: dict[str, Any], grpc: GrpcCaller
 ) -> None:
     found = explain(grpc, DOG, prompts, **inputs)
@@ -73,10 +73,10 @@ def test_maps_and_what_has_no_place_sum_to_the_cosine(
     np.testing.assert_allclose(total, found["SCORES"], atol=1e-5)
     side = found["PATCH_MAPS"].shape[1]
     assert found["PATCH_MAPS"].shape == (len(prompts), side, side)
-    assert np.abs(found["PATCH_MAPS"]).max() > 1e-4  # they say something
+    assert np.abs(found["PATCH_MAPS"]).max() > 1e-4  # the maps are not empty
 
 
-def test_relative_maps_are_what_prompts_have_beyond_the_background(grpc: GrpcCaller) -> None:
+def test_relative_maps_subtract_the_mean_map_of_the_background(grpc: GrpcCaller) -> None:
     absolute = explain(grpc, DOG, [*PROMPTS, *WORDS], MODE=["absolute"])["PATCH_MAPS"]
     own, words = absolute[:4], absolute[4:]
     against_words = explain(grpc, DOG, PROMPTS, BACKGROUND=WORDS)["PATCH_MAPS"]
@@ -86,14 +86,14 @@ def test_relative_maps_are_what_prompts_have_beyond_the_background(grpc: GrpcCal
     np.testing.assert_allclose(against_each_other.sum(0), 0, atol=1e-6)
     one = explain(grpc, DOG, PROMPTS[:1], BACKGROUND=WORDS)["PATCH_MAPS"]
     np.testing.assert_allclose(one, against_words[:1], atol=1e-6)
-    # One prompt alone has no others to be compared with, and still a map.
+    # A single prompt is compared with no other, and still has a map.
     assert np.ptp(explain(grpc, DOG, PROMPTS[:1])["PATCH_MAPS"]) > 1e-4
 
 
-def test_prompts_that_are_the_background_have_a_level_map(grpc: GrpcCaller) -> None:
+def test_equal_prompts_have_flat_maps(grpc: GrpcCaller) -> None:
     found = explain(grpc, DOG, ["dog", "dog", "dog"])
     assert np.abs(found["PATCH_MAPS"]).max() < 1e-6
-    assert np.ptp(found["HEATMAPS"]) < 0.5  # rounding errors are not blown up to 0 to 1
+    assert np.ptp(found["HEATMAPS"]) < 0.5  # rounding errors are not scaled up to the range 0 to 1
 
 
 # ---- places
@@ -101,7 +101,7 @@ def test_prompts_that_are_the_background_have_a_level_map(grpc: GrpcCaller) -> N
 
 @pytest.fixture(scope="module")
 def expected(grpc: GrpcCaller) -> tuple[float, float]:
-    """Where the penguin is on the upright square."""
+    """The place of the penguin on the upright square."""
     place = peak(explain(grpc, png(corner()), ["penguin"], SIZE=[96, 96])["HEATMAPS"][0])
     assert place[0] < 0.4
     assert place[1] > 0.6
@@ -113,14 +113,14 @@ def place_of(grpc: GrpcCaller, data: bytes, **inputs: Any) -> tuple[float, float
 
 
 def patch(grpc: GrpcCaller) -> float:
-    """The side of a patch, as a part of the picture."""
+    """The side of a patch as a fraction of the picture's side."""
     shape = grpc.client.get_model_config("siglip_vision_features", as_json=True)["config"]["output"]
     patches = next(int(one["dims"][0]) for one in shape if one["name"] == "PATCH_EMBEDDINGS")
     return float(patches**-0.5)
 
 
 @pytest.mark.parametrize("size", [(300, 600), (640, 250), (60, 1000)], ids=str)
-def test_a_stretched_picture_has_its_maximum_at_the_same_place(
+def test_maximum_stays_in_place_on_a_stretched_picture(
     size: tuple[int, int], grpc: GrpcCaller, expected: tuple[float, float]
 ) -> None:
     width, height = size
@@ -132,7 +132,7 @@ def test_a_stretched_picture_has_its_maximum_at_the_same_place(
 
 @pytest.mark.parametrize("orientation", TURNS)
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_a_turned_picture_is_explained_as_it_is_seen(
+def test_turns_pictures_upright_by_their_exif_orientation(
     orientation: int, kind: str, grpc: GrpcCaller, expected: tuple[float, float]
 ) -> None:
     upright = stretched(420, 240)
@@ -144,13 +144,15 @@ def test_a_turned_picture_is_explained_as_it_is_seen(
     found = explain(grpc, data, ["penguin"], outputs, OPACITY=[0.0])
     assert found["HEATMAPS"].shape == (1, 240, 420)
     assert peak(found["HEATMAPS"][0]) == pytest.approx(expected, abs=patch(grpc))
-    with Image.open(io.BytesIO(found["OVERLAY"][0])) as overlay:  # nothing but the picture itself, upright
+    with Image.open(
+        io.BytesIO(found["OVERLAY"][0])
+    ) as overlay:  # at opacity 0, only the upright picture is left
         difference = np.asarray(overlay, dtype=int) - np.asarray(upright, dtype=int)
     assert np.abs(difference).mean() < 3
 
 
 @pytest.mark.parametrize("size", [(5, 3), (1, 96), (97, 1), (1, 1)], ids=str)
-def test_a_tiny_picture_is_its_enlargement(size: tuple[int, int], grpc: GrpcCaller) -> None:
+def test_explains_a_tiny_picture_like_its_enlargement(size: tuple[int, int], grpc: GrpcCaller) -> None:
     tiny = stretched(*size)
     large = tiny.resize((96, 96), Image.Resampling.BICUBIC)
     given = explain(grpc, png(tiny), ["penguin", "sky"])["HEATMAPS"]
@@ -162,7 +164,7 @@ def test_a_tiny_picture_is_its_enlargement(size: tuple[int, int], grpc: GrpcCall
         assert np.corrcoef(own.ravel(), there.ravel())[0, 1] > 0.99
 
 
-def test_a_huge_picture(grpc: GrpcCaller, expected: tuple[float, float]) -> None:
+def test_scales_maps_of_a_huge_picture_to_512_pixels(grpc: GrpcCaller, expected: tuple[float, float]) -> None:
     data = encode(stretched(6000, 4000), "JPEG", quality=60)
     found = explain(grpc, data, ["penguin"], (*MAPS, "OVERLAY"))
     assert found["HEATMAPS"].shape == (1, 341, 512)
@@ -179,15 +181,15 @@ def ranges(found: Answer) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     return maps.min((1, 2)), maps.max((1, 2))
 
 
-def test_normalization_of_heatmaps(grpc: GrpcCaller) -> None:
+def test_normalizes_heatmaps_per_prompt_or_jointly(grpc: GrpcCaller) -> None:
     patches = explain(grpc, DOG, PROMPTS)["PATCH_MAPS"]
-    # As many pixels as patches, so that nothing lies between two of them.
+    # One pixel per patch, so that no pixel is interpolated.
     size = list(patches.shape[1:])
     by_default = explain(grpc, DOG, PROMPTS, SIZE=size)
     plain = explain(grpc, DOG, PROMPTS, SIZE=size, NORMALIZE=["none"])
     own = explain(grpc, DOG, PROMPTS, SIZE=size, NORMALIZE=["prompt"])
     joint = explain(grpc, DOG, PROMPTS, SIZE=size, NORMALIZE=["joint"])
-    np.testing.assert_array_equal(by_default["HEATMAPS"], plain["HEATMAPS"])
+    np.testing.assert_allclose(by_default["HEATMAPS"], plain["HEATMAPS"], atol=1e-6)
     np.testing.assert_allclose(plain["HEATMAPS"], patches, atol=1e-6)
     low, high = ranges(own)
     np.testing.assert_allclose(low, 0, atol=1e-5)
@@ -200,7 +202,7 @@ def test_normalization_of_heatmaps(grpc: GrpcCaller) -> None:
         np.testing.assert_allclose(found["PATCH_MAPS"], patches, atol=1e-6)
 
 
-def test_only_what_is_asked_for_is_answered(grpc: GrpcCaller) -> None:
+def test_computes_only_the_requested_outputs(grpc: GrpcCaller) -> None:
     for names in (*((name,) for name in (*MAPS, "OVERLAY")), ("SCORES", "OVERLAY"), ("PATCH_MAPS", "SCORES")):
         assert all(len(array) == 4 for array in explain(grpc, DOG, PROMPTS, names).values())
     statistics = grpc.client.get_inference_statistics("explain_overlays", as_json=True)["model_stats"][0]
@@ -210,12 +212,11 @@ def test_only_what_is_asked_for_is_answered(grpc: GrpcCaller) -> None:
     assert int(statistics.get("execution_count", 0)) == before  # no picture was painted
 
 
-def test_overlays(grpc: GrpcCaller) -> None:
+def test_overlays_use_the_colormap_and_the_opacity(grpc: GrpcCaller) -> None:
     pictures: Mapping[str, NDArray[np.uint8]] = {}
+    asked: dict[str, Any] = {"OPACITY": [1.0], "SIZE": [60, 90], "NORMALIZE": ["prompt"]}
     for name in ("jet", "viridis", "cividis"):
-        found = explain(
-            grpc, DOG, PROMPTS, ("OVERLAY", "HEATMAPS"), COLORMAP=[name], OPACITY=[1.0], SIZE=[60, 90]
-        )
+        found = explain(grpc, DOG, PROMPTS, ("OVERLAY", "HEATMAPS"), COLORMAP=[name], **asked)
         assert len(found["OVERLAY"]) == len(PROMPTS)
         for file, heat in zip(found["OVERLAY"], found["HEATMAPS"], strict=True):
             with Image.open(io.BytesIO(file)) as image:
@@ -225,18 +226,36 @@ def test_overlays(grpc: GrpcCaller) -> None:
             if name == "jet":  # red where the map is high, blue where it is low
                 assert pixels[hot].argmax() == 0
                 assert pixels[cold].argmax() == 2
-            else:  # these grow lighter
+            else:  # these colormaps grow lighter
                 assert pixels[hot].sum() > pixels[cold].sum() + 200
         pictures = {**pictures, name: pixels.astype(np.uint8)}
     assert len({picture.tobytes() for picture in pictures.values()}) == 3
     half = explain(grpc, DOG, PROMPTS, ("OVERLAY",), SIZE=[60, 90])["OVERLAY"]
-    given = explain(grpc, DOG, PROMPTS, ("OVERLAY",), SIZE=[60, 90], OPACITY=[0.5], COLORMAP=["jet"])[
+    given = explain(grpc, DOG, PROMPTS, ("OVERLAY",), SIZE=[60, 90], OPACITY=[0.5], COLORMAP=["bwr"])[
         "OVERLAY"
     ]
     assert list(half) == list(given)
 
 
-# ---- other ways to ask
+@pytest.mark.parametrize("normalization", ["none", "joint", "prompt"])
+def test_overlays_are_white_at_zero_on_a_scale_for_all_prompts(normalization: str, grpc: GrpcCaller) -> None:
+    """NORMALIZE `prompt` alone gives each map its own scale, and zero is white there too."""
+    patches = explain(grpc, DOG, PROMPTS)["PATCH_MAPS"]
+    # As many pixels as patches, so that nothing lies between two of them.
+    asked: dict[str, Any] = {"SIZE": list(patches.shape[1:]), "OPACITY": [1.0], "NORMALIZE": [normalization]}
+    for file, patch_map in zip(
+        explain(grpc, DOG, PROMPTS, ("OVERLAY",), **asked)["OVERLAY"], patches, strict=True
+    ):
+        with Image.open(io.BytesIO(file)) as image:
+            red, green, blue = np.moveaxis(np.asarray(image).astype(int), -1, 0)
+        most = np.abs(patch_map if normalization == "prompt" else patches).max()
+        paler = np.rint(255 * (1 - np.abs(patch_map) / most))
+        np.testing.assert_allclose(green, paler, atol=3)
+        np.testing.assert_array_equal(red[patch_map > 0], 255)
+        np.testing.assert_array_equal(blue[patch_map < 0], 255)
+
+
+# ---- protocols
 
 
 def test_http_with_binary_tensors_agrees(server: TritonServer, grpc: GrpcCaller) -> None:
@@ -252,7 +271,7 @@ def json_request(server: TritonServer, body: Mapping[str, Any]) -> tuple[int, di
     return status, json.loads(answer)
 
 
-def test_json_and_base64(server: TritonServer, grpc: GrpcCaller) -> None:
+def test_json_takes_and_returns_base64(server: TritonServer, grpc: GrpcCaller) -> None:
     body = {
         "inputs": [
             {
@@ -269,7 +288,7 @@ def test_json_and_base64(server: TritonServer, grpc: GrpcCaller) -> None:
     status, answer = json_request(server, body)
     assert status == 200, answer
     found = {one["name"]: one for one in answer["outputs"]}
-    assert set(found) == {*MAPS, "OVERLAY"}  # nothing was named: all of them
+    assert set(found) == {*MAPS, "OVERLAY"}  # all outputs, since none was named
     expected = explain(grpc, DOG, PROMPTS[:2], SIZE=[12, 16])
     for name in MAPS:
         assert found[name]["shape"] == list(expected[name].shape)
@@ -281,8 +300,8 @@ def test_json_and_base64(server: TritonServer, grpc: GrpcCaller) -> None:
     assert [one["name"] for one in answer["outputs"]] == ["SCORES"]
 
 
-def test_a_raw_post_is_refused(server: TritonServer) -> None:
-    """It has room for one input only."""
+def test_refuses_a_raw_post(server: TritonServer) -> None:
+    """A raw post has room for one input only."""
     headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": "0"}
     url = f"http://{server.http_url}/v2/models/explain_image/infer"
     status, answer = post(url, DOG, headers)

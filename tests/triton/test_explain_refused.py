@@ -1,4 +1,4 @@
-"""`explain_image` under bad requests, many prompts and neighbours: the right refusal, nobody is harmed."""
+"""`explain_image` with wrong requests, many prompts and concurrent requests."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"MODE": [b"\xff"]}, "MODE: got"),
     ({"MODE": ["relative", "relative"]}, "MODE"),
     ({"NORMALIZE": ["minmax"]}, "NORMALIZE: got 'minmax', expected one of none, prompt, joint"),
-    ({"COLORMAP": ["hot"]}, "COLORMAP: got 'hot', expected one of jet, viridis, cividis"),
+    ({"COLORMAP": ["hot"]}, "COLORMAP: got 'hot', expected one of bwr, jet, viridis, cividis"),
     ({"OPACITY": [1.5]}, "OPACITY: got 1.5, expected 0 to 1"),
     ({"OPACITY": [-0.1]}, "OPACITY: got -0.1"),
     ({"OPACITY": [float("nan")]}, "OPACITY: got nan"),
@@ -90,8 +90,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("request_", "expected"), REFUSED, ids=lambda case: str(case)[:60])
-def test_refused(request_: dict[str, Any], expected: str, grpc: GrpcCaller) -> None:
-    """With overlays and without, since these are painted by a step that is left out otherwise."""
+def test_refuses_a_wrong_request(request_: dict[str, Any], expected: str, grpc: GrpcCaller) -> None:
+    """Requests come with and without overlays, since a step of their own paints these."""
     asked: dict[str, Any] = {"image": SMALL, "prompts": ["dog"], **request_}
     for outputs in (MAPS, EVERY):
         found = refusal(explain, grpc, **{"outputs": outputs, **asked})
@@ -99,7 +99,7 @@ def test_refused(request_: dict[str, Any], expected: str, grpc: GrpcCaller) -> N
     assert np.isfinite(explain(grpc, SMALL, ["dog"])["SCORES"]).all()
 
 
-def test_wrong_types_are_refused(grpc: GrpcCaller) -> None:
+def test_refuses_wrong_types(grpc: GrpcCaller) -> None:
     module = grpc.module
     for name, kind, array in (
         ("SIZE", "INT64", np.array([5, 5])),
@@ -116,13 +116,13 @@ def test_wrong_types_are_refused(grpc: GrpcCaller) -> None:
         assert name in refusal(grpc.client.infer, "explain_image", inputs)
 
 
-def test_what_is_too_long_may_be_cut(grpc: GrpcCaller) -> None:
+def test_truncates_long_prompts_on_request(grpc: GrpcCaller) -> None:
     found = explain(grpc, SMALL, ["dog " * 300, "cat"], parameters={"truncation": True})
     cut = explain(grpc, SMALL, ["dog " * 63, "cat"])
     np.testing.assert_allclose(found["SCORES"], cut["SCORES"], atol=1e-6)
 
 
-def test_parameters_of_embeddings_change_nothing(grpc: GrpcCaller) -> None:
+def test_ignores_parameters_of_embeddings(grpc: GrpcCaller) -> None:
     plain = explain(grpc, SMALL, ["dog", "cat"])
     given = explain(
         grpc, SMALL, ["dog", "cat"], parameters={"embed_model": "siglip_vision", "normalized": True}
@@ -131,7 +131,7 @@ def test_parameters_of_embeddings_change_nothing(grpc: GrpcCaller) -> None:
         np.testing.assert_allclose(given[name], array, atol=1e-6)
 
 
-def test_base64_over_grpc(grpc: GrpcCaller) -> None:
+def test_takes_and_returns_base64_over_grpc(grpc: GrpcCaller) -> None:
     plain = explain(grpc, SMALL, ["dog", "cat"], EVERY)
     given = explain(grpc, base64.encodebytes(SMALL), ["dog", "cat"], EVERY, {"base64_encoded": True})
     np.testing.assert_allclose(given["HEATMAPS"], plain["HEATMAPS"], atol=1e-6)
@@ -156,7 +156,7 @@ def plan(*numbers: int) -> NDArray[np.int32]:
 
 
 def right_inputs(grpc: GrpcCaller) -> dict[str, dict[str, Any]]:
-    """What each step of `explain_image` takes, by its name."""
+    """Valid inputs of each step of `explain_image`, by its name."""
     side = explain(grpc, SMALL, ["dog"], ("PATCH_MAPS",))["PATCH_MAPS"].shape[1]
     size, ones = plan(50, 70)[None], np.ones
     texts = ones((2, grpc.embed([SMALL]).shape[1]), np.float32)
@@ -183,8 +183,8 @@ def right_inputs(grpc: GrpcCaller) -> dict[str, dict[str, Any]]:
     }
 
 
-def test_steps_that_are_called_by_themselves_refuse_what_does_not_fit(grpc: GrpcCaller) -> None:
-    """Who can reach the server can reach each of them; none may fail, or take all memory."""
+def test_steps_refuse_wrong_direct_requests(grpc: GrpcCaller) -> None:
+    """Any client of the server can call a step directly. No step may fail or take all memory."""
     right = right_inputs(grpc)
     maps, heat = right["explain_maps"], right["explain_overlays"]
     size, texts = maps["IMAGE_SIZE"], maps["PROMPT_EMBEDDING"]
@@ -224,7 +224,7 @@ def test_steps_that_are_called_by_themselves_refuse_what_does_not_fit(grpc: Grpc
 # ---- many prompts
 
 
-def test_two_hundred_prompts(grpc: GrpcCaller) -> None:
+def test_explains_two_hundred_prompts(grpc: GrpcCaller) -> None:
     prompts = [f"prompt number {number}" for number in range(200)]
     found = explain(grpc, SMALL, prompts)
     assert found["HEATMAPS"].shape == (200, 50, 70)
@@ -234,21 +234,21 @@ def test_two_hundred_prompts(grpc: GrpcCaller) -> None:
     np.testing.assert_allclose(found["SCORES"][7:8], alone, atol=1e-5)
 
 
-def test_the_largest_answer_there_is(grpc: GrpcCaller) -> None:
+def test_limits_the_size_of_the_answer(grpc: GrpcCaller) -> None:
     side = int((LARGEST / 200) ** 0.5)
     found = explain(grpc, SMALL, ["dog"] * 199 + ["cat"], SIZE=[side, side])["HEATMAPS"]
     assert found.shape == (200, side, side)
     assert np.isfinite(found).all()
     message = refusal(explain, grpc, SMALL, ["dog"] * 200, SIZE=[side + 1, side + 1])
     assert f"SIZE: 200 maps of {side + 1}x{side + 1}" in message
-    # Without SIZE they become smaller instead.
+    # Without SIZE, the maps shrink until they fit.
     large = encode(photo(1200, 900), "JPEG")
     found = explain(grpc, large, ["dog"] * 199 + ["cat"])["HEATMAPS"]
     assert LARGEST * 0.98 < found.size < LARGEST * 1.02
     assert np.isfinite(explain(grpc, SMALL, ["dog"] * 1024, MODE=["absolute"])["SCORES"]).all()
 
 
-# ---- neighbours
+# ---- concurrent requests
 
 
 def outcome(grpc: GrpcCaller, asked: dict[str, Any]) -> Answer | str:
@@ -279,7 +279,7 @@ def mixed() -> list[dict[str, Any]]:
     return kinds
 
 
-def test_neighbours_are_not_harmed(grpc: GrpcCaller) -> None:
+def test_concurrent_requests_do_not_change_each_other(grpc: GrpcCaller) -> None:
     kinds = mixed()
     alone = [outcome(grpc, asked) for asked in kinds]
     assert sum(isinstance(one, str) for one in alone) == len(kinds) // 2
@@ -297,13 +297,13 @@ def test_neighbours_are_not_harmed(grpc: GrpcCaller) -> None:
             if name == "OVERLAY":
                 assert [len(file) > 100 for file in found[name]] == [True] * len(array)
             else:
-                # Of embeddings, the last digits depend on the rows that were computed together.
+                # The last digits of an embedding depend on the other rows of its pass.
                 atol = 1e-3 if name == "EMBEDDING" else 1e-5
                 np.testing.assert_allclose(found[name], array, rtol=1e-3, atol=atol)
 
 
-def test_many_refusals_leave_the_server_alive(grpc: GrpcCaller) -> None:
-    """Steps that ran side by side made Triton hang, or end, after some hundred refusals of one of them."""
+def test_serves_after_many_refusals(grpc: GrpcCaller) -> None:
+    """Refusals must not add up: parallel steps once made Triton hang or end after some hundred of them."""
     for asked in (
         {"image": b"no image", "prompts": ["dog"]},
         {"image": SMALL, "prompts": [""]},
@@ -315,7 +315,7 @@ def test_many_refusals_leave_the_server_alive(grpc: GrpcCaller) -> None:
 
 
 def resident(server: TritonServer) -> dict[str, int]:
-    """Bytes of the model processes that explain."""
+    """Resident bytes of each model process that takes part in explanations."""
     names = ("explain_", "siglip_vision_model", "siglip_text_model")
     found = {}
     for process in psutil.Process(server.pid).children(recursive=True):
@@ -336,15 +336,15 @@ def test_memory_does_not_grow_with_requests(server: TritonServer, grpc: GrpcCall
     ask(40)
     before = resident(server)
     assert len(before) >= 6
-    ask(100)
+    ask(60)
     after = resident(server)
     assert before.keys() == after.keys()
     for name, size in after.items():
-        # 100 requests, some megabytes of arrays each: what stayed would be seen.
+        # The arrays of 60 requests take some hundred megabytes, which would be seen if they stayed.
         assert size - before[name] < 40 * 2**20, (name, before[name], size)
 
 
-# ---- the tower's own model
+# ---- the vision model
 
 
 def pixels_of(grpc: GrpcCaller, rows: list[bytes]) -> NDArray[np.uint8]:
@@ -387,7 +387,7 @@ def test_requests_with_and_without_vectors_share_the_tower(grpc: GrpcCaller) -> 
     random.Random(6).shuffle(order)
     with ThreadPoolExecutor(24) as pool:
         together = list(pool.map(lambda index: tower(grpc, *asked[index]), order))
-    assert batches(grpc) - before < len(order)  # some were executed together
+    assert batches(grpc) - before < len(order)  # some requests shared a batch
     for index, found in zip(order, together, strict=True):
         for name, array in alone[index].items():
             np.testing.assert_allclose(found[name], array, rtol=1e-3, atol=1e-3)
@@ -398,8 +398,8 @@ def test_requests_with_and_without_vectors_share_the_tower(grpc: GrpcCaller) -> 
     np.testing.assert_allclose(maps["PATCH_MAPS"][0].sum(-1) + maps["UNATTRIBUTED"][0], scores, atol=1e-4)
 
 
-def test_a_request_that_names_no_output_gets_those_that_there_are(grpc: GrpcCaller) -> None:
-    """As measuring tools ask."""
+def test_returns_every_possible_output_when_none_is_named(grpc: GrpcCaller) -> None:
+    """Load generators name no output."""
     pixels = pixels_of(grpc, [encode(photo(60, 50, 1), "JPEG")])
     inputs = [grpc.module.InferInput("PIXEL_VALUES", list(pixels.shape), "UINT8")]
     inputs[0].set_data_from_numpy(pixels)
@@ -421,7 +421,7 @@ def batches(grpc: GrpcCaller) -> int:
     return int(statistics["model_stats"][0]["execution_count"])
 
 
-def test_the_tower_refuses_what_does_not_go_together(grpc: GrpcCaller) -> None:
+def test_vision_model_refuses_inputs_and_outputs_that_exclude_each_other(grpc: GrpcCaller) -> None:
     pixels = pixels_of(grpc, [SMALL, SMALL])
     width = grpc.embed([SMALL]).shape[1]
     vectors = np.ones((1, 2, width), dtype=np.float32)

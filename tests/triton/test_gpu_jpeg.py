@@ -1,4 +1,4 @@
-"""The setting preprocess=gpu: JPEGs by the GPU, everything else as ever; needs a GPU with a JPEG decoder."""
+"""The setting preprocess=gpu, by which a GPU with a JPEG decoder reads the JPEGs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from siglip_serve.checkpoint.config import load_config
 from siglip_serve.errors import SettingsError
 from siglip_serve.images.preprocess import Preprocessor
 from siglip_serve.launcher import ServeOptions, TritonServer
-from siglip_serve.launcher.stage import Stage, Tower
+from siglip_serve.launcher.checkpoints import ServedCheckpoint
+from siglip_serve.launcher.stage import Stage
 
 REPOSITORY = ROOT / "model_repository"
 SETTINGS = {"preprocess": "gpu"}
@@ -33,24 +34,24 @@ MODEL = "siglip_vision_process"
 
 
 def declared(width: int, height: int) -> bytes:
-    """A small file whose frame says that it is so large."""
+    """A small JPEG whose frame claims this size."""
     data = encode(photo(90, 60), "JPEG")
     size = data.index(b"\xff\xc0") + 5
     return data[:size] + height.to_bytes(2) + width.to_bytes(2) + data[size + 4 :]
 
 
-def test_a_cpu_stops_the_start(log: Path) -> None:
+def test_refuses_preprocess_gpu_on_a_cpu(log: Path) -> None:
     options = ServeOptions(REPOSITORY, str(TINY), device="cpu", settings=SETTINGS, log_file=log)
     with pytest.raises(SettingsError, match="preprocess gpu: needs a GPU"), TritonServer(options):
         pass
 
 
 @pytest.mark.parametrize(("decoders", "expected"), [(0, 4), (7, 7)])
-def test_decoders_are_those_of_each_gpu(decoders: int, expected: int) -> None:
-    tower = Tower({}, {"PIXEL_VALUES": [3, 3, 3], "PATCH_EMBEDDINGS": [9, 4]})
+def test_decoders_are_counted_per_gpu(decoders: int, expected: int) -> None:
+    checkpoint = ServedCheckpoint({}, {"PIXEL_VALUES": [3, 3, 3], "PATCH_EMBEDDINGS": [9, 4]})
     stage = Stage(REPOSITORY, "cuda", "decode_on_gpu")
     try:
-        stage.fill({"main": tower, "teams": tower}, decoders)
+        stage.fill({"main": checkpoint, "teams": checkpoint}, decoders)
         groups = {
             name: text_format.Parse(
                 (stage.models / name / "config.pbtxt").read_text(), model_config_pb2.ModelConfig()
@@ -79,7 +80,7 @@ def gpu_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServe
 
 
 class Threads:
-    """A client of its own for each thread."""
+    """Calls of many threads, each with its own client."""
 
     def __init__(self, server: TritonServer) -> None:
         self._local, self._url = threading.local(), server.grpc_url
@@ -94,8 +95,8 @@ class Threads:
             return f"{error.status()} {error.message()}"
 
 
-def test_every_request_gets_what_the_cpu_would_read(gpu_server: TritonServer) -> None:
-    """Mixes of all kinds of files, in requests of one or more rows, from many clients at once."""
+def test_pixels_are_close_to_those_of_the_cpu_under_load(gpu_server: TritonServer) -> None:
+    """Many clients send mixed kinds of files in requests of one or more rows."""
     read = Preprocessor(IMAGE, "fast")
     files = [*image_files().values(), *oriented_files().values()]
     files += [encode(photo(500, 375, seed), "JPEG", quality=90) for seed in range(20)]
@@ -106,7 +107,7 @@ def test_every_request_gets_what_the_cpu_would_read(gpu_server: TritonServer) ->
     threads = Threads(gpu_server)
 
     def one(number: int) -> tuple[dict[str, NDArray[Any]] | str, bool]:
-        if number % 10 == 9:  # beside the others
+        if number % 10 == 9:  # a broken file among the others
             return threads.read([broken[number % len(broken)]]), False
         rows = [files[index] for index in mixes[number]]
         if number % 10 == 8:
@@ -140,7 +141,7 @@ def test_every_request_gets_what_the_cpu_would_read(gpu_server: TritonServer) ->
         ([declared(8000, 8001)], {}, "INPUT_IMAGE[0]: 8000x8001 pixels, at most"),
     ],
 )
-def test_errors_are_those_of_the_cpu(
+def test_errors_equal_those_of_the_cpu(
     gpu_server: TritonServer, rows: list[bytes], parameters: dict[str, object], message: str
 ) -> None:
     answer = Threads(gpu_server).read(rows, **parameters)

@@ -1,4 +1,4 @@
-"""ImageNet-Segmentation's protocol against a real server, on pictures of its own."""
+"""The protocol of ImageNet-Segmentation against a real server, on pictures made here."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_segments(tmp_path_factory.mktemp("segmentation") / "gtsegs_ijcv.mat", images)
 
 
-def test_the_command_measures_and_leaves_out_what_the_mapping_lacks(
+def test_leaves_out_images_whose_class_the_mapping_lacks(
     server: TritonServer, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mapping = tmp_path / "mapping.txt"
@@ -50,8 +50,10 @@ def test_the_command_measures_and_leaves_out_what_the_mapping_lacks(
     assert written["server"]["checkpoint"] == "siglip-tiny"
 
 
-def test_the_figures_are_those_of_the_servers_maps(server: TritonServer, data: Path, tmp_path: Path) -> None:
-    """Asked for by hand: predicted class, mean over a bank, the mask scaled to the map."""
+def test_figures_equal_a_computation_from_the_servers_maps(
+    server: TritonServer, data: Path, tmp_path: Path
+) -> None:
+    """The test repeats each step: predicted class, mean over a bank, mask scaled to the map."""
     from siglip_serve_client import Client
 
     from siglip_serve.embeddings.zero_shot import build_class_embeddings, cosine

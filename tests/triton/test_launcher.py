@@ -28,10 +28,11 @@ from wire import OPENER, ROOT, TINY, GrpcCaller, HttpCaller, post, post_image
 
 from siglip_serve.errors import CheckpointError, ServerStartError, SettingsError
 from siglip_serve.launcher import ServeOptions, TritonServer
-from siglip_serve.launcher.stage import Stage
+from siglip_serve.launcher.tritonserver import library_path, server_command
 
 REPOSITORY = ROOT / "model_repository"
 PICTURE = encode(photo(80, 60), "JPEG")
+LOADING, SERVED = "loading the model again", "served again after"  # lines of the log
 
 
 def processes_of(server: TritonServer) -> list[psutil.Process]:
@@ -56,76 +57,111 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_a_killed_model_process_is_replaced(log: Path) -> None:
-    """The processes of each model in turn, while requests run."""
-    with front_door(log) as server:
-        caller = GrpcCaller(server.grpc_url)
-        stop = threading.Event()
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """A server whose processes are killed: two decode processes, a queue of four images, started by a thread
+    that has ended."""
+    folder = tmp_path_factory.mktemp("faulty")
+    repository = Path(shutil.copytree(REPOSITORY, folder / "models"))
+    config = repository / "siglip_vision_process" / "config.pbtxt"
+    config.write_text(re.sub(r"max_queue_size: \d+", "max_queue_size: 4", config.read_text()))
+    running = front_door(folder / "log", repository, settings={"decoders": "2"})
+    thread = threading.Thread(target=running.start)
+    thread.start()
+    thread.join()
+    try:
+        yield running
+    finally:
+        running.stop()
 
-        def keep_asking() -> None:
-            while not stop.is_set():
-                try:
-                    caller.embed([PICTURE])
-                except InferenceServerException:
-                    time.sleep(0.01)
 
-        asking = [threading.Thread(target=keep_asking) for _ in range(4)]
-        for thread in asking:
-            thread.start()
+def test_outlives_the_thread_that_started_it(faulty: TritonServer) -> None:
+    time.sleep(2)
+    assert GrpcCaller(faulty.grpc_url).embed([PICTURE]).shape[0] == 1
+    assert "tritonserver died" not in faulty.log_file.read_text()
+
+
+def test_refuses_an_overload_and_loses_no_request(faulty: TritonServer) -> None:
+    """The queue holds four: many requests at once are either answered or refused as UNAVAILABLE."""
+    large = encode(photo(3000, 2000), "JPEG")
+    caller = GrpcCaller(faulty.grpc_url)
+
+    def ask(_: int) -> str:
         try:
-            for model in ("siglip_vision_model", "siglip_vision_process"):
-                for process in processes_of_model(server, model):
-                    process.kill()
-                time.sleep(0.5)
-                wait_until_served(caller)
-        finally:
-            stop.set()
-            for thread in asking:
-                thread.join()
-        wait_for_lines(log, "served again after", 2)
+            caller.embed([large])
+        except InferenceServerException as error:
+            return str(error.status())
+        return "answered"
+
+    with ThreadPoolExecutor(40) as pool:
+        answers = list(pool.map(ask, range(40)))
+    assert set(answers) == {"answered", "StatusCode.UNAVAILABLE"}
+    assert caller.embed([PICTURE]).shape[0] == 1
 
 
-def test_a_server_that_died_is_started_again(log: Path) -> None:
-    """On the same ports, with nothing left of the one before; one that keeps dying is given up."""
+def test_loads_a_model_once_when_one_of_its_processes_dies(faulty: TritonServer) -> None:
+    """Triton then ends the second decode process, which must not count as another death."""
+    log, caller = faulty.log_file, GrpcCaller(faulty.grpc_url)
+    loads, served = log.read_text().count(LOADING), log.read_text().count(SERVED)
+    next(processes_of_model(faulty, "siglip_vision_process")).kill()
+    wait_for_lines(log, SERVED, served + 1)
+    time.sleep(6)
+    assert caller.embed([PICTURE]).shape[0] == 1
+    assert log.read_text().count(LOADING) == loads + 1
+
+
+def test_replaces_killed_model_processes_under_load(faulty: TritonServer) -> None:
+    """The processes of one model after the other are killed, while requests run."""
+    log, caller = faulty.log_file, GrpcCaller(faulty.grpc_url)
+    served = log.read_text().count(SERVED)
+    stop = threading.Event()
+
+    def keep_asking() -> None:
+        while not stop.is_set():
+            try:
+                caller.embed([PICTURE])
+            except InferenceServerException:
+                time.sleep(0.01)
+
+    asking = [threading.Thread(target=keep_asking) for _ in range(4)]
+    for thread in asking:
+        thread.start()
+    try:
+        for model in ("siglip_vision_model", "siglip_vision_process"):
+            for process in processes_of_model(faulty, model):
+                process.kill()
+            time.sleep(0.5)
+            wait_until_served(caller)
+    finally:
+        stop.set()
+        for thread in asking:
+            thread.join()
+    wait_for_lines(log, SERVED, served + 2)
+
+
+def test_notices_a_death_during_a_reload(faulty: TritonServer) -> None:
+    log = faulty.log_file
+    loads = log.read_text().count(LOADING)
+    for model in ("siglip_vision_process", "siglip_vision_model"):
+        for process in processes_of_model(faulty, model):
+            process.kill()
+        wait_for_lines(log, LOADING, loads + 1)
+    wait_until_served(GrpcCaller(faulty.grpc_url))
+
+
+def test_starts_a_server_that_died_again_but_not_one_that_was_asked_to_end(log: Path) -> None:
+    """The new server has the same ports, and no process of the old one is left."""
     with front_door(log) as server:
-        for count in range(1, 4):
-            family = processes_of(server)
-            os.kill(server.pid, signal.SIGABRT)
-            wait_for_lines(log, "tritonserver: served again after", count)
-            assert not [process for process in family if process.is_running()]
-            assert GrpcCaller(server.grpc_url).embed([PICTURE]).shape[0] == 1
+        family = processes_of(server)
+        os.kill(server.pid, signal.SIGABRT)
+        wait_for_lines(log, "tritonserver: served again after", 1)
+        assert not [process for process in family if process.is_running()]
+        assert GrpcCaller(server.grpc_url).embed([PICTURE]).shape[0] == 1
         next(processes_of_model(server, "siglip_vision_process")).kill()
         wait_for_lines(log, "siglip_vision_process: served again after", 1)
-        os.kill(server.pid, signal.SIGKILL)
-        assert server.wait() == -signal.SIGKILL
-    assert "tritonserver died (signal 9), 4 times within 600 s; giving up" in log.read_text()
-
-
-def test_a_server_that_was_asked_to_end_is_not_started_again(log: Path) -> None:
-    with front_door(log) as server:
         os.kill(server.pid, signal.SIGTERM)
         assert server.wait() == 0
-    assert "starting it again" not in log.read_text()
-
-
-def test_one_death_means_one_reload(log: Path) -> None:
-    """One of two decode processes dies: its sibling, which Triton then retires, is no second death."""
-    settings = {"decoders": "2"}
-    with front_door(log, settings=settings) as server:
-        next(processes_of_model(server, "siglip_vision_process")).kill()
-        wait_for_lines(log, "served again after", 1)
-        time.sleep(6)
-        assert GrpcCaller(server.grpc_url).embed([PICTURE]).shape[0] == 1
-        assert log.read_text().count("loading the model again") == 1
-
-
-def test_a_death_during_a_reload_is_not_forgotten(log: Path) -> None:
-    with front_door(log) as server:
-        for model in ("siglip_vision_process", "siglip_vision_model"):
-            for process in processes_of_model(server, model):
-                process.kill()
-            wait_for_lines(log, "loading the model again", 1)
-        wait_until_served(GrpcCaller(server.grpc_url))
+    assert log.read_text().count("starting it again") == 1
 
 
 def processes_of_model(server: TritonServer, model: str) -> Iterator[psutil.Process]:
@@ -155,65 +191,24 @@ def wait_until_served(caller: GrpcCaller) -> None:
             time.sleep(0.02)
 
 
-def test_what_is_named_is_served_with_its_steps_and_nothing_else(log: Path) -> None:
-    options = ServeOptions(REPOSITORY, str(TINY), models=("explain_image",), log_file=log)
-    with TritonServer(options) as server:
+def test_serves_the_named_model_with_its_steps_and_leaves_nothing(log: Path) -> None:
+    others = left_behind()  # of the servers that tests share
+    with TritonServer(ServeOptions(REPOSITORY, str(TINY), models=("explain_image",), log_file=log)) as server:
         steps = ["explain_maps", "explain_overlays", "explain_prompts", "explain_vectors"]
         towers = ["siglip_text_model", "siglip_vision_model", "siglip_vision_process"]
         assert server.models == ["explain_image", *steps, *towers]
-        found = explain(GrpcCaller(server.grpc_url), PICTURE, ["dog"], (*MAPS, "OVERLAY"))
-        total = found["PATCH_MAPS"].sum((1, 2)) + found["UNATTRIBUTED"]
-        np.testing.assert_allclose(total, found["SCORES"], atol=1e-5)
-
-
-def test_stop_leaves_nothing(log: Path) -> None:
-    others = left_behind()  # of the servers that other tests share
-    server = front_door(log)
-    with server:
         family = processes_of(server)
         assert len(family) > 2
         assert len(left_behind()) > len(others)
-        assert GrpcCaller(server.grpc_url).embed([PICTURE]).shape[0] == 1
+        found = explain(GrpcCaller(server.grpc_url), PICTURE, ["dog"], (*MAPS, "OVERLAY"))
+        total = found["PATCH_MAPS"].sum((1, 2)) + found["UNATTRIBUTED"]
+        np.testing.assert_allclose(total, found["SCORES"], atol=1e-5)
     assert not [process for process in family if process.is_running()]
     assert left_behind() == others
 
 
-def test_a_server_outlives_the_thread_that_started_it(log: Path) -> None:
-    server = front_door(log)
-    thread = threading.Thread(target=server.start)
-    thread.start()
-    thread.join()
-    try:
-        time.sleep(2)
-        assert GrpcCaller(server.grpc_url).embed([PICTURE]).shape[0] == 1
-    finally:
-        server.stop()
-
-
-def test_overload_is_refused_and_nothing_is_lost(tmp_path: Path, log: Path) -> None:
-    """A queue of four: of many requests at once some are told to come back, the others are answered."""
-    repository = Path(shutil.copytree(REPOSITORY, tmp_path / "models"))
-    config = repository / "siglip_vision_process" / "config.pbtxt"
-    config.write_text(re.sub(r"max_queue_size: \d+", "max_queue_size: 4", config.read_text()))
-    large = encode(photo(3000, 2000), "JPEG")
-    with front_door(log, repository) as server:
-        caller = GrpcCaller(server.grpc_url)
-
-        def ask(_: int) -> str:
-            try:
-                caller.embed([large])
-            except InferenceServerException as error:
-                return str(error.status())
-            return "answered"
-
-        with ThreadPoolExecutor(40) as pool:
-            answers = list(pool.map(ask, range(40)))
-        assert set(answers) == {"answered", "StatusCode.UNAVAILABLE"}
-        assert caller.embed([PICTURE]).shape[0] == 1
-
-
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv of util-linux")
-def test_a_killed_launcher_takes_its_server_along(log: Path) -> None:
+def test_server_ends_with_a_killed_launcher(log: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from siglip_serve.launcher import *\n"
         "repository, checkpoint, log = sys.argv[1:]\n"
@@ -245,7 +240,7 @@ def test_a_killed_launcher_takes_its_server_along(log: Path) -> None:
         ({"model_repository": ROOT / "tests"}, ServerStartError, "no <model>/config.pbtxt in it"),
     ],
 )
-def test_refused_before_the_start(
+def test_refuses_options_before_the_server_starts(
     change: dict[str, object], error: type[Exception], expected: str, log: Path
 ) -> None:
     options = {"model_repository": REPOSITORY, "checkpoint": str(TINY), "log_file": log, **change}
@@ -254,7 +249,7 @@ def test_refused_before_the_start(
     assert not log.exists()
 
 
-def test_wrong_weights_are_listed(tmp_path: Path, log: Path) -> None:
+def test_lists_the_wrong_weights_once(tmp_path: Path, log: Path) -> None:
     checkpoint = Path(shutil.copytree(TINY, tmp_path / "checkpoint"))
     config = json.loads((checkpoint / "config.json").read_text())
     patch = config["vision_config"]["patch_size"]
@@ -262,26 +257,30 @@ def test_wrong_weights_are_listed(tmp_path: Path, log: Path) -> None:
     (checkpoint / "config.json").write_text(json.dumps(config))
     with (
         pytest.raises(ServerStartError) as caught,
-        TritonServer(ServeOptions(REPOSITORY, str(checkpoint), log_file=log)),
+        # Two models load these weights.
+        TritonServer(
+            ServeOptions(REPOSITORY, str(checkpoint), models=("embed_image", "fit_teams"), log_file=log)
+        ),
     ):
         pass
     message = str(caught.value)
     assert "mis-shaped: vision_model.embeddings.patch_embedding.weight is [" in message
     assert f"3, {patch}, {patch}], expected [" in message
+    assert message.count("vision_model.embeddings.patch_embedding.weight") == 1
     assert "Traceback" not in message
     assert len(message.splitlines()) < 8
 
 
-def test_the_command_serves_and_stops_cleanly(tmp_path: Path) -> None:
-    """`siglip-serve serve`: prints where it serves and a line that works; SIGINT ends it with status 0."""
-    http_port, grpc_port = free_port(), free_port()
+def test_command_serves_and_stops_on_ctrl_c(tmp_path: Path) -> None:
+    """It prints its addresses, the checkpoint's note and a command that works; a taken port is refused."""
+    http_port = free_port()
     command = [str(Path(sys.executable).parent / "siglip-serve"), "serve"]
     arguments = [
         f"--model-repository={REPOSITORY}",
+        "--models=classify_image,embed_image",
         f"--http-port={http_port}",
-        f"--grpc-port={grpc_port}",
+        "--grpc-port=0",
         "--metrics-port=0",
-        f"--sample-image={next((TINY / 'samples').glob('*.jpg'))}",
         f"--log-file={tmp_path / 'log'}",
     ]
     environment = {**os.environ, "SIGLIP_SERVE_CHECKPOINT": str(TINY)}
@@ -289,24 +288,29 @@ def test_the_command_serves_and_stops_cleanly(tmp_path: Path) -> None:
         [*command, *arguments], env=environment, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
-        output = ""
-        for line in process.stdout:
-            output += line
-            if "Ctrl-C" in line:
-                break
-        curl = output[output.index("curl") : output.index("Ctrl-C")].strip()
-        answer = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True)
-        width = json.loads((TINY / "config.json").read_text())["vision_config"]["hidden_size"]
-        numbers = np.array(answer.stdout.split(), dtype=np.float32)
-        assert numbers.shape == (width,)
-        assert np.isfinite(numbers).all()
-        arguments.append(f"--checkpoint={TINY}")
-        second = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
-        assert second.returncode == 1
-        assert f"HTTP port {http_port} on 127.0.0.1 cannot be bound" in second.stderr
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
-        assert "stopped" in process.stdout.read()
+        try:
+            output = ""
+            for line in process.stdout:
+                output += line
+                if "Ctrl-C" in line:
+                    break
+            assert output.count("\nsiglip-serve: note: siglip-tiny knows drawings only; ") == 1
+            example = output.partition("Try it in another terminal:")[2].partition("Ctrl-C")[0].strip()
+            answer = subprocess.run(["bash", "-c", example], capture_output=True, text=True, check=True)
+            header, row = answer.stdout.splitlines()
+            assert header.split(",")[:3] == ["path", "label", "automobile"]
+            path, best, probability = row.split(",")[:3]
+            assert (Path(path).absolute(), best) == (TINY / "samples" / "automobile.jpg", "automobile")
+            assert float(probability) > 0.5
+            arguments.append(f"--checkpoint={TINY}")
+            second = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+            assert second.returncode == 1
+            assert f"HTTP port {http_port} on 127.0.0.1 cannot be bound" in second.stderr
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0
+            assert "stopped" in process.stdout.read()
+        finally:
+            process.terminate()
 
 
 def status_once_it_listens(http_url: str) -> int:
@@ -319,9 +323,8 @@ def status_once_it_listens(http_url: str) -> int:
             time.sleep(0.1)
 
 
-def test_a_plain_tritonserver_serves_the_repository(tmp_path: Path) -> None:
+def test_repository_is_served_by_a_plain_tritonserver(tmp_path: Path) -> None:
     """Without the launcher: dimensions by auto-completion, settings from the environment."""
-    stage = Stage(REPOSITORY, "cpu")
     http_port, log = free_port(), tmp_path / "log"
     environment = {
         **os.environ,
@@ -336,25 +339,22 @@ def test_a_plain_tritonserver_serves_the_repository(tmp_path: Path) -> None:
         "--allow-grpc=false",
         "--allow-metrics=false",
     ]
-    try:
-        command, libraries = stage.server_command(), stage.library_path(environment)
-        with (
-            log.open("wb") as output,
-            subprocess.Popen(
-                [*command, *options], env=environment | libraries, cwd=tmp_path, stdout=output, stderr=output
-            ) as server,
-        ):
-            try:
-                assert status_once_it_listens(f"127.0.0.1:{http_port}") == 200
-                found = explain(HttpCaller(f"127.0.0.1:{http_port}"), PICTURE, ["dog"])
-                assert found["HEATMAPS"].shape == (1, 60, 80)
-            finally:
-                server.terminate()
-    finally:
-        stage.remove()
+    command, libraries = server_command(tmp_path / "backends"), library_path(environment)
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
+            [*command, *options], env=environment | libraries, cwd=tmp_path, stdout=output, stderr=output
+        ) as server,
+    ):
+        try:
+            assert status_once_it_listens(f"127.0.0.1:{http_port}") == 200
+            found = explain(HttpCaller(f"127.0.0.1:{http_port}"), PICTURE, ["dog"])
+            assert found["HEATMAPS"].shape == (1, 60, 80)
+        finally:
+            server.terminate()
 
 
-def test_administration_is_closed_to_others(server: TritonServer) -> None:
+def test_closes_administration_to_callers_without_the_key(server: TritonServer) -> None:
     base = f"http://{server.http_url}/v2"
     for path in (
         "repository/models/embed_image/load",
@@ -373,7 +373,7 @@ def test_administration_is_closed_to_others(server: TritonServer) -> None:
     assert np.isfinite(GrpcCaller(server.grpc_url).embed([PICTURE])).all()
 
 
-def test_metrics_are_served(server: TritonServer) -> None:
+def test_serves_metrics(server: TritonServer) -> None:
     GrpcCaller(server.grpc_url).embed([PICTURE])
     with OPENER.open(f"http://{server.address}:{server.metrics_port}/metrics", timeout=5) as answer:
         assert b'nv_inference_request_success{model="siglip_vision_model"' in answer.read()

@@ -1,4 +1,4 @@
-"""Bad input: the right status, the right row, and nobody else is harmed."""
+"""Malformed inputs: status and row of the refusal, and the answers of other requests."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def refusal(call: Callable[[], Any]) -> InferenceServerException:
 
 
 @pytest.mark.parametrize("name", malformed_files())
-def test_malformed_file(name: str, exact_server: TritonServer) -> None:
-    """The bad row stands between good ones; a neighbour's request is sent at the same time."""
+def test_refuses_a_malformed_file_and_serves_its_neighbours(name: str, exact_server: TritonServer) -> None:
+    """The malformed row stands between good ones. Another request is sent at the same time."""
     bad = malformed_files()[name]
     caller = GrpcCaller(exact_server.grpc_url)
     with ThreadPoolExecutor(2) as pool:
@@ -40,7 +40,7 @@ def test_malformed_file(name: str, exact_server: TritonServer) -> None:
     assert "Traceback" not in error.message()
     assert ".py" not in error.message()
     status, body = post_image(exact_server.http_url, bad)
-    assert status == 400 or not bad  # without a body, Triton itself finds fault first
+    assert status == 400 or not bad  # Triton itself refuses a request without a body
     assert "INPUT_IMAGE[0]: " in json.loads(body)["error"] or not bad
 
 
@@ -68,7 +68,7 @@ def test_malformed_file(name: str, exact_server: TritonServer) -> None:
         ([GOOD] * 1000, {}, "batch-size must be <="),
     ],
 )
-def test_refused_request(
+def test_refuses_a_wrong_request(
     rows: list[bytes], parameters: dict[str, Any], expected: str, exact_server: TritonServer
 ) -> None:
     error = refusal(lambda: GrpcCaller(exact_server.grpc_url).embed(rows, **parameters))
@@ -86,7 +86,7 @@ def test_refused_request(
         ("siglip_vision_model", "PIXEL_VALUES", np.zeros((1, 64, 64, 3), dtype=np.float32), "PIXEL_VALUES"),
     ],
 )
-def test_wrong_tensor(
+def test_refuses_a_wrong_tensor(
     model: str, name: str, array: np.ndarray[Any, Any], expected: str, exact_server: TritonServer
 ) -> None:
     caller = GrpcCaller(exact_server.grpc_url)
@@ -98,7 +98,7 @@ def test_wrong_tensor(
     assert expected in error.message()
 
 
-def test_no_rows(exact_server: TritonServer) -> None:
+def test_refuses_a_request_without_rows(exact_server: TritonServer) -> None:
     caller = HttpCaller(exact_server.http_url)
     tensor = caller.module.InferInput("INPUT_IMAGE", [0, 1], "BYTES")
     tensor.set_data_from_numpy(np.zeros((0, 1), dtype=np.object_))
@@ -115,7 +115,7 @@ def test_no_rows(exact_server: TritonServer) -> None:
         b'{"inputs":[{"name":"INPUT_IMAGE","shape":[1,1],"datatype":"BYTES"}]}',
     ],
 )
-def test_broken_json(body: bytes, exact_server: TritonServer) -> None:
+def test_refuses_broken_json(body: bytes, exact_server: TritonServer) -> None:
     url = f"http://{exact_server.http_url}/v2/models/embed_image/infer"
     status, answer = post(url, body, {"Content-Type": "application/json"})
     assert status in {400, 500}  # this Triton release answers JSON it cannot parse with 500
@@ -123,8 +123,8 @@ def test_broken_json(body: bytes, exact_server: TritonServer) -> None:
     assert np.isfinite(GrpcCaller(exact_server.grpc_url).embed([GOOD])).all()
 
 
-def test_length_that_lies(exact_server: TritonServer) -> None:
-    """Binary tensor data whose length field promises more bytes than follow."""
+def test_refuses_a_string_length_beyond_the_data(exact_server: TritonServer) -> None:
+    """The length field of the binary tensor promises more bytes than follow."""
     header = json.dumps(
         {
             "inputs": [
@@ -144,14 +144,14 @@ def test_length_that_lies(exact_server: TritonServer) -> None:
     assert np.isfinite(GrpcCaller(exact_server.grpc_url).embed([GOOD])).all()
 
 
-def test_an_unknown_parameter_is_refused_each_time(exact_server: TritonServer) -> None:
+def test_refuses_an_unknown_parameter_each_time(exact_server: TritonServer) -> None:
     caller = GrpcCaller(exact_server.grpc_url)
     for _ in range(3):
         error = refusal(lambda: caller.embed([GOOD], normalize=True))
         assert "parameter 'normalize': unknown" in error.message()
 
 
-def test_a_batch_of_only_bad_requests(exact_server: TritonServer) -> None:
+def test_answers_each_request_of_a_batch_of_bad_ones(exact_server: TritonServer) -> None:
     caller = GrpcCaller(exact_server.grpc_url)
     with ThreadPoolExecutor(16) as pool:
         errors = list(pool.map(lambda _: refusal(lambda: caller.embed([b"bad"])), range(64)))

@@ -1,4 +1,4 @@
-"""`docker/monitoring`: a real Prometheus on a real server, and every query of the dashboard."""
+"""`docker/monitoring`: Prometheus scrapes a real server, and every query of the dashboard has data."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ FOLDER = ROOT / "docker" / "monitoring"
 PICTURE = encode(photo(64, 48, 3), "JPEG")
 DASHBOARD = json.loads((FOLDER / "dashboards" / "siglip-serve.json").read_text(encoding="utf-8"))
 QUERIES = [target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", [])]
-# Without a GPU, and without a fault of the server, there is nothing to show of them.
+# These have no data without a GPU, or without a fault of the server.
 EMPTY = re.compile(r"nv_gpu_|BACKEND\|REJECTED")
 
 
 @pytest.fixture(scope="module")
 def prometheus(server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a Prometheus with our configuration, but for its targets and intervals."""
+    """The address of a Prometheus with the project's configuration, except for targets and intervals."""
     folder = tmp_path_factory.mktemp("prometheus")
     config = yaml.safe_load((FOLDER / "prometheus.yml").read_text(encoding="utf-8"))
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
@@ -61,11 +61,11 @@ def prometheus(server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -
         yield address
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
 
 
 def _wait_for(condition: Any, log: Path) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         with suppress(OSError):
             if condition():
@@ -75,15 +75,15 @@ def _wait_for(condition: Any, log: Path) -> None:
 
 
 def _values(address: str, query: str) -> list[str]:
-    """What a query says now, each value as text."""
+    """The current values of a query, as text."""
     words = urllib.parse.urlencode({"query": query})
-    with OPENER.open(f"http://{address}/api/v1/query?{words}", timeout=10) as answer:
+    with OPENER.open(f"http://{address}/api/v1/query?{words}", timeout=60) as answer:
         found = json.load(answer)["data"]["result"]
     return [row["value"][1] for row in found]
 
 
 def _use(server: TritonServer) -> None:
-    """Good and bad images and texts."""
+    """Send good and bad images and texts."""
     caller = GrpcCaller(server.grpc_url)
     caller.embed([PICTURE] * 3)
     with suppress(InferenceServerException):
@@ -93,23 +93,23 @@ def _use(server: TritonServer) -> None:
     caller.client.infer("embed_text", [tensor])
 
 
-def test_every_query_of_the_dashboard_has_data(server: TritonServer, prometheus: str) -> None:
+def test_dashboard_queries_return_data(server: TritonServer, prometheus: str) -> None:
     assert len(QUERIES) > 15
     queries = [query.replace("$__rate_interval", "10s") for query in QUERIES]
     missing = queries
-    deadline = time.monotonic() + 40
+    deadline = time.monotonic() + 120
     while missing and time.monotonic() < deadline:
         _use(server)
         time.sleep(1)
         found = {query: _values(prometheus, query) for query in queries}
         missing = [query for query in queries if not found[query] and not EMPTY.search(query)]
     assert not missing
-    for query in queries:  # a quantile of nothing is not a number: a model that was not asked has none
+    for query in queries:  # a quantile of no requests is NaN, so an unused model has only NaN
         assert EMPTY.search(query) or any(np.isfinite(float(value)) for value in found[query]), query
 
 
-def test_the_rules_are_evaluated(prometheus: str) -> None:
-    with OPENER.open(f"http://{prometheus}/api/v1/rules", timeout=10) as answer:
+def test_rules_are_evaluated_and_none_reports_a_server_down(prometheus: str) -> None:
+    with OPENER.open(f"http://{prometheus}/api/v1/rules", timeout=60) as answer:
         groups = json.load(answer)["data"]["groups"]
     rules = [rule for group in groups for rule in group["rules"]]
     assert len(rules) > 10

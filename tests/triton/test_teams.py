@@ -1,7 +1,8 @@
-"""The models of the teams, through the real server."""
+"""`fit_teams`, `classify_teams` and their steps on a real server."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -37,16 +38,16 @@ def png(pixels: NDArray[np.uint8]) -> bytes:
 
 
 def players(count: int, shirts: tuple[int, int] = (0, 1), seed: int = 0) -> list[bytes]:
-    """Crops of two teams in turns."""
+    """Crops of two teams, alternating."""
     return [png(player(SHIRTS[shirts[i % 2]], 1000 * seed + i)) for i in range(count)]
 
 
 def strings(values: list[bytes]) -> NDArray[Any]:
-    return np.array([*values, None], dtype=np.object_)[:-1]  # an array of objects even if it is empty
+    return np.array([*values, None], dtype=np.object_)[:-1]  # stays an array of objects when it is empty
 
 
 class Caller:
-    """Any model of the server over gRPC."""
+    """Calls of any model over gRPC."""
 
     module: Any = triton_grpc
 
@@ -77,7 +78,7 @@ class Caller:
 
 
 class HttpCaller(Caller):
-    """The same over HTTP."""
+    """Calls of any model over HTTP."""
 
     module: Any = triton_http
 
@@ -93,12 +94,12 @@ def caller(server: TritonServer) -> Caller:
 
 @pytest.fixture(scope="module")
 def state(caller: Caller) -> bytes:
-    """Fitted to `players(40)`."""
+    """A state fitted to `players(40)`."""
     return bytes(caller.fit(players(40))["STATE"][0])
 
 
 @pytest.mark.parametrize("kind", [Caller, HttpCaller])
-def test_teams_are_found_and_found_again(server: TritonServer, kind: type[Caller]) -> None:
+def test_finds_two_teams_and_recognises_them(server: TritonServer, kind: type[Caller]) -> None:
     caller = kind(server)
     fitted = caller.fit(players(40))
     truth = np.arange(40) % 2
@@ -121,7 +122,7 @@ def test_ids_do_not_depend_on_the_order(caller: Caller) -> None:
         assert (caller.fit([crops[i] for i in order])["LABELS"] == labels[order]).all()
 
 
-def test_refits_keep_ids_and_named_crops_give_them(caller: Caller) -> None:
+def test_anchors_set_ids_and_refits_keep_them(caller: Caller) -> None:
     crops = players(40)
     truth = np.arange(40, dtype=np.int32) % 2
     for wanted in (truth, 1 - truth):
@@ -133,7 +134,7 @@ def test_refits_keep_ids_and_named_crops_give_them(caller: Caller) -> None:
             state = strings([refit["STATE"][0]])
 
 
-def test_tracks_and_roles(caller: Caller) -> None:
+def test_tracks_are_joined_and_only_players_get_teams(caller: Caller) -> None:
     crops = [*players(40), *(png(player(SHIRTS[2], i)) for i in range(4))]
     roles = strings([b"player"] * 38 + [b""] * 2 + [b"referee"] * 2 + [b"goalkeeper"] * 2)
     tracks = np.concatenate([np.arange(40) % 10, [20, 20, 21, 21]]).astype(np.int64)
@@ -142,7 +143,7 @@ def test_tracks_and_roles(caller: Caller) -> None:
     assert (fitted["LABELS"][:40] == fitted["LABELS"][np.arange(40) % 2]).all()
 
 
-def test_a_frame_with_boxes_is_its_crops(caller: Caller, state: bytes) -> None:
+def test_frames_with_boxes_equal_their_crops(caller: Caller, state: bytes) -> None:
     figures = [player(SHIRTS[i % 2], i) for i in range(6)]
     frame = np.full((200, 400, 3), 90, np.uint8)
     boxes = np.array([[60 * i + 5, 50, 60 * i + 53, 146] for i in range(6)], np.float32)
@@ -160,50 +161,52 @@ def test_a_frame_with_boxes_is_its_crops(caller: Caller, state: bytes) -> None:
             assert np.allclose(way[name], array, atol=1e-4), name
 
 
-def test_no_crops_have_no_teams(caller: Caller, state: bytes) -> None:
+def test_accepts_a_request_without_crops(caller: Caller, state: bytes) -> None:
     said = caller.classify([], state)
     assert said["LABELS"].dtype == np.int32
     assert said["LABELS"].shape == (0,)
     assert said["COORDINATES"].shape == (0, 2)
 
 
-def test_a_crop_of_one_row_is_flagged(caller: Caller, state: bytes) -> None:
+def test_flags_a_crop_of_one_row(caller: Caller, state: bytes) -> None:
     crops = [png(np.full((1, 8, 3), 90, np.uint8)), *players(2)]
     assert list(caller.classify(crops, state)["REGION_FALLBACK"]) == [True, False, False]
 
 
-def test_crops_that_look_the_same_are_no_teams(caller: Caller) -> None:
+def test_equal_crops_are_degenerate(caller: Caller) -> None:
     fitted = caller.fit(players(1) * 20)
     assert list(fitted["STATUS"]) == [b"DEGENERATE"]
     assert (fitted["LABELS"] == -1).all()
     assert fitted["STATE"][0] == b""
 
 
-def test_hundreds_of_crops_in_one_request(caller: Caller) -> None:
+def test_fits_hundreds_of_crops(caller: Caller) -> None:
     crops = players(40) * 15
     labels = caller.fit(crops)["LABELS"]
     assert (labels.reshape(15, 40) == labels[:40]).all()
 
 
-def test_a_hundred_matches_at_once_do_not_mix(server: TritonServer) -> None:
-    """Sixteen clients, each request another match; every answer equals that of the match alone."""
+def test_a_hundred_requests_at_once_do_not_mix_their_matches(server: TritonServer) -> None:
+    """Sixteen clients send other crops with each request; each answer equals that of the request alone.
+
+    The requests take the states of 20 matches. A margin is a number of its own for each crop and state.
+    """
     pairs = [(0, 1), (1, 2), (2, 3), (0, 2), (1, 3)]
     caller = Caller(server)
-    matches = []
-    for number in range(100):
-        crops = players(8 + number % 5, pairs[number % 5], seed=number)
-        matches.append((crops, bytes(caller.fit(crops)["STATE"][0])))
+    states = [bytes(caller.fit(players(12, pairs[n % 5], seed=n))["STATE"][0]) for n in range(20)]
+    matches = [(players(8 + n % 5, pairs[n % 5], seed=n), states[n % 20]) for n in range(100)]
     alone = [caller.classify(crops, state) for crops, state in matches]
     callers = [Caller(server) for _ in range(16)]
 
-    def ask(number: int) -> bool:
-        crops, state = matches[number]
-        said = callers[number % 16].classify(crops, state)
-        return bool((said["LABELS"] == alone[number]["LABELS"]).all())
+    def ask(number: int) -> Arrays:
+        return callers[number % 16].classify(*matches[number])
 
-    order = np.random.default_rng(0).permutation(100)
+    order = np.random.default_rng(0).permutation(100).tolist()
     with ThreadPoolExecutor(16) as pool:
-        assert all(pool.map(ask, order.tolist()))
+        together = list(pool.map(ask, order))
+    for number, said in zip(order, together, strict=True):
+        np.testing.assert_array_equal(said["LABELS"], alone[number]["LABELS"])
+        np.testing.assert_allclose(said["MARGIN"], alone[number]["MARGIN"], atol=1e-4)
 
 
 CROPS = players(12)
@@ -241,17 +244,16 @@ MALFORMED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_malformed_requests_are_refused(caller: Caller, name: str) -> None:
+def test_refuses_a_malformed_request(caller: Caller, name: str) -> None:
     inputs, parameters, message = MALFORMED[name]
-    with pytest.raises(InferenceServerException) as refused:
+    with pytest.raises(InferenceServerException, match=re.escape(message)) as refused:
         caller("fit_teams", inputs, parameters)
     assert refused.value.status() == "StatusCode.INVALID_ARGUMENT"
-    assert message in str(refused.value.message())
     assert caller.fit(CROPS)["LABELS"].shape == (12,)
 
 
-def test_states_that_are_none_are_refused(caller: Caller, state: bytes) -> None:
-    other = state.replace(b'"mean"', b'"head"')  # of equal length; the checksum tells
+def test_refuses_broken_states(caller: Caller, state: bytes) -> None:
+    other = state.replace(b'"mean"', b'"head"')  # of equal length, so that only the checksum differs
     for broken in (b"", b"x", state[:-30], state[100:], other, bytes(2**21)):
         with pytest.raises(InferenceServerException, match="STATE: ") as refused:
             caller.classify(CROPS, broken)
@@ -259,7 +261,7 @@ def test_states_that_are_none_are_refused(caller: Caller, state: bytes) -> None:
     assert caller.classify(CROPS, state)["LABELS"].shape == (12,)
 
 
-def test_embeddings_can_be_sent_by_themselves(caller: Caller, state: bytes) -> None:
+def test_team_predict_takes_embeddings(caller: Caller, state: bytes) -> None:
     pixels = caller("jersey_process", {"CROPS": strings(CROPS)})["PIXEL_VALUES"]
     embeddings = caller("siglip_base_model", {"PIXEL_VALUES": pixels})["MEAN_EMBEDDING"]
     embeddings = np.array(embeddings)

@@ -1,4 +1,4 @@
-"""The project's own figures at the metrics endpoint."""
+"""The project's own metrics at the metrics endpoint."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ PICTURE = encode(photo(64, 48, 3), "JPEG")
 
 
 def figures(server: TritonServer) -> dict[str, float]:
-    """Our own figures by name and labels."""
-    with OPENER.open(f"http://{server.address}:{server.metrics_port}/metrics", timeout=5) as answer:
+    """The project's own metrics by name and labels."""
+    with OPENER.open(f"http://{server.address}:{server.metrics_port}/metrics", timeout=60) as answer:
         text = answer.read().decode()
     return {
         name: float(value) for name, value in re.findall(r"^(siglip_serve_\S+) (\S+)$", text, re.MULTILINE)
@@ -29,7 +29,7 @@ def figures(server: TritonServer) -> dict[str, float]:
 
 
 def added(server: TritonServer, call: Callable[[], Any]) -> dict[str, float]:
-    """By how much the figures grew through a call that may be refused."""
+    """Growth of each metric through a call, which may be refused."""
     before = figures(server)
     with suppress(InferenceServerException):
         call()
@@ -39,7 +39,7 @@ def added(server: TritonServer, call: Callable[[], Any]) -> dict[str, float]:
     }
 
 
-def test_images_and_rows_are_counted_and_timed(server: TritonServer) -> None:
+def test_counts_and_times_images_and_rows(server: TritonServer) -> None:
     caller = GrpcCaller(server.grpc_url)
     grown = added(server, lambda: caller.embed([PICTURE] * 3))
     assert grown['siglip_serve_images_total{model="siglip_vision_process"}'] == 3
@@ -65,7 +65,7 @@ def test_images_and_rows_are_counted_and_timed(server: TritonServer) -> None:
         (PICTURE, {"embed_model": "nosuch"}, "parameter"),
     ],
 )
-def test_refusals_are_counted_by_reason(
+def test_counts_refused_images_by_reason(
     server: TritonServer, row: bytes, parameters: dict[str, Any], reason: str
 ) -> None:
     grown = added(server, lambda: GrpcCaller(server.grpc_url).embed([row], **parameters))
@@ -74,7 +74,7 @@ def test_refusals_are_counted_by_reason(
     assert 'siglip_serve_tower_rows_total{model="siglip_vision_model"}' not in grown
 
 
-def test_a_text_that_is_refused_is_counted(server: TritonServer) -> None:
+def test_counts_a_refused_text(server: TritonServer) -> None:
     tensor = triton.InferInput("INPUT_TEXT", [1, 1], "BYTES")
     tensor.set_data_from_numpy(np.array([[b"\xff\xfe"]], dtype=np.object_))
     client = triton.InferenceServerClient(server.grpc_url)

@@ -1,4 +1,4 @@
-"""Two processes of the image tower that take turns: right answers, deaths and ends.
+"""Two processes of the image tower that take turns: answers, a killed process, and the end of the server.
 
 On a CPU the tower has one process, so the repository is changed to have two.
 """
@@ -59,7 +59,7 @@ def turn_files(server_pid: int) -> list[Path]:
 
 
 def takers(server: TritonServer) -> set[int]:
-    """The process that has the turn at this moment, if there is one."""
+    """The process that holds the turn at this moment, if any."""
     (file,) = turn_files(server.pid)
     found = re.findall(r"POSIX +ADVISORY +WRITE (\d+) \w+:\w+:(\d+) ", Path("/proc/locks").read_text())
     return {int(pid) for pid, inode in found if int(inode) == file.stat().st_ino}
@@ -88,7 +88,7 @@ def ask(
 
 
 class Caller:
-    """Requests of every kind, each compared with what it was answered when nothing else ran."""
+    """Requests of every kind, whose answers must equal those of an idle server."""
 
     def __init__(self, url: str) -> None:
         self.client = triton.InferenceServerClient(url)
@@ -101,7 +101,7 @@ class Caller:
         self.maps = [ask(self.client, self.pixels[i : i + 1], MAPS, self.vectors) for i in range(4)]
 
     def ask_once(self, draw: random.Random) -> None:
-        """One request of a drawn kind."""
+        """Send a request of a kind drawn at random, and check its answer."""
         start = draw.randrange(16)
         rows = slice(start, start + draw.randint(1, 8))
         kinds: list[Callable[[slice], None]] = [self.embed, self.embed, self.all, self.normalized]
@@ -140,8 +140,8 @@ class Caller:
 
 
 @contextmanager
-def load(caller: Caller) -> Iterator[None]:
-    """Twelve requests are in flight all the time; some may fail."""
+def load(caller: Caller, in_flight: int) -> Iterator[None]:
+    """Keep this number of requests in flight; some may fail."""
     stop = threading.Event()
 
     def keep_asking(seed: int) -> None:
@@ -150,7 +150,7 @@ def load(caller: Caller) -> Iterator[None]:
             with suppress(InferenceServerException, AssertionError):  # refused with another status
                 caller.ask_once(draw)
 
-    threads = [threading.Thread(target=keep_asking, args=(seed,)) for seed in range(12)]
+    threads = [threading.Thread(target=keep_asking, args=(seed,)) for seed in range(in_flight)]
     for thread in threads:
         thread.start()
     try:
@@ -172,13 +172,13 @@ def wait_for_turns_of_both(server: TritonServer) -> None:
         time.sleep(0.002)
 
 
-def test_answers_are_right_and_a_loaded_server_ends(tmp_path: Path) -> None:
+def test_two_processes_answer_correctly_and_end_under_load(tmp_path: Path) -> None:
     with serve(tmp_path) as server:
         caller = Caller(server.grpc_url)
 
         def ask_some(seed: int) -> None:
             draw = random.Random(seed)
-            for _ in range(30):
+            for _ in range(20):
                 caller.ask_once(draw)
 
         with ThreadPoolExecutor(13) as pool:
@@ -186,17 +186,17 @@ def test_answers_are_right_and_a_loaded_server_ends(tmp_path: Path) -> None:
             list(pool.map(ask_some, range(12)))
             watched.result()
         pid = server.pid
-        with load(caller):
+        with load(caller, in_flight=12):
             wait_for_turns_of_both(server)
             os.kill(pid, signal.SIGTERM)
             assert server.wait() == 0
         assert not turn_files(pid)
 
 
-def test_a_killed_process_gives_its_turn_back(tmp_path: Path) -> None:
+def test_killed_process_gives_its_turn_back(tmp_path: Path) -> None:
     with serve(tmp_path) as server:
         caller = Caller(server.grpc_url)
-        with load(caller):
+        with load(caller, in_flight=4):  # the new process starts while these are computed
             wait_for_turns_of_both(server)
             before = towers(server)
             assert len(before) == 2
@@ -210,7 +210,7 @@ def test_a_killed_process_gives_its_turn_back(tmp_path: Path) -> None:
     assert not turn_files(pid)
 
 
-def test_turns_can_be_switched_off(tmp_path: Path) -> None:
+def test_turns_off_creates_no_file(tmp_path: Path) -> None:
     with serve(tmp_path, turns="off") as server:
         assert len(towers(server)) == 2
         assert not turn_files(server.pid)

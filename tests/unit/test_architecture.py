@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -28,6 +29,7 @@ FLOORS = [
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Models whose prefix is not the name of their file in serving/.
+PROGRAMS = ("locustfile.py", "perf_data.py")
 EXCEPTIONS = {"siglip_base_model": "siglip_vision.SiglipVisionModel", "jersey_process": "team.JerseyProcess"}
 
 
@@ -98,7 +100,7 @@ def test_importing_the_launcher_and_light_modules_loads_no_torch() -> None:
         "for name in sys.argv[1:]: importlib.import_module(name)\n"
         "sys.exit('torch' in sys.modules)"
     )
-    names = [f"siglip_serve.{module}" for module in light] + ["siglip_serve_client"]
+    names = [f"siglip_serve.{module}" for module in light] + ["siglip_serve_client.commands.main"]
     subprocess.run([sys.executable, "-c", code, *names], check=True)
 
 
@@ -109,6 +111,29 @@ def test_clients_and_validation_know_the_server_only_by_wire() -> None:
         assert rooms <= {"errors", "embeddings"}, file
     for file in (ROOT / "clients").rglob("*.py"):
         assert set(imports(file, known)) <= {"siglip_serve.launcher.command"}, file
+
+
+def test_every_module_is_reached_from_a_model_the_launcher_or_a_command() -> None:
+    known = modules(SOURCE) | modules(CLIENT)
+    scripts = (
+        CLIENT / "commands" / "bench"
+    )  # started as programs of their own, by locust and perf_analyzer.sh
+    left = [*MODELS.glob("*/1/model.py"), ROOT / "pyproject.toml", *map(scripts.joinpath, PROGRAMS)]
+    reached: set[str] = set()
+    while left:
+        file = left.pop()
+        found = set(imports(file, known)) if file.suffix == ".py" else _entry_points(known)
+        # Importing a module runs the packages around it.
+        found |= {module for name in found for module in known if name.startswith(f"{module}.")}
+        left += [known[module] for module in found - reached]
+        reached |= found
+    programs = {f"{CLIENT.name}.commands.bench.{name.removesuffix('.py')}" for name in PROGRAMS}
+    assert known.keys() - reached == programs
+
+
+def _entry_points(known: Mapping[str, Path]) -> set[str]:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    return {target.partition(":")[0] for target in scripts.values()} & known.keys()
 
 
 def test_each_model_is_the_class_of_its_name() -> None:

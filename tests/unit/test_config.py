@@ -1,53 +1,103 @@
-"""Settings: where they come from, and what is refused."""
+"""Settings: their sources, and the values that are refused."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+import re
+from dataclasses import fields
 
 import pytest
 
 from siglip_serve.config import Settings, load_settings
-from siglip_serve.engine.plan import fastest_dtype
 from siglip_serve.errors import SettingsError
-from siglip_serve.machine import available_cores
+
+WHOLE = "expected a whole number >= 0"
 
 
-def test_a_model_parameter_wins_over_the_environment() -> None:
+def test_model_parameter_wins_over_the_environment() -> None:
     environment = {"SIGLIP_SERVE_CHECKPOINT": "a", "SIGLIP_SERVE_MAX_ROWS": "3", "HOME": "/root"}
     settings = load_settings(environment, {"checkpoint": "b"})
     assert settings == Settings(checkpoint="b", max_rows=3)
 
 
+def test_reads_the_process_environment_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIGLIP_SERVE_CHECKPOINT", "a")
+    assert load_settings() == Settings(checkpoint="a")
+
+
 @pytest.mark.parametrize(
     ("environment", "parameters", "message"),
     [
-        ({}, {}, "'checkpoint' is not given"),
-        ({"SIGLIP_SERVE_CHECKPOINT": ""}, {}, "'checkpoint' is not given"),
-        ({"SIGLIP_SERVE_CHECKPONT": "a"}, {}, "variable SIGLIP_SERVE_CHECKPONT: no such setting"),
-        ({}, {"checkpoint": "a", "dtipe": "x"}, "model parameter 'dtipe': no such setting"),
-        ({}, {"checkpoint": "a", "dtype": "int4"}, "got 'int4', expected one of auto, float32"),
-        ({}, {"checkpoint": "a", "max_image_bytes": "32MB"}, "got '32MB', expected a whole number"),
+        ({}, {}, "setting 'checkpoint' is not given (environment variable SIGLIP_SERVE_CHECKPOINT)"),
+        ({"SIGLIP_SERVE_CHECKPOINT": ""}, {}, "setting 'checkpoint' is not given (environment variable "),
+        (
+            {"SIGLIP_SERVE_CHECKPONT": "a"},
+            {},
+            "environment variable SIGLIP_SERVE_CHECKPONT: no such setting; ",
+        ),
+        (
+            {},
+            {"checkpoint": "a", "dtipe": "x"},
+            "model parameter 'dtipe': no such setting; the settings are ",
+        ),
+        ({}, {"checkpoint": "a", "Dtype": "int8"}, "model parameter 'Dtype': no such setting; the settings"),
+        (
+            {},
+            {"checkpoint": "a", "dtype": "int4"},
+            "model parameter 'dtype': got 'int4', expected one of auto, f",
+        ),
+        ({}, {"checkpoint": "a", "tower": "team"}, "'tower': got 'team', expected one of main, teams"),
+        ({}, {"checkpoint": "a", "max_image_bytes": "32MB"}, f"'max_image_bytes': got '32MB', {WHOLE}"),
+        ({}, {"checkpoint": "a", "max_rows": ""}, f"model parameter 'max_rows': got '', {WHOLE}"),
+        ({}, {"checkpoint": "a", "max_rows": "-1"}, f"model parameter 'max_rows': got '-1', {WHOLE}"),
+        ({}, {"checkpoint": "a", "max_rows": "+1"}, f"model parameter 'max_rows': got '+1', {WHOLE}"),
+        ({}, {"checkpoint": "a", "max_rows": "1.0"}, f"model parameter 'max_rows': got '1.0', {WHOLE}"),
+        ({}, {"checkpoint": "a", "max_rows": " 1"}, f"model parameter 'max_rows': got ' 1', {WHOLE}"),
+        ({}, {"checkpoint": "a", "max_rows": "٣"}, f"model parameter 'max_rows': got '٣', {WHOLE}"),
+        ({}, {"checkpoint": "a", "max_rows": "²"}, f"model parameter 'max_rows': got '²', {WHOLE}"),
+        (
+            {"SIGLIP_SERVE_CHECKPOINT": "a", "SIGLIP_SERVE_THREADS": "1٣"},
+            {},
+            f"environment variable SIGLIP_SERVE_THREADS: got '1٣', {WHOLE}",
+        ),
     ],
 )
-def test_what_is_refused(environment: dict[str, str], parameters: dict[str, str], message: str) -> None:
-    with pytest.raises(SettingsError, match=message):
+def test_refuses_a_setting_and_names_its_source(
+    environment: dict[str, str], parameters: dict[str, str], message: str
+) -> None:
+    with pytest.raises(SettingsError, match=re.escape(message)):
         load_settings(environment, parameters)
 
 
-def test_kubernetes_service_links_are_no_settings() -> None:
+@pytest.mark.parametrize(("text", "value"), [("0", 0), ("1", 1), ("007", 7), ("33554432", 33554432)])
+def test_reads_whole_numbers(text: str, value: int) -> None:
+    assert load_settings({}, {"checkpoint": "a", "max_rows": text}).max_rows == value
+
+
+def test_ignores_the_service_links_of_kubernetes() -> None:
     links = ["SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_8000_TCP_ADDR"]
     environment = {f"SIGLIP_SERVE_{name}": "x" for name in links}
     assert load_settings(environment, {"checkpoint": "a"}) == Settings(checkpoint="a")
 
 
-def test_fastest_dtype() -> None:
-    assert fastest_dtype(9) == "bfloat16"
-    assert fastest_dtype(7) == "float16"
-    flags = Path("/proc/cpuinfo").read_text()
-    fast = " avx512_bf16" in flags or " amx_bf16" in flags
-    assert fastest_dtype(None) == ("bfloat16" if fast else "float32")
+@pytest.mark.parametrize("name", ["PORTS", "PORT_X", "SERVICE", "SERVICE_HOSTS"])
+def test_refuses_names_that_only_resemble_service_links(name: str) -> None:
+    with pytest.raises(SettingsError, match=f"^environment variable SIGLIP_SERVE_{name}: no such setting; "):
+        load_settings({f"SIGLIP_SERVE_{name}": "x"}, {"checkpoint": "a"})
 
 
-def test_available_cores() -> None:
-    assert 1 <= available_cores() <= (os.cpu_count() or 1)
+@pytest.mark.parametrize(
+    ("tower", "teams_checkpoint", "expected"),
+    [("main", "", "a"), ("main", "b", "a"), ("teams", "", "a"), ("teams", "b", "b")],
+)
+def test_a_model_loads_the_checkpoint_of_its_use(tower: str, teams_checkpoint: str, expected: str) -> None:
+    given = {"checkpoint": "a", "teams_checkpoint": teams_checkpoint, "tower": tower}
+    assert load_settings({}, given).own_checkpoint == expected
+
+
+def test_every_option_has_a_group_and_a_help() -> None:
+    hidden = {setting.name for setting in fields(Settings) if not setting.metadata}
+    assert hidden == {"tower", "checkpoint_name", "checkpoint_revision", "checkpoint_note"}
+    for setting in fields(Settings):
+        if setting.metadata:
+            assert setting.metadata["group"], setting.name
+            assert setting.metadata["help"], setting.name

@@ -14,7 +14,7 @@ ROWS = ("n00000001 tench, Tinca tinca", "n00000002 goldfish, Carassius auratus",
 def make_folder(
     root: Path, rows: Sequence[str] = ROWS, train: int = 3, valid: Sequence[str] = ("a_p0", "b_p0")
 ) -> Path:
-    """A folder of ImageNet's shape; the files only look like images."""
+    """A folder of ImageNet's layout. Its files are named like images and hold none."""
     (root / MAPPING).write_text("\n".join(rows) + "\n", encoding="utf-8")
     for number, row in enumerate(rows):
         for part, names in (("train", [f"{row[:9]}_{i}" for i in range(train)]), ("valid", valid)):
@@ -25,7 +25,7 @@ def make_folder(
     return root
 
 
-def test_a_good_folder(tmp_path: Path) -> None:
+def test_reads_a_complete_folder(tmp_path: Path) -> None:
     (make_folder(tmp_path) / "train" / "n00000001" / ".hidden").write_bytes(b"not an image")
     dataset = load_dataset(tmp_path, "stop")
     assert [row.first_name for row in dataset.classes] == ["tench", "goldfish", "cock"]
@@ -35,17 +35,17 @@ def test_a_good_folder(tmp_path: Path) -> None:
     assert dataset.problems == []
 
 
-def test_valid_images_can_be_limited(tmp_path: Path) -> None:
+def test_limits_the_validation_images(tmp_path: Path) -> None:
     dataset = load_dataset(make_folder(tmp_path), "stop", valid_per_class=1)
     assert [sample.path.name for sample in dataset.valid] == ["a_p0.png"] * 3
 
 
-def test_classes_are_in_the_order_of_their_ids(tmp_path: Path) -> None:
+def test_orders_classes_by_id(tmp_path: Path) -> None:
     dataset = load_dataset(make_folder(tmp_path, rows=ROWS[::-1]), "stop")
     assert [row.synset for row in dataset.classes] == ["n00000001", "n00000002", "n00000003"]
 
 
-def test_everything_wrong_is_named_and_left_out(tmp_path: Path) -> None:
+def test_names_and_leaves_out_every_fault(tmp_path: Path) -> None:
     make_folder(tmp_path)
     with (tmp_path / MAPPING).open("a", encoding="utf-8") as file:
         file.write("what is this\nn00000001 tench again\nn00000004 hen\n")
@@ -65,14 +65,14 @@ def test_everything_wrong_is_named_and_left_out(tmp_path: Path) -> None:
     assert {sample.label for sample in dataset.valid} == {0, 2}
 
 
-def test_stop_stops_at_the_first(tmp_path: Path) -> None:
+def test_stops_at_the_first_fault_on_request(tmp_path: Path) -> None:
     make_folder(tmp_path)
     (tmp_path / "train" / "n00000099").mkdir()
     with pytest.raises(DatasetError, match=r"train/n00000099: not in .*--on-error skip"):
         load_dataset(tmp_path, "stop")
 
 
-def test_nothing_to_validate_is_an_error(tmp_path: Path) -> None:
+def test_refuses_a_folder_with_nothing_to_validate(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="no such folder"):
         load_dataset(tmp_path / "missing", "skip")
     with pytest.raises(DatasetError, match=rf"{MAPPING}: cannot be read"):
@@ -85,7 +85,7 @@ def test_nothing_to_validate_is_an_error(tmp_path: Path) -> None:
         load_dataset(tmp_path, "skip")
 
 
-def test_few_shot_draws_so_many_of_each_class() -> None:
+def test_few_shot_draws_equal_numbers_per_class() -> None:
     samples = [Sample(Path(str(number)), number % 3) for number in range(30)]
     chosen = few_shot(samples, shots=4, seed=1)
     assert [sum(samples[position].label == label for position in chosen) for label in range(3)] == [4, 4, 4]

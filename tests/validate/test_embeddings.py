@@ -16,7 +16,7 @@ PROBE = np.array([1.0, 2.0], dtype=np.float32)
 
 
 class Embedder:
-    """Number n -> [n, n + 1]; counts what it is asked, refuses negative numbers, fails at 1000."""
+    """Embeds a number n as [n, n + 1]. It counts its calls, refuses negative numbers, and fails at 1000."""
 
     def __init__(self) -> None:
         self.asked: list[int] = []
@@ -41,7 +41,7 @@ def keys(*numbers: int) -> list[str]:
     return [key for key, _ in items(*numbers)]
 
 
-def test_everything_is_embedded_once_and_kept(tmp_path: Path) -> None:
+def test_embeds_each_item_once_and_keeps_it(tmp_path: Path) -> None:
     embedder = Embedder()
     wanted = items(*range(50), 3, 3)
     with Cache(tmp_path, IDENTITY, PROBE) as cache:
@@ -54,7 +54,7 @@ def test_everything_is_embedded_once_and_kept(tmp_path: Path) -> None:
     assert len(embedder.asked) == 50
 
 
-def test_what_arrived_before_a_failure_is_not_asked_again(tmp_path: Path) -> None:
+def test_keeps_results_from_before_a_failure(tmp_path: Path) -> None:
     embedder = Embedder()
     with Cache(tmp_path, IDENTITY, PROBE) as cache, pytest.raises(ServerError, match="died"):
         embed_all(items(*range(20), 1000), cache, embedder, batch=2, concurrency=1, label="test")
@@ -65,7 +65,7 @@ def test_what_arrived_before_a_failure_is_not_asked_again(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("file", "cut"), [("index.jsonl", 3), ("rows.bin", 5)])
-def test_a_kill_while_writing_costs_only_the_last_rows(tmp_path: Path, file: str, cut: int) -> None:
+def test_loses_only_the_last_rows_when_killed_while_writing(tmp_path: Path, file: str, cut: int) -> None:
     embedder = Embedder()
     with Cache(tmp_path, IDENTITY, PROBE) as cache:
         embed_all(items(0, 1, 2, 3), cache, embedder, batch=1, concurrency=1, label="test")
@@ -79,7 +79,7 @@ def test_a_kill_while_writing_costs_only_the_last_rows(tmp_path: Path, file: str
     assert embedder.asked == [0, 1, 2, 3, 3, 4]
 
 
-def test_a_refused_item_is_named_and_its_batch_is_not_lost(tmp_path: Path) -> None:
+def test_names_a_refused_item_and_keeps_its_batch(tmp_path: Path) -> None:
     embedder = Embedder()
     with Cache(tmp_path, IDENTITY, PROBE) as cache:
         result = embed_all(items(0, 1, -5, 2), cache, embedder, batch=4, concurrency=2, label="test")
@@ -88,7 +88,7 @@ def test_a_refused_item_is_named_and_its_batch_is_not_lost(tmp_path: Path) -> No
         assert cache.get(keys(2)).tolist() == [[2, 3]]
 
 
-def test_another_model_has_another_cache(tmp_path: Path) -> None:
+def test_each_model_has_its_own_cache(tmp_path: Path) -> None:
     for identity, probe in (
         (IDENTITY, PROBE),
         (IDENTITY, -PROBE),
@@ -102,12 +102,12 @@ def test_another_model_has_another_cache(tmp_path: Path) -> None:
         assert cache.get(["key"]).tolist() == [PROBE.tolist()]
 
 
-def test_two_runs_do_not_share_a_cache(tmp_path: Path) -> None:
+def test_refuses_a_cache_in_use(tmp_path: Path) -> None:
     with Cache(tmp_path, IDENTITY, PROBE), pytest.raises(CacheError, match="in use by another run"):
         Cache(tmp_path, IDENTITY, PROBE)
 
 
-def test_an_unusable_cache_is_named(tmp_path: Path) -> None:
+def test_names_an_unusable_cache(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(CacheError, match=r"--cache .*file: cannot be used"):
         Cache(tmp_path / "file", IDENTITY, PROBE)

@@ -1,4 +1,4 @@
-"""ImageNet-Segmentation's file, and its figures on maps whose answer is known by eye."""
+"""The file of ImageNet-Segmentation, and its figures on maps with a known result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MASK = np.zeros((4, 6), dtype=bool)
 MASK[1:3, 0:2] = True
 
 
-def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_reads_pictures_and_masks_as_written(tmp_path: Path) -> None:
     other = np.full((2, 3, 3), 7, dtype=np.uint8)
     images = [("n01440764_10026", PICTURE, MASK), ("n02099601_3", other, np.ones((2, 3), dtype=bool))]
     with Segments(write_segments(tmp_path / "a.mat", images)) as segments:
@@ -45,7 +45,7 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
         (("n01440764_1", PICTURE[..., :2], MASK), r"value/img\[0\]: got uint8 \[2, 6, 4\], expected uint8"),
     ],
 )
-def test_an_image_of_another_form_is_named(
+def test_names_an_image_of_the_wrong_form(
     image: tuple[str, NDArray[np.uint8], NDArray[np.bool_]], message: str, tmp_path: Path
 ) -> None:
     with (
@@ -55,7 +55,7 @@ def test_an_image_of_another_form_is_named(
         segments[0]
 
 
-def test_another_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refuses_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "a.mat"
     with pytest.raises(DatasetError, match="cannot be opened as HDF5"):
         Segments(file)
@@ -70,10 +70,10 @@ def test_another_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
         Segments(file)
 
 
-def test_figures_by_hand() -> None:
+def test_figures_equal_a_computation_by_hand() -> None:
     perfect = judge(np.where(MASK, 2.0, -1.0), MASK)
     assert (perfect.right, perfect.pixels, perfect.precision) == (24, 24, 1)
-    # All that is found is one pixel beside the object: object 0/5, background 19/24.
+    # The only pixel found lies outside the object: object 0/5, background 19/24.
     wrong = np.zeros(MASK.shape)
     wrong[0, 5] = 1
     missed = judge(wrong, MASK)
@@ -88,19 +88,19 @@ def test_figures_by_hand() -> None:
     assert "| 2 | 89.58 | 66.54 |" in table(figures)
 
 
-def test_what_is_below_the_mean_of_the_classes_does_not_count() -> None:
+def test_ignores_values_below_the_mean_of_the_classes() -> None:
     heat = np.where(MASK, 0.5, -1.0)
     heat[0, 0] = -100
     assert judge(heat, MASK).right == MASK.size
 
 
-def test_photographs_are_stretched_to_a_square() -> None:
+def test_stretches_photographs_to_a_square() -> None:
     with Image.open(io.BytesIO(square(Segment("n01440764_1", PICTURE, MASK)))) as image:
         assert image.size == (6, 6)
         assert np.array_equal(np.asarray(image)[0, :, 0] > 0, PICTURE[0, :, 0] > 0)
 
 
-def test_classes_are_imagenets_or_those_of_a_mapping(tmp_path: Path) -> None:
+def test_classes_come_from_imagenet_or_a_mapping(tmp_path: Path) -> None:
     assert len(vocabulary(None).names) == 1000
     mapping = tmp_path / "mapping.txt"
     mapping.write_text("n02099601 golden retriever\nn01440764 tench, Tinca tinca\n")

@@ -50,14 +50,14 @@ def test_the_published_prompts_take_the_whole_row_and_the_id() -> None:
     ]
 
 
-def test_open_clips_protocol_has_80_templates_of_the_first_name() -> None:
+def test_open_clip_protocol_has_80_templates_of_the_first_name() -> None:
     (protocol,) = zero_shot_protocols(["open_clip"], CLASSES)
     assert [len(prompts) for prompts in protocol.prompts] == [80, 80]
     assert protocol.prompts[1][0] == "a bad photo of a great white shark."
     assert protocol.prompt == "80 templates, first names"
 
 
-def test_imagenets_own_classes_get_the_curated_names() -> None:
+def test_imagenet_classes_get_the_curated_names() -> None:
     synsets = ["n01440764", *(f"n{number:08d}" for number in range(2_000_000, 2_000_998)), "n15075141"]
     (protocol,) = zero_shot_protocols(["open_clip"], [ClassInfo(synset, "?") for synset in synsets])
     assert protocol.prompts[0][0] == "a bad photo of a tench."
@@ -65,14 +65,14 @@ def test_imagenets_own_classes_get_the_curated_names() -> None:
     assert protocol.prompt == "80 templates, curated names"
 
 
-def test_big_visions_protocol_is_canonical_and_has_the_bare_name() -> None:
+def test_big_vision_protocol_canonicalizes_and_adds_the_bare_name() -> None:
     (protocol,) = zero_shot_protocols(["big_vision"], CLASSES)
     assert len(protocol.prompts[0]) == 81
     assert protocol.prompts[1][-1] == "great white shark"
     assert "a closeup photo of a tench" in protocol.prompts[0]
 
 
-def test_canonicalize() -> None:
+def test_canonicalize_lowers_case_and_removes_punctuation() -> None:
     assert canonicalize("  A_Red,  Crock-Pot! ") == "a red crockpot"
 
 
@@ -100,7 +100,7 @@ def test_few_shot_rows() -> None:
         assert len(row.top1) == 1, "every draw of two of two is the same"
 
 
-def test_seeds_are_averaged() -> None:
+def test_averages_over_seeds() -> None:
     data = dataset([0, 0, 1, 1], [0])
     gallery = np.array([[1.0, 0.0], [-1.0, 0.0], [0.6, 0.8], [0.6, 0.8]])
     row = few_shot_row(data, gallery, DIRECTIONS[:1], 1, range(8))
@@ -108,12 +108,12 @@ def test_seeds_are_averaged() -> None:
     assert len(row.top1) == 8
 
 
-def test_a_linear_probe_needs_two_classes() -> None:
+def test_linear_probe_refuses_one_class() -> None:
     with pytest.raises(DatasetError, match="at least two classes"):
         linear_probe_row(dataset([0, 0], [0]), DIRECTIONS, DIRECTIONS[:1], 2, range(1))
 
 
-def test_accuracy_of_some_images() -> None:
+def test_accuracy_counts_the_chosen_images_only() -> None:
     row = Row("name", "", [np.array([True, True, False, False])], [np.array([True] * 4)])
     assert row.accuracy(1).value == 0.5
     assert row.accuracy(1, np.array([True, False, True, True])).correct == 1

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,7 +14,7 @@ from validate.errors import DatasetError, ServerError
 from validate.measures.accuracy import Confusion
 from validate.pixels import pixel_features
 from validate.protocols import Row
-from validate.report import Report, class_means, draw, markdown, published_table, write_json
+from validate.report import Report, _draw_bars, class_means, draw, markdown, published_table, write_json
 from validate.server import Server, ServerInfo
 
 YES, NO = True, False
@@ -37,7 +38,7 @@ def report() -> Report:
     )
 
 
-def test_the_published_layout() -> None:
+def test_prints_the_published_layout() -> None:
     assert published_table(ROWS) == (
         "| | top-1 | top-5 | prompt |\n"
         "|---|---|---|---|\n"
@@ -46,7 +47,7 @@ def test_the_published_layout() -> None:
     )
 
 
-def test_the_markdown_says_what_was_measured_and_left_out(report: Report) -> None:
+def test_markdown_tells_settings_and_left_out_images(report: Report) -> None:
     text = markdown(report)
     for part in (
         "Checkpoint tiny, revision unknown, dtype float32, preprocessing fast, served by Triton 2.51.0.",
@@ -60,7 +61,7 @@ def test_the_markdown_says_what_was_measured_and_left_out(report: Report) -> Non
         assert part in text
 
 
-def test_the_json_has_the_figures(report: Report, tmp_path: Path) -> None:
+def test_json_has_the_figures(report: Report, tmp_path: Path) -> None:
     write_json(report, tmp_path / "report.json")
     content = json.loads((tmp_path / "report.json").read_text())
     assert content["rows"][0]["top1"]["value"] == 0.75
@@ -70,7 +71,18 @@ def test_the_json_has_the_figures(report: Report, tmp_path: Path) -> None:
     assert content["chance"] == {"top1": 0.5, "top5": 1}
 
 
-def test_the_picture_is_drawn(report: Report, tmp_path: Path) -> None:
+def test_labels_of_the_plot_are_whole(report: Report) -> None:
+    prompt = "This is a photo from ImageNet's {label} category. This category contains photos of {text}."
+    report.rows = [*ROWS, Row("zero-shot", prompt, [np.array([YES] * 4)], [np.array([YES] * 4)])]
+    figure, axes = plt.subplots()
+    _draw_bars(axes, report)
+    labels = [" ".join(label.get_text().split()) for label in axes.get_yticklabels()]
+    plt.close(figure)
+    assert labels == [f"zero-shot, {prompt}", "zero-shot, A photo of {text}.", "10-shot"]
+    assert [text.get_text() for text in axes.texts] == ["1.0000", "0.2500", "0.7500"]
+
+
+def test_draws_the_plot(report: Report, tmp_path: Path) -> None:
     means = class_means(np.eye(4), np.array([0, 0, 1, 1]))
     assert means.tolist() == [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]]
     draw(report, means, tmp_path / "report.png")
@@ -98,13 +110,13 @@ def test_parity_of_predictions() -> None:
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:8000", "localhost"])
-def test_a_url_that_is_not_grpcs_is_named(url: str) -> None:
+def test_names_a_url_that_is_not_grpc(url: str) -> None:
     with pytest.raises(ServerError, match="expected host:port of the gRPC endpoint"):
         Server(url)
 
 
 @pytest.mark.parametrize("command", [siglip_vision.main, parity.main])
-def test_no_server_is_one_line_and_a_failing_status(
+def test_no_server_ends_with_one_line_and_a_failing_status(
     command: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / MAPPING).write_text("n00000001 tench\n", encoding="utf-8")

@@ -15,14 +15,14 @@ from training.jerseys.clips import TIERS, Role, clip, contact_sheet
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line; see --help."""
+    """Run the command line."""
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument(
-        "tier", choices=list(TIERS), help="what is hard about it; see training/jerseys/clips.py"
+        "tier", choices=list(TIERS), help="its difficulty, T1 to T8: see training/jerseys/clips.py"
     )
     parser.add_argument("out", type=Path, help="folder to write to; made if it is not there")
     parser.add_argument("--seed", type=int, default=0, help="of every choice (default: %(default)s)")
-    parser.add_argument("--sheet", type=Path, help="PNG file of all crops, a row a track, a column a frame")
+    parser.add_argument("--sheet", type=Path, help="PNG file of all crops, one row per track")
     args = parser.parse_args(argv)
 
     made = clip(args.tier, args.seed)

@@ -58,7 +58,7 @@ def training_batch(
         kits: how many; groups of four are related.
         views: crops a kit, each of another player in another pose, light, camera and size.
         random: the source of every choice; pictures are made on its device.
-        size: pixels a side of the output.
+        size: pixels per side of the output.
         conditions: how far views differ.
         region: only the shirt's region of each crop; else whole crops.
 

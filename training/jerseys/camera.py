@@ -1,6 +1,6 @@
 """From light to a picture: a camera's grade, its resolution and noise, and JPEG.
 
-Light is [B, 3, H, W] from 0 with 1 for white in full sun; pictures are display values in 0..1.
+Light is [B, 3, H, W] from 0 with 1 for white in full sun. Pictures are display values in 0..1.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class Conditions:
-    """How hard a picture is to read.
+    """Difficulty of a picture.
 
     Attributes:
         heights: least and greatest height of a crop in pixels.
@@ -78,7 +78,7 @@ def sample_cameras(count: int, strength: Tensor, random: Random) -> Cameras:
 
 
 def expose(light: Tensor, cameras: Cameras, camera: Tensor) -> Tensor:
-    """What cameras, int64 [B], make of light: display values 0..1."""
+    """Display values 0..1 of light through cameras, int64 [B]."""
     matrix = cameras.matrix[camera] * cameras.exposure[camera][:, None, None]
     seen = (matrix @ light.flatten(2)).view_as(light)
     bright = (seen - 0.8).clamp(min=0)  # highlights are rolled off instead of cut
@@ -147,7 +147,7 @@ def _quantised(planes: Tensor, steps: Tensor) -> Tensor:
 
 
 def jpeg(pictures: Tensor, quality: Tensor, subsampled: Tensor) -> Tensor:
-    """What JPEG leaves of pictures of one size, computed where they are.
+    """Pictures of one size after JPEG, computed on their device.
 
     Args:
         pictures: [B, 3, H, W] in 0..1.

@@ -1,6 +1,6 @@
 """Clips to measure team clustering on: crops as JPEG files, and the truth about each.
 
-A clip follows from its tier and seed. Its frames lie seconds apart; the first half is for fitting, the rest
+A clip follows from its tier and seed. Its frames lie seconds apart. The first half is for fitting, the rest
 is held out. Tiers:
 
     T0  two plain colours that differ clearly
@@ -67,7 +67,7 @@ Bools = npt.NDArray[np.bool_]
 
 
 class Role(IntEnum):
-    """What someone does on the pitch."""
+    """Role of a person on the pitch."""
 
     PLAYER = 0
     GOALKEEPER = 1
@@ -76,7 +76,7 @@ class Role(IntEnum):
 
 @dataclass(frozen=True)
 class Cast:
-    """Outfield players and goalkeepers a team, at most so many referees, and the number of frames."""
+    """Outfield players and goalkeepers per team, the most referees, and the number of frames."""
 
     players: int = 10
     keepers: int = 1
@@ -89,7 +89,7 @@ class Clip:
     """N crops and the truth about them, ordered by frame.
 
     Attributes:
-        tier, seed: what it was made from.
+        tier, seed: its origin.
         crops: N JPEG files.
         team: int64 [N], 0 or 1, and -1 for referees.
         role: int64 [N], values of `Role`.
@@ -119,7 +119,7 @@ class Clip:
 
 
 def _painted(kits: Kits, **colours: Tensor) -> Kits:
-    """The kits with some of the parts' colours [K, 3] replaced; names as in `Part`."""
+    """The kits with some of the parts' colours [K, 3] replaced, by the names in `Part`."""
     changed = kits.colours.clone()
     for name, colour in colours.items():
         changed[:, Part[name]] = colour
@@ -202,7 +202,7 @@ def _all_kits(tier: str, random: Random, difference: float) -> Kits:
 
 @dataclass(frozen=True)
 class _Roll:
-    """Who is in the clip: kit, team and role of each player, and players and frames of each crop."""
+    """People in the clip: kit, team and role of each player, and players and frames of each crop."""
 
     kit: Tensor
     team: Tensor
@@ -288,7 +288,7 @@ def _heights(roll: _Roll, conditions: Conditions, random: Random) -> Tensor:
 
 
 def _tracks(roll: _Roll, tier: str, frames: int, random: Random) -> Tensor:
-    """The tracker's numbers, int64 [N]; in T8 every fifth player swaps with one of the other team."""
+    """The tracker's numbers, int64 [N]. In T8 every fifth player swaps with one of the other team."""
     track = roll.player.clone()
     if tier != "T8":
         return track
@@ -321,7 +321,7 @@ def clip(
     conditions: Conditions | None = None,
     difference: float | None = None,
 ) -> Clip:
-    """Make a clip on the CPU; the same arguments give the same bytes.
+    """Make a clip on the CPU. The same arguments give the same bytes.
 
     Args:
         tier: a key of `TIERS`.
@@ -351,7 +351,7 @@ def clip(
 
 
 def contact_sheet(made: Clip, cell: tuple[int, int] = (56, 104)) -> Image.Image:
-    """All crops, a row a track and a column a frame, scaled to cells of this width and height."""
+    """All crops, a row per track and a column per frame, scaled to cells of this width and height."""
     tracks, frames = np.unique(made.track), np.unique(made.frame)
     sheet = Image.new("RGB", (len(frames) * cell[0], len(tracks) * cell[1]), (30, 30, 30))
     for data, track, frame in zip(made.crops, made.track, made.frame, strict=True):

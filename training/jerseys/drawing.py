@@ -47,7 +47,7 @@ class Frame:
     window: tuple[float, float, float, float] = (0.0, 1.0, 0.0, 1.0)
 
     def axes(self) -> tuple[Tensor, Tensor]:
-        """Where pixels' middles lie: x [B, 1, 1, W] and y [B, 1, H, 1]."""
+        """Middles of pixels: x [B, 1, 1, W] and y [B, 1, H, 1]."""
         top, bottom, left, right = self.window
         rows, columns = self.size
         down = top + (bottom - top) * (torch.arange(rows, device=self.box.device) + 0.5) / rows
@@ -159,7 +159,7 @@ class Canvas:
         return torch.hypot(along - part * length, aside) - grown
 
     def cover(self, distance: Tensor) -> Tensor:
-        """How much of each pixel is inside, 0..1."""
+        """Share of each pixel that is inside, 0..1."""
         return (0.5 - distance / self.pixel).clamp(0, 1)
 
 
@@ -188,7 +188,7 @@ def _folds(crops: Crops, random: Random) -> Tensor:
 
 
 class _Painter:
-    """Draws one batch; each method lays one part over the planes."""
+    """Drawer of one batch. Each method lays one part over the planes."""
 
     def __init__(self, wardrobe: Wardrobe, crops: Crops, sun: Tensor, random: Random) -> None:
         self.players, self.poses, self.sun = crops.players, crops.poses, sun[:, None, None, None]
@@ -240,7 +240,7 @@ class _Painter:
         y = down + 0.02 * slip
         shade = 1 - 0.14 * across.clamp(-1, 1) ** 2 + 0.25 * self.sun * across.clamp(-1, 1) + 0.13 * bend
         near = self.sleeve[:, 1:]
-        # An arm before the body darkens the cloth beside it.
+        # An arm before the body darkens the cloth around it.
         shade = shade * (1 - 0.3 * (1 - near / 0.025).clamp(0, 1) * (near > 0))
         behind, before = (torso > self.canvas.pixel) & (self.sleeve[:, :1] < near), near < 0
         sleeves = behind | before

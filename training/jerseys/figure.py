@@ -1,6 +1,6 @@
 """Footballers' builds and poses, their joints in the picture, and the box that a detector draws around them.
 
-The unit of length is a standing player's height; a body's coordinates are forward, to its left, and down from
+The unit of length is a standing player's height. A body's coordinates are forward, to its left, and down from
 the middle of its hips.
 """
 
@@ -50,7 +50,7 @@ class Players:
 
 @dataclass(frozen=True)
 class Poses:
-    """B poses; angles in radians, pairs are left and right, and positive swings go forward.
+    """B poses. Angles are in radians, pairs are left and right, and positive swings go forward.
 
     Attributes:
         yaw: [B], 0 faces the camera, pi/2 faces right in the picture.

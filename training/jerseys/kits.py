@@ -2,7 +2,7 @@
 
 A shirt is a cylinder: x is the angle around the body in -pi..pi with 0 at the middle of the chest, y runs
 from the neck (0) to the hem (1). Every pattern is a scalar field on it, cut at the level that gives the
-second colour its share of the area, so that patterns of equal shares have equal areas whatever their kind.
+second colour its share of the area. Patterns of equal shares have equal areas, whatever their kind.
 """
 
 import math
@@ -26,7 +26,7 @@ COLLAR = 0.06  # where it ends
 
 
 class Kind(IntEnum):
-    """What a shirt's two colours form."""
+    """Pattern that a shirt's two colours form."""
 
     PLAIN = 0
     STRIPES = 1
@@ -103,7 +103,7 @@ class Kits:
         return Kits(*(getattr(self, field.name)[rows] for field in fields(self)))
 
     def to(self, device: torch.device) -> "Kits":
-        """The same kits there."""
+        """Copy of the kits on a device."""
         return Kits(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     @staticmethod
@@ -190,13 +190,13 @@ def with_kind(kits: Kits, kind: Tensor, random: Random) -> Kits:
 def hard_kits(count: int, random: Random, kinds: Sequence[Kind], similar: tuple[float, float]) -> Kits:
     """Kits of which some differ only in their arrangement, and some only a little in their colours.
 
-    In groups of four, a third each at random: four independent kits; four that share all colours but are of
-    different kinds; four of one pattern in colours `similar` apart in CIELAB.
+    Kits come in groups of four, of three sorts at random: four independent kits, four that share all colours
+    but are of different kinds, or four of one pattern in colours `similar` apart in CIELAB.
 
     Args:
         count: how many.
         random: the source of every choice.
-        kinds: patterns to choose from; at least five.
+        kinds: patterns to choose from, at least five.
         similar: least and greatest colour difference within a group of the third sort.
     """
     kits = sample_kits(count, random, kinds, uniform=0.25)
@@ -240,7 +240,7 @@ def _spread(colours: Tensor, place: Tensor, amount: Tensor, random: Random, anch
     turned = shifted(inner[:, 0], amount, random)[anchor] - inner[:, 0]
     change = torch.stack([torch.zeros_like(step), step, -step, turned - 0.5 * step])
     moved = change[place, torch.arange(len(place), device=place.device)]
-    # The second colour moves in some groups only; what is not the shirt stays.
+    # The second colour moves in some groups only, and only on the shirt.
     share = (random.uniform(len(place))[anchor] < 0.5).to(moved.dtype)
     first = (inner[:, 0] + moved).clamp(0.02, 0.98)
     second = (inner[:, 1] + moved * share[:, None]).clamp(0.02, 0.98)
@@ -337,7 +337,7 @@ FIELDS: dict[Kind, Field] = {
 
 
 def _cut(field: Tensor, kits: Kits) -> Tensor:
-    """Where the second colour is, 0 or 1, a share of the area: [K, H, W]."""
+    """Mask of the second colour, 0 or 1, over a share of the area: [K, H, W]."""
     # Below the collar, every second row and column are enough to find the level.
     ordered = field[:, round(COLLAR * field.shape[1]) :: 2, ::2].flatten(1).sort(1).values
     place = ((1 - kits.share) * ordered.shape[1]).long().clamp(max=ordered.shape[1] - 1)

@@ -1,4 +1,4 @@
-"""Where players stand: the pitch, what else is in the box, and the light; `render` puts it all together."""
+"""Surroundings of players: the pitch, other things in the box, and the light. `render` draws all of it."""
 
 import math
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Light:
     side: Tensor
 
     def share(self, frame: Frame) -> Tensor:
-        """Where the sun shines, 0..1: [B, 1, H, W]."""
+        """Sunlight, 0..1: [B, 1, H, W]."""
         u, v = _within(frame)
         x, y, place, softness = (part[:, None, None, None] for part in self.edge.unbind(1))
         return torch.sigmoid((x * u + y * v - place) / softness)
@@ -64,7 +64,7 @@ class Views:
 
 @dataclass(frozen=True)
 class Studio:
-    """What views count: kits and their cloth, players, cameras."""
+    """Things that views show: kits and their cloth, players, cameras."""
 
     wardrobe: Wardrobe
     players: Players
@@ -87,7 +87,7 @@ class Rendered:
 
 
 def _within(frame: Frame) -> tuple[Tensor, Tensor]:
-    """Where pixels lie in the whole box, 0..1: u [1, 1, 1, W], v [1, 1, H, 1]."""
+    """Places of pixels in the whole box, 0..1: u [1, 1, 1, W], v [1, 1, H, 1]."""
     unit = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=frame.box.device)
     return Frame(unit, frame.size, frame.window).axes()
 

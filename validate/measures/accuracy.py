@@ -1,4 +1,4 @@
-"""How good predictions are: accuracy with its uncertainty, confusions, agreement of two embeddings."""
+"""Measures of predictions: accuracy with its uncertainty, confusions, agreement of two embeddings."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ class CosineStatistics:
 
 
 def top_k_hits(scores: Floats, targets: NDArray[np.int64], k: int) -> NDArray[np.bool_]:
-    """Whether each row's target is among its `k` best classes, bool [n]; `k` may exceed the classes.
+    """Hits, bool [n]: True where a row's target is among its `k` best classes. `k` may exceed the classes.
 
     Args:
-        scores: [n, classes]; ties go to the lower class, minus infinity is never chosen.
+        scores: [n, classes]. Ties go to the lower class, and minus infinity is never chosen.
         targets: int64 [n].
         k: guesses allowed.
 
@@ -74,14 +74,14 @@ def top_k_hits(scores: Floats, targets: NDArray[np.int64], k: int) -> NDArray[np
     """
     if scores.ndim != 2 or targets.shape != (len(scores),):
         raise InvalidInputError(
-            f"targets: expected one a row of scores {list(scores.shape)}, got {list(targets.shape)}"
+            f"targets: expected one per row of scores {list(scores.shape)}, got {list(targets.shape)}"
         )
     hits: NDArray[np.bool_] = (top_k(scores, min(k, scores.shape[1])) == targets[:, None]).any(axis=1)
     return hits
 
 
 def top_k_accuracy(scores: Floats, targets: NDArray[np.int64], k: int) -> Accuracy:
-    """Accuracy of `k` guesses; raises as `top_k_hits` does, and InvalidInputError when there are no rows."""
+    """Accuracy of `k` guesses. It raises the errors of `top_k_hits`, and InvalidInputError without rows."""
     if not len(targets):
         raise InvalidInputError("targets: expected at least one row, got none")
     return Accuracy(int(top_k_hits(scores, targets, k).sum()), len(targets))
@@ -104,7 +104,7 @@ def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[floa
 def confusion_pairs(
     predicted: NDArray[np.int64], targets: NDArray[np.int64], limit: int = 20
 ) -> list[Confusion]:
-    """The most frequent mistakes, most frequent first; ties by class. A prediction of -1 is none.
+    """The most frequent mistakes, most frequent first, ties by class. A prediction of -1 is none.
 
     Args:
         predicted: int64 [n].
@@ -125,7 +125,7 @@ def confusion_pairs(
 
 
 def cosine_statistics(first: Floats, second: Floats) -> CosineStatistics:
-    """How well corresponding rows of `first` [n, d] and `second` [n, d] point the same way.
+    """Agreement in direction of corresponding rows of `first` [n, d] and `second` [n, d].
 
     Raises:
         InvalidInputError: not matrices of the same shape with at least one row, or not finite.

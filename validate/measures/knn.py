@@ -1,8 +1,8 @@
 """k-nearest-neighbour classification by cosine, votes weighted by inverse distance.
 
 The published figures of this family of servers come from scikit-learn's `KNeighborsClassifier` with
-`n_neighbors=10, metric="cosine", weights="distance"`; these scores are its probabilities. Over images it
-is a few-shot classifier; over one text embedding a class it is the published zero-shot protocol.
+`n_neighbors=10, metric="cosine", weights="distance"`. These scores are its probabilities. Over images it
+is a few-shot classifier. Over one text embedding a class it is the published zero-shot protocol.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def knn_scores(
 
 
 def _weights(distances: Floats) -> Floats:
-    """Inverse distances [n, k]; where a neighbour coincides with the query, only such neighbours count."""
+    """Inverse distances [n, k]. Where a neighbour coincides with the query, only such neighbours count."""
     same = distances == 0
     weights: Floats = np.where(same.any(axis=1, keepdims=True), same, 1 / np.where(same, 1, distances))
     return weights

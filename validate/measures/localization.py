@@ -1,7 +1,7 @@
-"""How well a map finds an object: pure functions on arrays.
+"""Measures of how well a map finds an object: pure functions on arrays.
 
-A map is float [...], larger where the object is said to be; a mask is bool of the same shape, True where it
-is. Both may have any number of dimensions; what is compared are their elements, the pixels.
+A map is float [...], larger where the object is said to be. A mask is bool of the same shape, True where it
+is. Both may have any number of dimensions. Their elements, the pixels, are compared.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Mask = NDArray[np.bool_]
 def average_precision(scores: Floats, mask: Mask) -> float:
     """Area under the precision-recall curve, 0..1: the mean precision at each pixel of the object.
 
-    Pixels of equal score are taken together, so that their order in memory does not count; a map that is the
+    Pixels of equal score are taken together, so that their order in memory does not count. A map that is the
     same everywhere gets the object's share of the pixels. Same as scikit-learn's.
 
     Raises:
@@ -66,11 +66,11 @@ def two_class_precision(scores: Floats, mask: Mask) -> float:
 
 
 def pointing_game(scores: Floats, mask: Mask) -> float:
-    """Whether the highest pixel is the object's, 0 or 1, without a margin.
+    """1 if the highest pixel is the object's, else 0, without a margin.
 
-    Of several equally high ones the share counts that is. Source: "Top-down Neural Attention by Excitation
-    Backprop" (Zhang et al., 2016, arXiv 1608.00507), whose margin of 15 pixels is for photographs of several
-    hundred.
+    If several are equally high, it is the share of the object's among them. Source: "Top-down Neural
+    Attention by Excitation Backprop" (Zhang et al., 2016, arXiv 1608.00507), whose margin of 15 pixels is for
+    photographs of several hundred.
 
     Raises:
         InvalidInputError: as `average_precision`.
@@ -80,17 +80,17 @@ def pointing_game(scores: Floats, mask: Mask) -> float:
 
 
 def foreground(scores: Floats) -> Mask:
-    """What a map says is the object: clipped at 0, scaled to 0..1, and above its own mean.
+    """Mask of the object by a map: clipped at 0, scaled to 0..1, and above its own mean.
 
     Source: "Transformer Interpretability Beyond Attention Visualization" (Chefer, Gur and Wolf, 2021, arXiv
-    2012.09838); the clipping as for relative maps (Gandelsman et al., arXiv 2310.05916).
+    2012.09838). The clipping is that for relative maps (Gandelsman et al., arXiv 2310.05916).
     """
     scaled = min_max(np.maximum(scores, 0))
     return np.asarray(scaled > scaled.mean())
 
 
 def min_max(scores: Floats) -> Floats:
-    """Scaled to 0..1; all 0 where there is no difference."""
+    """Scores scaled to 0..1, all 0 where there is no difference."""
     low, high = scores.min(), scores.max()
     scaled: Floats = (scores - low) / (high - low) if high > low else np.zeros_like(scores)
     return scaled
@@ -112,7 +112,7 @@ def intersections_and_unions(found: Mask, mask: Mask) -> tuple[NDArray[np.int64]
 def mean_iou(scores: Floats, mask: Mask) -> float:
     """Intersection over union of `foreground(scores)` with the object, and of the two backgrounds: the mean.
 
-    Of one image; over a data set the published number divides sums, see `intersections_and_unions`.
+    Of one image. Over a data set the published number divides sums, see `intersections_and_unions`.
 
     Raises:
         InvalidInputError: as `average_precision`.
@@ -123,9 +123,9 @@ def mean_iou(scores: Floats, mask: Mask) -> float:
 
 
 def pairwise_contrast(maps: Floats, masks: Mask) -> float:
-    """How often a prompt's map is higher inside its own object than another prompt's map is there, 0..1.
+    """Share of cases in which a prompt's map is higher inside its own object than another prompt's map, 0..1.
 
-    What maps have in common cancels out: it says whether they tell prompts apart. Equal means count a half.
+    Common parts of maps cancel out: it says whether they tell prompts apart. Equal means count a half.
 
     Args:
         maps: [K, ...], of K prompts of one image.
@@ -149,7 +149,7 @@ def pairwise_contrast(maps: Floats, masks: Mask) -> float:
 def removal_steps(scores: Floats, steps: int) -> Mask:
     """The places that are gone after each step when the highest go first, [steps + 1, ...].
 
-    Nothing is gone at first, everything at last; the number grows evenly. Its complement is what an insertion
+    Nothing is gone at first, everything at last. The number grows evenly. Its complement is what an insertion
     shows. Of equal places the earlier goes first.
 
     Raises:
@@ -180,7 +180,7 @@ def area_under_curve(values: Floats) -> float:
 def bootstrap_interval(
     values: Floats, resamples: int = 2000, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:
-    """Interval of the mean of values [n], by drawing n of them again and again; NaNs are left out.
+    """Interval of the mean of values [n], by drawing n of them again and again. NaNs are left out.
 
     Returns:
         Lower and upper end; both NaN where there are no values.

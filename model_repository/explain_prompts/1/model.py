@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from siglip_serve.serving import explain as explain_handlers
-from siglip_serve.serving import respond as serving
+from siglip_serve.serving.context import open_context
+from siglip_serve.serving.explain import ExplainPrompts
 
 
 class TritonPythonModel:
     """PROMPTS [P] and options -> INPUT_IDS [n, T], PLAN [6]."""
 
-    @staticmethod
-    def auto_complete_config(config: Any) -> Any:
-        return config
-
     def initialize(self, args: dict[str, str]) -> None:
-        self.handler = explain_handlers.ExplainPrompter(serving.open_context(args))
+        self.model = ExplainPrompts(open_context(args))
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        return self.handler.answer(requests)
+        return self.model.execute(requests)

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from siglip_serve.serving import respond as serving
-from siglip_serve.serving import team as team_handlers
+from siglip_serve.serving.context import open_context
+from siglip_serve.serving.team import JerseyProcess
 
 
 class TritonPythonModel:
     """CROPS [n], or FRAME [1] or RAW_FRAME [H, W, C] and BOXES [n, 4] -> PIXEL_VALUES [n, S, S, 3] UINT8."""
 
-    @staticmethod
-    def auto_complete_config(config: Any) -> Any:
-        return config
-
     def initialize(self, args: dict[str, str]) -> None:
-        self.handler = team_handlers.JerseyReader(serving.open_context(args))
+        self.model = JerseyProcess(open_context(args))
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        return self.handler.answer(requests)
+        return self.model.execute(requests)

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from siglip_serve.serving import respond as serving
-from siglip_serve.serving import siglip_vision as handlers
+from siglip_serve.serving.context import open_context
+from siglip_serve.serving.label import LabelPrompts
 
 
 class TritonPythonModel:
     """LABELS [L], optional TEMPLATE [K] BYTES -> PROMPTS [L * K, 1], TEMPLATE_COUNT [1]."""
 
-    @staticmethod
-    def auto_complete_config(config: Any) -> Any:
-        return config
-
     def initialize(self, args: dict[str, str]) -> None:
-        self.handler = handlers.LabelPrompter(serving.open_context(args))
+        self.model = LabelPrompts(open_context(args))
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        return self.handler.answer(requests)
+        return self.model.execute(requests)

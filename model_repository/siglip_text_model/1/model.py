@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from siglip_serve.serving import respond as serving
-from siglip_serve.serving import siglip_vision as handlers
+from siglip_serve.serving.context import fill_dims, open_context
+from siglip_serve.serving.siglip_text import SiglipTextModel
 
 
 class TritonPythonModel:
@@ -13,10 +13,10 @@ class TritonPythonModel:
 
     @staticmethod
     def auto_complete_config(config: Any) -> Any:
-        return serving.fill_dims(config)
+        return fill_dims(config)
 
     def initialize(self, args: dict[str, str]) -> None:
-        self.handler = handlers.TextEmbedder(serving.open_context(args))
+        self.model = SiglipTextModel(open_context(args))
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        return self.handler.answer(requests)
+        return self.model.execute(requests)

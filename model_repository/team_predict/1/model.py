@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from siglip_serve.serving import respond as serving
-from siglip_serve.serving import team as team_handlers
+from siglip_serve.serving.context import open_context
+from siglip_serve.serving.team import TeamPredict
 
 
 class TritonPythonModel:
     """EMBEDDING [n, D], STATE [1] -> LABELS, MARGIN, OUTLIER_SCORE [n], COORDINATES [n, 2]."""
 
-    @staticmethod
-    def auto_complete_config(config: Any) -> Any:
-        return config
-
     def initialize(self, args: dict[str, str]) -> None:
-        self.handler = team_handlers.TeamClassifier(serving.open_context(args))
+        self.model = TeamPredict(open_context(args))
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        return self.handler.answer(requests)
+        return self.model.execute(requests)

@@ -1,15 +1,15 @@
 """Read and check a checkpoint's JSON files into a `ModelConfig`.
 
-Two families are read: fixed-resolution SigLIP and SigLIP 2, and CLIP. Values that a `config.json` leaves
-out are the reference's own defaults, kept in `siglip_defaults.json` (transformers' `SiglipVisionConfig`,
-`SiglipTextConfig`, `SiglipImageProcessor`) and `clip_defaults.json` (the same of `CLIP`).
+There are two families: fixed-resolution SigLIP and SigLIP 2, and CLIP. Values that a `config.json` leaves out
+have the defaults of the reference, transformers. `siglip_defaults.json` holds those of `SiglipVisionConfig`,
+`SiglipTextConfig` and `SiglipImageProcessor`, `clip_defaults.json` those of the CLIP classes.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
@@ -38,12 +38,13 @@ _ACTIVATIONS: Mapping[Family, tuple[str, ...]] = {
     "clip": ("quick_gelu", "gelu", "gelu_pytorch_tanh"),
 }
 _TYPES = {int: "a whole number", float: "a number", str: "a text"}
-_CLIP_PROCESSOR = "CLIP"  # how the names of CLIP's image processors begin, in every version of the reference
+_CLIP_PROCESSOR = "CLIP"  # prefix of the names of CLIP's image processors in every version of the reference
+_NOTE = "siglip_serve_note"
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Shape of the vision tower; names as in `config.json`."""
+    """Shape of the vision tower, with the names of `config.json`."""
 
     hidden_size: int
     intermediate_size: int
@@ -56,7 +57,7 @@ class VisionConfig:
 
     @property
     def grid_size(self) -> int:
-        """Patches along one side; pixels beyond the last whole patch are not seen."""
+        """Patches along one side. Pixels beyond the last whole patch are ignored."""
         return self.image_size // self.patch_size
 
     @property
@@ -67,7 +68,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class ClipVisionConfig(VisionConfig):
-    """Shape of CLIP's vision tower, whose embeddings are projected to a width of their own."""
+    """Shape of CLIP's vision tower, which projects its embeddings to another width."""
 
     projection_size: int
 
@@ -82,7 +83,7 @@ _Vision = TypeVar("_Vision", bound=VisionConfig)
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Shape of the text tower; names as in `config.json`."""
+    """Shape of the text tower, with the names of `config.json`."""
 
     vocab_size: int
     hidden_size: int
@@ -97,18 +98,23 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class ClipTextConfig(TextConfig):
-    """Shape of CLIP's text tower, and which token its embedding is taken from."""
+    """Shape of CLIP's text tower, and the token whose output is the embedding."""
 
     eos_token_id: int
 
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """How the checkpoint wants its images: fitted to `size` x `size`, then `(x * rescale - mean) / std`.
+    """Preprocessing of the checkpoint's images: fit to `size` x `size`, then `(x * rescale - mean) / std`.
 
     Attributes:
-        shortest_edge: to what the shortest side is resized before the square in the centre is cut out; None:
-            the picture is stretched to the square.
+        size: side of the square that the tower takes, in pixels.
+        resample: filter of the resize.
+        rescale: factor from 8-bit values to the range of `mean` and `std`, usually 1 / 255.
+        mean: per channel, red, green, blue.
+        std: per channel, red, green, blue.
+        shortest_edge: length of the shortest side, in pixels, before the central square is cut out; None: the
+            image is stretched to the square.
     """
 
     size: int
@@ -121,17 +127,27 @@ class ImageConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """All that the checkpoint's JSON files say about the model, and where they lie."""
+    """Contents of a checkpoint's JSON files.
+
+    Attributes:
+        path: directory of the checkpoint.
+        family: architecture of the towers.
+        vision: shape of the vision tower.
+        image: preprocessing of the images.
+        note: limits of the checkpoint for its users, a clause that follows its name; empty: none. It is the
+            value of `siglip_serve_note` in `config.json`.
+    """
 
     path: Path
     family: Family
     vision: VisionConfig
     image: ImageConfig
     _text: TextConfig | None
+    note: str = ""
 
     @property
     def vision_only(self) -> bool:
-        """There is no text tower."""
+        """True for a checkpoint without a text tower."""
         return self._text is None
 
     @property
@@ -139,7 +155,7 @@ class ModelConfig:
         """Shape of the text tower.
 
         Raises:
-            CheckpointError: there is none.
+            CheckpointError: the checkpoint has no text tower.
         """
         if self._text is None:
             raise CheckpointError(
@@ -150,22 +166,28 @@ class ModelConfig:
 
 
 def load_config(path: Path) -> ModelConfig:
-    """Read and check the JSON files of a checkpoint directory; no weights, no torch.
+    """Read and check the JSON files of a checkpoint directory, without its weights and without torch.
 
     Raises:
         CheckpointError: a file is missing or malformed, or describes a model that is neither a
             fixed-resolution SigLIP nor a CLIP.
     """
-    config = read_json(path / "config.json")
+    file = path / "config.json"
+    config = read_json(file)
     kind = config.get("model_type")
     if kind == "clip":
-        return _clip(path, config)
-    if kind in ("siglip", _VISION_ONLY):
-        return _siglip(path, config, vision_only=kind == _VISION_ONLY)
-    raise CheckpointError(
-        f"{path / 'config.json'}: model_type is {kind!r}, expected 'siglip' (fixed-resolution SigLIP "
-        f"and SigLIP 2 checkpoints), {_VISION_ONLY!r} (their image towers alone) or 'clip'"
-    )
+        model = _clip(path, config)
+    elif kind in ("siglip", _VISION_ONLY):
+        model = _siglip(path, config, vision_only=kind == _VISION_ONLY)
+    else:
+        raise CheckpointError(
+            f"{file}: model_type is {kind!r}, expected 'siglip' (fixed-resolution SigLIP and SigLIP 2 "
+            f"checkpoints), {_VISION_ONLY!r} (their image towers alone) or 'clip'"
+        )
+    note = config.get(_NOTE, "")
+    if not isinstance(note, str):
+        raise CheckpointError(f"{file}: {_NOTE} is {note!r}, expected {_TYPES[str]}")
+    return replace(model, note=note.strip())
 
 
 def _siglip(path: Path, config: Mapping[str, Any], vision_only: bool) -> ModelConfig:
@@ -207,7 +229,7 @@ def _clip(path: Path, config: Mapping[str, Any]) -> ModelConfig:
         raise CheckpointError(f"{file}: projection_dim is {projection!r}, expected a whole number above 0")
     values = {}
     for part in ("vision_config", "text_config"):
-        # As the reference reads its old files: where there is a `<part>_dict`, nothing else counts.
+        # The reference reads old files like this: a `<part>_dict` replaces the part.
         old = config.get(f"{part}_dict")
         given = _part(file, config, part if old is None else f"{part}_dict")
         values[part] = {**defaults[part], **given, "projection_size": projection}
@@ -224,7 +246,7 @@ def _clip(path: Path, config: Mapping[str, Any]) -> ModelConfig:
 
 
 def _clip_shortest_edge(file: Path, processor: Mapping[str, Any], side: int) -> int | None:
-    """`ImageConfig.shortest_edge`; old files write `size` and `crop_size` as plain numbers."""
+    """Find `ImageConfig.shortest_edge`. Old files have plain numbers for `size` and `crop_size`."""
     size, crop = processor.get("size"), processor.get("crop_size")
     size = side if size is None else size
     size = {"shortest_edge": size} if isinstance(size, int) else _square(size)
@@ -244,12 +266,14 @@ def _clip_shortest_edge(file: Path, processor: Mapping[str, Any], side: int) -> 
             f"or a square of {side}"
         )
     if not cropped:
-        raise CheckpointError(f"{file}: do_center_crop is false: what is left is no square of {side}")
+        raise CheckpointError(
+            f"{file}: do_center_crop is false, expected true: the vision tower takes a square of {side}"
+        )
     return shortest
 
 
 def _square(size: Any) -> Any:
-    """A size as the reference's dictionary of it, without entries that say nothing."""
+    """Write a size as the reference's dictionary, without entries that are null."""
     if isinstance(size, int):
         return {"height": size, "width": size}
     if isinstance(size, list) and len(size) == 2:
@@ -303,7 +327,7 @@ def _check_blocks(file: Path, part: str, config: VisionConfig | TextConfig, fami
 
 
 def _pick(kind: type[_T], values: Mapping[str, Any], file: Path, part: str) -> _T:
-    """A configuration of type `kind` from the values of its own fields."""
+    """Make a configuration of type `kind` from the values of its fields."""
     picked = {}
     for name, type_ in get_type_hints(kind).items():
         value = values[name]
@@ -316,7 +340,7 @@ def _pick(kind: type[_T], values: Mapping[str, Any], file: Path, part: str) -> _
 
 
 def _image_processor(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The file that describes the image processor, and what it says; nothing if there is none."""
+    """Find the file that describes the image processor, and read it; without a file the result is empty."""
     file = path / "preprocessor_config.json"
     processor = read_json(file, missing_ok=True)
     if not processor:
@@ -351,7 +375,7 @@ def _image_config(
 
 
 def tensor_dims(model: ModelConfig) -> dict[str, list[int]]:
-    """Dimensions of the Triton tensors that follow from the checkpoint, without the rows."""
+    """Compute the dimensions, without the rows, of the Triton tensors that depend on the checkpoint."""
     size, vision = model.image.size, model.vision
     tokens = vision.grid_size**2
     dims = {

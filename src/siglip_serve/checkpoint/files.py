@@ -1,4 +1,4 @@
-"""Find a checkpoint's files: a Hugging Face directory or a hub id, its JSON objects and its tensors."""
+"""Find and read a checkpoint's files: its directory or hub id, its JSON objects, its tensors."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ if TYPE_CHECKING:
 __all__ = ["fingerprint", "load_tensors", "read_json", "resolve"]
 
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt"]
-_NOT_OURS = ["open_clip*"]  # the same weights once more, in another layout
-# Of each weight file, for its fingerprint: the header, and blocks spread over the rest.
+_NOT_OURS = ["open_clip*"]  # a second copy of the weights in another layout
+# A fingerprint covers this many blocks per weight file, evenly spread; the first contains the header.
 _SAMPLES, _SAMPLE_BYTES = 64, 16_384
 
 
 def resolve(checkpoint: str) -> Path:
-    """The local directory of `checkpoint`: a directory, or a hub id, `id` or `id@revision`.
+    """Find the local directory of `checkpoint`, which is a directory, a hub id or `<hub id>@<revision>`.
 
-    A hub id is downloaded into the Hugging Face cache unless it is there already.
+    Files of a hub id are downloaded into the Hugging Face cache unless it has them.
 
     Raises:
-        CheckpointError: neither a directory with a `config.json` nor a hub id that can be fetched.
+        CheckpointError: `checkpoint` is neither a directory with a `config.json` nor a hub id that can be
+            downloaded.
     """
     path = Path(checkpoint).expanduser()
     if path.is_dir():
@@ -54,15 +55,15 @@ def _download(name: str, revision: str | None) -> Path:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"checkpoint {wanted!r}: no such directory, not in the local cache, "
-            f"and the hub did not give it ({first_line})"
+            f"and the download from the hub failed ({first_line})"
         ) from error
 
 
 def read_json(file: Path, missing_ok: bool = False) -> dict[str, Any]:
-    """The JSON object in a checkpoint's file; empty where `missing_ok` and there is no file.
+    """Read the JSON object in a checkpoint's file; with `missing_ok`, a missing file reads as an empty one.
 
     Raises:
-        CheckpointError: no such file, or it does not hold a JSON object.
+        CheckpointError: the file is missing or does not hold a JSON object.
     """
     if not file.is_file():
         if missing_ok:
@@ -78,7 +79,7 @@ def read_json(file: Path, missing_ok: bool = False) -> dict[str, Any]:
 
 
 def load_tensors(path: Path, *prefixes: str) -> dict[str, torch.Tensor]:
-    """The tensors whose names begin with a prefix, by their full names; the weights may be sharded.
+    """Load the tensors whose names begin with one of the prefixes, by full name. The weights may be sharded.
 
     Raises:
         CheckpointError: there is no weight file, or one cannot be read.
@@ -98,7 +99,7 @@ def load_tensors(path: Path, *prefixes: str) -> dict[str, torch.Tensor]:
 
 
 def fingerprint(path: Path) -> str:
-    """16 hexadecimal digits that tell a checkpoint's weights from others, from samples of its files.
+    """Compute 16 hexadecimal digits that identify a checkpoint's weights, from samples of the weight files.
 
     Raises:
         CheckpointError: there is no weight file.
@@ -124,6 +125,6 @@ def _weight_files(path: Path) -> list[Path]:
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
         raise CheckpointError(
-            f"{path}: no {', '.join(missing) or 'weight files'}; weights are read as safetensors alone"
+            f"{path}: no {', '.join(missing) or 'weight files'}; weights are read from safetensors files only"
         )
     return files

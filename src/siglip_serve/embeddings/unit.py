@@ -1,4 +1,4 @@
-"""What is done to pooled embeddings."""
+"""Embeddings at unit length."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["l2_normalize"]
 
 
 def l2_normalize(embeddings: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
-    """`embeddings` [..., D] at unit length along the last axis; a row of zeros stays zero."""
+    """`embeddings` [..., D] at unit length along the last axis. A row of zeros stays zero."""
     length = np.linalg.norm(embeddings, axis=-1, keepdims=True)
     unit: NDArray[np.floating[Any]] = embeddings / np.where(length == 0, 1, length)
     return unit

@@ -41,7 +41,7 @@ def require_matrix(name: str, values: Floats, columns: int | None = None) -> Non
 
 
 def build_class_embeddings(prompt_embeddings: Floats) -> Floats:
-    """One unit vector a class, from the embeddings of its prompts.
+    """One unit vector per class, from the embeddings of its prompts.
 
     Args:
         prompt_embeddings: [classes, templates, d], of any length.
@@ -77,7 +77,7 @@ def cosine(image_embeddings: Floats, class_embeddings: Floats) -> Floats:
 
 
 def logits(similarity: Floats, logit_scale: float, logit_bias: float) -> Floats:
-    """SigLIP's logits; `logit_scale` is the logarithm that the checkpoint stores."""
+    """SigLIP's logits. `logit_scale` is the logarithm that the checkpoint stores."""
     return np.exp(logit_scale) * similarity + logit_bias
 
 

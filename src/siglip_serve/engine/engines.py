@@ -1,9 +1,8 @@
-"""The engines: a runner for the device and the dtype, and passes that fit its memory."""
+"""Engines: a runner for the device and the dtype, and passes that fit its memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,36 +18,36 @@ from siglip_serve.engine.passes import (
     out_of_memory_refused,
 )
 from siglip_serve.engine.plan import Plan
-from siglip_serve.engine.torch.runners import PlainText, PlainVision
+from siglip_serve.engine.torch.runners import TorchText, TorchVision
 from siglip_serve.errors import SettingsError
-from siglip_serve.heatmaps.attribution import explainer_of
+from siglip_serve.heatmaps.attribution import Explanation, explainer_of
 from siglip_serve.towers.clip import ClipTextTower, ClipVisionTower
 from siglip_serve.towers.load import AnyTextTower, AnyVisionTower
 
-__all__ = ["Explained", "TextEngine", "VisionEngine"]
+__all__ = ["TextEngine", "VisionEngine"]
 
 _TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class VisionEngine:
-    """uint8 pixels -> float32 embeddings.
+    """Run a vision tower: uint8 pixels -> float32 outputs.
 
     Args:
-        tower: on the CPU, float32; the engine takes it over.
+        tower: on the CPU, float32. The engine takes it over.
         image: the checkpoint's normalisation, applied on the device.
-        plan: how to run it.
+        plan: how to run the tower.
 
     Attributes:
-        plan: without `auto`.
-        runner: what runs a pass.
+        plan: the plan without `auto`.
+        runner: runs one pass.
 
     Raises:
-        SettingsError: this device cannot run that.
+        SettingsError: the device, or the tower's family, cannot run the plan.
     """
 
     def __init__(self, tower: AnyVisionTower, image: ImageConfig, plan: Plan) -> None:
         self.plan = _vision_plan(plan, tower)
-        # Before the runner takes the tower over and packs its weights.
+        # Made before the runner packs the weights of the tower.
         self._explainer = explainer_of(tower, self.plan.heatmap_blocks, self.plan.heatmap_vectors)
         runner = _vision_runner(tower, image, self.plan)
         self.runner: Runner = runner
@@ -56,77 +55,74 @@ class VisionEngine:
 
     @property
     def staging(self) -> NDArray[np.uint8] | None:
-        """Memory [rows, S, S, 3] in which pixels reach the device fastest, if there is such."""
+        """uint8 memory [rows, S, S, 3] from which pixels reach the device fastest, or None."""
         return getattr(self.runner, "staging", None)
 
     def __call__(self, pixels: NDArray[np.uint8], outputs: Iterable[str] = ("EMBEDDING",)) -> Batch:
         """Run the tower over all rows.
 
         Args:
-            pixels: [N, S, S, 3] RGB, at least one row.
-            outputs: which of `OUTPUTS` to compute. EMBEDDING [N, E] is the reference's `pooler_output`, of
-                CLIP with the projection; PATCH_EMBEDDINGS [N, T, D] is its `last_hidden_state`, of CLIP
-                without the class token; MEAN_EMBEDDING [N, D] the mean over these. None is normalised.
+            pixels: [N, S, S, 3] uint8 RGB, at least one row.
+            outputs: which of `OUTPUTS` to compute. Other names are ignored.
+
+        Returns:
+            Float32 outputs, not normalised. EMBEDDING [N, E] is the reference's `pooler_output`, for CLIP
+            with its projection. PATCH_EMBEDDINGS [N, T, D] is the reference's `last_hidden_state`, for CLIP
+            without the class token. MEAN_EMBEDDING [N, D] is the mean of these.
         """
         wanted = [name for name in OUTPUTS if name in set(outputs)]
         return in_passes(pixels, self.runner.max_rows, lambda part: self.runner(part, wanted))
 
-    def explain(self, pixels: NDArray[np.uint8], vectors: NDArray[np.float32]) -> Explained:
-        """What places of an image speak for vectors.
+    def explain(
+        self, pixels: NDArray[np.uint8], vectors: NDArray[np.float32]
+    ) -> Explanation[NDArray[np.float32]]:
+        """Explain the embedding of one image: how much its places add to the score of each vector.
 
         Args:
-            pixels: [1, S, S, 3] RGB.
-            vectors: [P, E], in the space of the embeddings.
+            pixels: [1, S, S, 3] uint8 RGB.
+            vectors: [P, E] float32, in the space of the embeddings.
+
+        Returns:
+            Float32 arrays of this image: maps [P, T], unattributed [P], embedding [E].
 
         Raises:
-            DeviceMemoryError: there is no memory for so many vectors.
+            DeviceMemoryError: the device has not enough memory for P vectors.
         """
         with out_of_memory_refused(f"{len(vectors)} prompts"):
             found = self._explain(self._explainer, pixels, torch.from_numpy(vectors))
             maps, unattributed, embedding = found.maps, found.unattributed, found.embedding
-            return Explained(*(part[0].cpu().numpy() for part in (maps, unattributed, embedding)))
-
-
-@dataclass(frozen=True)
-class Explained:
-    """Of one image, float32: what its places add to each vector's score, and what has no place.
-
-    Attributes:
-        maps: [P, T]; with `unattributed` its sums are the scores, <vector, embedding> / |embedding|.
-        unattributed: [P].
-        embedding: [E], not normalised.
-    """
-
-    maps: NDArray[np.float32]
-    unattributed: NDArray[np.float32]
-    embedding: NDArray[np.float32]
+            return Explanation(*(part[0].cpu().numpy() for part in (maps, unattributed, embedding)))
 
 
 class TextEngine:
-    """Token ids -> float32 embeddings; arguments as for `VisionEngine`."""
+    """Run a text tower: token ids -> float32 embeddings. Arguments and errors as for `VisionEngine`."""
 
     def __init__(self, tower: AnyTextTower, plan: Plan) -> None:
         self.plan = _text_plan(plan, tower)
         self.runner = _text_runner(tower, self.plan)
 
     def __call__(self, ids: NDArray[np.int64]) -> Batch:
-        """EMBEDDING [N, E], the reference's `pooler_output`, of CLIP with the projection, of ids [N, T].
+        """Run the tower over all rows.
 
-        There is at least one row.
+        Args:
+            ids: [N, T] int64, at least one row, padded to the context length.
+
+        Returns:
+            EMBEDDING [N, E] float32, not normalised: the reference's `pooler_output`, for CLIP with its
+            projection.
         """
         return in_passes(ids, self.runner.max_rows, lambda part: self.runner(part, ["EMBEDDING"]))
 
 
 def _vision_runner(tower: AnyVisionTower, image: ImageConfig, plan: Plan) -> VisionRunner:
     if isinstance(tower, ClipVisionTower) or plan.backend == "torch":
-        return PlainVision(tower, image, torch.device(plan.device), _dtype(plan), plan.max_rows)
+        return TorchVision(tower, image, torch.device(plan.device), _dtype(plan), plan.max_rows)
     if plan.backend == "fused":
-        from siglip_serve.engine.fused.blocks import Levers
         from siglip_serve.engine.fused.runners import FusedVision
 
-        levers = Levers(float8=plan.dtype == "float8")
-        device, blocks = torch.device(plan.device), min(plan.heatmap_blocks, len(tower.encoder.layers))
-        return FusedVision(tower, image, device, _dtype(plan), levers, plan.max_rows, blocks)
+        float8, blocks = plan.dtype == "float8", min(plan.heatmap_blocks, len(tower.encoder.layers))
+        device = torch.device(plan.device)
+        return FusedVision(tower, image, device, _dtype(plan), float8, plan.max_rows, blocks)
     from siglip_serve.engine.openvino.runners import OpenVinoVision
 
     return OpenVinoVision(tower, image, plan)
@@ -134,7 +130,7 @@ def _vision_runner(tower: AnyVisionTower, image: ImageConfig, plan: Plan) -> Vis
 
 def _text_runner(tower: AnyTextTower, plan: Plan) -> Runner:
     if isinstance(tower, ClipTextTower) or plan.backend == "torch":
-        return PlainText(tower, torch.device(plan.device), _dtype(plan), plan.max_rows)
+        return TorchText(tower, torch.device(plan.device), _dtype(plan), plan.max_rows)
     if plan.backend == "fused":
         from siglip_serve.engine.fused.runners import FusedText
 

@@ -1,4 +1,4 @@
-"""Rows in passes that fit the device's memory, and what is left when it runs out."""
+"""Runners, the batches that they compute pass by pass, and devices that run out of memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,53 +43,84 @@ class Runner(Protocol):
     """One way to run a tower on one device.
 
     Attributes:
-        max_rows: most rows of one call; beyond these a pass gains nothing.
+        max_rows: most rows of one call. More rows at once would gain nothing.
     """
 
     max_rows: int
 
     def __call__(self, rows: NDArray[Any], /, wanted: Sequence[str]) -> Finish:
-        """Start a pass of 1 to `max_rows` rows; what is returned waits for it and gives the wanted `OUTPUTS`.
+        """Start a pass.
 
-        A text tower has only EMBEDDING.
+        Args:
+            rows: uint8 pixels [n, S, S, 3] or int64 ids [n, T], 1 <= n <= `max_rows`.
+            wanted: which of `OUTPUTS` to compute. A text tower has only EMBEDDING.
+
+        Returns:
+            A function that waits for the pass and returns the wanted outputs [n, ...], float32.
+
+        Raises:
+            RuntimeError: the device failed. See `is_out_of_memory`.
         """
 
 
 class VisionRunner(Runner, Protocol):
     """One way to run a vision tower on one device."""
 
-    def explain(self, explainer: Any, pixels: NDArray[np.uint8], vectors: Tensor) -> Explanation:
-        """What `explainer`, which was made for the tower, finds in pixels [1, S, S, 3] for vectors [P, E]."""
+    def explain(self, explainer: Any, pixels: NDArray[np.uint8], vectors: Tensor) -> Explanation[Tensor]:
+        """Explain the embedding of one image.
+
+        Args:
+            explainer: made for this tower. See `heatmaps.attribution.explainer_of`.
+            pixels: [1, S, S, 3] RGB.
+            vectors: [P, E] float32 on the CPU.
+
+        Returns:
+            Tensors of one image on the device of the tower. The next call may overwrite them.
+        """
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Outputs of N rows, some of which may have failed for want of memory.
+    """Outputs of N rows, some of which may have failed for lack of memory.
 
     Attributes:
-        outputs: float32 arrays [N, ...] by output name.
+        outputs: float32 arrays [N, ...] by output name, zeros where one failed. Empty if all failed.
         failed: [N] bool.
     """
 
     outputs: Arrays
     failed: NDArray[np.bool_]
 
+    @cached_property
+    def any_failed(self) -> bool:
+        """True if at least one row failed."""
+        return bool(self.failed.any())
+
     def rows(self, start: int, end: int) -> Arrays:
-        """The outputs of rows start to end.
+        """Return views of the outputs of rows `start` to `end`, without the latter.
 
         Raises:
-            DeviceMemoryError: one of them did not fit into the device's memory.
+            DeviceMemoryError: one of these rows did not fit into the device's memory.
         """
-        if self.failed[start:end].any():
+        # Called once per request: a look at the rows themselves would cost more than the views.
+        if self.any_failed and self.failed[start:end].any():
             raise DeviceMemoryError("the device has not enough free memory for even one row; try again later")
         return {name: array[start:end] for name, array in self.outputs.items()}
 
 
 def in_passes(rows: NDArray[Any], max_rows: int, start: Callable[[NDArray[Any]], Finish]) -> Batch:
-    """`start` over all rows, at most `max_rows` at a time; a pass that runs out of memory is halved.
+    """Compute all rows pass by pass. A pass that runs out of memory is tried again with half its rows.
 
-    A pass is started before the one before it is waited for, so that its rows are copied to the device
-    while that one computes.
+    Each pass is started before the previous one is waited for, so that its rows are copied to the device
+    meanwhile.
+
+    Args:
+        rows: [N, ...], at least one.
+        max_rows: most rows of one pass.
+        start: starts a pass over some of the rows. See `Runner`.
+
+    Raises:
+        RuntimeError: the device failed for another reason than its memory.
     """
     done = _Done(len(rows))
     running: tuple[int, Finish] | None = None
@@ -103,7 +135,7 @@ def in_passes(rows: NDArray[Any], max_rows: int, start: Callable[[NDArray[Any]],
                 end_if_lost()
                 raise
             torch.cuda.empty_cache()
-            if running:  # its memory comes back first
+            if running:  # first get back the memory of the pass under way
                 done.add(*running)
                 running = None
                 continue
@@ -121,14 +153,14 @@ def in_passes(rows: NDArray[Any], max_rows: int, start: Callable[[NDArray[Any]],
 
 
 class _Done:
-    """What the passes over so many rows have given so far, as arrays of all rows."""
+    """Outputs of the passes so far, in arrays of all rows."""
 
     def __init__(self, rows: int) -> None:
         self.outputs: Arrays = {}
         self.failed = np.zeros(rows, dtype=np.bool_)
 
     def add(self, first: int, finish: Finish) -> None:
-        """Wait for the pass that began with row `first`; the next one computes while this one is kept."""
+        """Wait for the pass that began with row `first` and keep its outputs, while the next one computes."""
         try:
             arrays = finish()
         except RuntimeError:
@@ -144,17 +176,20 @@ class _Done:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a smaller pass, or a later one, may succeed."""
-    text = str(error)  # of cuBLAS, and of memory that the driver pins, there is only the text
+    """Return True if a smaller pass, or a later one, may succeed."""
+    text = str(error)  # cuBLAS and the driver's pinned memory have no error class of their own
     return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in text or "out of memory" in text
 
 
 @contextmanager
 def out_of_memory_refused(what: str) -> Iterator[None]:
-    """Turn a device that has no memory left into an error that says what for.
+    """Turn a lack of memory in the body of a `with` statement into an error that names its cause.
+
+    Args:
+        what: the cause, such as `5 prompts`.
 
     Raises:
-        DeviceMemoryError: there was no memory.
+        DeviceMemoryError: the device had no memory left.
     """
     try:
         yield
@@ -169,10 +204,10 @@ def out_of_memory_refused(what: str) -> Iterator[None]:
 
 
 def end_if_lost() -> None:
-    """End the process if the GPU's context is lost, once its last answers are out.
+    """End the process half a second later if the GPU's context is lost, so that its last answers get out.
 
-    After a fault inside a kernel every further call fails, and only a new process serves again; the
-    launcher notices the death and loads the model again.
+    After a fault inside a kernel every further call fails, and only a new process can serve. The launcher
+    notices that the process has ended, and loads the model again.
     """
     if not torch.cuda.is_initialized():
         return

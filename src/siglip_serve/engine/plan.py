@@ -15,7 +15,8 @@ __all__ = ["Plan", "fastest_dtype"]
 
 _FLOAT8_CAPABILITY = (8, 9)
 _FUSED_CAPABILITY = (8, 0)
-# siglip-tiny, a quarter of it, loses by float8; base gains a third (benchmarks/results/vision_waterfall.csv).
+# siglip-tiny, of a quarter of this width, is slower in float8; base is a third faster
+# (benchmarks/results/vision_waterfall.csv).
 _FLOAT8_WIDTH = 512
 
 
@@ -25,14 +26,14 @@ class Plan:
 
     Attributes:
         device: `cpu` or `cuda:<index>`.
-        dtype: arithmetic of the tower; `auto`: the fastest that is close to float32.
-        backend: `torch`, `openvino` (CPUs), `fused` (GPUs); `auto`: the fastest that the device has.
-        max_rows: rows in one pass; 0 leaves the choice to the runner.
-        threads: CPU threads; 0: all cores.
-        cache: folder that keeps converted models between starts; None: nothing is kept.
+        dtype: arithmetic of the tower. `auto` is the fastest that is close to float32.
+        backend: `torch`, `openvino` (CPUs) or `fused` (GPUs). `auto` is the fastest that the device has.
+        max_rows: rows in one pass. 0 leaves the choice to the runner.
+        threads: CPU threads. 0 means all cores.
+        cache: folder that keeps converted models between starts. Without one, nothing is kept.
         calibration: folder of images to calibrate int8 on.
         heatmap_blocks: last blocks of a SigLIP tower that heatmaps are rolled back through.
-        heatmap_vectors: most vectors of one image for which blocks are rolled back; the cost grows with each.
+        heatmap_vectors: most vectors of one image for which blocks are rolled back. Each adds to the cost.
     """
 
     device: str = "cpu"
@@ -47,7 +48,7 @@ class Plan:
 
     @property
     def wide_dtype(self) -> Dtype:
-        """Arithmetic of the parts that stay out of 8 bits: pooling, embeddings, text towers."""
+        """Arithmetic of the parts that never run in 8 bits: pooling, embeddings, text towers."""
         if self.dtype == "int8":
             return fastest_dtype(None)
         return "bfloat16" if self.dtype == "float8" else self.dtype
@@ -55,11 +56,11 @@ class Plan:
     def for_vision(self, family: Family, width: int) -> Plan:
         """Resolve the plan for a vision tower of `width`, its hidden size.
 
-        float8 gains nothing on a narrow tower, and its errors average out over fewer numbers: such a tower
-        gets bfloat16.
+        float8 gains nothing on a tower narrower than 512, and its errors average out over fewer numbers, so
+        such a tower gets bfloat16.
 
         Raises:
-            SettingsError: the device or the family cannot run that.
+            SettingsError: the device or the family cannot run the plan.
         """
         plan = self._for_family(family).resolve()
         narrow = plan.dtype == "float8" and width < _FLOAT8_WIDTH
@@ -69,7 +70,7 @@ class Plan:
         """Resolve the plan for a text tower, which never runs in 8 bits.
 
         Raises:
-            SettingsError: the device or the family cannot run that.
+            SettingsError: the device or the family cannot run the plan.
         """
         plan = self._for_family(family).resolve()
         return replace(plan, dtype=plan.wide_dtype)
@@ -78,7 +79,7 @@ class Plan:
         """Replace `auto` by the device's choice.
 
         Raises:
-            SettingsError: the device cannot run that.
+            SettingsError: the device cannot run the plan.
         """
         return self._resolve_gpu() if self.device.startswith("cuda") else self._resolve_cpu()
 
@@ -104,7 +105,10 @@ class Plan:
             # In float32 too: as exact as torch with packed weights, and faster (results/cpu_engine.csv).
             backend = "openvino" if find_spec("openvino") else "torch"
         if dtype == "int8" and backend != "openvino":
-            raise SettingsError("dtype int8: needs the backend openvino (pip install 'siglip-serve[int8]')")
+            raise SettingsError(
+                "dtype int8: needs the backend openvino and the extra int8 "
+                "(`pip install -e '.[int8]'` in the checkout)"
+            )
         if backend == "openvino" and not find_spec("openvino"):
             raise SettingsError("backend openvino: the package openvino is not installed")
         return replace(self, dtype=dtype, backend=backend)
@@ -136,10 +140,13 @@ class Plan:
 
 
 def fastest_dtype(gpu_capability: int | None) -> Dtype:
-    """Choose the fastest dtype close to float32: the meaning of `auto`.
+    """Choose the fastest dtype that is close to float32, which is the meaning of `auto`.
 
     Args:
-        gpu_capability: major compute capability of the GPU, None for the CPU.
+        gpu_capability: major compute capability of the GPU, or None for the CPU.
+
+    Returns:
+        bfloat16 where the device has instructions for it. Otherwise float16 on GPUs, float32 on CPUs.
     """
     if gpu_capability is not None:
         return "bfloat16" if gpu_capability >= 8 else "float16"

@@ -1,8 +1,8 @@
-"""Processes that compute the same on one device take turns.
+"""Turns of processes that compute on the same device.
 
-Two processes that compute at the same time share a GPU by slices of time: each batch takes twice as long, and
-nothing is gained. In turns one computes while the other one answers its callers, takes its next batch and
-puts it where the device can read it.
+Two processes that compute at the same time share a GPU by time slices: each batch takes twice as long, and
+nothing is gained. With turns, one process computes while the other answers its callers, takes its next batch
+and copies it to memory that the device can read.
 """
 
 from __future__ import annotations
@@ -18,46 +18,49 @@ __all__ = ["Turns", "peers_name", "remove_unused"]
 
 _FOLDER = Path("/dev/shm")  # Triton's Python backend needs it as well
 _PREFIX = "siglip-serve-turns-"
-# Seconds. To hand the device over takes up to half a millisecond, in which it waits: shorter computations
-# share it by slices of time.
+# Times are in seconds. Handing the device over takes up to half a millisecond, in which it is idle, so
+# shorter computations share it by time slices.
 _LEAST = 0.02
-_PAUSE = 0.0002  # between two looks whether it is one's turn
-_PATIENCE = 5.0  # then a turn counts as hung
-_LITTLE_PATIENCE = 0.05  # after one that hung
+_PAUSE = 0.0002  # between two attempts to take the turn
+_PATIENCE = 5.0  # a longer turn counts as hung
+_LITTLE_PATIENCE = 0.05  # after a turn that hung
 
 
 def peers_name(model: str, device: str) -> str:
-    """A name for the processes of a model on a device in one server, which is their parent."""
+    """Name the processes of a model on a device in one server, which is their parent process."""
     # Containers that share /dev/shm count their processes from one each.
     return f"{os.stat('/proc/self/ns/pid').st_ino}-{os.getppid()}-{model}-{device}"  # noqa: PTH116 - a link
 
 
 class Turns:
-    """One process's part in the turns of those that have the same name.
+    """The part of one process in the turns of all processes with the same name.
 
-    They find each other through a file. A lock on its bytes is the turn; a shared lock on the file itself
-    says that it is used, and whoever leaves as the last one removes it. Both end with the process, however it
-    ends. No more than one object may live in a process.
+    They meet at a file. A lock on its bytes is the turn. A shared lock on the file itself marks it as used,
+    and the last process that leaves removes it. The system releases both locks when a process ends, however
+    it ends. A process may have only one object of this class.
 
     Args:
-        name: what the processes have in common; empty: there are no others, and nothing is done.
-        folder: where the file lies.
+        name: common name of the processes, as of `peers_name`. If empty, the process computes without turns.
+        folder: folder of the file.
 
     Raises:
-        OSError: the file could not be opened.
+        OSError: the file could not be opened, or belongs to another user.
     """
 
     def __init__(self, name: str, folder: Path = _FOLDER) -> None:
         self._path = folder / f"{_PREFIX}{name}"
         self._file = _open(self._path) if name else None
-        self._pace = 0.0  # seconds a row, of the last batch that took long
+        self._pace = 0.0  # seconds per row, of the last batch that took long
         self._patience = _PATIENCE
 
     @contextmanager
     def turn(self, rows: int) -> Iterator[None]:
-        """Compute so many rows, alone if that takes long.
+        """Compute a batch in the body of a `with` statement, alone if it is expected to take 20 ms or more.
 
-        Waits while another process has its turn, but not for one that is stuck.
+        Waits while another process has its turn, but not longer than 5 s for one that is stuck.
+
+        Args:
+            rows: rows of the batch, from which its time is estimated.
         """
         alone = self._file is not None and rows * self._pace >= _LEAST and self._enter(self._file)
         begin = time.monotonic()
@@ -71,17 +74,17 @@ class Turns:
             self._pace = seconds / rows
 
     def close(self) -> None:
-        """Leave; no turn may follow."""
+        """Leave the other processes. No turn may follow."""
         if self._file is not None:
             _remove_if_unused(self._path, self._file)
             os.close(self._file)
             self._file = None
 
     def _enter(self, file: int) -> bool:
-        """Wait for the turn; False if it hangs with another process."""
+        """Wait for the turn, or return False if another process holds it too long."""
         until = time.monotonic() + self._patience
         while True:
-            with suppress(BlockingIOError, PermissionError):  # whichever the system says that it is taken by
+            with suppress(BlockingIOError, PermissionError):  # systems differ in the error for a taken lock
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._patience = _PATIENCE
                 return True
@@ -92,19 +95,22 @@ class Turns:
 
 
 def remove_unused(folder: Path = _FOLDER) -> None:
-    """Remove this user's files that no process uses any more; killed ones leave them.
+    """Remove files of this user that no process uses any more, as killed processes leave them.
 
-    Not to be called by a process that has a turn: it would lose it.
+    A process that has a turn must not call this, as it would lose the turn.
+
+    Args:
+        folder: folder of the files.
     """
     for path in folder.glob(f"{_PREFIX}*"):
-        with suppress(OSError):  # it is another user's, or was removed just now
+        with suppress(OSError):  # another user's, or removed just now
             file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
             _remove_if_unused(path, file)
             os.close(file)
 
 
 def _open(path: Path) -> int:
-    """The file, marked as used."""
+    """Open the file and mark it as used."""
     remove_unused(path.parent)
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -119,7 +125,8 @@ def _open(path: Path) -> int:
 
 
 def _remove_if_unused(path: Path, file: int) -> None:
-    # Of several that leave at once one succeeds: each gives up its shared lock before it asks for the other.
+    # One of several that leave at once succeeds, as each gives up its shared lock before it asks for this
+    # one.
     with suppress(OSError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(file).st_nlink:  # else the path is another file's by now

@@ -1,18 +1,18 @@
-"""Where a vision tower looks for a prompt: the cosine as a sum over the places of the image.
+"""Where a vision tower sees a prompt: the cosine as a sum over the places of the image.
 
-An image embedding y is a sum of what each place adds, once the factors that depend on the whole image
-(attention, the scale of each LayerNorm, the gate of the last activation) are taken as they came out. For a
-vector w, in the space of the embeddings, that makes
+Some factors depend on the whole image: attention, the scale of each LayerNorm, the gate of the last
+activation. Held at their values, they make the embedding y of an image a sum of parts that each place adds.
+For a vector w in the space of the embeddings this gives
 
     <w, y> / |y| = sum of maps[w] + unattributed[w],
 
-exactly, for every image. With w a unit text embedding this is the cosine; it is linear in w, so that the
-difference of two prompts is explained by the difference of their vectors. Unattributed is what has no place:
-biases, and what is added to the token of the whole image.
+exactly, for every image. If w is a unit text embedding, this is the cosine. It is linear in w, so the
+difference of two prompts is explained by the difference of their vectors. Unattributed are the parts without
+a place: biases, and the sum that is added to the token of the whole image.
 
 Source: "Interpreting CLIP's Image Representation via Text-Based Decomposition" (Gandelsman, Efros and
-Steinhardt, ICLR 2024, arXiv 2310.05916) for CLIP. For SigLIP, which has no class token, the same is done from
-the pooling head backwards: see `SiglipExplainer`.
+Steinhardt, ICLR 2024, arXiv 2310.05916) for CLIP. SigLIP has no class token, so its embedding is decomposed
+from the pooling head backwards: see `SiglipExplainer`.
 
 Shapes: B images, P vectors of width E (of the embeddings), T patches, D hidden size, H heads, K blocks.
 """
@@ -20,81 +20,87 @@ Shapes: B images, P vectors of width E (of the embeddings), T patches, D hidden 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from siglip_serve.towers.clip import ClipVisionTower
-from siglip_serve.towers.siglip import Block, BlockTrace, TowerTrace, VisionTower
+from siglip_serve.towers.siglip import BlockTrace, TowerTrace, VisionTower
 
 __all__ = ["ClipExplainer", "Explainer", "Explanation", "SiglipExplainer", "explainer_of"]
 
-# Of vectors that came before, how many sets are kept, and of how many values at most: they lie on the device.
+# Products of earlier sets of vectors are kept on the device: most sets, and most values of one set.
 _SETS_KEPT, _VALUES_KEPT = 16, 2**20
 _LAYERS_AT_ONCE = 8
 
+Array = TypeVar("Array", Tensor, NDArray[np.float32])
+
 
 @dataclass(frozen=True)
-class Explanation:
-    """What an image embedding is made of, as vectors see it.
+class Explanation(Generic[Array]):
+    """The parts of image embeddings, as vectors see them.
+
+    Tensors of B images come from an explainer. Arrays of one image, without the leading dimension, come from
+    an engine.
 
     Attributes:
-        maps: [B, P, T], row by row of the patch grid.
-        unattributed: [B, P].
-        embedding: [B, E], not normalised.
-        per_head: [B, P, L, H, T], the same by layer and head; only on request.
+        maps: [..., P, T] float32, row by row of the patch grid. With `unattributed` its sum over the places
+            is the score, <vector, embedding> / |embedding|.
+        unattributed: [..., P] float32, the part of the score that has no place.
+        embedding: [..., E] float32, not normalised.
     """
 
-    maps: Tensor
-    unattributed: Tensor
-    embedding: Tensor
-    per_head: Tensor | None = None
+    maps: Array
+    unattributed: Array
+    embedding: Array
 
 
 class Explainer(Protocol):
     """Finds the maps of one tower."""
 
-    def explain(self, tower: Any, pixels: Tensor, vectors: Tensor) -> Explanation:
-        """Explain images.
+    def explain(self, tower: Any, pixels: Tensor, vectors: Tensor) -> Explanation[Tensor]:
+        """Explain the embeddings of B images.
 
         Args:
-            tower: the one that this was made for.
-            pixels: [B, 3, S, S], normalised as the checkpoint asks.
-            vectors: [P, E] float32.
+            tower: the tower that this explainer was made for.
+            pixels: [B, 3, S, S] of the tower's dtype, normalised as the checkpoint asks.
+            vectors: [P, E] float32 on the device of the tower.
         """
 
 
 def explainer_of(tower: VisionTower | ClipVisionTower, blocks: int, most: int) -> Explainer:
-    """What explains the embeddings of a tower; `blocks` and `most` are those of `SiglipExplainer`."""
+    """Make the explainer of a tower; `blocks` and `most` are those of `SiglipExplainer`."""
     if isinstance(tower, ClipVisionTower):
         return ClipExplainer(tower)
     return SiglipExplainer(tower, blocks, most)
 
 
 class SiglipExplainer:
-    """Maps of a SigLIP tower.
+    """Find the maps of a SigLIP tower.
 
-    The head's MLP is linear once its LayerNorm's scale and its GELU's gate are taken as they came out: what a
-    vector sees of the embedding becomes a linear form on the tokens that were pooled. That form goes back
-    through the last blocks: what their attention added to a token counts for the tokens that it came from,
-    and what its MLP added for the token itself.
+    The head's MLP is linear once the scale of its LayerNorm and the gate of its GELU are held at their
+    values. A vector's view of the embedding thus becomes a linear form on the pooled tokens. The form is
+    rolled back through the last blocks: the part that attention added to a token counts for the tokens that
+    it came from, and the part that the MLP added counts for the token itself.
 
     Args:
-        tower: of which the head and the output projections of the last blocks are kept.
-        blocks: how many blocks are rolled back, K; at most all that the tower has. With 0 the pooled tokens
-            themselves are the places, whose cost hardly grows with the number of vectors.
-        most: beyond so many vectors none is rolled back.
+        tower: the head and the output projections of the last blocks are kept.
+        blocks: how many blocks are rolled back, K, at most all that the tower has. With 0 the places are
+            the pooled tokens themselves, and the cost hardly grows with the number of vectors.
+        most: with more vectors than this no block is rolled back.
     """
 
     def __init__(self, tower: VisionTower, blocks: int = 2, most: int = 32) -> None:
         self._most = most
         self.blocks = blocks = min(blocks, len(tower.encoder.layers))
-        layers = cast("list[Block]", list(tower.encoder.layers))[len(tower.encoder.layers) - blocks :]
-        # The layers and not their weights: those may still be moved to a device.
+        layers = tower.encoder.blocks[len(tower.encoder.layers) - blocks :]
+        # Layers are kept instead of their weights, which may still be moved to a device.
         self._projections: list[nn.Linear] = [layer.self_attn.out_proj for layer in layers]
         self._norm = tower.post_layernorm
         attention, mlp = tower.head.attention, tower.head.mlp
@@ -103,23 +109,23 @@ class SiglipExplainer:
         self._head_norm, self._fc1, self._fc2 = tower.head.layernorm, mlp.fc1, mlp.fc2
 
     @torch.inference_mode()
-    def explain(self, tower: VisionTower, pixels: Tensor, vectors: Tensor) -> Explanation:
-        """See `Explainer`."""
+    def explain(self, tower: VisionTower, pixels: Tensor, vectors: Tensor) -> Explanation[Tensor]:
+        """Explain images. See `Explainer`."""
         return self(tower.trace(pixels, self.blocks), vectors)
 
     @torch.inference_mode()
-    def __call__(self, trace: TowerTrace, vectors: Tensor) -> Explanation:
+    def __call__(self, trace: TowerTrace, vectors: Tensor) -> Explanation[Tensor]:
         """Explain the images of a trace.
 
         Args:
-            trace: of the last `blocks` blocks, see `VisionTower.trace`.
-            vectors: [P, D] float32.
+            trace: of the last `blocks` blocks. See `VisionTower.trace`.
+            vectors: [P, D] float32 on the device of the trace.
         """
         stream = trace.after.float()
         tokens = _normalize(stream, self._norm)  # [B, T, D]
         weights, pooled = self._pool(tokens)  # [B, H, T], [B, D]
         embedding, form, constant = self._linearize(pooled, vectors)
-        # form [B, P, D] sees the pooled token; next, what it sees of each value of each head
+        # form [B, P, D] is how vectors see the pooled token; per_head is how they see the values of each head
         per_head = (form @ self._out.weight.float()).unflatten(-1, (self._heads, -1))  # [B, P, H, D/H]
         _, _, w_v = self._attention.in_proj_weight.float().chunk(3)
         _, _, b_v = self._attention.in_proj_bias.float().chunk(3)
@@ -137,12 +143,12 @@ class SiglipExplainer:
         return Explanation(maps / length[..., None], constant / length, embedding)
 
     def _pool(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [B, T, D] -> the probe's attention [B, H, T], and what it pools [B, D]."""
+        """Tokens [B, T, D] -> the probe's attention [B, H, T] and the pooled token [B, D]"""
         attention, heads = self._attention, self._heads
         w_q, w_k, w_v = attention.in_proj_weight.float().chunk(3)
         b_q, b_k, b_v = attention.in_proj_bias.float().chunk(3)
         query = F.linear(self._probe.float()[0, 0], w_q, b_q).unflatten(-1, (heads, -1))  # [H, D/H]
-        # The query is the same for all images: with the keys' weights it makes one vector for each head.
+        # The query is the same for all images, so with the keys' weights it makes one vector per head.
         folded = torch.einsum("he,hed->hd", query, w_k.unflatten(0, (heads, -1)))
         shift = (query * b_k.unflatten(0, (heads, -1))).sum(-1)[:, None]  # [H, 1]
         scores = (torch.einsum("btd,hd->bht", tokens, folded) + shift) * query.shape[-1] ** -0.5
@@ -152,7 +158,7 @@ class SiglipExplainer:
         return weights, F.linear(values, self._out.weight.float(), self._out.bias.float())
 
     def _linearize(self, pooled: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The head's MLP at the pooled token [B, D], as vectors [P, D] see it.
+        """Make the head's MLP linear at the pooled token [B, D], as vectors [P, D] see it.
 
         Returns:
             The embedding [B, D], and form [B, P, D] and constant [B, P] such that <vector, embedding> is
@@ -166,7 +172,7 @@ class SiglipExplainer:
         hidden = F.linear(centred / scale * gamma + beta, w1, b1)  # [B, 4 D]
         activated = F.gelu(hidden, approximate="tanh")
         embedding = pooled + F.linear(activated, w2, b2)
-        # gelu(u) = u * gate(u); near 0 the quotient loses its digits, not the gate.
+        # gelu(u) = u * gate(u). Near 0 the quotient gelu(u) / u would lose digits.
         gate = 0.5 * (1 + torch.tanh(_GELU_SLOPE * (hidden + _GELU_CUBIC * hidden**3)))
         seen = (vectors @ w2) * gate[:, None]  # [B, P, 4 D]
         form = vectors + _centre((seen @ w1) * gamma) / scale[:, None]
@@ -174,75 +180,58 @@ class SiglipExplainer:
         return embedding, form, constant
 
     def _roll_back(self, forms: Tensor, trace: TowerTrace) -> tuple[Tensor, Tensor]:
-        """Forms [B, P, T, D] on the normalised tokens -> maps [B, P, T] and what has no place, [B, P]."""
+        """Forms [B, P, T, D] on the normalised tokens -> maps [B, P, T], and the part without place [B, P]"""
         _, scale = _standardize(trace.after.float(), self._norm.eps)  # [B, T, 1]
         rest = (forms @ self._norm.bias.float()).sum(-1)
         forms = _centre(forms * self._norm.weight.float()) / scale[:, None]
-        # The stream is a sum: what was there before, and what each block's attention and MLP added.
+        # The stream is a sum: its value before the blocks, and what each block's attention and MLP added.
         maps = torch.einsum("bptd,btd->bpt", forms, trace.before.float())
         for block, projection in zip(trace.blocks, self._projections, strict=True):
             maps += torch.einsum("bptd,btd->bpt", forms, block.mlp.float())
             rest = rest + (forms @ projection.bias.float()).sum(-1)
             per_head = (forms @ projection.weight.float()).unflatten(-1, (block.values.shape[1], -1))
-            # Vectors side by side, so that each head's attention is multiplied once: [B, H, T, P * D/H].
+            # Vectors are put side by side, so that each head's attention is multiplied once: [B, H, T, P *
+            # D/H].
             columns = per_head.permute(0, 3, 2, 1, 4).flatten(3)
-            # What the forms of all tokens see of the token that a value comes from.
+            # The forms of all tokens, gathered at the token that a value comes from.
             gathered = (block.attention().mT @ columns).unflatten(-1, (forms.shape[1], -1))
             maps += (gathered * block.values.float()[:, :, :, None]).sum((1, 4)).mT
         return maps, rest
 
 
 class ClipExplainer:
-    """Maps of a CLIP tower: what the class token took from each patch, in every layer.
+    """Find the maps of a CLIP tower: what the class token took from each patch, in every layer.
 
-    The class token ends as the sum of what it began with and what each block's attention and MLP added to it.
-    What attention added is a sum over tokens and heads, of which each term is seen by a vector through the
-    output projection, the last LayerNorm and the projection to the joint space: the same for all images, so
-    that it is kept with the vectors. [L, T, H, D] is never made: a layer costs a row of attention, and one
-    product of its values, [T, D], with as many columns as there are vectors.
+    The class token ends as the sum of its first value and what the attention and the MLP of each block added.
+    The part of attention is a sum over tokens and heads. A vector sees each term through the output
+    projection, the last LayerNorm and the projection to the joint space. These are the same for all images,
+    so they are multiplied with the vectors once and kept. [L, T, H, D] is never computed: a layer costs one
+    row of attention, and one product of its values [T, D] with as many columns as there are vectors.
 
     Args:
-        tower: of which the output projections, the last LayerNorm and the projection are kept.
-        layers: whose attention is placed; None: all. What others added has no place.
-        per_head: also return the maps by layer and head.
+        tower: the output projections, the last LayerNorm and the projection are kept.
     """
 
-    def __init__(
-        self, tower: ClipVisionTower, layers: Collection[int] | None = None, per_head: bool = False
-    ) -> None:
-        blocks = cast("list[Block]", list(tower.encoder.layers))
-        self._placed = set(range(len(blocks)) if layers is None else layers)
-        if not self._placed <= set(range(len(blocks))):
-            raise ValueError(f"layers: got {sorted(self._placed)}, expected some of 0 to {len(blocks) - 1}")
-        self._per_head = per_head
-        self._projections = [block.self_attn.out_proj for block in blocks]
+    def __init__(self, tower: ClipVisionTower) -> None:
+        self._projections = [block.self_attn.out_proj for block in tower.encoder.blocks]
         self._norm, self._projection = tower.post_layernorm, tower.projection
         self._seen: OrderedDict[bytes, tuple[Tensor, Tensor, Tensor]] = OrderedDict()
 
     @torch.inference_mode()
-    def explain(self, tower: ClipVisionTower, pixels: Tensor, vectors: Tensor) -> Explanation:
-        """See `Explainer`."""
+    def explain(self, tower: ClipVisionTower, pixels: Tensor, vectors: Tensor) -> Explanation[Tensor]:
+        """Explain images. See `Explainer`."""
         form, seen, biases = self._see(vectors)
-        x = tower.embed(pixels)  # [B, 1 + T, D]
+        x, blocks = tower.embed(pixels), tower.encoder.blocks  # [B, 1 + T, D]
         maps = form.new_zeros(len(x), len(form), x.shape[1])  # [B, P, 1 + T]
-        without_place, placed, done = [x[:, 0]], [], 0
-        by_head: list[Tensor] = []
-        for number, block in enumerate(cast("list[Block]", list(tower.encoder.layers))):
-            before = x[:, 0]
-            x, trace = block.trace(x)
-            if number in self._placed:
-                placed.append(trace)
+        without_place = [x[:, 0]]
+        for start in range(0, len(blocks), _LAYERS_AT_ONCE):
+            traces = []
+            for block in blocks[start : start + _LAYERS_AT_ONCE]:
+                x, trace = block.trace(x)
+                traces.append(trace)
                 without_place.append(trace.mlp[:, 0])
-            else:
-                without_place.append(x[:, 0] - before)
-            if len(placed) == _LAYERS_AT_ONCE or (placed and done + len(placed) == len(self._placed)):
-                found = _by_class_token(placed, seen[done : done + len(placed)], self._per_head)
-                placed, done = [], done + len(placed)
-                if self._per_head:  # [B, P, L, H, 1 + T]
-                    by_head.append(found)
-                    found = found.sum((2, 3))
-                maps += found
-        # What the class token kept of itself has no place in the image either.
+            maps += _by_class_token(traces, seen[start : start + len(traces)])
+        # The part that the class token took from itself has no place in the image either.
         rest = torch.stack(without_place).float().sum(0) @ form.T + biases + maps[..., 0]
         last, norm = x[:, 0].float(), self._norm
         centred, scale = _standardize(last, norm.eps)
@@ -250,30 +239,27 @@ class ClipExplainer:
         embedding = (centred / scale * norm.weight.float() + norm.bias.float()) @ matrix.T
         length = embedding.norm(dim=-1, keepdim=True)
         constant = vectors @ (matrix @ norm.bias.float())
-        heads = torch.cat(by_head, 2)[..., 1:] / (scale * length)[..., None, None, None] if by_head else None
         return Explanation(
             maps[..., 1:] / (scale * length)[..., None],
             rest / (scale * length) + constant / length,
             embedding,
-            heads,
         )
 
     def _see(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What vectors see of the class token, [P, D]; of each placed layer's mixed values, [L, P, D]; and of
-        these layers' biases together, [P]."""
+        """Multiply vectors with the weights behind the values, or find the products of an earlier call.
+
+        Returns:
+            How vectors see the class token, [P, D], the mixed values of each layer, [L, P, D], and the biases
+            of all output projections together, [P].
+        """
         key = vectors.cpu().numpy().tobytes()
         found = self._seen.pop(key, None)
         if found is None:
             # The mean that the last LayerNorm takes off is taken off here.
             form = _centre((vectors @ self._projection.weight.float()) * self._norm.weight.float())
-            layers = [self._projections[number] for number in sorted(self._placed)]
-            seen = [form @ projection.weight.float() for projection in layers]
-            biases = [form @ projection.bias.float() for projection in layers]
-            found = (
-                form,
-                torch.stack(seen) if seen else form.new_zeros(0, *form.shape),
-                torch.stack(biases).sum(0) if biases else form.new_zeros(len(form)),
-            )
+            seen = [form @ projection.weight.float() for projection in self._projections]
+            biases = [form @ projection.bias.float() for projection in self._projections]
+            found = form, torch.stack(seen), torch.stack(biases).sum(0)
         if found[1].numel() <= _VALUES_KEPT:
             self._seen[key] = found
             if len(self._seen) > _SETS_KEPT:
@@ -281,13 +267,17 @@ class ClipExplainer:
         return found
 
 
-def _by_class_token(layers: Sequence[BlockTrace], seen: Tensor, per_head: bool) -> Tensor:
-    """What the class token takes from each token in some layers, as vectors see it through them, [L, P, D].
+def _by_class_token(layers: Sequence[BlockTrace], seen: Tensor) -> Tensor:
+    """Sum what the class token takes from each token in some layers, as vectors see it.
 
-    Layers are taken together, so that a GPU is not kept waiting for many small products.
+    Layers are taken together, so that a GPU does not wait for many small products.
+
+    Args:
+        layers: traces of B images.
+        seen: [L, P, D], how vectors see the mixed values of these layers.
 
     Returns:
-        [B, P, 1 + T] over all layers and heads, or [B, P, L, H, 1 + T].
+        [B, P, 1 + T].
     """
     queries = torch.stack([layer.queries[:, :, 0] for layer in layers]).float()  # [L, B, H, D/H]
     keys = torch.stack([layer.keys for layer in layers]).float()  # [L, B, H, 1 + T, D/H]
@@ -295,8 +285,6 @@ def _by_class_token(layers: Sequence[BlockTrace], seen: Tensor, per_head: bool) 
     del keys
     weighted = torch.stack([layer.values for layer in layers]).float()
     weighted *= scores.softmax(-1)[..., None]
-    if per_head:
-        return torch.einsum("lbhte,lphe->bplht", weighted, seen.unflatten(-1, (queries.shape[2], -1)))
     weighted = weighted.permute(1, 3, 0, 2, 4).flatten(2)  # [B, 1 + T, L * D]
     return (weighted @ seen.permute(0, 2, 1).flatten(0, 1)).transpose(1, 2)
 
@@ -306,12 +294,12 @@ _GELU_CUBIC = 0.044715
 
 
 def _centre(x: Tensor) -> Tensor:
-    """Without the mean of the last dimension."""
+    """Subtract the mean of the last dimension."""
     return x - x.mean(-1, keepdim=True)
 
 
 def _standardize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """[..., D] without its mean, and the deviation [..., 1] that a LayerNorm divides by."""
+    """Subtract the mean of [..., D], and return the deviation [..., 1] that a LayerNorm divides by."""
     centred = _centre(x)
     return centred, (centred.square().mean(-1, keepdim=True) + eps).sqrt()
 

@@ -1,6 +1,6 @@
-"""Maps on a patch grid become maps over the picture that was sent, and pictures to look at.
+"""Maps over a picture from maps on a patch grid, and overlays to look at.
 
-The picture is the upright one: with its EXIF orientation applied.
+The picture is the upright one, with its EXIF orientation applied.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ __all__ = [
     "NORMALIZATIONS",
     "Normalization",
     "View",
+    "color_scale",
     "default_size",
     "normalize",
     "overlay",
@@ -30,23 +31,26 @@ Maps = NDArray[np.float32]
 Normalization = Literal["none", "prompt", "joint"]
 
 NORMALIZATIONS: tuple[Normalization, ...] = ("none", "prompt", "joint")
-# Two of these can be told apart whatever colours one sees.
-COLORMAPS = ("jet", "viridis", "cividis")
+# The first one is the default. Readers who cannot tell red from green can read all but jet.
+COLORMAPS = ("bwr", "jet", "viridis", "cividis")
+# Blue speaks against a prompt and red for it; 0 is white.
+_DIVERGING = frozenset({"bwr"})
 MOST_VALUES = 2**24  # of all maps of a request: 64 MiB
-MOST_SIDE = 8192  # of a map: what each patch counts for each pixel of a side lies in memory
+MOST_SIDE = 8192  # of a map: weights of each patch for each pixel of a side lie in memory
 _DEFAULT_SIDE = 512
-# A map that varies less over its picture than float32 resolves is level, and not to be blown up to 0 to 1.
+# A map that varies less over its picture than float32 resolves is level: it must not be scaled up to 0 to 1.
 _LEAST_RANGE = 1e-6
+_LEVELS = 255  # of a palette: an odd number, so that the middle has a level of its own
 
 
 @dataclass(frozen=True)
 class View:
-    """What a tower sees of a picture.
+    """The part of a picture that a tower sees.
 
     Attributes:
         width, height: of the upright picture, in pixels.
-        box: left, top, right, bottom of what the tower is shown, in these pixels.
-        covered: the part of that, from its top left corner, that whole patches cover; 1 if they fit.
+        box: left, top, right, bottom of the part that the tower is shown, in these pixels.
+        covered: the share of its sides that whole patches cover, from the top left corner. 1 if they fit.
     """
 
     width: int
@@ -55,14 +59,14 @@ class View:
     covered: float = 1.0
 
     def place(self, maps: Maps, height: int, width: int) -> Maps:
-        """Maps [P, G, G] -> [P, height, width] over the whole picture, bilinear; 0 where it was not seen."""
+        """Maps [P, G, G] -> float32 [P, height, width] over the whole picture, bilinear, 0 where unseen."""
         left, top, right, bottom = self.box
         rows = _weights(self.height, (top, bottom), maps.shape[1], height, self.covered)
         columns = _weights(self.width, (left, right), maps.shape[2], width, self.covered)
         return np.asarray(rows @ maps @ columns.T, dtype=np.float32)
 
     def seen(self, height: int, width: int) -> NDArray[np.bool_]:
-        """Which pixels of the picture at [height, width] the tower was shown."""
+        """Mask, bool [height, width], of the pixels that the tower was shown."""
         left, top, right, bottom = self.box
         rows, columns = _centers(self.height, height), _centers(self.width, width)
         inside = ((top <= rows) & (rows <= bottom))[:, None] & (left <= columns) & (columns <= right)
@@ -70,7 +74,7 @@ class View:
 
 
 def default_size(view: View, prompts: int) -> tuple[int, int]:
-    """Height and width of maps unless others are asked for: the picture's own, or smaller if that is much."""
+    """Default height and width of maps: the picture's own, or smaller for large pictures and many prompts."""
     pixels = view.width * view.height
     scale = min(1.0, _DEFAULT_SIDE / max(view.width, view.height), (MOST_VALUES / prompts / pixels) ** 0.5)
     height, width = (max(1, round(side * scale)) for side in (view.height, view.width))
@@ -80,11 +84,11 @@ def default_size(view: View, prompts: int) -> tuple[int, int]:
 
 
 def normalize(maps: Maps, how: Normalization) -> Maps:
-    """Maps [P, ...] scaled so that the least value is 0 and the largest 1.
+    """Scale maps [P, ...] so that the least value is 0 and the largest 1.
 
     Args:
-        maps: of one request.
-        how: `prompt`: each map by itself; `joint`: all by the same scale; `none`: left as they are.
+        maps: float32, of one request.
+        how: `prompt` scales each map alone. `joint` scales all of them alike. `none` leaves them.
     """
     if how == "none":
         return maps
@@ -93,27 +97,51 @@ def normalize(maps: Maps, how: Normalization) -> Maps:
     return np.asarray((maps - low) / np.maximum(high - low, _LEAST_RANGE), dtype=np.float32)
 
 
+def color_scale(maps: Maps, how: Normalization, colormap: str = COLORMAPS[0]) -> Maps:
+    """Scale maps [P, ...] to places 0 to 1 in a colormap.
+
+    In a diverging colormap 0 is in the middle, at 0.5, and both ends are equally far from it. In another
+    one the scale runs from the least value to the largest.
+
+    Args:
+        maps: of one request, positive where the image speaks for a prompt and negative where against it.
+        how: `prompt` gives each map its own scale. `joint` and `none` give all maps one scale.
+        colormap: one of `COLORMAPS`.
+    """
+    if colormap not in _DIVERGING:
+        return normalize(maps, "prompt" if how == "prompt" else "joint")
+    axes = tuple(range(1 if how == "prompt" else 0, maps.ndim))
+    most = np.maximum(np.abs(maps).max(axis=axes, keepdims=True), _LEAST_RANGE)
+    return np.asarray(0.5 + maps / (2 * most), dtype=np.float32)
+
+
 def overlay(
     picture: Image.Image,
     heat: NDArray[np.float32],
     seen: NDArray[np.bool_],
-    colormap: str = "jet",
+    colormap: str = COLORMAPS[0],
     opacity: float = 0.5,
 ) -> Image.Image:
-    """A map laid over its picture.
+    """Lay a map over its picture.
+
+    Under a diverging colormap the picture loses its own colours, all of them from an opacity of 0.5 on.
+    A red guitar would otherwise look like a place that speaks for the prompt.
 
     Args:
-        picture: upright; it is scaled to the map.
-        heat: [H, W], 0 to 1.
-        seen: [H, W]; where it is not set, the picture shows through.
+        picture: upright. It is scaled to the map.
+        heat: [H, W] float32, 0 to 1, as from `color_scale`.
+        seen: [H, W]. Where it is not set, the picture shows through.
         colormap: one of `COLORMAPS`.
         opacity: 0 to 1, of the map.
     """
     height, width = heat.shape
     ground = picture.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
-    colors = Image.fromarray(np.clip(np.rint(heat * 255), 0, 255).astype(np.uint8))
+    colors = Image.fromarray(np.clip(np.rint(heat * (_LEVELS - 1)), 0, _LEVELS - 1).astype(np.uint8))
     colors.putpalette(_palette(colormap))
-    mixed = Image.blend(ground, colors.convert("RGB"), opacity)
+    under = ground
+    if colormap in _DIVERGING:
+        under = Image.blend(ground, ground.convert("L").convert("RGB"), min(1.0, 2 * opacity))
+    mixed = Image.blend(under, colors.convert("RGB"), opacity)
     if seen.all():
         return mixed
     return Image.composite(mixed, ground, Image.fromarray(seen.astype(np.uint8) * 255))
@@ -121,20 +149,20 @@ def overlay(
 
 @lru_cache(maxsize=len(COLORMAPS))
 def _palette(colormap: str) -> bytes:
-    """Red, green and blue of 0 to 255, one after the other."""
-    return np.rint(cmap.Colormap(colormap).lut(256)[:, :3] * 255).astype(np.uint8).tobytes()
+    """Red, green and blue of each level, 0 to 255, one after the other."""
+    return np.rint(cmap.Colormap(colormap).lut(_LEVELS)[:, :3] * 255).astype(np.uint8).tobytes()
 
 
 def _centers(side: int, count: int) -> NDArray[np.float64]:
-    """Where `count` pixels have their centres on a side of `side` pixels."""
+    """Centres of `count` pixels on a side of `side` pixels."""
     return np.asarray((np.arange(count) + 0.5) * side / count)
 
 
 def _weights(
     side: int, shown: tuple[float, float], patches: int, count: int, covered: float
 ) -> NDArray[np.float32]:
-    """[count, patches]: what each patch counts for each pixel along one side; rows sum to 1, or 0 unseen."""
-    at = (_centers(side, count) - shown[0]) / (shown[1] - shown[0])  # 0 to 1 over what was shown
+    """Weights [count, patches] of patches for pixels along one side. Rows sum to 1, or to 0 if unseen."""
+    at = (_centers(side, count) - shown[0]) / (shown[1] - shown[0])  # 0 to 1 over the part that was shown
     cell = np.clip(at / covered * patches - 0.5, 0, patches - 1)
     first = np.minimum(cell.astype(np.intp), max(patches - 2, 0))
     weights = np.zeros((count, patches), dtype=np.float32)

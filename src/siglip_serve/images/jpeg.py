@@ -1,4 +1,4 @@
-"""What a JPEG says before its image data: its segments, which way up it is, and whether it is a plain one."""
+"""Segments of a JPEG before its image data: its orientation, and whether it is a plain one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _ADOBE = 0xEE
 _IDENTIFIERS = (0x00, 0x01, 0x10, 0x11)  # of the Huffman tables that a baseline JPEG may have: DC, then AC
 _LARGEST_DC_SYMBOL = 11  # of 8 bits a sample
 _QUANTIZATION = 0x100  # apart from the identifiers of Huffman tables
-_SMALLEST_PLAIN = 16  # pixels a side; libjpeg treats very narrow pictures in its own way
+_SMALLEST_PLAIN = 16  # pixels per side; libjpeg treats very narrow pictures in its own way
 # Component ids, then horizontal and vertical sampling factors of each; pixels across and down of an MCU.
 _SAMPLINGS: dict[bytes, tuple[Sampling, int, int]] = {
     b"\1\x11": ("gray", 8, 8),
@@ -53,7 +53,7 @@ _SAMPLINGS: dict[bytes, tuple[Sampling, int, int]] = {
 
 @dataclass(frozen=True)
 class JpegHeader:
-    """What lies before a JPEG's first scan: its metadata, and the parts that decoding needs."""
+    """Segments before a JPEG's first scan: its metadata, and the parts that decoding needs."""
 
     exif: bytes
     xmp: bytes
@@ -61,7 +61,7 @@ class JpegHeader:
     scan: int
 
     def without_metadata(self, data: bytes) -> bytes:
-        """The same picture; Pillow then has no metadata to parse, which hostile files make slow or fatal."""
+        """The file without metadata, whose parsing by Pillow hostile files make slow or fatal."""
         return b"".join([b"\xff\xd8", *(data[start:end] for start, end in self.needed), data[self.scan :]])
 
 
@@ -121,7 +121,7 @@ def _check_scans(data: bytes, frame: bytes, first: int) -> None:
 
 
 def read_orientation(exif: bytes, xmp: bytes) -> int:
-    """1 to 8 as EXIF, or else XMP, says; 1 where neither does or both are broken."""
+    """1 to 8 as EXIF, or else XMP, says. 1 where neither does or both are broken."""
     tiff = exif.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0")
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     value = _read_orientation_tag(tiff, order) if order else None
@@ -153,11 +153,11 @@ class PlainFrame(NamedTuple):
 
 
 def plain_frame(data: bytes) -> PlainFrame | None:
-    """What a decoder that judges nothing has to know of a JPEG that holds no surprises; None of any other.
+    """Read the frame of a plain JPEG, or None for any other file.
 
-    Such a file is baseline, upright and whole: one frame of grey or YCbCr and one scan, with all tables that
-    they name, segments without gaps, and nothing after the image data. So that every decoder reads the same
-    out of it, and none takes more room than the frame says.
+    A plain file is baseline, upright and whole. It has one frame of grey or YCbCr and one scan, with all
+    tables that they name. Its segments have no gaps, and nothing follows the image data. Every decoder reads
+    the same out of it, and none takes more room than the frame says.
     """
     found = _Plain()
     end, last = 2, len(data) - 2
@@ -196,7 +196,7 @@ class _Plain:
     restarts: int = 0
 
     def take(self, marker: int, content: bytes) -> bool:
-        """Whether a plain JPEG can have the segment, which is kept."""
+        """Keep the segment. False if a plain JPEG cannot have it."""
         if marker == _QUANTIZATION_TABLES:
             return self._take_tables(_quantization_tables(content))
         if marker == _HUFFMAN_TABLES:
@@ -241,7 +241,7 @@ class _Plain:
 # Most files have the same tables as others.
 @lru_cache(maxsize=256)
 def _quantization_tables(content: bytes) -> frozenset[int]:
-    """Their identifiers; none if a table is not of 8 bits, or not whole."""
+    """Their identifiers, none if a table is not of 8 bits, or not whole."""
     identifiers = content[::65]
     if len(content) % 65 or any(identifier > 3 for identifier in identifiers):
         return frozenset()
@@ -250,7 +250,7 @@ def _quantization_tables(content: bytes) -> frozenset[int]:
 
 @lru_cache(maxsize=256)
 def _huffman_tables(content: bytes) -> frozenset[int]:
-    """Their identifiers; none if one of the tables is not whole, or codes more than its lengths hold."""
+    """Their identifiers, none if one of the tables is not whole, or codes more than its lengths hold."""
     found: set[int] = set()
     start = 0
     while start < len(content):
@@ -266,7 +266,7 @@ def _huffman_tables(content: bytes) -> frozenset[int]:
 
 
 def _is_code(counts: bytes) -> bool:
-    """Whether so many codes of 1 to 16 bits exist, none of them the start of another or all ones."""
+    """True if prefix-free codes of 1 to 16 bits exist in these numbers, none of them all ones."""
     code = 0
     for length, count in enumerate(counts, 1):
         code = 2 * code + count
@@ -276,7 +276,7 @@ def _is_code(counts: bytes) -> bool:
 
 
 def _is_whole(data: bytes, start: int, restarts: int) -> bool:
-    """Whether image data with so many restart markers in turn, and nothing else, fill the file to its end."""
+    """True if image data with `restarts` markers in order, and nothing else, fill the file to its end."""
     if not data.endswith(b"\xff\xd9"):
         return False
     scan = np.frombuffer(data, np.uint8, offset=start)

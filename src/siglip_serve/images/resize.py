@@ -53,7 +53,7 @@ def fit(pixels: Pixels, image: ImageConfig, mode: Mode) -> Pixels:
 
 
 def shown(image: ImageConfig, height: int, width: int) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom of what is left of a picture, in its own pixels."""
+    """Left, top, right, bottom of the part of a picture that stays, in its own pixels."""
     rows, columns = target_size(image, height, width)
     top, left = cut_offsets(image, (rows, columns))
     across = (left * width / columns, (left + image.size) * width / columns)
@@ -76,7 +76,7 @@ def cut_offsets(image: ImageConfig, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def down_first(size: tuple[int, int], resized: tuple[int, int]) -> bool:
-    """Whether Pillow 13 resizes first down, then across, which it does where that saves work.
+    """True where Pillow 13 resizes first down, then across, which it does where that saves work.
 
     Because each pass rounds and clips, the order shows: ten levels at saturated edges.
     """
@@ -85,7 +85,7 @@ def down_first(size: tuple[int, int], resized: tuple[int, int]) -> bool:
 
 
 def _cut_and_resize(pixels: Pixels, image: ImageConfig) -> Pixels:
-    """The same from the part that the square is made of, and the pixels beside it that weigh in."""
+    """Cut out the part that the square is made of, with the pixels around it that weigh in, and resize it."""
     height, width = pixels.shape[:2]
     left, top, right, bottom = shown(image, height, width)
     margin = _SUPPORT * max(1.0, (right - left) / image.size, (bottom - top) / image.size) + 1

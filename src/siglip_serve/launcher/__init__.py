@@ -1,5 +1,6 @@
 """Run the real `tritonserver` on a model repository: `with TritonServer(ServeOptions(...)) as server`."""
 
-from siglip_serve.launcher.server import ServeOptions, TritonServer
+from siglip_serve.launcher.options import ServeOptions
+from siglip_serve.launcher.server import TritonServer
 
 __all__ = ["ServeOptions", "TritonServer"]

@@ -1,42 +1,33 @@
-"""`siglip-serve serve`: options from `ServeOptions` and `Settings`, a running server, one line to try."""
+"""`siglip-serve serve`: run a server until Ctrl-C, and print where it serves and a command to try."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from siglip_serve.config import PREFIX, Settings
 from siglip_serve.errors import SettingsError, SiglipServeError
-from siglip_serve.launcher import ServeOptions, TritonServer
+from siglip_serve.launcher.options import ServeOptions
+from siglip_serve.launcher.server import TritonServer
 
 __all__ = ["main"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Chosen by the launcher itself.
-_NOT_OPTIONS = {"tower", "checkpoint_name", "checkpoint_revision"}
-# Options of the command that go to the launcher as they are.
-_OWN = {
-    "model_repository",
-    "device",
-    "models",
-    "shared_memory",
-    "host",
-    "http_port",
-    "grpc_port",
-    "metrics_port",
-    "log_file",
-}
+_SAMPLES = "samples"  # folder of images in a checkpoint, each named after what it shows
+_IMAGE_TYPES = {".jpg", ".jpeg", ".png"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until Ctrl-C, SIGTERM or the server's own end; the exit status."""
+    """Serve until Ctrl-C, SIGTERM or the end of the server, and return the exit status."""
     options = _parser().parse_args(arguments)
     for number in _SIGNALS:
         signal.signal(number, _interrupt)
@@ -61,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _interrupt(_signal: int, _frame: object) -> None:
-    for number in _SIGNALS:  # a second one must not stop the stopping
+    for number in _SIGNALS:  # a second signal must not interrupt the cleanup
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
@@ -69,55 +60,87 @@ def _interrupt(_signal: int, _frame: object) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="siglip-serve serve",
-        description="Run the real tritonserver on a model repository until Ctrl-C.",
-        epilog=f"Every setting is also an environment variable, {PREFIX}<NAME>.",
+        usage="%(prog)s --checkpoint CHECKPOINT [options]",
+        description="Run a Triton Inference Server on a model repository until Ctrl-C.",
+        epilog="The options of checkpoints, towers, images, texts, heatmaps, teams and requests are also "
+        f"environment variables, such as {PREFIX}DTYPE for --dtype. The option wins over the variable.",
     )
-    add = parser.add_argument
+    settings = [setting for setting in fields(Settings) if setting.metadata]
+    groups = {"checkpoints": parser.add_argument_group("checkpoints")}
+    _add_models(parser.add_argument_group("models"))
+    _add_addresses(parser.add_argument_group("addresses and files"))
+    for setting in settings:
+        title = setting.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        _add_setting(groups[title], setting)
+    return parser
+
+
+def _add_models(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add(
         "--model-repository",
         type=Path,
         default=Path("model_repository"),
+        metavar="FOLDER",
         help="directory of the models (default: %(default)s)",
     )
-    add(
-        "--device",
-        choices=["auto", "cpu", "cuda"],
-        default="auto",
-        help="auto, the default: CUDA GPUs if there are any",
-    )
-    add("--host", default="127.0.0.1", help="address to bind (default: %(default)s)")
-    add("--http-port", type=int, default=8000, help="default: %(default)s; 0: any free one")
-    add("--grpc-port", type=int, default=8001, help="default: %(default)s; 0: any free one")
-    add("--metrics-port", type=int, default=8002, help="default: %(default)s; 0: any free one")
-    add("--log-file", type=Path, default=None, help="default: ~/.local/state/siglip-serve/<HTTP port>.log")
-    add("--sample-image", type=Path, default=Path("photo.jpg"), help="picture named in the printed example")
     add(
         "--models",
         type=lambda text: tuple(name.strip() for name in text.split(",") if name.strip()),
         default=(),
         metavar="NAME,...",
-        help="serve only these, with the steps of each; default: all of the repository",
+        help="serve these and the models that they are made of (default: all of the repository)",
     )
+    add(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="auto: CUDA GPUs if there are any, else the CPU (default: %(default)s)",
+    )
+
+
+def _add_addresses(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--host", default="127.0.0.1", help="address to bind (default: %(default)s)")
+    for name, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
+        add(
+            f"--{name}-port",
+            type=int,
+            default=port,
+            metavar="PORT",
+            help="0: a free one (default: %(default)s)",
+        )
     add(
         "--shared-memory",
         action="store_true",
         help="let clients on this machine pass tensors through system shared memory",
     )
-    settings = parser.add_argument_group("settings")
-    for setting in fields(Settings):
-        if setting.name not in _NOT_OPTIONS:
-            _add_setting(settings, setting)
-    return parser
+    add(
+        "--log-file",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="the server's log (default: ~/.local/state/siglip-serve/<HTTP port>.log)",
+    )
+    add(
+        "--sample-image",
+        default="",
+        metavar="FILE",
+        help=f"image of the printed command to try (default: the first in {_SAMPLES}/ of the checkpoint)",
+    )
 
 
-def _add_setting(group: argparse._ArgumentGroup, setting: Any) -> None:
+def _add_setting(group: argparse._ArgumentGroup, setting: Field[Any]) -> None:
     kind = get_type_hints(Settings)[setting.name]
-    default = "" if setting.default is MISSING else f" (default: {setting.default})"
+    choices = get_args(kind) if get_origin(kind) is Literal else None
+    default = "" if setting.default in (MISSING, "") else f" (default: {setting.default})"
     group.add_argument(
         f"--{setting.name.replace('_', '-')}",
-        choices=get_args(kind) if get_origin(kind) is Literal else None,
-        metavar=None if get_origin(kind) is Literal else "N" if kind is int else "NAME",
-        default=argparse.SUPPRESS,  # the environment may hold it
+        choices=choices,
+        metavar=None if choices else setting.metadata["metavar"] or "N",
+        default=argparse.SUPPRESS,  # an option that is not given leaves the setting to the environment
         help=setting.metadata["help"] + default,
     )
 
@@ -128,14 +151,17 @@ def _serve_options(options: argparse.Namespace) -> ServeOptions:
     if not checkpoint:
         raise SettingsError(f"name a checkpoint with --checkpoint or the variable {PREFIX}CHECKPOINT")
     settings = {setting.name for setting in fields(Settings)} - {"checkpoint"}
+    own = {option.name for option in fields(ServeOptions)} - {"checkpoint"}
     return ServeOptions(
         checkpoint=checkpoint,
         settings={name: given[name] for name in sorted(settings & given.keys())},
-        **{option.name: given[option.name] for option in fields(ServeOptions) if option.name in _OWN},
+        **{name: given[name] for name in own & given.keys()},
     )
 
 
-def _announce(server: TritonServer, seconds: float, sample: Path) -> None:
+def _announce(server: TritonServer, seconds: float, sample: str) -> None:
+    for note in server.notes:
+        print(f"siglip-serve: note: {note}")
     print(
         f"""siglip-serve: ready after {seconds:.1f} s on {server.device}
   HTTP     http://{server.http_url}
@@ -148,11 +174,47 @@ def _announce(server: TritonServer, seconds: float, sample: Path) -> None:
     )
 
 
-def _example(server: TritonServer, sample: Path) -> str:
-    if "embed_image" not in server.models:
-        return ""
-    return f"""Try it:
-  curl -s --data-binary @{sample} -H 'Content-Type: application/octet-stream' \\
-    -H 'Inference-Header-Content-Length: 0' http://{server.http_url}/v2/models/embed_image/infer \\
-    | tail -c {4 * server.width} | od -v -A n -t f4
-"""
+def _example(server: TritonServer, sample: str) -> str:
+    """Write a command whose output a person can judge, as far as the served models allow."""
+    command, where = shlex.quote(_command_name()), f"--url {server.grpc_url}"
+    if "classify_image" in server.models:
+        image = Path(sample) if sample else _first_sample(server.options.checkpoint)
+        labels = " ".join(f"--label {shlex.quote(label)}" for label in _labels(image))
+        intro = "Try it in another terminal"
+        if image is None:
+            intro += ", with an image of your own in place of IMAGE.jpg"
+        path = "IMAGE.jpg" if image is None else shlex.quote(_short(image))
+        return f"{intro}:\n  {command} classify {path} {where} \\\n    {labels}\n"
+    if "embed_image" in server.models:
+        return f"Try it in another terminal:\n  {command} health {where}\n"
+    return ""
+
+
+def _first_sample(checkpoint: str) -> Path | None:
+    return next(iter(_images_in(Path(checkpoint).expanduser() / _SAMPLES)), None)
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("*") if file.suffix.lower() in _IMAGE_TYPES)
+
+
+def _labels(image: Path | None) -> list[str]:
+    """Choose three labels to tell apart; the names of samples say what the samples show."""
+    if image is None or image.parent.name != _SAMPLES:
+        return ["dog", "cat", "car"]
+    others = [file.stem for file in _images_in(image.parent) if file.stem != image.stem]
+    return [image.stem, *others[:2]]
+
+
+def _command_name() -> str:
+    """Name `siglip-serve` as the shell finds it from the current directory."""
+    script = Path(sys.executable).parent / "siglip-serve"
+    found = shutil.which("siglip-serve")
+    if not script.is_file() or (found and Path(found).samefile(script)):
+        return "siglip-serve"
+    return _short(script)
+
+
+def _short(path: Path) -> str:
+    """Write a path relative to the current directory if it lies below."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,7 +1,4 @@
-"""Notices dead model processes, which Triton never restarts, and loads their model again.
-
-A server that died itself is started again.
-"""
+"""Watch a server: load the models of dead processes again, and start a dead server again."""
 
 from __future__ import annotations
 
@@ -22,20 +19,20 @@ __all__ = ["Watcher"]
 _STUB = "triton_python_backend_stub"
 _INTERVAL = 0.25
 _RETRY = 5.0
-_DEATHS, _WITHIN = 3, 600.0  # a server that dies more often in so many seconds is not started again
+_DEATHS, _WITHIN = 3, 600.0  # a server that dies more often within these seconds is not started again
 
 
 class Watcher(threading.Thread):
     """A thread that polls the model processes of one server.
 
-    The thread ends when the server was asked to end, or died too often.
+    The thread ends when the server has ended on request or has died too often.
 
     Args:
         server: the process of `tritonserver`.
-        models: names of the models it serves.
-        load: loads a model again; raises OSError when that fails.
+        models: names of the models that it serves.
+        load: loads a model again; raises OSError or http.client.HTTPException when that fails.
         restart: starts the server again and returns its process; raises ServerStartError or OSError.
-        log_file: what happens is written there, and to standard error.
+        log_file: receives a line for every event, as does standard error.
     """
 
     def __init__(
@@ -55,15 +52,16 @@ class Watcher(threading.Thread):
         self._stopping = threading.Event()
         self._replaced = False
         self._deaths: list[float] = []
-        self._present = self._processes()  # here, not in the thread: what dies from now on is noticed
+        # Here instead of in the thread, so that the death of a process is noticed from now on.
+        self._present = self._processes()
 
     @property
     def replaced(self) -> bool:
-        """Whether any process of the running server was replaced."""
+        """True if any model process of the running server was replaced."""
         return self._replaced
 
     def stop(self) -> None:
-        """Ask the thread to end; it may still wait for a reload under way."""
+        """Ask the thread to end; it completes a reload that has begun."""
         self._stopping.set()
 
     def run(self) -> None:
@@ -74,9 +72,9 @@ class Watcher(threading.Thread):
             self._present = self._processes()
 
     def _watch_models(self) -> None:
-        """Until the server ends."""
-        known = self._present  # the dead stay in it until their model is served again
-        retired: set[int] = set()  # of a model that was loaded again; Triton ends them by itself
+        """Load the models of dead processes again, until the server ends."""
+        known = self._present  # dead processes stay in it until their model is served again
+        retired: set[int] = set()  # the other processes of a model that was loaded again; Triton ends them
         pause = _INTERVAL
         while not self._stopping.wait(pause) and self._server.poll() is None:
             present = self._processes()
@@ -107,7 +105,7 @@ class Watcher(threading.Thread):
 
     def _start_again(self) -> bool:
         status = self._server.poll()
-        if not status:  # ended as asked to, by whomever
+        if not status:  # ended on request
             return False
         now = time.monotonic()
         self._deaths = [*(died for died in self._deaths if now - died < _WITHIN), now]
@@ -127,7 +125,7 @@ class Watcher(threading.Thread):
         return True
 
     def _processes(self) -> dict[int, str]:
-        """The model processes that run, and the model of each."""
+        """Find the running model processes, and the model of each."""
         found = {}
         for process in _children(self._server.pid):
             try:

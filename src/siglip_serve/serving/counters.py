@@ -1,4 +1,4 @@
-"""What the model processes tell the metrics endpoint beside Triton's own figures.
+"""Count refusals, images and tower passes for the metrics endpoint, where Triton has no figures.
 
 Triton counts a request that a model refused as a success, and knows nothing of images or passes.
 """
@@ -19,7 +19,7 @@ from siglip_serve.errors import (
     UnavailableError,
 )
 
-__all__ = ["ReadMeter", "RefusalMeter", "TowerMeter"]
+__all__ = ["ImageCounter", "RefusalCounter", "TowerCounter"]
 
 _SECONDS = [0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.024, 2.048, 4.096]
 _ROWS = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 48.0, 64.0, 96.0, 128.0, 192.0, 256.0]
@@ -47,12 +47,12 @@ class _Family:
         )
 
     def metric(self, labels: dict[str, str], buckets: list[float] | None = None) -> Any:
-        """A metric; it must not outlive the family."""
+        """Make a metric; it must not outlive the family."""
         more = {"buckets": buckets} if buckets else {}
         return self._family.Metric(labels=labels, **more)
 
 
-class RefusalMeter:
+class RefusalCounter:
     """`rejected_total`: requests that were answered with an error, by reason."""
 
     def __init__(self, model: str) -> None:
@@ -68,7 +68,7 @@ class RefusalMeter:
         self._metrics[reason].increment(1)
 
 
-class ReadMeter:
+class ImageCounter:
     """`images_total` and `decode_seconds`: what a model that decodes has read, and in which time."""
 
     def __init__(self, model: str) -> None:
@@ -87,7 +87,7 @@ class ReadMeter:
         self._seconds.observe(seconds)
 
 
-class TowerMeter:
+class TowerCounter:
     """`tower_rows_total`, `batch_rows` and `compute_seconds` of a tower; rows from a cache do not count."""
 
     def __init__(self, model: str) -> None:

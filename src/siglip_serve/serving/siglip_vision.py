@@ -1,89 +1,167 @@
-"""What each Triton model of the repository answers; one class a model, used by its `model.py`."""
+"""Answer the models of images: files become pixels, pixels become embeddings."""
 
 from __future__ import annotations
 
-import os
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from siglip_serve.checkpoint.config import tensor_dims
-from siglip_serve.embeddings import zero_shot
-from siglip_serve.embeddings.unit import l2_normalize
-from siglip_serve.errors import InvalidInputError, ParameterError
-from siglip_serve.machine import available_cores
-from siglip_serve.serving.counters import TowerMeter
-from siglip_serve.serving.respond import (
-    Context,
-    Outputs,
-    Request,
-    Row,
-    RowBuffer,
-    has_input,
-    map_rows,
-    open_turns,
-    readable_start,
-    respond_each,
-    respond_together,
-)
-from siglip_serve.texts.tokenizer import decode_text, load_tokenizer
+from siglip_serve.errors import InvalidInputError
+from siglip_serve.serving.context import Context, engine_plan, open_turns, readable_start
+from siglip_serve.serving.counters import ImageCounter, TowerCounter
+from siglip_serve.serving.image_reader import ImageReader
+from siglip_serve.serving.request import Request, has_input
+from siglip_serve.serving.respond import BatchModel, Outputs, log_fault, respond_each, select
+from siglip_serve.serving.rows import Row, RowBuffer, map_rows
 
 if TYPE_CHECKING:
     from siglip_serve.engine.passes import Batch
-    from siglip_serve.engine.plan import Plan
+    from siglip_serve.images.nvjpeg.reader import Decoded, GpuJpegReader
 
-_LONGEST_KEY = 1024
-MOST_TEXTS = 65_536
-_MOST_PLACES = 4
+__all__ = ["MOST_VECTORS", "SiglipVisionModel", "SiglipVisionProcess"]
+
+MOST_VECTORS = 1024  # prompts of one image that is explained
 _EXPLAINED = ("PATCH_MAPS", "UNATTRIBUTED")
-MOST_VECTORS = 1024  # of one image that is explained
 
-__all__ = [
-    "MOST_TEXTS",
-    "MOST_VECTORS",
-    "LabelPrompter",
-    "LabelScorer",
-    "TextEmbedder",
-    "TextTokenizer",
-    "VisionEmbedder",
-    "read_labels",
-    "read_templates",
-]
+_File = tuple[bytes, "Decoded | None"]
 
 
-class VisionEmbedder:
-    """`siglip_vision_model`, `siglip_base_model`: PIXEL_VALUES -> the outputs that each request asks for.
+class SiglipVisionProcess(BatchModel[list[bytes], Sequence[_File]]):
+    """INPUT_IMAGE [n, 1] BYTES -> PIXEL_VALUES [n, S, S, 3] UINT8, IMAGE_SIZE [n, 2] INT32.
 
-    With the parameter `normalized`, vectors have unit length. Where the model has the input, a request with
-    PROMPT_VECTORS [1, P, D] is answered with what the places of its one image add to each vector's score,
-    PATCH_MAPS [1, P, T] and UNATTRIBUTED [1, P], and with the EMBEDDING [1, D] that it is the score of.
+    IMAGE_SIZE is height and width of the upright images. With the setting `preprocess` at `gpu`, the files of
+    all requests are decoded together by the GPU. Files that it cannot decode are read by the CPU.
+    """
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self._images = ImageReader(context)
+        self._embed_models = context.settings.embed_models
+        self._counter = ImageCounter(context.model)
+        self._gpu = self._gpu_reader(context) if context.settings.preprocess == "gpu" else None
+        self._count = 0
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Return one response per request."""
+        if self._gpu is None:
+            return respond_each(requests, self._answer, self._refusals)
+        self._count = 0
+        begin = time.perf_counter()
+        responses = super().execute(requests)
+        if self._count:
+            # Once for all: each call is a message to the server and back.
+            self._counter.add(self._count, time.perf_counter() - begin)
+        return responses
+
+    def read(self, request: Request) -> list[bytes]:
+        """Return the files of a request as they were sent."""
+        request.choice("embed_model", self._embed_models)
+        request.flag("base64_encoded")
+        return request.strings("INPUT_IMAGE")
+
+    def compute(self, parts: Sequence[list[bytes]], requests: Sequence[Request]) -> _Files:
+        """Pair each file with its pixels if the GPU has decoded it, else with None."""
+        files: list[bytes] = []
+        for request, part in zip(requests, parts, strict=True):
+            unpack = self._images.unpacker(request)
+            files.extend(_or_nothing(unpack, row) for row in part)
+        return _Files(list(zip(chain.from_iterable(parts), self._decode(files), strict=True)))
+
+    def finish(self, request: Request, own: Sequence[_File]) -> Outputs:
+        """Decode on the CPU what the GPU has left."""
+        outputs = self._pixels(request, own)
+        self._count += len(outputs["IMAGE_SIZE"])
+        return outputs
+
+    def _gpu_reader(self, context: Context) -> GpuJpegReader:
+        with readable_start():
+            from siglip_serve.images.nvjpeg.reader import GpuJpegReader
+
+            return GpuJpegReader(context.config.image, context.device, self._images.limits)
+
+    def _answer(self, request: Request) -> Outputs:
+        begin = time.perf_counter()
+        outputs = self._pixels(request, [(file, None) for file in self.read(request)])
+        self._counter.add(len(outputs["IMAGE_SIZE"]), time.perf_counter() - begin)
+        return outputs
+
+    def _decode(self, files: Sequence[bytes]) -> Sequence[Decoded | None]:
+        from siglip_serve.engine.passes import end_if_lost
+
+        if self._gpu is not None:
+            try:
+                return self._gpu(files)
+            except RuntimeError as error:  # the CPU reads these files, and all if the GPU is lost
+                end_if_lost()
+                log_fault(error)
+        return [None] * len(files)
+
+    def _pixels(self, request: Request, files: Sequence[_File]) -> Outputs:
+        decode = self._images.decoder(request)
+        sizes: list[tuple[int, ...]] = []
+
+        def pixels(row: _File) -> Row:
+            file, decoded = row
+            if decoded is not None:
+                sizes.append(decoded.size)
+                return decoded.pixels
+            picture = decode(file)
+            sizes.append(picture.shape[:2])
+            return self._images.preprocess.resize(picture)
+
+        read = map_rows("INPUT_IMAGE", files, pixels)
+        return {"PIXEL_VALUES": read, "IMAGE_SIZE": np.array(sizes, dtype=np.int32)}
+
+
+class _Files:
+    def __init__(self, files: Sequence[_File]) -> None:
+        self._files = files
+
+    def rows(self, start: int, end: int) -> Sequence[_File]:
+        return self._files[start:end]
+
+
+def _or_nothing(unpack: Any, row: bytes) -> bytes:
+    try:
+        return bytes(unpack(row))
+    except InvalidInputError:
+        return b""  # decoding on the CPU then tells the caller whose row it is
+
+
+class SiglipVisionModel(BatchModel[NDArray[np.uint8], Outputs]):
+    """PIXEL_VALUES [n, S, S, 3] UINT8 -> the outputs that each request asks for.
+
+    These are EMBEDDING [n, D], MEAN_EMBEDDING [n, D] and PATCH_EMBEDDINGS [n, P, D]. With the parameter
+    `normalized`, vectors have unit length. Where the model has the input, a request with PROMPT_VECTORS
+    [1, Q, D] gets the contribution of each patch of its one image to each vector's score, PATCH_MAPS
+    [1, Q, P] and UNATTRIBUTED [1, Q], and the EMBEDDING [1, D] that is scored.
     """
 
     def __init__(self, context: Context) -> None:
         from siglip_serve.engine.engines import VisionEngine
         from siglip_serve.towers.load import load_vision
 
-        self._refusals = context.refusals
+        super().__init__(context)
         config = context.config
         dims = tensor_dims(config)
         self._shape, self._width = dims["PIXEL_VALUES"], dims["EMBEDDING"]
         with readable_start():
-            self._engine = VisionEngine(load_vision(config.path), config.image, _plan(context))
+            self._engine = VisionEngine(load_vision(config.path), config.image, engine_plan(context))
             # The first pass allocates and chooses kernels: not at a caller's expense.
             self._engine(np.zeros((1, *self._shape), dtype=np.uint8)).rows(0, 1)
         self._buffer = RowBuffer(self._engine.staging)
-        self._meter = TowerMeter(context.model)
+        self._counter = TowerCounter(context.model)
         self._turns = open_turns(context)
 
-    def answer(self, requests: Sequence[Any]) -> list[Any]:
-        """One response a request; their rows are computed together, those with vectors one by one."""
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Return one response per request; those with vectors are computed one by one."""
         embedded = [request for request in requests if not has_input(request, "PROMPT_VECTORS")]
-        responses = respond_together(embedded, self._read, self._compute, _finish, self._refusals)
+        responses = super().execute(embedded)
         if len(embedded) == len(requests):
             return responses
         rest = iter(responses)
@@ -95,10 +173,11 @@ class VisionEmbedder:
         ]
 
     def close(self) -> None:
-        """To be called when no more requests come."""
+        """Leave the turns; no request may follow."""
         self._turns.close()
 
-    def _read(self, request: Request) -> NDArray[Any]:
+    def read(self, request: Request) -> NDArray[np.uint8]:
+        """Return a request's pixels."""
         request.flag("normalized")
         wanted = request.wanted()
         # A request that names no output is asked for all: it gets those that there are.
@@ -106,19 +185,32 @@ class VisionEmbedder:
             raise InvalidInputError(f"{wanted[0]}: only of requests with the input PROMPT_VECTORS")
         return request.array("PIXEL_VALUES", self._shape, np.uint8)
 
+    def compute(self, parts: Sequence[NDArray[np.uint8]], requests: Sequence[Request]) -> Batch:
+        """Run the tower for all outputs that any of the requests asks for."""
+        pixels = self._buffer.join(parts)
+        wanted = {name for request in requests for name in request.wanted()}
+        with self._turns.turn(len(pixels)):
+            begin = time.perf_counter()
+            batch = self._engine(pixels, wanted)
+            seconds = time.perf_counter() - begin
+        self._counter.add(len(pixels), seconds)
+        return batch
+
+    def finish(self, request: Request, own: Outputs) -> Outputs:
+        """Keep the outputs that the request asks for."""
+        return select(request, own)
+
     def _explain(self, request: Request) -> Outputs:
         pixels = request.array("PIXEL_VALUES", self._shape, np.uint8)
         if len(pixels) != 1:
             raise InvalidInputError(f"PIXEL_VALUES: {len(pixels)} images with vectors, expected one")
         rows = request.shape("PROMPT_VECTORS")[1:2]
-        vectors = request.array("PROMPT_VECTORS", [*rows, *self._width], np.float32)[0]
+        vectors = request.finite("PROMPT_VECTORS", [*rows, *self._width])[0]
         if not 1 <= len(vectors) <= MOST_VECTORS:
             raise InvalidInputError(f"PROMPT_VECTORS: {len(vectors)} vectors, expected 1 to {MOST_VECTORS}")
-        if not np.isfinite(vectors).all():
-            raise InvalidInputError("PROMPT_VECTORS: not all finite")
         begin = time.perf_counter()
         found = self._engine.explain(pixels, vectors)
-        self._meter.add(1, time.perf_counter() - begin)
+        self._counter.add(1, time.perf_counter() - begin)
         outputs = {
             "PATCH_MAPS": found.maps,
             "UNATTRIBUTED": found.unattributed,
@@ -130,258 +222,3 @@ class VisionEmbedder:
                 f"{', '.join(request.wanted())}: not of requests with the input PROMPT_VECTORS"
             )
         return asked
-
-    def _compute(self, parts: Sequence[NDArray[Any]], requests: Sequence[Request]) -> Batch:
-        pixels = self._buffer.join(parts)
-        wanted = {name for request in requests for name in request.wanted()}
-        with self._turns.turn(len(pixels)):
-            begin = time.perf_counter()
-            batch = self._engine(pixels, wanted)
-            seconds = time.perf_counter() - begin
-        self._meter.add(len(pixels), seconds)
-        return batch
-
-
-class TextTokenizer:
-    """`siglip_text_tokenize`: INPUT_TEXT [n, 1] BYTES -> INPUT_IDS [n, T] INT64.
-
-    With the parameter `truncation`, what does not fit is cut instead of refused.
-    """
-
-    def __init__(self, context: Context) -> None:
-        self._refusals = context.refusals
-        with readable_start():
-            self._tokenizer = load_tokenizer(context.config)
-        self._embed_models = context.settings.embed_text_models
-        self._max_bytes = context.settings.max_text_bytes
-        self._known = _Cache(context.settings.text_cache_rows)
-
-    def answer(self, requests: Sequence[Any]) -> list[Any]:
-        """One response a request."""
-        return respond_each(requests, self._tokenize, self._refusals)
-
-    def _tokenize(self, request: Request) -> Outputs:
-        request.choice("embed_model", self._embed_models)
-        truncation = request.flag("truncation")
-
-        def ids(row: bytes) -> Row:
-            # Kept only if it fits: then truncation makes no difference. And only if it is short: the key
-            # is the text itself.
-            known = self._known.get(row)
-            if known is None:
-                known = self._tokenizer(decode_text(row, self._max_bytes), truncation)
-                if not truncation and len(row) <= _LONGEST_KEY:
-                    self._known.put(row, known)
-            return known
-
-        return {"INPUT_IDS": map_rows("INPUT_TEXT", request.strings("INPUT_TEXT"), ids)}
-
-
-class TextEmbedder:
-    """`siglip_text_model`: INPUT_IDS [n, T] INT64 -> EMBEDDING [n, P].
-
-    Texts that came before are answered from a bounded cache, so that a set of labels costs the tower
-    only once. With the parameter `normalized`, embeddings have unit length.
-    """
-
-    def __init__(self, context: Context) -> None:
-        from siglip_serve.engine.engines import TextEngine
-        from siglip_serve.towers.load import load_text
-
-        self._refusals = context.refusals
-        settings, config = context.settings, context.config
-        self._shape = tensor_dims(config)["INPUT_IDS"]
-        with readable_start():
-            self._engine = TextEngine(load_text(config.path), _plan(context))
-            self._engine(np.zeros((1, *self._shape), dtype=np.int64)).rows(0, 1)
-        self._vocabulary, self._width = config.text.vocab_size, config.text.projection_size
-        self._known = _Cache(settings.text_cache_rows)
-        self._buffer = RowBuffer()
-        self._meter = TowerMeter(context.model)
-
-    def answer(self, requests: Sequence[Any]) -> list[Any]:
-        """One response a request; their rows are computed together."""
-        return respond_together(requests, self._read, self._compute, _finish, self._refusals)
-
-    def _read(self, request: Request) -> NDArray[Any]:
-        request.flag("normalized")
-        ids = request.array("INPUT_IDS", self._shape, np.int64)
-        outside = np.flatnonzero(((ids < 0) | (ids >= self._vocabulary)).any(axis=1))
-        if len(outside):  # on a GPU it would end the process
-            raise InvalidInputError(
-                f"INPUT_IDS[{outside[0]}]: an id outside the vocabulary, expected 0 to {self._vocabulary - 1}"
-            )
-        return ids
-
-    def _compute(self, parts: Sequence[NDArray[Any]], _requests: Sequence[Request]) -> Batch:
-        from siglip_serve.engine.passes import Batch
-
-        ids = self._buffer.join(parts)
-        keys = [row.tobytes() for row in ids]
-        rows = {key: row for key in keys if (row := self._known.get(key)) is not None}
-        new = {key: index for index, key in enumerate(keys) if key not in rows}
-        lost: set[bytes] = set()
-        if new:
-            begin = time.perf_counter()
-            computed = self._engine(ids[list(new.values())])
-            self._meter.add(len(new), time.perf_counter() - begin)
-            nothing = np.zeros((len(new), self._width), dtype=np.float32)
-            embeddings = computed.outputs.get("EMBEDDING", nothing)
-            for key, row, failed in zip(new, embeddings, computed.failed, strict=True):
-                rows[key] = row
-                if failed:
-                    lost.add(key)
-                else:
-                    self._known.put(key, row.copy())  # a view would keep the whole batch alive
-        return Batch(
-            {"EMBEDDING": np.stack([rows[key] for key in keys])},
-            np.array([key in lost for key in keys]),
-        )
-
-
-class LabelPrompter:
-    """`label_prompts`: LABELS [L] and optional TEMPLATE [K] BYTES -> PROMPTS [L * K, 1], label by label.
-
-    A third input, the image's embedding, is not read: it makes the step wait.
-    """
-
-    def __init__(self, context: Context) -> None:
-        self._refusals = context.refusals
-        self._max_bytes = context.settings.max_text_bytes
-
-    def answer(self, requests: Sequence[Any]) -> list[Any]:
-        """One response a request."""
-        return respond_each(requests, self._prompts, self._refusals)
-
-    def _prompts(self, request: Request) -> Outputs:
-        labels = read_labels(request, "LABELS", self._max_bytes)
-        templates = read_templates(request, self._max_bytes)
-        if len(labels) * len(templates) > MOST_TEXTS:
-            raise InvalidInputError(
-                f"LABELS: {len(labels)} labels with {len(templates)} templates, "
-                f"expected at most {MOST_TEXTS} prompts"
-            )
-        prompts = [template.replace("{}", label).encode() for label in labels for template in templates]
-        return {
-            "PROMPTS": np.array(prompts, dtype=np.object_).reshape(-1, 1),
-            "TEMPLATE_COUNT": np.array([len(templates)], dtype=np.int32),
-        }
-
-
-def read_labels(request: Request, name: str, max_bytes: int) -> list[str]:
-    """The texts of an input [n] BYTES, at least one, none of them empty."""
-
-    def label(row: bytes) -> Any:
-        text = decode_text(row, max_bytes)
-        if not text.strip():
-            raise InvalidInputError("the text is empty")
-        return text
-
-    return [str(text) for text in map_rows(name, request.strings(name), label)]
-
-
-def read_templates(request: Request, max_bytes: int) -> list[str]:
-    """The texts of the optional input TEMPLATE [n] BYTES, with `{}` in each; without it, `{}` alone."""
-
-    def template(row: bytes) -> Any:
-        text = decode_text(row, max_bytes)
-        places = text.count("{}")
-        if not 1 <= places <= _MOST_PLACES:
-            raise InvalidInputError(
-                f"{text[:100]!r} has {places} times {{}} where the label goes, expected 1 to {_MOST_PLACES}"
-            )
-        return text
-
-    return [str(text) for text in map_rows("TEMPLATE", request.strings("TEMPLATE") or [b"{}"], template)]
-
-
-class LabelScorer:
-    """`label_scores`: IMAGE_EMBEDDING [N, D], PROMPT_EMBEDDING [L * K, D] -> PROBABILITIES [N, L].
-
-    Each pair's own probability, as SigLIP was trained; with the parameter `softmax` the labels of an
-    image compete and sum to one. CLIP's labels always do: it was trained to choose, and has no bias that
-    would make its cosines probabilities of their own.
-    """
-
-    def __init__(self, context: Context) -> None:
-        from siglip_serve.towers.load import load_scale
-
-        self._refusals = context.refusals
-        with readable_start():
-            self._scale, self._bias = load_scale(context.config.path)
-        self._width = tensor_dims(context.config)["EMBEDDING"]
-
-    def answer(self, requests: Sequence[Any]) -> list[Any]:
-        """One response a request."""
-        return respond_each(requests, self._score, self._refusals)
-
-    def _score(self, request: Request) -> Outputs:
-        images = request.array("IMAGE_EMBEDDING", self._width, np.float32)
-        prompts = request.array("PROMPT_EMBEDDING", self._width, np.float32)
-        templates = int(request.array("TEMPLATE_COUNT", [], np.int32)[0])
-        if templates < 1 or len(prompts) % templates:
-            raise InvalidInputError(
-                f"TEMPLATE_COUNT: got {templates}, expected a divisor of the {len(prompts)} prompts"
-            )
-        score = zero_shot.softmax if self._compete(request) else zero_shot.sigmoid
-        classes = zero_shot.build_class_embeddings(prompts.reshape(-1, templates, *self._width))
-        logits = zero_shot.logits(zero_shot.cosine(images, classes), self._scale, self._bias or 0.0)
-        return {"PROBABILITIES": score(logits).astype(np.float32)}
-
-    def _compete(self, request: Request) -> bool:
-        """Whether the labels do."""
-        asked = request.flag("softmax")
-        if self._bias is None and not asked and request.has_parameter("softmax"):
-            raise ParameterError(
-                "parameter 'softmax': got false, but the labels of a CLIP checkpoint always compete: "
-                "it has no probability of one pair; send true, or leave it out"
-            )
-        return asked or self._bias is None
-
-
-class _Cache:
-    """Arrays by key; the least recently used are dropped beyond `rows`."""
-
-    def __init__(self, rows: int) -> None:
-        self._rows = rows
-        self._arrays: OrderedDict[bytes, Row] = OrderedDict()
-
-    def get(self, key: bytes) -> Row | None:
-        array = self._arrays.get(key)
-        if array is not None:
-            self._arrays.move_to_end(key)
-        return array
-
-    def put(self, key: bytes, array: Row) -> None:
-        self._arrays[key] = array
-        if len(self._arrays) > self._rows:
-            self._arrays.popitem(last=False)
-
-
-def _plan(context: Context) -> Plan:
-    import torch
-
-    from siglip_serve.engine.plan import Plan
-
-    settings = context.settings
-    threads = settings.threads or available_cores()
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.allow_tf32 = False  # float32 is the exact mode, in the patch convolution too
-    return Plan(
-        device=context.device,
-        dtype=settings.dtype,
-        backend=settings.backend,
-        max_rows=settings.max_rows,
-        threads=threads,
-        cache=Path(settings.cache or os.path.expanduser("~/.cache/siglip-serve")),  # noqa: PTH111 - no HOME is fine
-        calibration=Path(settings.calibration) if settings.calibration else None,
-        heatmap_blocks=settings.heatmap_blocks,
-        heatmap_vectors=settings.heatmap_prompts,
-    )
-
-
-def _finish(request: Request, outputs: Outputs) -> Outputs:
-    asked = {name: outputs[name] for name in request.wanted() if name in outputs}
-    if request.flag("normalized"):
-        asked = {name: l2_normalize(array) for name, array in asked.items()}
-    return asked

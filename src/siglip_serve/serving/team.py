@@ -1,4 +1,4 @@
-"""What the Triton models of the teams answer; one class a model, used by its `model.py`."""
+"""Answer the steps of `fit_teams` and `classify_teams`: crops become jerseys, embeddings become teams."""
 
 from __future__ import annotations
 
@@ -12,23 +12,18 @@ from numpy.typing import NDArray
 
 from siglip_serve.checkpoint.files import fingerprint
 from siglip_serve.errors import InvalidInputError
-from siglip_serve.images.preprocess import Pixels, decode_base64
-from siglip_serve.serving.counters import ReadMeter
-from siglip_serve.serving.images import image_reader
-from siglip_serve.serving.respond import (
-    Context,
-    Outputs,
-    Request,
-    Row,
-    map_rows,
-    readable_start,
-    respond_each,
-)
+from siglip_serve.images.preprocess import Pixels
+from siglip_serve.serving.context import Context, readable_start
+from siglip_serve.serving.counters import ImageCounter
+from siglip_serve.serving.image_reader import ImageReader
+from siglip_serve.serving.request import Request
+from siglip_serve.serving.respond import Outputs, RequestModel
+from siglip_serve.serving.rows import Row, map_rows
 from siglip_serve.teams import clustering
 from siglip_serve.teams.jersey import COLOR_ORDERS, ColorOrder, cut_box, jersey_roi, parse_region, rgb_frame
 from siglip_serve.teams.state import TeamState
 
-__all__ = ["JerseyReader", "TeamClassifier", "TeamFitter"]
+__all__ = ["JerseyProcess", "TeamFit", "TeamPredict"]
 
 _MOST_CROPS = 4096
 _STATES_KEPT = 64
@@ -36,31 +31,28 @@ _SOURCES = ("CROPS", "FRAME", "RAW_FRAME")
 _ROLES = (b"player", b"goalkeeper", b"referee")
 
 
-class JerseyReader:
-    """`jersey_process`: crops, or a frame and boxes -> PIXEL_VALUES of the jerseys.
+class JerseyProcess(RequestModel):
+    """Crops, or a frame and boxes -> PIXEL_VALUES [n, S, S, 3] of the jerseys, REGION_FALLBACK, CROP_COUNT.
 
     CROPS [n] BYTES, or FRAME [1] BYTES or RAW_FRAME [H, W, C] UINT8 with BOXES [n, 4] FP32. CROP_COUNT is n;
     a batch has at least one row, so that PIXEL_VALUES has one that means nothing where n is 0.
     """
 
     def __init__(self, context: Context) -> None:
-        self._refusals = context.refusals
+        super().__init__(context)
         with readable_start():
             self._region = parse_region(context.settings.jersey_region)
-        self._preprocess, self._limits = image_reader(context)
-        self._meter = ReadMeter(context.model)
+        self._images = ImageReader(context)
+        self._counter = ImageCounter(context.model)
 
-    def answer(self, requests: Sequence[Any]) -> list[Any]:
-        """One response a request."""
-        return respond_each(requests, self._read, self._refusals)
-
-    def _read(self, request: Request) -> Outputs:
+    def answer(self, request: Request) -> Outputs:
+        """Cut the jerseys out of the crops of a request."""
         fallbacks: list[bool] = []
 
         def jersey(crop: Pixels) -> Row:
             roi, whole = jersey_roi(crop, self._region)
             fallbacks.append(whole)
-            return self._preprocess.resize(np.array(roi))  # a copy: contiguous, and writable for torch
+            return self._images.preprocess.resize(np.array(roi))  # a copy: contiguous, and writable for torch
 
         begin = time.perf_counter()
         given = [name for name in _SOURCES if request.has(name)]
@@ -74,12 +66,13 @@ class JerseyReader:
                 raise InvalidInputError("BOXES: got them with CROPS, expected FRAME or RAW_FRAME with them")
             _color_order(request, raw=False)
             crops: Sequence[Any] = _bounded("CROPS", request.strings("CROPS"))
-            pixels = self._stack("CROPS", crops, lambda data: jersey(self._decode(request, data)))
+            decode = self._images.decoder(request)
+            pixels = self._stack("CROPS", crops, lambda data: jersey(decode(data)))
         else:
             frame = self._frame(request, given[0])
             crops = _bounded("BOXES", request.array("BOXES", [4], np.float32, least=0))
             pixels = self._stack("BOXES", crops, lambda box: jersey(cut_box(frame, box)))
-        self._meter.add(len(crops), time.perf_counter() - begin)
+        self._counter.add(len(crops), time.perf_counter() - begin)
         return {
             "PIXEL_VALUES": pixels,
             "REGION_FALLBACK": np.array(fallbacks, dtype=np.bool_),
@@ -95,43 +88,36 @@ class JerseyReader:
             if len(files) != 1:
                 raise InvalidInputError(f"FRAME: got {len(files)} frames, expected one")
             try:
-                return self._decode(request, files[0])
+                return self._images.decoder(request)(files[0])
             except InvalidInputError as error:
                 raise error.at("FRAME", 0) from error
         frame = request.array("RAW_FRAME", request.shape("RAW_FRAME")[1:], np.uint8)
         order = _color_order(request, raw=frame.shape[-1] > 1)
         try:
-            return rgb_frame(frame, order, self._limits)
+            return rgb_frame(frame, order, self._images.limits)
         except InvalidInputError as error:
             raise error.at("RAW_FRAME") from error
 
-    def _decode(self, request: Request, data: bytes) -> Pixels:
-        encoded = request.flag("base64_encoded")
-        return self._preprocess.decode(decode_base64(data, self._limits) if encoded else data)
-
     def _stack(self, name: str, rows: Sequence[Any], function: Any) -> NDArray[np.uint8]:
         if not len(rows):
-            size = self._preprocess.size
+            size = self._images.preprocess.size
             return np.zeros((1, size, size, 3), dtype=np.uint8)
         return map_rows(name, rows, function)
 
 
-class TeamFitter:
-    """`team_fit`: EMBEDDING [n, D] and what is known of the crops -> STATE and their teams."""
+class TeamFit(RequestModel):
+    """EMBEDDING [n, D] and all that is known of the crops -> STATE, STATUS and their teams."""
 
     def __init__(self, context: Context) -> None:
-        self._refusals = context.refusals
+        super().__init__(context)
         self._reducer = context.settings.team_reducer
         with readable_start():
             self._stamp = _stamp(context)
             clustering.warm_up(self._reducer)
         self._width = context.config.vision.hidden_size
 
-    def answer(self, requests: Sequence[Any]) -> list[Any]:
-        """One response a request."""
-        return respond_each(requests, self._fit, self._refusals)
-
-    def _fit(self, request: Request) -> Outputs:
+    def answer(self, request: Request) -> Outputs:
+        """Find the teams of a request's crops."""
         embeddings = _embeddings(request, self._width)
         found = clustering.fit(embeddings, self._hints(request, len(embeddings)), self._stamp, self._reducer)
         state = found.state.to_bytes() if found.state else b""
@@ -164,13 +150,13 @@ class TeamFitter:
         )
 
 
-class TeamClassifier:
-    """`team_predict`: EMBEDDING [n, D] and STATE -> their teams."""
+class TeamPredict(RequestModel):
+    """EMBEDDING [n, D] and STATE -> LABELS, MARGIN, OUTLIER_SCORE and COORDINATES."""
 
     def __init__(self, context: Context) -> None:
         from threadpoolctl import threadpool_limits
 
-        self._refusals = context.refusals
+        super().__init__(context)
         threadpool_limits(1)  # from here on: waking threads takes longer than these products
         with readable_start():
             stamp = _stamp(context)
@@ -178,11 +164,8 @@ class TeamClassifier:
         self._state = lru_cache(maxsize=_STATES_KEPT)(partial(_state, "STATE", stamp=stamp))
         self._width = context.config.vision.hidden_size
 
-    def answer(self, requests: Sequence[Any]) -> list[Any]:
-        """One response a request."""
-        return respond_each(requests, self._predict, self._refusals)
-
-    def _predict(self, request: Request) -> Outputs:
+    def answer(self, request: Request) -> Outputs:
+        """Tell the team of each crop of a request."""
         states = request.strings("STATE")
         if len(states) != 1:
             raise InvalidInputError(f"STATE: got {len(states)} states, expected one")

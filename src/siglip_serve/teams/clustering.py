@@ -1,11 +1,11 @@
-"""Embeddings of players' jerseys become teams: a fit, and a fitted model that is a value.
+"""Teams from embeddings of players' jerseys: a fit, and a fitted model that is a value.
 
-Jerseys of one team form a cluster. What blurs the clusters are single crops (folds, overlap, blur) and the
-light that falls on one player. Where tracks are known, the mean of a track is therefore clustered instead
-of its crops, and the directions in which crops of one track differ most are removed from all embeddings.
+Jerseys of one team form a cluster. Single crops (folds, overlap, blur) and the light that
+falls on one player blur the clusters. Where tracks are known, the mean of a track is therefore clustered
+instead of its crops. The directions in which crops of one track differ most are removed from all embeddings.
 Where roles are unknown, a quarter of the samples may be of no team (`trimmed_kmeans`).
 
-The same crops give the same ids in any order: rows are put into an order of their own first, and ids
+Equal crops give equal ids in any order. Rows are put into an order of their own first. Ids
 follow the clusters' positions, or the crops that the caller names, or an earlier state.
 """
 
@@ -40,7 +40,7 @@ _LEAST_RESIDUALS = 10
 # Samples that may be of no team. Two goalkeepers, a referee and two assistants beside twenty players are a
 # fifth of the people on a pitch; where roles are told, few of them are wrong.
 _STRAYS, _FEW_STRAYS = 0.25, 0.1
-# Unit vectors of one picture differ by what 16-bit arithmetic leaves: 2e-3.
+# Unit vectors of one picture differ by the rounding of 16-bit arithmetic: 2e-3.
 _SAME = 0.005
 # Clusters count as separate if of this many single Gaussians of the same spread, cut in two, at most one in
 # twenty looks more so.
@@ -50,12 +50,12 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Hints:
-    """What a caller may know beside the embeddings of N crops; each array is [N].
+    """Facts that a caller may know of N crops. Each array is [N].
 
     Attributes:
-        tracks: int64; crops of one number show one player, negative numbers each their own.
-        players: bool; False for keepers and referees, who are not clustered.
-        anchors: int32; the team that a crop is known to be of, -1 where it is not.
+        tracks: int64. Crops of one number show one player, negative numbers each their own.
+        players: bool, False for keepers and referees, who are not clustered.
+        anchors: int32, the team that a crop is known to be of, -1 where it is not.
         previous: an earlier state, whose ids are kept.
         teams: how many there are.
     """
@@ -69,12 +69,12 @@ class Hints:
 
 @dataclass(frozen=True)
 class Teams:
-    """What is said of N crops.
+    """Teams of N crops.
 
     Attributes:
         labels: int32 [N], the team, -1 where there is none to say.
         margin: float32 [N], 0 half-way between two teams to 1 at a team's centre.
-        outlier_score: float32 [N], distance from the team's centre; 1 is the median at the fit.
+        outlier_score: float32 [N], distance from the team's centre, where 1 is the median at the fit.
         coordinates: float32 [N, 2]: along the line between the teams, and across.
     """
 
@@ -90,11 +90,11 @@ class Fit:
 
     Attributes:
         state: None if no teams were found.
-        teams: of all N crops; those of one track have one label, with a margin of 0 where a crop looks like
-            another team; what is no player has -1.
-        status: OK, or one or more of LOW_SUPPORT (fewer than 30 crops), LOW_SEPARATION (there may be one
-            team only), DEGENERATE (all crops look the same), ANCHOR_CONFLICT (crops that were named as of
-            different teams look as of one).
+        teams: of all N crops. Crops of one track have one label, with a margin of 0 where a crop looks like
+            another team. Crops that show no player have -1.
+        status: OK, or some of the following. LOW_SUPPORT: fewer than 30 crops. LOW_SEPARATION: there may be
+            one team only. DEGENERATE: all crops look the same. ANCHOR_CONFLICT: crops that were named as of
+            different teams look as of one.
     """
 
     state: TeamState | None
@@ -106,9 +106,9 @@ def fit(embeddings: Rows, hints: Hints, stamp: Mapping[str, str], reducer: TeamR
     """Find the teams in N crops.
 
     Args:
-        embeddings: [N, D]; rows of zeros, or not finite, are left out.
-        hints: what else is known.
-        stamp: what made the embeddings.
+        embeddings: [N, D]. Rows of zeros, or not finite, are left out.
+        hints: further facts about the crops.
+        stamp: names the maker of the embeddings.
         reducer: in which coordinates clusters are looked for: principal components, the embeddings
             themselves, or UMAP's. Predictions go by the centroids of what was found, in the first two.
 
@@ -161,7 +161,7 @@ def _fit(embeddings: Rows, hints: Hints, stamp: Mapping[str, str], reducer: Team
 
 
 def predict(state: TeamState, embeddings: Rows) -> Teams:
-    """The teams of N crops; N may be 0. Rows of zeros, or not finite, get the label -1.
+    """The teams of N crops. N may be 0. Rows of zeros, or not finite, get the label -1.
 
     Args:
         state: fitted to embeddings of the same kind.
@@ -187,7 +187,7 @@ def predict(state: TeamState, embeddings: Rows) -> Teams:
 
 
 def warm_up(reducer: TeamReducer) -> None:
-    """Import what a fit needs; UMAP compiles at its first use, some ten seconds of work.
+    """Import what a fit needs. UMAP compiles at its first use, some ten seconds of work.
 
     Raises:
         SettingsError: umap-learn is not installed.
@@ -205,7 +205,7 @@ class _Crops:
         unit: [n, D] at unit length.
         track: [n], number of each crop's track.
         means: [tracks, D].
-        anchors: [n], teams that were named, -1 elsewhere; None without any.
+        anchors: [n], teams that were named, -1 elsewhere, or None without any.
     """
 
     rows: NDArray[np.intp]
@@ -260,7 +260,7 @@ def _unassigned(count: int) -> Teams:
 
 
 def _nuisances(residuals: Rows) -> Rows:
-    """The directions [m, D] in which crops of one track differ most; none where too few are known."""
+    """The directions [m, D] in which crops of one track differ most, none where too few are known."""
     length = np.linalg.norm(residuals, axis=1, keepdims=True)
     moved = residuals[length[:, 0] > 0]
     if len(moved) < _LEAST_RESIDUALS:
@@ -301,14 +301,14 @@ def _distances(rows: Rows, centroids: Rows) -> Rows:
 
 
 def _umap(samples: Rows) -> Rows:
-    """Three coordinates by UMAP; seeded, in one thread."""
+    """Three coordinates by UMAP, seeded, in one thread."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TensorFlow is not there, and not needed
             from umap import UMAP
     except ModuleNotFoundError as error:
         raise SettingsError(
-            "team_reducer umap: the package umap-learn is not installed (pip install 'siglip-serve[umap]')"
+            "team_reducer umap: needs the extra umap (`pip install -e '.[umap]'` in the checkout)"
         ) from error
     neighbours = min(15, len(samples) - 1)
     reducer = UMAP(n_components=_UMAP_COMPONENTS, n_neighbors=neighbours, random_state=_SEED, n_jobs=1)
@@ -318,14 +318,14 @@ def _umap(samples: Rows) -> Rows:
 
 
 def _seeds(seen: Rows, crops: _Crops, teams: int) -> Rows | None:
-    """Where clusters are looked for first, [k, d]: at the named crops, if some are named of every team."""
+    """Places [k, d] where the search starts: the named crops, if some are named of every team."""
     if crops.anchors is None or len(np.unique(crops.anchors[crops.anchors >= 0])) < teams:
         return None
     return np.stack([seen[crops.track[crops.anchors == team]].mean(axis=0) for team in range(teams)])
 
 
 def _of_crops(inner: Rows, centroids: Rows, clusters: NDArray[np.int64], crops: _Crops) -> NDArray[np.int64]:
-    """The cluster [n] of each crop's track: what most of its crops are, or what its mean is in a tie.
+    """The cluster [n] of each crop's track: that of most of its crops, or of its mean in a tie.
 
     It is what the means are throughout if a cluster would be left without a track.
 
@@ -393,7 +393,7 @@ def _scales(state: TeamState, unit: Rows, labels: Ids) -> Rows:
 
 
 def _separation_by_chance(samples: Rows, teams: int, trimmed: float) -> float:
-    """What `_separation` reaches in 19 of 20 draws from one Gaussian with the samples' main spreads."""
+    """`_separation` of 19 of 20 draws, at most, from one Gaussian with the samples' main spreads."""
     rng = np.random.default_rng(_SEED)
     count = min(len(samples), _MOST_DRAWN)  # more would only look less separate
     spread = np.linalg.svd(samples - samples.mean(axis=0), compute_uv=False) / np.sqrt(len(samples) - 1)

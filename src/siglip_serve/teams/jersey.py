@@ -1,4 +1,4 @@
-"""Players' crops, or a frame and boxes around its players, become the pixels of their jerseys."""
+"""Pixels of players' jerseys, from crops or from a frame and boxes around its players."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Region:
 
 
 def parse_region(text: str) -> Region:
-    """The region of a text such as `0.25,0.2,0.75,0.5`: left, top, right, bottom.
+    """Parse a region such as `0.25,0.2,0.75,0.5`: left, top, right, bottom.
 
     Raises:
         SettingsError: not four numbers, or not 0 <= left < right <= 1 and 0 <= top < bottom <= 1.
@@ -66,7 +66,7 @@ def jersey_roi(pixels: Pixels, region: Region) -> tuple[Pixels, bool]:
 
 
 def rgb_frame(frame: NDArray[np.uint8], order: ColorOrder, limits: ImageLimits) -> Pixels:
-    """A raw frame as RGB.
+    """Convert a raw frame to RGB.
 
     Args:
         frame: uint8 [H, W, C]; grey (1 channel), colours in `order` (3), or these and an alpha channel, which
@@ -92,7 +92,7 @@ def rgb_frame(frame: NDArray[np.uint8], order: ColorOrder, limits: ImageLimits) 
 
 
 def cut_box(frame: Pixels, box: NDArray[np.float32]) -> Pixels:
-    """The pixels [h, w, 3] of a frame [H, W, 3] that a box touches; what lies outside the frame is left out.
+    """The pixels [h, w, 3] of a frame [H, W, 3] that a box touches. Pixels outside the frame are left out.
 
     Args:
         frame: uint8.

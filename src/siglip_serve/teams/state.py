@@ -27,7 +27,7 @@ MOST_STATE_BYTES = 2**20
 _MOST_STAMP_BYTES = 4096
 # Without a date, the same state is the same bytes.
 _DATE = (1980, 1, 1, 0, 0, 0)
-# What zipfile and json raise over broken or hostile bytes.
+# Errors of zipfile and json over broken or hostile bytes.
 _UNREADABLE = (
     zipfile.BadZipFile,
     struct.error,
@@ -46,14 +46,14 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class TeamState:
-    """A fitted model; embeddings are at unit length before anything else is done to them.
+    """A fitted model. Embeddings are at unit length before anything else is done to them.
 
     Attributes:
-        stamp: what made the embeddings; a state fits no others.
+        stamp: names the maker of the embeddings. A state fits no others.
         origin: [D], subtracted.
         nuisances: [m, D] orthonormal directions that are removed; m may be 0.
         components: [p, D] orthonormal directions in which teams are told apart; p of 0 stands for all of D.
-        centroids: [k, p] (or [k, D]), one a team.
+        centroids: [k, p] (or [k, D]), one per team.
         scales: [k], median distance of a team's rows from its centroid.
         view: [2, p] (or [2, D]), directions to plot.
     """
@@ -67,7 +67,7 @@ class TeamState:
     view: Array
 
     def to_bytes(self) -> bytes:
-        """An `npz` file that `numpy.load` reads as well; equal states are equal bytes."""
+        """An `npz` file that `numpy.load` reads as well. Equal states are equal bytes."""
         stamp = np.frombuffer(json.dumps(dict(self.stamp), sort_keys=True).encode(), dtype=np.uint8)
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
@@ -80,10 +80,10 @@ class TeamState:
 
     @staticmethod
     def from_bytes(data: bytes, stamp: Mapping[str, str]) -> TeamState:
-        """The state that `to_bytes` gave.
+        """Read a state that `to_bytes` wrote.
 
         Args:
-            data: anybody's bytes.
+            data: untrusted bytes.
             stamp: of the embeddings that it is to be used for.
 
         Raises:

@@ -1,8 +1,8 @@
-"""KMeans that leaves the farthest samples out of account: what is of no team must not become one.
+"""KMeans that ignores the farthest samples, because samples of no team must not form one.
 
 Goalkeepers and referees differ more from both teams than the teams may from each other, so that KMeans cuts
 them off and puts all players into the other cluster. Here only a share of the samples, those nearest to their
-centroids, counts and moves the centroids; the others get the nearest centroid's label afterwards.
+centroids, counts and moves the centroids. The others get the nearest centroid's label afterwards.
 
 Source: Cuesta-Albertos, Gordaliza and Matran, "Trimmed k-means" (Annals of Statistics 25, 1997).
 """
@@ -23,7 +23,7 @@ Rows = NDArray[np.float32]
 
 # A cluster of fewer of the kept samples than this, times a team's fair share, is no team.
 _LEAST_SHARE = 0.6
-# Starts come from so many clusters more than wanted: choices among five are ten, among eleven too many.
+# Starts come from this many clusters more than wanted: choices among five are ten, among eleven too many.
 _FINER, _FINER_OF_MANY, _MANY = 3, 1, 4
 _MOST_STEPS = 100
 _SEED = 0
@@ -31,7 +31,7 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Clusters:
-    """What was found among n samples.
+    """Clusters of n samples.
 
     Attributes:
         labels: int64 [n], 0 to k - 1.
@@ -47,14 +47,14 @@ def trimmed_kmeans(
 ) -> Clusters:
     """Find k clusters among n samples, of which some may belong to none.
 
-    Starts are all choices of k among the centroids of plain KMeans with k, k + 1 .. clusters; of the results
+    Starts are all choices of k among the centroids of plain KMeans with k, k + 1 .. clusters. Of the results
     the one with the smallest sum of squared distances wins, among those in which every cluster is large
     enough if there are any.
 
     Args:
         rows: [n, d], n at least k.
         k: number of clusters.
-        trimmed: share of the samples that is left out of account, 0 to 1. A cluster smaller than that may be
+        trimmed: share of the samples that is ignored, 0 to 1. A cluster smaller than that may be
             left out as a whole.
         start: centroids [k, d] to start at instead.
         thorough: look for starts in finer clusters too; else in k alone.

@@ -1,16 +1,16 @@
-"""Text becomes the token ids that the text tower was trained on, `[context_length]` int64.
+"""Token ids `[context_length]` int64 of a text, as the text tower was trained on them.
 
 Three kinds, told apart by `tokenizer_class` in the checkpoint's `tokenizer_config.json`:
 
 - SigLIP 1 (`SiglipTokenizer`, `spiece.model`): lowercased, ASCII punctuation removed, whitespace
-  collapsed, then sentencepiece; ends with `</s>` and is padded with `</s>`.
+  collapsed, then sentencepiece. It ends with `</s>` and is padded with `</s>`.
 - SigLIP 2 (`Siglip2Tokenizer`, `GemmaTokenizer`, `tokenizer.json`): lowercased, punctuation kept, then
-  Gemma's byte-pair encoding; ends with `<eos>` and is padded with `<pad>`.
+  Gemma's byte-pair encoding. It ends with `<eos>` and is padded with `<pad>`.
 - CLIP (`CLIPTokenizer`, `tokenizer.json`, or `vocab.json` and `merges.txt`): lowercased, whitespace
-  collapsed, then byte-pair encoding; stands between `<|startoftext|>` and `<|endoftext|>`.
+  collapsed, then byte-pair encoding. It stands between `<|startoftext|>` and `<|endoftext|>`.
 
 The ids are those of transformers 5.x `SiglipTokenizer`, `Siglip2Tokenizer` and `CLIPTokenizer`, special
-tokens written in the text included; transformers itself is not needed. SigLIP's tower pools the last
+tokens written in the text included. The package transformers is not needed. SigLIP's tower pools the last
 position, so a text is always padded to the full context length.
 """
 
@@ -39,7 +39,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _SENTENCEPIECE_CLASSES = {"SiglipTokenizer", "SiglipTokenizerFast"}
 _GEMMA_CLASSES = {"GemmaTokenizer", "GemmaTokenizerFast", "Siglip2Tokenizer", "TokenizersBackend"}
 _CLIP_CLASSES = {"CLIPTokenizer", "CLIPTokenizerFast"}
-# What CLIP's words are made of: its own two tokens, contractions, letters, single digits, other characters.
+# Parts of CLIP's words: its own two tokens, contractions, letters, single digits, other characters.
 _CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _CLIP_START, _CLIP_END = "<|startoftext|>", "<|endoftext|>"
 _CLIP_NAMED = {
@@ -54,7 +54,7 @@ class _Encoder(Protocol):
     pad_id: int
 
     def __call__(self, text: str, limit: int | None) -> list[int]:
-        """The ids of `text` with its special tokens; at most `limit` of them, the end token kept."""
+        """The ids of `text` with its special tokens, at most `limit` of them, the end token kept."""
 
 
 class Tokenizer:
@@ -77,7 +77,7 @@ class Tokenizer:
 
         Args:
             text: any text with at least one character that is not whitespace.
-            truncation: cut what does not fit, keeping the end token, instead of raising.
+            truncation: cut a text that does not fit, keeping the end token, instead of raising.
 
         Raises:
             TextError: empty, longer than the context, or holding a token the tower has no embedding for.
@@ -88,7 +88,7 @@ class Tokenizer:
         return np.pad(np.asarray(ids, dtype=np.int64), padding, constant_values=self._encoder.pad_id)
 
     def encode(self, text: str, truncation: bool = False) -> list[int]:
-        """The ids of `text` without padding, at most `context_length`; raises as `__call__` does."""
+        """The ids of `text` without padding, at most `context_length`. It raises the errors of a call."""
         if not text.strip():
             raise TextError("the text is empty")
         ids = self._encoder(text, self.context_length if truncation else None)
@@ -105,10 +105,10 @@ class Tokenizer:
 
 
 def decode_text(data: bytes, max_bytes: int) -> str:
-    """The text that `data` holds as UTF-8.
+    """Decode UTF-8 text.
 
     Raises:
-        TextError: longer than `max_bytes`, or not UTF-8; the message names the first bad byte.
+        TextError: longer than `max_bytes`, or not UTF-8. The message names the first bad byte.
     """
     if len(data) > max_bytes:
         raise TextError(f"{len(data)} bytes, at most {max_bytes} are allowed")
@@ -121,7 +121,7 @@ def decode_text(data: bytes, max_bytes: int) -> str:
 
 
 def load_tokenizer(config: ModelConfig) -> Tokenizer:
-    """The tokenizer that lies beside the checkpoint's weights.
+    """Load the tokenizer of a checkpoint's directory.
 
     Raises:
         CheckpointError: a file is missing or malformed, or the tokenizer is of another kind.
@@ -208,8 +208,8 @@ class _Gemma:
     """transformers' `Siglip2Tokenizer`: the file's own byte-pair encoding behind a lowercasing step.
 
     transformers' `AutoTokenizer` opens the fixed-resolution SigLIP 2 checkpoints with `GemmaTokenizer`,
-    which forgets their `do_lower_case`; the towers were trained on lowercase text, so it is kept here.
-    Which end tokens are added is the file's `post_processor`; `add_eos_token` beside it is not read.
+    which forgets their `do_lower_case`. The towers were trained on lowercase text, so it is kept here.
+    The file's `post_processor` says which end tokens are added. `add_eos_token` is not read.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:

@@ -1,1 +1,1 @@
-"""SigLIP's and CLIP's towers, one family per file, as they are read top to bottom."""
+"""The towers of SigLIP and CLIP, one family per file, each readable from top to bottom."""

@@ -1,8 +1,8 @@
 """Both CLIP towers in plain PyTorch.
 
-Parameters keep the Hugging Face names, except that the query, key and value projections of a block are one
-`qkv_proj`, fused by a load hook, and that each tower has its projection to the joint space with it, as
-`projection`. The blocks are SigLIP's. The result equals transformers' `CLIPModel`.
+Parameters keep the Hugging Face names, with two exceptions. The query, key and value projections of a block
+are one `qkv_proj`, fused by a load hook. Each tower holds its projection to the joint space, as `projection`.
+The blocks are SigLIP's. The result equals transformers' `CLIPModel`.
 
 Shapes: B images or texts, T patches (grid_size ** 2) or ids (the context length), D hidden size of the tower,
 P the joint space (`projection_dim`).
@@ -26,7 +26,7 @@ from siglip_serve.towers.weights import load_strictly
 
 __all__ = ["ClipTextTower", "ClipVisionTower", "load_scale", "load_text", "load_vision"]
 
-# What configurations of the first years say in place of the end token, whatever their vocabulary's is.
+# Early configurations give this id for the end token, whatever the id in their vocabulary is.
 _NO_END_TOKEN = 2
 
 
@@ -48,7 +48,7 @@ class ClipVisionEmbeddings(nn.Module):
 
 
 class ClipVisionTower(nn.Module):
-    """Normalised pixels -> a class token and patch tokens; `head` makes the image embedding of the first."""
+    """Normalised pixels -> a class token and patch tokens; `head` makes the class token the embedding."""
 
     def __init__(self, config: ClipVisionConfig) -> None:
         super().__init__()
@@ -65,18 +65,18 @@ class ClipVisionTower(nn.Module):
         return 1 + self.config.grid_size**2
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """[B, 3, S, S] -> [B, 1 + T, D], what the blocks begin with"""
+        """[B, 3, S, S] -> [B, 1 + T, D], the input of the first block"""
         return self.pre_layrnorm(self.embeddings(pixels))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """The reference's `last_hidden_state`.
+        """Compute the reference's `last_hidden_state`.
 
         Args:
             pixels: [B, 3, S, S], floating point, normalised as the checkpoint asks.
 
         Returns:
-            [B, 1 + T, D] tokens, the class token first; `head` makes the reference's `image_embeds` [B, P] of
-            them, before their normalisation.
+            [B, 1 + T, D] tokens, the class token first. `head` makes them the reference's `image_embeds`
+            [B, P] before normalisation.
         """
         return self.encoder(self.embed(pixels))
 
@@ -85,12 +85,12 @@ class ClipVisionTower(nn.Module):
         return self.projection(self.post_layernorm(tokens[:, 0]))
 
     def patches(self, tokens: Tensor) -> Tensor:
-        """[B, 1 + T, D] -> [B, T, D], those that stand for a place"""
+        """[B, 1 + T, D] -> [B, T, D], the tokens that stand for a place"""
         return tokens[:, 1:]
 
 
 class ClipTextTower(nn.Module):
-    """Token ids -> tokens; `pool` projects the one of the end token into the joint space."""
+    """Token ids -> tokens; `pool` projects the end token into the joint space."""
 
     def __init__(self, config: ClipTextConfig) -> None:
         super().__init__()
@@ -106,10 +106,10 @@ class ClipTextTower(nn.Module):
         return self.config.max_position_embeddings
 
     def forward(self, ids: Tensor) -> Tensor:
-        """The reference's `last_hidden_state`.
+        """Compute the reference's `last_hidden_state`.
 
         Args:
-            ids: [B, T] int64, padded behind the end token; what comes before it does not see the padding.
+            ids: [B, T] int64, padded behind the end token; tokens before it do not see the padding.
 
         Returns:
             [B, T, D] tokens.
@@ -119,9 +119,9 @@ class ClipTextTower(nn.Module):
         return self.final_layer_norm(x)
 
     def pool(self, tokens: Tensor, ids: Tensor) -> Tensor:
-        """[B, T, D] of ids [B, T] -> [B, P], the reference's `text_embeds` before their normalisation
+        """[B, T, D] of ids [B, T] -> [B, P], the reference's `text_embeds` before normalisation
 
-        The first end token's; where the configuration does not know it, that of the largest id.
+        The first end token is taken, or the largest id where the configuration does not know the end token.
         """
         end = self.config.eos_token_id
         places = (ids if end == _NO_END_TOKEN else (ids == end).int()).argmax(dim=1)
@@ -129,11 +129,11 @@ class ClipTextTower(nn.Module):
 
 
 def load_vision(path: Path) -> ClipVisionTower:
-    """The vision tower of a checkpoint directory, in float32, on the CPU, in evaluation mode.
+    """Load the vision tower of a checkpoint directory, in float32, on the CPU, in evaluation mode.
 
     Raises:
-        CheckpointError: the configuration or the weights are not a CLIP's; every missing, unexpected and
-            mis-shaped tensor is listed.
+        CheckpointError: the configuration or the weights are not those of a CLIP. All missing, unexpected and
+            mis-shaped tensors are listed, up to 20.
     """
     config = load_config(path).vision
     if not isinstance(config, ClipVisionConfig):
@@ -145,10 +145,10 @@ def load_vision(path: Path) -> ClipVisionTower:
 
 
 def load_text(path: Path) -> ClipTextTower:
-    """The text tower of a checkpoint directory, in float32, on the CPU, in evaluation mode.
+    """Load the text tower of a checkpoint directory, in float32, on the CPU, in evaluation mode.
 
     Raises:
-        CheckpointError: as `load_vision`.
+        CheckpointError: as for `load_vision`.
     """
     config = load_config(path).text
     if not isinstance(config, ClipTextConfig):
@@ -160,13 +160,13 @@ def load_text(path: Path) -> ClipTextTower:
 
 
 def load_scale(path: Path) -> float:
-    """`logit_scale` of a checkpoint: probabilities = softmax over the labels of exp(scale) * cosine.
+    """Load `logit_scale`: probabilities are the softmax over labels of exp(scale) * cosine.
 
     Raises:
-        CheckpointError: the checkpoint has none, or not exactly one value.
+        CheckpointError: the checkpoint has not exactly one value of it, or other logit tensors.
     """
     tensors = load_tensors(path, "logit_")
     if list(tensors) != ["logit_scale"] or tensors["logit_scale"].numel() != 1:
         shapes = {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}
-        raise CheckpointError(f"{path}: expected one logit_scale and nothing beside it, got {shapes}")
+        raise CheckpointError(f"{path}: expected one logit_scale and no other logit tensor, got {shapes}")
     return float(tensors["logit_scale"])

@@ -1,4 +1,4 @@
-"""The towers of a checkpoint of either family."""
+"""Load the towers of a checkpoint of either family."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ AnyTextTower = TextTower | ClipTextTower
 
 
 def load_vision(path: Path) -> AnyVisionTower:
-    """The vision tower of a checkpoint directory, in float32, on the CPU, in evaluation mode.
+    """Load the vision tower of a checkpoint directory, in float32, on the CPU, in evaluation mode.
 
     Raises:
-        CheckpointError: the configuration or the weights are not what they should be; every missing,
-            unexpected and mis-shaped tensor is listed.
+        CheckpointError: the configuration is not usable, or the weights are not those of it. All missing,
+            unexpected and mis-shaped tensors are listed, up to 20.
     """
     return clip.load_vision(path) if _is_clip(path) else siglip.load_vision(path)
 
 
 def load_text(path: Path) -> AnyTextTower:
-    """The text tower, likewise.
+    """Load the text tower of a checkpoint directory, in float32, on the CPU, in evaluation mode.
 
     Raises:
-        CheckpointError: as `load_vision`; or there is none.
+        CheckpointError: there is no text tower, or as for `load_vision`.
     """
     return clip.load_text(path) if _is_clip(path) else siglip.load_text(path)
 
 
 def load_scale(path: Path) -> tuple[float, float | None]:
-    """`(logit_scale, logit_bias)` of a checkpoint; CLIP has no bias, and no probability of a pair.
+    """Load `(logit_scale, logit_bias)`. CLIP has no bias, so the second is None.
 
     Raises:
-        CheckpointError: the checkpoint lacks one that it should have, or has another beside them.
+        CheckpointError: the checkpoint lacks one of those that its family has, or has others.
     """
     return (clip.load_scale(path), None) if _is_clip(path) else siglip.load_scale(path)
 

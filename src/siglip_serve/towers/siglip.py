@@ -1,8 +1,8 @@
 """Both SigLIP towers in plain PyTorch.
 
-Parameters keep the Hugging Face names, except that the query, key and value projections of a block
-are one `qkv_proj`, fused by a load hook. The result equals transformers' `SiglipModel` for the
-fixed-resolution checkpoints of SigLIP and SigLIP 2.
+Parameters keep the Hugging Face names, except that the query, key and value projections of a block are one
+`qkv_proj`, fused by a load hook. The result equals transformers' `SiglipModel` for the fixed-resolution
+checkpoints of SigLIP and SigLIP 2.
 
 Shapes: B images or texts, T tokens (grid_size ** 2 patches, or the context length), D hidden size,
 H heads, P the joint space (D of the vision tower = `projection_size` of the text tower).
@@ -49,11 +49,11 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class BlockTrace:
-    """What a block computed on the way.
+    """Intermediate values of a block.
 
     Attributes:
         queries, keys, values: [B, H, T, D/H] of its attention.
-        mlp: [B, T, D], what its MLP added.
+        mlp: [B, T, D], what its MLP added to the residual stream.
     """
 
     queries: Tensor
@@ -62,18 +62,18 @@ class BlockTrace:
     mlp: Tensor
 
     def attention(self) -> Tensor:
-        """[B, H, T, T] float32, by which each token takes from each other one; rows sum to 1."""
+        """Compute the weights by which tokens take from tokens, [B, H, T, T] float32. Rows sum to 1."""
         queries, keys = self.queries.float(), self.keys.float()
         return (queries @ keys.mT * queries.shape[-1] ** -0.5).softmax(-1)
 
 
 @dataclass(frozen=True)
 class TowerTrace:
-    """What the last blocks of a vision tower computed.
+    """Intermediate values of the last blocks of a vision tower.
 
     Attributes:
         before: [B, T, D], the residual stream before these blocks.
-        blocks: what each computed.
+        blocks: the trace of each block, in order.
         after: [B, T, D], the residual stream behind them, not normalised.
     """
 
@@ -108,7 +108,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with an activation between them; its names are those of `config.json`."""
+    """Two linear layers with an activation between them. Its names are those of `config.json`."""
 
     def __init__(self, width: int, hidden: int, activation: str) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class Block(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
     def trace(self, x: Tensor) -> tuple[Tensor, BlockTrace]:
-        """What `forward` returns, and how it came about."""
+        """[B, T, D] -> [B, T, D] as `forward`, and the trace of the block"""
         q, k, v = self.self_attn.project(self.layer_norm1(x))
         x = x + self.self_attn.mix(q, k, v)
         mlp = self.mlp(self.layer_norm2(x))
@@ -152,6 +152,11 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Block(config, causal) for _ in range(config.num_hidden_layers))
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks in order: `layers` with its type."""
+        return cast("list[Block]", list(self.layers))
+
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]"""
         for layer in self.layers:
@@ -160,7 +165,7 @@ class Encoder(nn.Module):
 
 
 class AttentionPooling(nn.Module):
-    """The MAP head: one learned probe attends over all tokens; then a residual MLP."""
+    """The MAP head: one learned probe attends to all tokens, followed by a residual MLP."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -175,7 +180,7 @@ class AttentionPooling(nn.Module):
         heads = (self.attention.num_heads, -1)
         w_q, w_kv = self.attention.in_proj_weight.tensor_split([tokens.shape[-1]])
         b_q, b_kv = self.attention.in_proj_bias.tensor_split([tokens.shape[-1]])
-        # The probe is one for all images: its query is computed once, not once an image.
+        # The probe is the same for all images, so its query is computed once, not once per image.
         q = F.linear(self.probe, w_q, b_q).unflatten(-1, heads).transpose(1, 2)  # [1, H, 1, D/H]
         kv = F.linear(tokens, w_kv, b_kv).unflatten(-1, (2, *heads))
         k, v = kv.permute(2, 0, 3, 1, 4)  # [B, H, T, D/H]
@@ -215,36 +220,36 @@ class VisionTower(nn.Module):
         return self.config.grid_size**2
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """The reference's `last_hidden_state`.
+        """Compute the reference's `last_hidden_state`.
 
         Args:
             pixels: [B, 3, S, S], floating point, normalised as the checkpoint asks.
 
         Returns:
-            [B, T, D] patch tokens; `self.head` makes the reference's `pooler_output` [B, D] of them.
+            [B, T, D] patch tokens. `head` pools them into the reference's `pooler_output` [B, D].
         """
         x = self.embeddings(pixels)
         x = self.encoder(x)
         return self.post_layernorm(x)
 
     def patches(self, tokens: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D], those that stand for a place: all"""
+        """[B, T, D] -> [B, T, D], the tokens that stand for a place: all"""
         return tokens
 
     def trace(self, pixels: Tensor, blocks: int) -> TowerTrace:
-        """What the last `blocks` blocks compute of pixels [B, 3, S, S]."""
+        """Trace the last `blocks` blocks on pixels [B, 3, S, S], normalised as the checkpoint asks."""
         x = self.embeddings(pixels)
-        split = len(self.encoder.layers) - blocks
-        for layer in self.encoder.layers[:split]:
-            x = layer(x)
-        return trace_blocks(x, self.encoder.layers[split:])
+        split = len(self.encoder.blocks) - blocks
+        for block in self.encoder.blocks[:split]:
+            x = block(x)
+        return trace_blocks(x, self.encoder.blocks[split:])
 
 
-def trace_blocks(x: Tensor, layers: Iterable[nn.Module]) -> TowerTrace:
-    """What `Block`s compute, one after the other, of the residual stream [B, T, D]."""
+def trace_blocks(x: Tensor, blocks: Iterable[Block]) -> TowerTrace:
+    """Run `Block`s one after the other on the residual stream [B, T, D], and trace them."""
     before, traces = x, []
-    for layer in cast("Iterable[Block]", layers):
-        x, trace = layer.trace(x)
+    for block in blocks:
+        x, trace = block.trace(x)
         traces.append(trace)
     return TowerTrace(before, tuple(traces), x)
 
@@ -280,7 +285,7 @@ class TextTower(nn.Module):
         return self.config.max_position_embeddings
 
     def forward(self, ids: Tensor) -> Tensor:
-        """The reference's `last_hidden_state`.
+        """Compute the reference's `last_hidden_state`.
 
         Args:
             ids: [B, T] int64, padded to the context length; the padding is attended to.
@@ -298,11 +303,11 @@ class TextTower(nn.Module):
 
 
 def load_vision(path: Path) -> VisionTower:
-    """The vision tower of a checkpoint directory, in float32, on the CPU, in evaluation mode.
+    """Load the vision tower of a checkpoint directory, in float32, on the CPU, in evaluation mode.
 
     Raises:
-        CheckpointError: the configuration or the weights are not a SigLIP's; every missing,
-            unexpected and mis-shaped tensor is listed.
+        CheckpointError: the configuration or the weights are not those of a SigLIP. All missing, unexpected
+            and mis-shaped tensors are listed, up to 20.
     """
     config = load_config(path).vision
     with torch.device("meta"):
@@ -312,10 +317,10 @@ def load_vision(path: Path) -> VisionTower:
 
 
 def load_text(path: Path) -> TextTower:
-    """The text tower of a checkpoint directory, in float32, on the CPU, in evaluation mode.
+    """Load the text tower of a checkpoint directory, in float32, on the CPU, in evaluation mode.
 
     Raises:
-        CheckpointError: as `load_vision`.
+        CheckpointError: there is no text tower, or as for `load_vision`.
     """
     config = load_config(path).text
     with torch.device("meta"):
@@ -325,10 +330,10 @@ def load_text(path: Path) -> TextTower:
 
 
 def load_scale(path: Path) -> tuple[float, float]:
-    """`(logit_scale, logit_bias)` of a checkpoint: probability = sigmoid(exp(scale) * cosine + bias).
+    """Load `(logit_scale, logit_bias)`: the probability of a pair is sigmoid(exp(scale) * cosine + bias).
 
     Raises:
-        CheckpointError: the checkpoint has neither, or not exactly one value each, or no text tower.
+        CheckpointError: the checkpoint has not exactly one value of each, or no text tower.
     """
     _ = load_config(path).text
     tensors = load_tensors(path, "logit_")

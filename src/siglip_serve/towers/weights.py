@@ -1,4 +1,4 @@
-"""A checkpoint's tensors become a tower's parameters, all of them and nothing else."""
+"""Load a checkpoint's tensors as a tower's parameters, all of them and nothing else."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _SHOWN = 20
 
 
 def load_strictly(tower: nn.Module, path: Path, prefixes: Mapping[str, str]) -> None:
-    """Give a tower its weights, in float32, on the CPU; it is then in evaluation mode, without gradients.
+    """Load a tower's weights in float32, on the CPU, and set it to evaluation mode, without gradients.
 
     Args:
         tower: made on the meta device.
         path: the checkpoint's directory.
-        prefixes: how names begin in the checkpoint -> how they begin in the tower.
+        prefixes: prefix of names in the checkpoint -> prefix in the tower.
 
     Raises:
-        CheckpointError: a tensor is missing, unexpected or of another shape; all such are listed.
+        CheckpointError: tensors are missing, unexpected or of another shape. The first 20 are listed.
     """
-    # Position ids were saved as a buffer by old versions of the reference; they hold no information.
+    # Old versions of the reference saved position ids as a buffer. They hold no information.
     tensors = {
         name: tensor.float()
         for name, tensor in load_tensors(path, *prefixes).items()
@@ -50,13 +50,13 @@ def load_strictly(tower: nn.Module, path: Path, prefixes: Mapping[str, str]) -> 
 
 
 def _rename(name: str, prefixes: Mapping[str, str]) -> str:
-    """`name` with the longest of the prefixes that it begins with replaced."""
+    """Replace the longest prefix that `name` begins with."""
     prefix = max((prefix for prefix in prefixes if name.startswith(prefix)), key=len)
     return prefixes[prefix] + name.removeprefix(prefix)
 
 
 def _reference_shapes(tower: nn.Module) -> dict[str, list[int]]:
-    """Names and shapes as the reference stores them: one tensor each for query, key and value."""
+    """Map names to shapes as the reference stores them: one tensor each for query, key and value."""
     shapes = {}
     for name, tensor in tower.state_dict().items():
         shape = list(tensor.shape)

@@ -76,7 +76,7 @@ def upright(data: bytes) -> Image.Image:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_file(name: str) -> None:
+def test_pixels_of_every_kind_of_file_equal_transformers(name: str) -> None:
     image = upright(FILES[name])
     for size, resample in CONFIGS:
         check(FILES[name], image, size, resample)
@@ -99,7 +99,7 @@ def test_order_of_passes_on_saturated_edges(width: int, height: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_random_jpegs(seed: int) -> None:
+def test_pixels_of_random_jpegs_are_close_to_transformers(seed: int) -> None:
     rng = np.random.default_rng(seed)
     width, height = (int(value) for value in rng.integers(2, 700, 2))
     options = {"quality": int(rng.integers(20, 100)), "subsampling": int(rng.integers(0, 3))}

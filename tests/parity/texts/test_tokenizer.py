@@ -201,13 +201,15 @@ def compare(
     assert not differing, f"{len(differing)} of {count} differ, first: {differing[0]}"
 
 
-def test_siglip_ids(sentencepiece_dir: Path) -> None:
+def test_siglip_ids_equal_transformers(sentencepiece_dir: Path) -> None:
     reference = SiglipTokenizer.from_pretrained(sentencepiece_dir)
     compare(sentencepiece_dir, reference, seed=1)
 
 
 @pytest.mark.parametrize("settings", [{"do_lower_case": False}, {"padding_side": "left"}], ids=str)
-def test_siglip_settings(sentencepiece_dir: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_siglip_ids_follow_the_settings(
+    sentencepiece_dir: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
     path = with_settings(sentencepiece_dir, tmp_path, **settings)
     reference = SiglipTokenizer.from_pretrained(path)
     compare(path, reference, seed=2, count=500)
@@ -221,7 +223,7 @@ def test_siglip_settings_in_the_published_form(sentencepiece_dir: Path, tmp_path
     compare(path, SiglipTokenizer.from_pretrained(path), seed=3, count=500)
 
 
-def test_siglip2_ids(gemma_dir: Path) -> None:
+def test_siglip2_ids_equal_transformers(gemma_dir: Path) -> None:
     reference = Siglip2Tokenizer.from_pretrained(gemma_dir)
     assert reference("Cat")["input_ids"][-1] == 1
     compare(gemma_dir, reference, seed=4)
@@ -241,7 +243,7 @@ def test_siglip2_ids(gemma_dir: Path) -> None:
     ],
     ids=["published", "flags-are-not-read", "left"],
 )
-def test_siglip2_settings(gemma_dir: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_siglip2_ids_follow_the_settings(gemma_dir: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     path = with_settings(gemma_dir, tmp_path, **settings)
     reference = Siglip2Tokenizer.from_pretrained(path)
     compare(path, reference, seed=5, count=500)
@@ -273,7 +275,7 @@ def clip_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_clip_ids(clip_dir: Path) -> None:
+def test_clip_ids_equal_transformers(clip_dir: Path) -> None:
     reference = CLIPTokenizer.from_pretrained(clip_dir)
     assert reference("cat")["input_ids"][-1] == 899
     compare(clip_dir, reference, seed=7, family="clip")
@@ -343,7 +345,7 @@ def test_clip_tokens_of_a_file_of_their_own(clip_dir: Path, tmp_path: Path) -> N
     ],
     ids=["list", "named", "split"],
 )
-def test_clip_settings(clip_dir: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_clip_ids_follow_the_settings(clip_dir: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     path = with_settings(saved_by_reference(clip_dir), tmp_path, **settings)
     compare(path, CLIPTokenizer.from_pretrained(path), seed=13, count=500, family="clip")
 

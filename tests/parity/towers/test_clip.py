@@ -1,25 +1,16 @@
-"""CLIP against transformers: towers to 1e-5 of their scale, pixels and token ids exactly."""
+"""CLIP's towers against transformers, in float32: at most 1e-5 of the reference's scale."""
 
 from __future__ import annotations
 
-import io
-import json
-import warnings
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import images
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from random_checkpoints import random_clip, save_clip
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+from transformers import CLIPModel
 
-from siglip_serve.checkpoint.config import ClipTextConfig, ImageConfig, load_config
-from siglip_serve.images.preprocess import Mode, Preprocessor
-from siglip_serve.images.resize import Resample, fit
+from siglip_serve.checkpoint.config import ClipTextConfig
 from siglip_serve.towers.clip import ClipTextTower, ClipVisionTower
 from siglip_serve.towers.load import load_scale, load_text, load_vision
 
@@ -100,122 +91,3 @@ def test_padding_is_not_seen(tmp_path: Path) -> None:
     with torch.inference_mode():
         reference = model.get_text_features(ids, attention_mask=mask).pooler_output
         assert relative_error(text.pool(text(ids), ids), reference) <= 1e-5
-
-
-OLD_FILES: dict[str, dict[str, Any]] = {
-    "nothing but the type": {},
-    "of one layout": {
-        "text_config": {"eos_token_id": 2, "hidden_size": 64},
-        "vision_config": {"patch_size": 14},
-    },
-    "of both, which differ": {
-        "projection_dim": 96,
-        "text_config": {"eos_token_id": 2, "hidden_size": 64, "vocab_size": 99},
-        "text_config_dict": {"hidden_size": 128, "projection_dim": 32},
-        "vision_config": {"patch_size": 14, "hidden_act": "gelu"},
-        "vision_config_dict": {"patch_size": 16, "hidden_size": 96},
-    },
-    "of both, one empty": {
-        "text_config": {"eos_token_id": 2, "hidden_size": 64},
-        "text_config_dict": {},
-        "vision_config": None,
-        "vision_config_dict": None,
-    },
-}
-
-
-@pytest.mark.parametrize("name", OLD_FILES)
-def test_configurations_are_read_as_the_reference_does(name: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", **OLD_FILES[name]}))
-    ours, reference = load_config(tmp_path), CLIPConfig.from_pretrained(tmp_path)
-    assert ours.family == "clip"
-    for part, theirs in ((ours.vision, reference.vision_config), (ours.text, reference.text_config)):
-        for field in part.__dataclass_fields__:
-            wanted = reference.projection_dim if field == "projection_size" else getattr(theirs, field)
-            assert getattr(part, field) == wanted, field
-    processor = CLIPImageProcessorPil()
-    assert ours.image.mean == tuple(processor.image_mean)
-    assert ours.image.std == tuple(processor.image_std)
-    assert ours.image.resample == "bicubic"
-    assert ours.image.rescale == pytest.approx(processor.rescale_factor)
-    assert ours.image.shortest_edge == ours.image.size == processor.size["shortest_edge"]
-
-
-# Side of the square, and what the shortest side is resized to before it is cut out.
-SQUARES = [(224, 224), (336, 336), (64, 64), (224, 256), (63, 65)]
-ASPECTS = [
-    (375, 500),
-    (500, 375),
-    (224, 225),
-    (64, 128),
-    (63, 65),
-    (65, 500),
-    (500, 65),
-    (17, 272),
-    (1000, 100),
-    (1, 1),
-    (1, 5),
-    (7, 3),
-]
-EXTREMES = [(20, 330), (330, 20), (40, 1200), (1500, 50), (300, 5000), (1, 40), (40, 1)]
-FILES = {**images.image_files(), **images.oriented_files()}
-RESAMPLES: tuple[Resample, ...] = get_args(Resample)
-
-
-def image_config(size: int, shortest: int, resample: Resample = "bicubic") -> ImageConfig:
-    return ImageConfig(size, resample, 1 / 255, (0.5,) * 3, (0.5,) * 3, shortest)
-
-
-def reference_pixels(image: Image.Image, config: ImageConfig) -> NDArray[np.uint8]:
-    processor = CLIPImageProcessorPil(
-        size={"shortest_edge": config.shortest_edge},
-        crop_size={"height": config.size, "width": config.size},
-        resample=Image.Resampling[config.resample.upper()],
-        do_rescale=False,
-        do_normalize=False,
-    )
-    planes = np.asarray(processor(image, return_tensors="np")["pixel_values"][0])
-    assert planes.dtype == np.uint8
-    return planes.transpose(1, 2, 0)
-
-
-def pictures(width: int, height: int) -> list[Image.Image]:
-    """A photo, and random black and white: that clips in every pass, so that a wrong order of them shows."""
-    noise = np.random.default_rng(width).integers(0, 2, (height, width, 3)).astype(np.uint8) * 255
-    return [images.photo(width, height, width), Image.fromarray(noise)]
-
-
-@pytest.mark.parametrize("resample", RESAMPLES)
-@pytest.mark.parametrize(("width", "height"), ASPECTS)
-def test_pixels(width: int, height: int, resample: Resample) -> None:
-    for image in pictures(width, height):
-        for size, shortest in SQUARES:
-            config = image_config(size, shortest, resample)
-            expected = reference_pixels(image, config)
-            np.testing.assert_array_equal(fit(np.array(image), config, "pil"), expected)
-            difference = np.abs(fit(np.array(image), config, "fast").astype(int) - expected)
-            assert difference.max() <= 2
-            assert difference.mean() <= 0.1
-
-
-@pytest.mark.parametrize(("width", "height"), EXTREMES)
-def test_pixels_of_long_pictures(width: int, height: int) -> None:
-    """What is cut off before the resize does not count."""
-    for image in pictures(width, height):
-        for size, shortest in SQUARES:
-            config = image_config(size, shortest)
-            expected = reference_pixels(image, config).astype(int)
-            for mode in get_args(Mode):
-                assert np.abs(fit(np.array(image), config, mode) - expected).max() <= 2
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_pixels_of_files(name: str) -> None:
-    """Upright and without alpha before they are cut."""
-    with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(FILES[name])) as image:
-        config = image_config(64, 72)
-        expected = reference_pixels(ImageOps.exif_transpose(image), config)
-        long = max(image.size) > 16 * min(image.size)
-    exact = Preprocessor(config, "pil")(FILES[name])
-    assert np.abs(exact.astype(int) - expected).max() <= (1 if long else 0)
-    assert np.abs(Preprocessor(config, "fast")(FILES[name]).astype(int) - expected).max() <= 2

@@ -49,26 +49,26 @@ def assert_equal_towers(model: SiglipModel, path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_random_weights(name: str, tmp_path: Path) -> None:
+def test_towers_with_random_weights_equal_transformers(name: str, tmp_path: Path) -> None:
     vision, text = GEOMETRIES[name]
     model = random_model(vision, text)
     assert_equal_towers(model, save_checkpoint(model, tmp_path))
 
 
-def test_sharded_weights(tmp_path: Path) -> None:
+def test_reads_sharded_weights(tmp_path: Path) -> None:
     model = random_model({"image_size": 32, "patch_size": 16})
     save_checkpoint(model, tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     assert_equal_towers(model, tmp_path)
 
 
-def test_bundled_checkpoint() -> None:
+def test_bundled_towers_equal_transformers() -> None:
     model = SiglipModel.from_pretrained(TINY).eval()
     assert_equal_towers(model, TINY)
     assert load_scale(TINY) == (model.logit_scale.item(), model.logit_bias.item())
 
 
-def test_bundled_image_tower() -> None:
+def test_bundled_image_tower_equals_transformers() -> None:
     vision = load_vision(JERSEY)
     size = vision.config.image_size
     pixels = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1

@@ -1,4 +1,4 @@
-"""Checkpoint directories: what is read, what is implied, what is refused. And strict loading."""
+"""Checkpoint directories: their configuration, its defaults and refusals, and strict loading of weights."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from paths import ROOT
+from paths import JERSEY, TINY
 from random_checkpoints import random_model, save_checkpoint
 from safetensors.torch import load_file, save_file
-from transformers import SiglipConfig, SiglipImageProcessorPil
+from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipVisionConfig
 
 from siglip_serve.checkpoint.config import load_config, tensor_dims
-from siglip_serve.checkpoint.files import resolve
+from siglip_serve.checkpoint.files import fingerprint, resolve
 from siglip_serve.errors import CheckpointError
 from siglip_serve.towers.siglip import load_scale, load_text, load_vision
 
@@ -31,8 +31,8 @@ def edit(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(content))
 
 
-def test_a_sparse_configuration_means_the_references_defaults(tmp_path: Path) -> None:
-    """The published base checkpoint names nothing but the model types."""
+def test_missing_values_are_the_defaults_of_the_reference(tmp_path: Path) -> None:
+    """The published base checkpoint has only the model types."""
     (tmp_path / "config.json").write_text('{"model_type": "siglip", "text_config": {}, "vision_config": {}}')
     ours, reference = load_config(tmp_path), SiglipConfig()
     for part, theirs in ((ours.vision, reference.vision_config), (ours.text, reference.text_config)):
@@ -46,7 +46,7 @@ def test_a_sparse_configuration_means_the_references_defaults(tmp_path: Path) ->
     assert ours.image.rescale == pytest.approx(processor.rescale_factor)
 
 
-def test_both_layouts_of_the_image_processor(checkpoint: Path) -> None:
+def test_reads_both_layouts_of_the_image_processor(checkpoint: Path) -> None:
     file = checkpoint / "preprocessor_config.json"
     processor = json.loads(file.read_text()) | {"resample": 2, "image_mean": [0.1, 0.2, 0.3]}
     file.write_text(json.dumps(processor))
@@ -73,24 +73,52 @@ def test_both_layouts_of_the_image_processor(checkpoint: Path) -> None:
         ("preprocessor_config.json", {"size": 64}, "takes a square of 32"),
         ("config.json", {"vision_config__num_attention_heads": 0}, "does not divide into 0 heads"),
         ("config.json", {"text_config__projection_size": 32}, "projection_size is 32"),
+        ("config.json", {"siglip_serve_note": 5}, "siglip_serve_note is 5, expected a text"),
+        ("config.json", {"siglip_serve_note": None}, "siglip_serve_note is None, expected a text"),
+        ("config.json", {"siglip_serve_note": ["a"]}, "siglip_serve_note is .'a'., expected a text"),
     ],
 )
-def test_unusable_configurations_are_named(
+def test_refuses_an_unusable_configuration_and_names_the_value(
     file: str, change: dict[str, Any], message: str, checkpoint: Path
 ) -> None:
     edit(checkpoint / file, **change)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=rf"/{file}: .*{message}"):
         load_config(checkpoint)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", ""])
-def test_broken_json_is_named(content: str, checkpoint: Path) -> None:
-    (checkpoint / "config.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"config\.json: "):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"not valid JSON \(Expecting property name"),
+        ("[]", "expected a JSON object, got list"),
+        ("", r"not valid JSON \(Expecting value"),
+        (None, "no such file"),
+    ],
+)
+def test_refuses_a_broken_file_and_names_it(content: str | None, message: str, checkpoint: Path) -> None:
+    file = checkpoint / "config.json"
+    file.unlink() if content is None else file.write_text(content)
+    with pytest.raises(CheckpointError, match=rf"/config\.json: {message}"):
         load_config(checkpoint)
 
 
-def test_every_wrong_tensor_is_listed(checkpoint: Path) -> None:
+def test_reads_the_note(checkpoint: Path) -> None:
+    assert load_config(checkpoint).note == ""
+    edit(checkpoint / "config.json", siglip_serve_note=" knows little \n")
+    assert load_config(checkpoint).note == "knows little"
+
+
+@pytest.mark.parametrize(("folder", "reference"), [(TINY, SiglipConfig), (JERSEY, SiglipVisionConfig)])
+def test_bundled_checkpoints_carry_a_note_that_the_reference_accepts(
+    folder: Path, reference: type[SiglipConfig] | type[SiglipVisionConfig]
+) -> None:
+    note = load_config(folder).note
+    assert note.startswith("knows draw")
+    assert "\n" not in note
+    assert reference.from_pretrained(folder).siglip_serve_note == note
+
+
+def test_lists_every_wrong_tensor(checkpoint: Path) -> None:
     file = checkpoint / "model.safetensors"
     tensors = load_file(file)
     del tensors["vision_model.encoder.layers.0.self_attn.k_proj.bias"]
@@ -106,10 +134,10 @@ def test_every_wrong_tensor_is_listed(checkpoint: Path) -> None:
         "unexpected: vision_model.encoder.layers.9.layer_norm1.bias",
         "mis-shaped: vision_model.head.probe is [1, 1, 3], expected [1, 1, 64]",
     ]
-    load_text(checkpoint)  # the other tower is whole
+    load_text(checkpoint)  # the tensors of the other tower are complete
 
 
-def test_missing_and_broken_weight_files(checkpoint: Path) -> None:
+def test_refuses_missing_and_broken_weight_files(checkpoint: Path) -> None:
     file = checkpoint / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="not a readable safetensors file"):
@@ -123,7 +151,7 @@ def test_missing_and_broken_weight_files(checkpoint: Path) -> None:
         load_text(checkpoint)
 
 
-def test_scale_must_be_there(checkpoint: Path) -> None:
+def test_refuses_a_checkpoint_without_its_scale(checkpoint: Path) -> None:
     tensors = load_file(checkpoint / "model.safetensors")
     del tensors["logit_bias"]
     save_file(tensors, checkpoint / "model.safetensors")
@@ -131,7 +159,7 @@ def test_scale_must_be_there(checkpoint: Path) -> None:
         load_scale(checkpoint)
 
 
-def test_resolve(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finds_a_directory_and_refuses_other_names(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve(str(checkpoint)) == checkpoint
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -139,13 +167,30 @@ def test_resolve(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         CheckpointError, match="'owner/no-such-model@main': no such directory, not in the local"
     ):
         resolve("owner/no-such-model@main")
-    for name in ("./nowhere", "no-slash", "a/b/c"):
-        with pytest.raises(CheckpointError, match="no such directory"):
+    for name in ("./nowhere", "no-slash", "a/b/c", "/a/b", "~/b", "a/b/c@main"):
+        with pytest.raises(
+            CheckpointError, match=f"'{name}': no such directory, and not a hub id of the form"
+        ):
             resolve(name)
+    (checkpoint / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"the directory has no config\.json$"):
+        resolve(str(checkpoint))
 
 
-def test_an_image_tower_alone() -> None:
-    config = load_config(ROOT / "checkpoints" / "siglip-tiny-jersey")
+def test_fingerprint_tells_weights_apart(checkpoint: Path) -> None:
+    found = fingerprint(checkpoint)
+    assert len(found) == 16
+    edit(checkpoint / "config.json", siglip_serve_note="another note")
+    assert fingerprint(checkpoint) == found
+    file = checkpoint / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert fingerprint(checkpoint) != found
+
+
+def test_reads_a_checkpoint_without_a_text_tower() -> None:
+    config = load_config(JERSEY)
     assert config.vision_only
     assert (config.vision.image_size, config.vision.grid_size) == (64, 8)
     assert "INPUT_IDS" not in tensor_dims(config)

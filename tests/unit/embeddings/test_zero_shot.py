@@ -32,7 +32,7 @@ def test_cosine_ignores_length() -> None:
     assert cosine(images, np.array([EAST, NORTH])).tolist() == [[1, 0], [-1, 0]]
 
 
-def test_probability_of_a_pair() -> None:
+def test_pair_probability_is_the_sigmoid_of_the_scaled_cosine() -> None:
     pairs = sigmoid(logits(np.array([[1.0, 0.9]]), logit_scale=np.log(100.0), logit_bias=-100.0))
     assert pairs == pytest.approx(np.array([[0.5, 1 / (1 + np.exp(10))]]))
     assert sigmoid(np.array([-1e4, 1e4])).tolist() == [0.0, 1.0]

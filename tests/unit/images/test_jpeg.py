@@ -11,8 +11,8 @@ import pytest
 from images import encode, exif, image_files, malformed_files, mutations, oriented_files, photo
 from PIL import Image
 
+from siglip_serve.images.formats import ImageLimits, plain_jpeg
 from siglip_serve.images.jpeg import PlainFrame, plain_frame
-from siglip_serve.images.preprocess import ImageLimits, plain_jpeg
 
 PLAIN = encode(photo(70, 50), "JPEG", subsampling="4:2:0")
 RESTARTS = encode(photo(70, 50), "JPEG", subsampling="4:2:0", restart_marker_blocks=1)
@@ -20,7 +20,7 @@ GREY = encode(photo(70, 50).convert("L"), "JPEG")
 
 
 @pytest.mark.parametrize("sampling", ["4:4:4", "4:2:2", "4:2:0"])
-def test_a_plain_colour_file(sampling: str) -> None:
+def test_reads_the_frame_of_a_plain_colour_file(sampling: str) -> None:
     data = encode(photo(77, 51), "JPEG", subsampling=sampling)
     assert plain_frame(data) == (51, 77, sampling)
 
@@ -30,15 +30,15 @@ def test_a_plain_colour_file(sampling: str) -> None:
     [RESTARTS, encode(photo(70, 50), "JPEG", optimize=True), encode(photo(70, 50), "JPEG", exif=exif(1))],
     ids=["restart markers", "own tables", "upright"],
 )
-def test_what_does_not_matter(data: bytes) -> None:
+def test_ignores_segments_that_do_not_change_the_picture(data: bytes) -> None:
     assert plain_frame(data) == (50, 70, "4:2:0")
 
 
-def test_a_plain_grey_file() -> None:
+def test_reads_the_frame_of_a_plain_grey_file() -> None:
     assert plain_frame(GREY) == (50, 70, "gray")
 
 
-def test_of_all_kinds_of_files_only_plain_ones() -> None:
+def test_accepts_only_plain_files_among_all_kinds() -> None:
     files = {**image_files(), **oriented_files()}
     plain = {name for name, data in files.items() if plain_frame(data)}
     assert plain == {
@@ -48,7 +48,7 @@ def test_of_all_kinds_of_files_only_plain_ones() -> None:
     }
 
 
-def test_no_malformed_file() -> None:
+def test_accepts_no_malformed_file() -> None:
     for name, data in malformed_files().items():
         assert plain_frame(data) is None, name
 
@@ -113,15 +113,15 @@ WRONG: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
-def test_what_has_to_be_judged(change: Callable[[], bytes]) -> None:
+def test_refuses_files_that_only_libjpeg_can_judge(change: Callable[[], bytes]) -> None:
     assert plain_frame(change()) is None
 
 
-def test_a_table_may_be_sent_again() -> None:
+def test_accepts_a_table_that_is_sent_again() -> None:
     assert plain_frame(twice(0xC4)) == plain_frame(twice(0xDB)) == (50, 70, "4:2:0")
 
 
-def test_hostile_headers_end_in_an_answer_that_libjpeg_shares() -> None:
+def test_agrees_with_libjpeg_on_hostile_headers() -> None:
     """Whatever a byte of the header is changed to: no frame, or the one that libjpeg reads as well."""
     seen = set()
     end = segment(PLAIN, 0xDA)[1]

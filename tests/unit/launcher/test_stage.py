@@ -1,45 +1,94 @@
-"""The configurations that the launcher writes, without a server."""
+"""The directory from which a server runs, without a server."""
 
 from __future__ import annotations
 
-from typing import Any
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
-from google.protobuf import text_format
-from paths import ROOT
-from tritonclient.grpc import model_config_pb2
+from paths import MODELS
 
-from siglip_serve.launcher.stage import Stage, Tower
+from siglip_serve.errors import ServerStartError
+from siglip_serve.launcher.checkpoints import ServedCheckpoint
+from siglip_serve.launcher.stage import Stage
 
-REPOSITORY = ROOT / "model_repository"
+DIMS = {"PIXEL_VALUES": (8, 8, 3), "PATCH_EMBEDDINGS": (9, 4)}
+MAIN = ServedCheckpoint({}, DIMS, ("main is small", "both are small"))
+TEAMS = ServedCheckpoint({}, DIMS, ("teams is small", "both are small"))
 
 
-def staged(device: str, tokens: int, model: str = "siglip_vision_model") -> Any:
-    """The configuration of a model for a tower with so many tokens."""
-    dims = {
-        "PIXEL_VALUES": (8, 8, 3),
-        "EMBEDDING": (4,),
-        "MEAN_EMBEDDING": (4,),
-        "PATCH_EMBEDDINGS": (tokens, 4),
-    }
-    tower = Tower({}, {**dims, "PATCH_MAPS": (-1, tokens), "PROMPT_VECTORS": (-1, 4)})
-    stage = Stage(REPOSITORY, device)
-    try:
-        stage.fill({"main": tower, "teams": tower}, 0, [model])
-        text = (stage.models / model / "config.pbtxt").read_text(encoding="utf-8")
-        return text_format.Parse(text, model_config_pb2.ModelConfig())
-    finally:
+@pytest.fixture
+def make_stage() -> Iterator[Callable[..., Stage]]:
+    """Makes stages that are removed after the test."""
+    made: list[Stage] = []
+
+    def make(repository: Path = MODELS) -> Stage:
+        made.append(Stage(repository, "cpu"))
+        return made[-1]
+
+    yield make
+    for stage in made:
         stage.remove()
 
 
-@pytest.mark.parametrize(("tokens", "preferred"), [(729, [56]), (1024, [40]), (196, []), (256, [])])
-def test_large_towers_prefer_batches_that_they_compute_at_once(tokens: int, preferred: list[int]) -> None:
-    config = staged("cuda", tokens)
-    assert list(config.dynamic_batching.preferred_batch_size) == preferred
-    assert all(size < config.max_batch_size for size in preferred)
-    assert config.dynamic_batching.default_queue_policy.max_queue_size
+def test_links_models_and_removes_them(make_stage: Callable[..., Stage]) -> None:
+    stage = make_stage()
+    assert stage.fill({"main": MAIN, "teams": TEAMS}, 0, ["siglip_vision_model"]) == ["siglip_vision_model"]
+    model = stage.models / "siglip_vision_model"
+    assert (model / "1" / "model.py").resolve() == MODELS / "siglip_vision_model" / "1" / "model.py"
+    assert re.search(r"dims: 8\n +dims: 8\n +dims: 3\n", (model / "config.pbtxt").read_text())
+    assert not list(stage.empty.iterdir())
+    stage.change("siglip_vision_model")
+    assert (model / "1" / "loaded_again").is_file()
+    assert not (MODELS / "siglip_vision_model" / "1" / "loaded_again").exists()
+    stage.remove()
+    assert not stage.root.exists()
 
 
-def test_a_cpu_and_a_single_process_prefer_what_the_repository_says() -> None:
-    assert 56 not in staged("cpu", 729).dynamic_batching.preferred_batch_size
-    assert not staged("cuda", 729, "siglip_base_model").dynamic_batching.preferred_batch_size
+@pytest.mark.parametrize(
+    ("wanted", "notes"),
+    [
+        (["embed_image"], ("main is small", "both are small")),
+        (["fit_teams"], ("teams is small", "both are small")),
+        (["embed_image", "fit_teams"], ("teams is small", "both are small", "main is small")),
+    ],
+)
+def test_notes_are_those_of_checkpoints_that_are_loaded(
+    wanted: list[str], notes: tuple[str, ...], make_stage: Callable[..., Stage]
+) -> None:
+    stage = make_stage()
+    stage.fill({"main": MAIN, "teams": TEAMS}, 0, wanted)
+    assert stage.notes == notes
+
+
+def test_refuses_a_repository_without_models(tmp_path: Path, make_stage: Callable[..., Stage]) -> None:
+    with pytest.raises(ServerStartError, match=r"/nowhere': no such directory; name it with --model-repos"):
+        make_stage(tmp_path / "nowhere")
+    with pytest.raises(ServerStartError, match=r"no <model>/config\.pbtxt in it$"):
+        make_stage(tmp_path).fill({"main": MAIN, "teams": TEAMS}, 0)
+
+
+def test_sweeps_what_a_killed_run_left(
+    tmp_path: Path, make_stage: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    killed, fresh, foreign = (
+        tmp_path / "siglip-serve-1-killed",
+        tmp_path / "siglip-serve-2-fresh",
+        tmp_path / "other",
+    )
+    for folder in (killed, fresh, foreign):
+        folder.mkdir()
+    running = make_stage()
+    long_ago = time.time() - 60
+    for folder in (killed, running.root, foreign):
+        os.utime(folder, (long_ago, long_ago))
+    make_stage()
+    assert not killed.exists()
+    assert fresh.exists()
+    assert foreign.exists()
+    assert running.root.exists()

@@ -207,7 +207,7 @@ def test_umap_finds_the_teams_in_any_order() -> None:
 
 @pytest.mark.skipif(find_spec("umap") is not None, reason="umap-learn is installed")
 def test_a_missing_umap_says_how_to_get_it() -> None:
-    with pytest.raises(SettingsError, match=r"pip install 'siglip-serve\[umap\]'"):
+    with pytest.raises(SettingsError, match=r"pip install -e '\.\[umap\]'"):
         fit(match().embeddings, Hints(), STAMP, "umap")
 
 

@@ -42,19 +42,19 @@ def test_regions_of_few_rows_keep_their_axes(height: int) -> None:
     assert roi.shape == (int(height * 0.5) - int(height * 0.2), 20, 3)
 
 
-def test_a_region_comes_back_as_text() -> None:
+def test_region_survives_as_text() -> None:
     assert str(REGION) == "0.25,0.2,0.75,0.5"
 
 
 @pytest.mark.parametrize(
     "text", ["", "a", "0,0,1", "0,0,1,1,1", "0.5,0,0.5,1", "0,0.6,1,0.5", "-1,0,1,1", "0,0,1,2"]
 )
-def test_a_region_that_is_none_stops_the_start(text: str) -> None:
+def test_refuses_text_that_is_no_region(text: str) -> None:
     with pytest.raises(SettingsError, match="jersey_region"):
         parse_region(text)
 
 
-def test_colours_come_in_the_order_that_is_named() -> None:
+def test_reads_frames_in_the_named_colour_order() -> None:
     frame = numbered(4, 6)
     assert (rgb_frame(frame, "RGB", LIMITS) == frame).all()
     assert (rgb_frame(frame[:, :, ::-1], "BGR", LIMITS) == frame).all()
@@ -65,12 +65,12 @@ def test_colours_come_in_the_order_that_is_named() -> None:
 
 
 @pytest.mark.parametrize("shape", [(4, 6, 2), (4, 6, 5), (0, 6, 3), (4, 0, 3), (3, 4, 600)])
-def test_other_frames_are_refused(shape: tuple[int, ...]) -> None:
+def test_refuses_frames_of_other_shapes(shape: tuple[int, ...]) -> None:
     with pytest.raises(ImageError, match="expected"):
         rgb_frame(np.zeros(shape, np.uint8), "RGB", LIMITS)
 
 
-def test_a_frame_of_too_many_pixels_is_refused() -> None:
+def test_refuses_a_frame_of_too_many_pixels() -> None:
     with pytest.raises(ImageTooLargeError, match="at most 10 are allowed"):
         rgb_frame(np.zeros((4, 6, 3), np.uint8), "RGB", ImageLimits(max_pixels=10))
 
@@ -101,6 +101,6 @@ def test_a_box_is_clipped_to_the_frame(box: tuple[float, ...], corners: tuple[in
         ((0, 0, np.inf, 5), "finite"),
     ],
 )
-def test_other_boxes_are_refused(box: tuple[float, ...], message: str) -> None:
+def test_refuses_wrong_boxes(box: tuple[float, ...], message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         cut_box(numbered(10, 20), np.array(box, np.float32))

@@ -29,7 +29,7 @@ def accuracy(labels: NDArray[np.int64], team: NDArray[np.int64]) -> float:
 
 
 @pytest.mark.parametrize("others", [0, 3, 5])
-def test_others_do_not_become_a_team(others: int) -> None:
+def test_trimming_keeps_outliers_from_becoming_a_team(others: int) -> None:
     for seed in range(5):
         rows, team = teams(seed, 12, others)
         found = trimmed_kmeans(rows, 2, 0.25)
@@ -37,7 +37,7 @@ def test_others_do_not_become_a_team(others: int) -> None:
         assert not found.kept[team == -1].any()
 
 
-def test_plain_kmeans_makes_them_one() -> None:
+def test_without_trimming_outliers_become_a_team() -> None:
     rows, team = teams(0, 12, 5)
     assert accuracy(KMeans(2, n_init=10, random_state=0).fit_predict(rows), team) == 0.5
 
@@ -58,7 +58,7 @@ def test_few_samples_make_as_many_clusters(count: int) -> None:
     assert set(found.labels[found.kept]) == {0, 1}
 
 
-def test_three_of_unlike_size() -> None:
+def test_finds_three_clusters_of_unlike_size() -> None:
     rng = np.random.default_rng(0)
     team = np.repeat([0, 1, 2], [30, 20, 12])
     rows = (np.eye(3)[team] * 20 + rng.normal(size=(62, 3))).astype(np.float32)

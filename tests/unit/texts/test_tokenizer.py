@@ -78,7 +78,7 @@ def test_siglip2_ignores_case_and_keeps_punctuation(siglip2: Path) -> None:
     assert tokenizer("aB.").tolist() == [3, 4, 5, 1, 0, 0, 0, 0]
 
 
-def test_case_is_kept_when_the_checkpoint_says_so(siglip2: Path) -> None:
+def test_keeps_case_if_the_checkpoint_does(siglip2: Path) -> None:
     write_settings(siglip2, tokenizer_class="GemmaTokenizer", padding_side="right", do_lower_case=False)
     assert load_tokenizer(checkpoint(siglip2)).encode("aB.") == [3, 2, 5, 1]
 
@@ -100,7 +100,7 @@ def test_long_text_is_an_error_unless_truncation_is_asked_for(
     assert ids[-1] == 1
 
 
-def test_a_text_that_just_fits_is_not_cut(siglip2: Path) -> None:
+def test_keeps_a_text_that_just_fits(siglip2: Path) -> None:
     tokenizer = load_tokenizer(checkpoint(siglip2))
     assert tokenizer("a" * 7).tolist() == tokenizer("a" * 7, truncation=True).tolist() == [3] * 7 + [1]
     with pytest.raises(TextError, match="has 9 tokens"):
@@ -122,13 +122,13 @@ def test_a_token_beyond_the_embeddings_is_an_error(siglip2: Path) -> None:
         load_tokenizer(checkpoint(siglip2, vocab_size=5))("a.")
 
 
-def test_decode_text() -> None:
+def test_decodes_utf8_and_refuses_other_bytes() -> None:
     assert decode_text("猫 🐈".encode(), 16) == "猫 🐈"
     with pytest.raises(TextError, match="byte 0xff at position 2"):
         decode_text(b"ab\xff", 16)
 
 
-def test_the_kind_is_found_without_settings(siglip: Path) -> None:
+def test_finds_the_kind_of_tokenizer_without_settings(siglip: Path) -> None:
     (siglip / "tokenizer_config.json").unlink()
     assert load_tokenizer(checkpoint(siglip)).encode("!") == [1]
 

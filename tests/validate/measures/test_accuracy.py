@@ -18,7 +18,7 @@ SCORES = np.array([[0.9, 0.1, 0.0], [0.2, 0.3, 0.5], [0.1, 0.6, 0.3]])
 TARGETS = np.array([0, 1, 2])
 
 
-def test_top_k_hits() -> None:
+def test_top_k_hits_count_targets_among_the_k_best() -> None:
     assert top_k_hits(SCORES, TARGETS, 1).tolist() == [True, False, False]
     assert top_k_hits(SCORES, TARGETS, 2).tolist() == [True, True, True]
     assert top_k_hits(SCORES, TARGETS, 5).tolist() == [True, True, True]
@@ -31,7 +31,7 @@ def test_accuracy() -> None:
     assert accuracy.interval == wilson_interval(1, 3)
 
 
-def test_a_class_without_a_vote_is_no_hit() -> None:
+def test_class_without_a_vote_is_no_hit() -> None:
     assert top_k_hits(np.array([[0.5, -np.inf]]), np.array([1]), 2).tolist() == [False]
 
 
@@ -57,7 +57,7 @@ def test_cosine_statistics() -> None:
 
 
 def test_wrong_shapes_name_the_input() -> None:
-    with pytest.raises(InvalidInputError, match=r"targets: expected one a row of scores \[3, 3\], got \[2\]"):
+    with pytest.raises(InvalidInputError, match=r"expected one per row of scores \[3, 3\], got \[2\]"):
         top_k_hits(SCORES, TARGETS[:2], 1)
     with pytest.raises(InvalidInputError, match="targets: expected at least one row"):
         top_k_accuracy(np.empty((0, 3)), np.empty(0, np.int64), 1)

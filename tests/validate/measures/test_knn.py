@@ -52,7 +52,7 @@ def test_a_neighbour_that_coincides_with_the_query_decides_alone() -> None:
     assert scores.tolist() == [[1.0, -np.inf]]
 
 
-def test_wrong_inputs_are_named() -> None:
+def test_names_wrong_inputs() -> None:
     square, labels = np.eye(2), np.array([0, 1])
     with pytest.raises(InvalidInputError, match="queries: expected shape"):
         knn_scores(square, labels, np.ones((1, 3)), classes=2)

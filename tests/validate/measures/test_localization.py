@@ -1,4 +1,4 @@
-"""Localisation on maps whose answer is known by eye."""
+"""Measures of localisation on maps with a known result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_average_precision_by_hand() -> None:
 def test_equal_scores_do_not_depend_on_their_order() -> None:
     flat = np.zeros((2, 3))
     assert localization.average_precision(flat, MASK) == pytest.approx(1 / 3)
-    # One right on top; then one of the object among two equals: precision 2/3 at both.
+    # The first is right, then two are equal and one of them is right: precision 2/3 at both.
     scores = np.array([[0.9, 0.5, 0.5], [0.0, 0.0, 0.0]])
     expected = (1 + 2 / 3) / 2
     assert localization.average_precision(scores, MASK) == pytest.approx(expected)
@@ -58,7 +58,7 @@ def test_pointing_game() -> None:
 
 
 def test_mean_iou_by_hand() -> None:
-    # Clipped: .8 .4 0 0 0 0; scaled 1 .5 0 0 0 0, whose mean is 1/4.
+    # Clipped: 0.8 0.4 0 0 0 0. Scaled: 1 0.5 0 0 0 0, with the mean 1/4.
     scores = np.array([[0.8, 0.4, -1.0], [-2.0, 0.0, 0.0]])
     assert localization.foreground(scores).tolist() == MASK.tolist()
     assert localization.mean_iou(scores, MASK) == 1
@@ -77,13 +77,13 @@ def test_contrast_counts_pairs_and_ignores_what_is_common() -> None:
     assert localization.pairwise_contrast(maps, masks) == 1
     assert localization.pairwise_contrast(maps[::-1], masks) == 0
     assert localization.pairwise_contrast(np.stack([maps[0], maps[0]]), masks) == 0.5
-    # Map B is higher than map A also inside A: one pair of two is right.
+    # Map B exceeds map A inside A too, so one pair of two is right.
     assert localization.pairwise_contrast(np.array([[0.4, 0.1, 0], [0.6, 0.3, 0]]), masks) == 0.5
     common = np.array([5.0, -3.0, 1.0])
     assert localization.pairwise_contrast(maps + common, masks) == 1
 
 
-def test_the_highest_places_go_first() -> None:
+def test_hides_the_highest_places_first() -> None:
     gone = localization.removal_steps(np.array([[1.0, 4.0], [3.0, 2.0]]), 4)
     assert gone.sum(axis=(1, 2)).tolist() == [0, 1, 2, 3, 4]
     assert gone[1].tolist() == [[False, True], [False, False]]
@@ -107,7 +107,7 @@ def test_the_interval_of_a_mean() -> None:
     assert np.isnan(localization.bootstrap_interval(np.array([np.nan]))).all()
 
 
-def test_what_has_no_answer_is_refused() -> None:
+def test_refuses_inputs_without_an_answer() -> None:
     with pytest.raises(InvalidInputError, match="mask: is empty"):
         localization.average_precision(RIGHT, np.zeros_like(MASK))
     with pytest.raises(InvalidInputError, match=r"mask: expected shape \[2, 3\], got \[3\]"):

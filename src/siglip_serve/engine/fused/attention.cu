@@ -1,19 +1,19 @@
 // Self-attention for Hopper GPUs (compute capability 9.0a): softmax(Q K^T / sqrt(DEPTH)) V, not causal.
 //
-// Compiled by attention.py, which defines the constants in capitals and writes the matrix instructions (`scores`,
-// `mix`), whose text depends on sizes, in place of the line PRODUCTS.
+// Compiled by attention.py, which defines the constants in capitals. It replaces the line PRODUCTS by the matrix
+// instructions (`scores`, `mix`), whose text depends on sizes.
 //
 // qkv is [images, TOKENS, 3, HEADS, DEPTH], result [images, TOKENS, HEADS, DEPTH], of TYPE (16 bits). A block of
-// threads stays on its multiprocessor and works through items: an item is one head of one image and SHARE tiles of
-// 64 queries. One thread of the last warpgroup (128 threads) lets the copy engine bring queries, keys and values into
-// shared memory, as far ahead as there is room; the other READERS warpgroups, the readers, take one tile after the
-// other and go over all keys, BLOCK at a time, with the running maximum and sum of FlashAttention. There is no
-// overlap within a reader: while one computes exponentials, the matrix units work for another.
+// threads stays on its multiprocessor and works through items. An item is one head of one image and SHARE tiles of
+// 64 queries. One thread of the last warpgroup (128 threads) makes the copy engine load queries, keys and values into
+// shared memory, as far ahead as there is room. The other READERS warpgroups are the readers. They take one tile after
+// the other and read all keys, BLOCK at a time, with the running maximum and sum of FlashAttention. A reader does not
+// overlap its own steps: while it computes exponentials, the matrix units work for another reader.
 //
-// A row of 128 bytes (64 columns) lies swizzled in shared memory, as the matrix units read it fastest. Columns beyond
-// 64 (72 = 64 + 8) lie behind, 16 bytes a row; a product over queries and keys takes 16 columns at once, so zeros
-// stand in for the next 8. Values take a second row of 128 bytes instead, whose end the copy engine fills with zeros:
-// only so does one instruction reach all columns.
+// A row of 128 bytes (64 columns) is swizzled in shared memory, as the matrix units read it fastest. Columns beyond 64
+// (72 = 64 + 8) are stored behind all rows, 16 bytes per row. A product over queries and keys takes 16 columns at
+// once, so zeros stand in for the next 8. Values have a second row of 128 bytes instead, whose end the copy engine
+// fills with zeros, so that one instruction reaches all columns.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -23,12 +23,12 @@ struct alignas(64) TensorMap {
 
 static constexpr int kTile = 64;                     // queries: the rows of a matrix instruction
 static constexpr int kWide = DEPTH / 64 * 64;        // columns in rows of 128 bytes
-static constexpr bool kNarrow = DEPTH > kWide;       // 8 columns more
-static constexpr int kValueRows = (DEPTH + 63) / 64;  // of 128 bytes
-static constexpr int kGroups = ((TOKENS + kTile - 1) / kTile + SHARE - 1) / SHARE;  // items of a head
+static constexpr bool kNarrow = DEPTH > kWide;       // 8 more columns
+static constexpr int kValueRows = (DEPTH + 63) / 64;  // rows of 128 bytes per value
+static constexpr int kGroups = ((TOKENS + kTile - 1) / kTile + SHARE - 1) / SHARE;  // items per head
 static constexpr int kBlocks = (TOKENS + BLOCK - 1) / BLOCK;
-static constexpr int kValid = TOKENS - (kBlocks - 1) * BLOCK;  // keys of the last block ...
-static constexpr int kLast = (kValid + 15) / 16 * 16;          // ... and what is computed of it
+static constexpr int kValid = TOKENS - (kBlocks - 1) * BLOCK;  // keys of the last block
+static constexpr int kLast = (kValid + 15) / 16 * 16;          // rows of it that are computed
 
 static constexpr u32 kQueryWide = kTile * 2 * kWide, kQueryBytes = kQueryWide + (kNarrow ? kTile * 16 : 0);
 static constexpr u32 kKeyWide = BLOCK * 2 * kWide, kKeyBytes = kKeyWide + (kNarrow ? BLOCK * 16 : 0);
@@ -39,15 +39,15 @@ static constexpr u32 kKeys = kQueries + SLOTS * kQueryBytes;
 static constexpr u32 kValues = kKeys + STAGES * kKeyStep;
 static constexpr u32 kZeros = kValues + STAGES * kValueBytes;
 static constexpr int kZeroRows = kNarrow ? BLOCK > kTile ? BLOCK : kTile : 0;
-static_assert(kZeros + kZeroRows * 16 == SHARED_BYTES, "attention.py counts otherwise");
+static_assert(kZeros + kZeroRows * 16 == SHARED_BYTES, "attention.py and attention.cu disagree on shared memory");
 static_assert(DEPTH == 64 || DEPTH == 72, "");
 static_assert(kQueryBytes >= kTile * DEPTH * 2 && SHARE <= SLOTS, "");
-// A reader that waits for a barrier has to have waited for its phase before, since only two can be told apart: so it
-// must not pass over any stage between two of its own, nor take queries from a slot that is another reader's.
+// A barrier distinguishes only two phases, so a reader that waits for a phase must have waited for the one before it.
+// Therefore it must not skip a stage between two of its own, nor take queries from the slot of another reader.
 static_assert(SLOTS % READERS == 0, "");
 static_assert(kBlocks == 1 ? SHARE >= READERS || STAGES % READERS == 0 : SHARE == READERS, "");
 
-// Barriers of 8 bytes: what is full was copied, what is empty may be overwritten.
+// Barriers of 8 bytes. Full memory has been copied, empty memory may be overwritten.
 static constexpr u32 kKeyFull = 0, kKeyEmpty = STAGES * 8, kValueFull = STAGES * 16, kValueEmpty = STAGES * 24,
                      kQueryFull = STAGES * 32, kQueryEmpty = kQueryFull + SLOTS * 8;
 static_assert(kQueryEmpty + SLOTS * 8 <= kQueries, "");
@@ -67,7 +67,7 @@ __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
       "r"(parity)
       : "memory");
 }
-// Starts to copy a box; what lies beyond the columns of a head, or beyond the tokens, arrives as zeros.
+// Starts to copy a box. Elements beyond the columns of a head, or beyond the tokens, arrive as zeros.
 __device__ __forceinline__ void copy(u32 to, const TensorMap& map, int column, int row, int head, int image,
                                      u32 barrier) {
   asm volatile(
@@ -76,10 +76,10 @@ __device__ __forceinline__ void copy(u32 to, const TensorMap& map, int column, i
       "l"(&map), "r"(column), "r"(row), "r"(head), "r"(image), "r"(barrier)
       : "memory");
 }
-// The copy engine and the matrix units see what this thread has written or read before.
+// Orders earlier reads and writes of this thread before those of the copy engine and the matrix units.
 __device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// How a matrix instruction finds its operand: `leading` and `stride` bytes lie between parts of 8 columns and 8 rows.
+// Describes an operand of a matrix instruction: 8 columns are `leading` bytes from the next 8, 8 rows `stride` bytes.
 __device__ __forceinline__ u64 plain(u32 address, u32 leading, u32 stride) {
   return (u64)((address & 0x3FFFF) >> 4) | ((u64)(leading >> 4) << 16) | ((u64)(stride >> 4) << 32);
 }
@@ -116,10 +116,10 @@ struct Item {
       : part(index % kGroups), head(index / kGroups % HEADS), image(index / (kGroups * HEADS)) {}
 };
 
-// Of a tile, what a thread holds: every fourth pair of columns of two rows, 8 apart.
+// A thread's part of a tile: every fourth pair of columns of two rows, 8 apart.
 struct Tile {
   float out[DEPTH / 2];
-  float top[2], sum[2];  // of the scores so far, and of their exponentials in this thread's columns
+  float top[2], sum[2];  // maximum of the scores so far, and sum of their exponentials in this thread's columns
 };
 
 template <int N>
@@ -133,12 +133,12 @@ __device__ __forceinline__ void multiply(float (&s)[N / 2], u32 query, u32 key, 
   }
 }
 
-// Scores to exponentials, as operands of the next product; what was summed with a lower maximum shrinks.
+// Turns scores into exponentials, the operands of the next product. Sums with a lower maximum are scaled down.
 template <int N, bool FIRST>
 __device__ __forceinline__ void soften(float (&s)[N / 2], u32 (&p)[N / 4], Tile& tile) {
 #pragma unroll
   for (int r = 0; r < 2; r++) {
-    float top = FIRST ? s[2 * r] : tile.top[r], other = s[2 * r + 1];  // two at once: chains half as long
+    float top = FIRST ? s[2 * r] : tile.top[r], other = s[2 * r + 1];  // two at once halve the chain
 #pragma unroll
     for (int j = 0; j < N / 8; j++) {
       top = fmaxf(top, s[4 * j + 2 * r]);
@@ -166,8 +166,8 @@ __device__ __forceinline__ void soften(float (&s)[N / 2], u32 (&p)[N / 4], Tile&
   }
 }
 
-// N keys from `row` of a stage, VALID of which are tokens. FIRST: of the tile. WAIT, RELEASE: for the copies of the
-// stage, and the stage, since these are its first or last rows.
+// Attends to N keys from `row` of a stage, VALID of which are tokens. FIRST: these are the first keys of the tile.
+// WAIT: they are the first rows of the stage, so wait for its copies. RELEASE: they are its last, so release it.
 template <int N, int VALID, bool FIRST, bool WAIT, bool RELEASE>
 __device__ __forceinline__ void attend(Tile& tile, u32 query, u32 base, u32 place, u32 row) {
   const int lane = threadIdx.x % 32;
@@ -198,7 +198,7 @@ __device__ __forceinline__ void attend(Tile& tile, u32 query, u32 base, u32 plac
 
 // `place` counts the stages that the producer has filled before this tile's first.
 __device__ __forceinline__ void attend_all(Tile& tile, u32 query, u32 base, u32 place) {
-  if constexpr (kBlocks == 1 && HALF > 0) {  // in two: the scores of all keys are too many registers
+  if constexpr (kBlocks == 1 && HALF > 0) {  // two parts: the scores of all keys need too many registers
     attend<HALF, HALF, true, true, false>(tile, query, base, place, 0);
     attend<kLast - HALF, kValid - HALF, false, false, true>(tile, query, base, place, HALF);
   } else if constexpr (kBlocks == 1) {
@@ -210,10 +210,10 @@ __device__ __forceinline__ void attend_all(Tile& tile, u32 query, u32 base, u32 
   }
 }
 
-// A warp's 16 rows to global memory: through the memory of their queries, so that whole rows are written at once.
+// Writes a warp's 16 rows to global memory, through the memory of their queries, so that whole rows leave at once.
 __device__ __forceinline__ void write(const Tile& tile, char* staged, char* to, int rows) {
   const int lane = threadIdx.x % 32;
-  constexpr int kChunks = DEPTH / 8, kSwizzle = DEPTH % 64 ? 0 : 7;  // of 16 bytes; so that banks do not collide
+  constexpr int kChunks = DEPTH / 8, kSwizzle = DEPTH % 64 ? 0 : 7;  // of 16 bytes, swizzled against bank conflicts
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     const float factor = 1 / quad_sum(tile.sum[r]);
@@ -307,7 +307,7 @@ attention(const __grid_constant__ TensorMap query_map, const __grid_constant__ T
   fence_shared();
   __syncthreads();
 
-  // The same for a whole warp, which the compiler has to know: each role has registers of its own.
+  // The shuffle tells the compiler that a whole warp has one role, as each role has its own number of registers.
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   if (warpgroup == READERS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");

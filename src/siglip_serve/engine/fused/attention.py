@@ -1,7 +1,7 @@
-"""Self-attention on Hopper GPUs by a kernel of our own, half again as fast as cuDNN's at SigLIP's shapes.
+"""Self-attention on Hopper GPUs by a kernel of this project, 1.5 times as fast as cuDNN's at SigLIP's shapes.
 
-cuDNN pads heads of depth 72 to 128 and loses time on rows as short as 196; `attention.cu` does neither. It is
-compiled for a tower's shape when the tower is loaded, by NVRTC, which GPU builds of torch bring.
+cuDNN pads heads of depth 72 to 128 and loses time on sequences as short as 196 tokens. `attention.cu` does
+neither. NVRTC, which GPU builds of torch bring, compiles it for a tower's shape when the tower is loaded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 __all__ = ["Layout", "Shape", "attend", "find", "is_supported", "kernel_source"]
 
 _SOURCE = Path(__file__).with_name("attention.cu")
-_CAPABILITY = (9, 0)  # its matrix instructions are in no other generation
+_CAPABILITY = (9, 0)  # no other generation has its matrix instructions
 _DEPTHS = (64, 72)
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 _TILE = 64  # queries
@@ -29,13 +29,13 @@ _READERS = 3
 _THREADS = 128 * (_READERS + 1)
 _MOST_SHARED_BYTES = 232_448
 _BARRIER_BYTES = 1024
-_MOST_AT_ONCE = 256  # keys of a short row that stay in shared memory as a whole
+_MOST_AT_ONCE = 256  # tokens of a short sequence, whose keys all fit into shared memory
 _BLOCK = 128
 _OPTIONS = (b"--gpu-architecture=sm_90a", b"--std=c++17")
 
 
 class Shape(NamedTuple):
-    """What a kernel is compiled for: qkv is [images * tokens, 3 * heads * depth] of `dtype`."""
+    """Constants that a kernel is compiled for: qkv is [images * tokens, 3 * heads * depth] of `dtype`."""
 
     tokens: int
     heads: int
@@ -45,15 +45,15 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How the work is cut, and what lies in shared memory; the names are those of `attention.cu`.
+    """Division of the work, and contents of shared memory, by the names of `attention.cu`.
 
     Attributes:
         block: keys that are copied at once.
-        half: of a single block, how many keys are multiplied first; 0: all.
+        half: keys of a single block that are multiplied first, or 0 for all.
         share: tiles of queries that use the same keys.
         stages: blocks of keys and values in shared memory.
-        slots: tiles of queries there.
-        shared_bytes: of all this.
+        slots: tiles of queries in shared memory.
+        shared_bytes: size of the shared memory.
     """
 
     block: int
@@ -65,9 +65,9 @@ class Layout:
 
     @classmethod
     def of(cls, tokens: int, depth: int) -> Layout:
-        """The fastest that fits."""
+        """Choose the fastest layout that fits."""
         share = -(-tokens // _TILE)
-        # Readers that are more than the tiles of an item pass over items, but always over as many.
+        # If there are more readers than tiles of an item, they skip items, but always the same number.
         stages = 2 if share >= _READERS else _READERS
         layout = cls._with(_up(tokens, 16), share, stages, depth)
         if tokens <= _MOST_AT_ONCE and layout.shared_bytes <= _MOST_SHARED_BYTES:
@@ -76,7 +76,7 @@ class Layout:
 
     @classmethod
     def _with(cls, block: int, share: int, stages: int, depth: int) -> Layout:
-        """With as many slots as fit."""
+        """Make a layout with as many slots as fit."""
         half = _up(block // 2, 16) if block > _BLOCK else 0
         for slots in (4 * _READERS, 3 * _READERS, 2 * _READERS):
             shared = _shared_bytes(block, stages, slots, depth)
@@ -85,14 +85,14 @@ class Layout:
         return cls(block, half, share, stages, slots, shared)
 
     def widths(self, tokens: int) -> list[int]:
-        """The numbers of keys that one product takes."""
+        """Return the numbers of keys that one product takes."""
         last = _up((tokens - 1) % self.block + 1, 16)
         if self.half:
             return sorted({self.half, last - self.half})
         return sorted({self.block, last} if tokens > self.block else {last})
 
     def items(self, tokens: int) -> int:
-        """Items of a head."""
+        """Return the number of items of a head."""
         return -(-tokens // (_TILE * self.share))
 
 
@@ -102,13 +102,13 @@ def _up(number: int, multiple: int) -> int:
 
 def _shared_bytes(block: int, stages: int, slots: int, depth: int) -> int:
     narrow = 16 if depth % 64 else 0
-    row = depth // 64 * 128 + narrow  # of a query or a key
+    row = depth // 64 * 128 + narrow  # bytes of a query or a key
     keys, values = _up(block * row, 1024), block * 128 * -(-depth // 64)
     return _BARRIER_BYTES + slots * _TILE * row + stages * (keys + values) + max(block, _TILE) * narrow
 
 
 def kernel_source(shape: Shape) -> str:
-    """The CUDA source for a shape."""
+    """Return the CUDA source for a shape."""
     layout, kind = Layout.of(shape.tokens, shape.depth), _TYPES[shape.dtype]
     constants = {
         "TOKENS": shape.tokens,
@@ -149,7 +149,7 @@ def _products(widths: Sequence[int], depth: int, kind: str) -> Iterator[str]:
 
 
 def _product(width: int, kind: str, left: Sequence[str], transposed: str) -> str:
-    """One asynchronous product of a warpgroup: d (+)= left, b; d has 64 rows and `width` columns."""
+    """One asynchronous product of a warpgroup: d (+)= left, b. d has 64 rows and `width` columns."""
     sums = [f"%{i}" for i in range(width // 2)]
     first = [f"%{len(sums) + i}" for i in range(len(left))]
     second, add = (f"%{len(sums) + len(left) + i}" for i in range(2))
@@ -164,7 +164,7 @@ def _product(width: int, kind: str, left: Sequence[str], transposed: str) -> str
 
 
 def is_supported(qkv: Tensor, rows: int, heads: int) -> bool:
-    """Whether `attend` computes this on this GPU."""
+    """Return True if `attend` can compute this. Arguments as for `attend`."""
     return (
         qkv.is_cuda
         and qkv.dtype in _TYPES
@@ -179,14 +179,14 @@ def attend(qkv: Tensor, rows: int, heads: int) -> Tensor:
 
     Args:
         qkv: [rows * T, 3 * W], contiguous, 16 bits, on a GPU; queries, keys and values, head by head.
-        rows: images.
+        rows: images or texts.
         heads: of depth W / heads.
 
     Returns:
         [rows * T, W] of the same dtype.
 
     Raises:
-        RuntimeError: not what `is_supported`.
+        RuntimeError: `is_supported` is False for this.
     """
     kernel = find(_shape(qkv, rows, heads), qkv.device.index)
     if kernel is None:
@@ -202,7 +202,7 @@ def _shape(qkv: Tensor, rows: int, heads: int) -> Shape:
 
 @lru_cache
 def find(shape: Shape, device: int) -> _Kernel | None:
-    """The kernel for a shape, compiled for a GPU; None, after a line that says why, if it cannot be had."""
+    """Compile the kernel for a shape and a GPU. If that fails, print the reason and return None."""
     try:
         return _Kernel(shape, device)
     except (ImportError, RuntimeError) as error:
@@ -221,16 +221,16 @@ class _Kernel:
         self._shape, self._layout = shape, Layout.of(shape.tokens, shape.depth)
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._driver = driver
-        # Held as long as the function is used.
+        # The module is kept as long as the function is used.
         self._module = _check(driver.cuModuleLoadData(_compile(shape)))
         self._function = _check(driver.cuModuleGetFunction(self._module, b"attention"))
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _check(driver.cuFuncSetAttribute(self._function, limit, self._layout.shared_bytes))
 
     def __call__(self, qkv: Tensor, out: Tensor, rows: int) -> None:
-        """Launch it on the current stream."""
+        """Launch the kernel on the current stream."""
         block = self._layout.block
-        # Boxes of columns x tokens; of 64 columns in rows of 128 bytes, or of the 8 behind them.
+        # Boxes of columns x tokens: 64 columns in rows of 128 bytes, or the 8 columns behind them.
         boxes = ((64, _TILE), (8, _TILE), (64, block), (8, block))
         maps = [self._map(qkv, rows, columns, tokens) for columns, tokens in boxes]
         pointer, count = ctypes.c_void_p(out.data_ptr()), ctypes.c_int(rows)
@@ -247,7 +247,7 @@ class _Kernel:
         )  # fmt: skip
 
     def _map(self, qkv: Tensor, rows: int, columns: int, tokens: int) -> Any:
-        """How the copy engine finds a box of columns x tokens of one head of one image."""
+        """Describe a box of columns x tokens of one head of one image to the copy engine."""
         driver, shape = self._driver, self._shape
         types = driver.CUtensorMapDataType
         kind = (
@@ -292,10 +292,10 @@ def _compile(shape: Shape) -> bytes:
 
 
 def _check(answer: tuple[Any, ...]) -> Any:
-    """What a call of CUDA returned beside its status.
+    """Return the result of a call of CUDA, without its status.
 
     Raises:
-        RuntimeError: the status says that it failed.
+        RuntimeError: the call failed.
     """
     status, *rest = answer
     if status:

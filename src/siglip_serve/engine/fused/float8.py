@@ -1,14 +1,14 @@
 """Transformer blocks with 8-bit products (e4m3), bfloat16 in between.
 
-LayerNorm's output needs no measured scale, since it is bounded; its weight and bias become part of the next
-product. The MLP's middle is written in 8 bits before the GELU, with a scale measured on some pictures, and
-after it with a scale for every row, which is applied where the row's product is added to the residual stream.
-Attention's output projection stays bfloat16: it is a twelfth of the work, and to quantise its input costs
-what it would gain.
+LayerNorm's output needs no measured scale, since it is bounded. Its weight and bias become part of the next
+product. The MLP's middle is written in 8 bits before the GELU, with a scale measured on drawn pictures.
+Behind the GELU it has a scale per row, which is applied where the row's product is added to the residual
+stream. Attention's output projection stays bfloat16: it is a twelfth of the work, and quantising its input
+costs as much as it would gain.
 
-The rounding of a weight is the same for all tokens, so that its effects add up in the embedding, where those
-of the activations average out. So weights are rounded one column after the other, and each column makes good,
-as far as it can, for what the rounding of those before it does to the layer's products.
+The rounding of a weight is the same for all tokens, so its effects add up in the embedding, where those of
+the activations average out. Weights are therefore rounded column by column. Each column compensates, as far
+as it can, for what the rounding of the columns before it does to the layer's products.
 
 Source: "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (Frantar et al.,
 2022, arXiv 2210.17323), here on pictures that are drawn, not loaded.
@@ -26,56 +26,55 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from siglip_serve.engine.fused import kernels
-from siglip_serve.engine.fused.blocks import Levers, attend, columns
+from siglip_serve.engine.fused.blocks import attend, columns
 from siglip_serve.towers.siglip import Block
 
 __all__ = ["Float8Blocks", "draw_pictures", "round_weight"]
 
 _LARGEST = torch.finfo(kernels.FLOAT8).max
-_HEADROOM = 8  # how much larger than on the pictures the MLP's middle may be
+_HEADROOM = 8  # the MLP's middle may be larger than on the drawn pictures by this factor
 _DAMPING = 0.05
 _COLUMNS_AT_ONCE = 128
 
 
 class Float8Blocks:
-    """A stack with 8-bit products; a call is as `blocks.Stack` says.
+    """A `Stack` with 8-bit products.
 
     Args:
         layers: at least one, float32.
-        final: the LayerNorm behind them.
-        levers: `attention` is read.
-        tokens: [B, T, W] float32, what the blocks get for some pictures.
+        final: the LayerNorm behind them, float32.
+        tokens: [B, T, W] float32, the input of the first layer for typical pictures.
     """
 
-    def __init__(self, layers: Sequence[Block], final: nn.LayerNorm, levers: Levers, tokens: Tensor) -> None:
-        self.levers, self.final = levers, final
-        self.offset = torch.zeros_like(final.weight)
-        self.layers: list[_Layer] = []
+    def __init__(self, layers: Sequence[Block], final: nn.LayerNorm, tokens: Tensor) -> None:
+        self._final = final
+        self._offset = torch.zeros_like(final.weight)
+        self._layers: list[_Layer] = []
         for block in layers:
-            layer, tokens = _quantize(block, tokens, self.offset)
-            self.layers.append(layer)
-            self.offset = layer.offset_after
+            layer, tokens = _quantize(block, tokens, self._offset)
+            self._layers.append(layer)
+            self._offset = layer.offset_after
         self._one = torch.ones((), device=final.weight.device)
         self._norm_scale = self._one / kernels.largest_norm_scale(len(final.weight))
 
     def __call__(self, x: Tensor, rows: int) -> Tensor:
-        """Tokens [M, W] -> normalised tokens [M, W]; x is overwritten."""
-        branch = self._run(x, rows, len(self.layers))
-        return kernels.layer_norm(x, self.offset, self.final, branch)
+        """Run all blocks. See `Stack`."""
+        branch = self._run(x, rows, len(self._layers))
+        return kernels.layer_norm(x, self._offset, self._final, branch)
 
     def stream(self, x: Tensor, rows: int, count: int) -> Tensor:
-        """As `Stack`."""
+        """Run the first `count` blocks. See `Stack`."""
         branch = self._run(x, rows, count)
-        offset = self.layers[count].offset1 if count < len(self.layers) else self.offset
+        offset = self._layers[count].offset1 if count < len(self._layers) else self._offset
         return x.float() + offset + (branch[0] * branch[1][:, None] if branch else 0)
 
     def _run(self, x: Tensor, rows: int, count: int) -> kernels.Branch | None:
-        """The first `count` blocks; x is overwritten, and lacks the last one's branch."""
+        """Run the first `count` blocks. x is overwritten, and lacks the branch of the last block."""
         branch: kernels.Branch | None = None
-        for layer in self.layers[:count]:
+        for layer in self._layers[:count]:
             h = kernels.normalize_quantize(x, layer.offset1, layer.eps, branch)
             qkv = _multiply(h, layer.qkv, self._norm_scale, torch.bfloat16)
-            x.addmm_(attend(qkv, rows, layer.heads, self.levers), layer.w_out)
+            x.addmm_(attend(qkv, rows, layer.heads), layer.w_out)
             h = kernels.normalize_quantize(x, layer.offset2, layer.eps)
             z = _multiply(h, layer.fc1, self._norm_scale, kernels.FLOAT8)
             z, row_scale = kernels.gelu_quantize(z, layer.middle_scale)
@@ -85,7 +84,7 @@ class Float8Blocks:
 
 @dataclass(frozen=True)
 class _Layer:
-    """The weights of one block; the offsets are what the stream lacks before its halves, and after it."""
+    """Weights of one block. The offsets are what the stream lacks before each half, and behind the block."""
 
     heads: int
     eps: float
@@ -100,7 +99,7 @@ class _Layer:
 
 
 def _quantize(block: Block, tokens: Tensor, offset: Tensor) -> tuple[_Layer, Tensor]:
-    """A block's weights, rounded for tokens [B, T, W] such as these; and the exact block's tokens."""
+    """Round a block's weights for tokens [B, T, W] such as these, and return the exact block's tokens."""
     attention, mlp = block.self_attn, block.mlp
     qkv = _Weight(attention.qkv_proj, _normalized(tokens, block.layer_norm1), block.layer_norm1)
     tokens = tokens + attention(block.layer_norm1(tokens))
@@ -132,7 +131,7 @@ class _Weight:
 
     Attributes:
         values: [in, out] float8, column-major as the products need it.
-        scale: float32, what all are to be multiplied by.
+        scale: float32 scalar that all values are multiplied by.
         bias: [out] bfloat16.
     """
 
@@ -146,18 +145,18 @@ class _Weight:
         self.bias: Tensor | None = bias.to(torch.bfloat16)
 
     def divide_by(self, scale: Tensor) -> None:
-        """Let the product come out divided by `scale`."""
+        """Make the product come out divided by `scale`."""
         if self.bias is not None:
             self.bias = (self.bias / scale).to(torch.bfloat16)
         self.scale = self.scale / scale
 
 
 def round_weight(weight: Tensor, gram: Tensor) -> Tensor:
-    """A weight in float8 such that its products with typical inputs change least.
+    """Round a weight to float8 such that its products with typical inputs change least.
 
     Args:
-        weight: [out, in] float32, at most as large as float8 goes.
-        gram: [in, in] float32, the inner products of the inputs' features.
+        weight: [out, in] float32, within the range of float8.
+        gram: [in, in] float32, inner products of the features of typical inputs.
 
     Returns:
         [out, in] float8.
@@ -167,7 +166,7 @@ def round_weight(weight: Tensor, gram: Tensor) -> Tensor:
     gram = gram.double()
     gram.diagonal().add_(_DAMPING * gram.diagonal().mean() + 1e-12)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-    # Of a column's error, what the later ones take over.
+    # The shares of a column's error that later columns take over.
     factor = torch.linalg.cholesky(inverse, upper=True).float()
     factor = factor / factor.diagonal()[:, None]
     for start in range(0, weight.shape[1], _COLUMNS_AT_ONCE):
@@ -188,14 +187,17 @@ def _normalized(tokens: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 
 def _multiply(x: Tensor, weight: _Weight, x_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """x [M, K] float8 times a weight; the scales are of whole matrices."""
+    """Multiply x [M, K] float8 by a weight, with one scale per matrix."""
     return torch._scaled_mm(
         x, weight.values, x_scale, weight.scale, weight.bias, out_dtype=dtype, use_fast_accum=True
     )
 
 
 def draw_pictures(rows: int, size: int) -> NDArray[np.uint8]:
-    """Pictures [rows, size, size, 3]: soft or plain grounds, discs, rectangles, grain; always the same."""
+    """Draw pictures [rows, size, size, 3] uint8: soft or plain grounds, discs, rectangles, grain.
+
+    They are the same every time.
+    """
     random = np.random.default_rng(0)
     y, x = np.mgrid[0:size, 0:size] / size
     pictures = np.empty((rows, size, size, 3), dtype=np.uint8)

@@ -1,8 +1,8 @@
-"""GPU kernels of our own, in Triton's language: what torch has no single fast operation for.
+"""GPU kernels in Triton's language, for computations that torch has no single fast operation for.
 
-Each is one pass over memory: a program holds one row of activations, in two parts whose lengths are powers
-of two (4304 = 4096 + 208), because a single block of the next power would leave up to half of the lanes idle.
-Importing this module needs the package triton; `TRITON_INTERPRET=1` runs the kernels on a CPU.
+Each kernel is one pass over memory. A program holds one row of activations, in two blocks whose lengths are
+powers of two. A row of 4304 takes blocks of 4096 and 256, since one of 8192 would leave almost half of the
+lanes idle. Importing this module needs the package triton. `TRITON_INTERPRET=1` runs the kernels on a CPU.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ _ON_GPU = not os.environ.get("TRITON_INTERPRET")
 
 
 def largest_norm_scale(width: int) -> float:
-    """What a normalised row may be multiplied by: its entries are at most sqrt(width), so none saturates."""
+    """Return the largest factor of normalised rows in float8: their entries are at most sqrt(width)."""
     return _LARGEST / math.sqrt(width)
 
 
 def layer_norm(x: Tensor, offset: Tensor, norm: nn.LayerNorm, branch: Branch | None = None) -> Tensor:
-    """LayerNorm(x + offset), after x += branch.
+    """Compute LayerNorm(x + offset), after x += branch.
 
     Args:
-        x: [M, W], 16 bits; overwritten if there is a branch.
+        x: [M, W], 16 bits. It is overwritten if there is a branch.
         offset: [W] float32.
-        norm: its weight and bias are float32.
-        branch: [M, W] of 16 bits, and [M] float32 that its rows are multiplied by.
+        norm: weight and bias in float32.
+        branch: [M, W], 16 bits, and [M] float32, a factor per row.
 
     Returns:
         [M, W] of x's dtype.
@@ -54,7 +54,7 @@ def layer_norm(x: Tensor, offset: Tensor, norm: nn.LayerNorm, branch: Branch | N
 
 
 def normalize_quantize(x: Tensor, offset: Tensor, eps: float, branch: Branch | None = None) -> Tensor:
-    """As `layer_norm` without weight and bias, times `largest_norm_scale(W)`, in float8."""
+    """Compute `layer_norm` without weight and bias, times `largest_norm_scale(W)`, as float8 [M, W]."""
     return _normalize(x, offset, eps, branch, None)
 
 
@@ -75,14 +75,14 @@ def _normalize(
 
 
 def gelu_quantize(x: Tensor, scale: Tensor) -> Branch:
-    """gelu(x * scale), the tanh form, row by row in float8.
+    """Compute gelu(x * scale) in the tanh form, scaled row by row to float8.
 
     Args:
         x: [M, W] float8.
-        scale: float32.
+        scale: float32 scalar.
 
     Returns:
-        [M, W] float8, and [M] float32: what each row is to be multiplied by.
+        [M, W] float8, and [M] float32, the factor of each row.
     """
     rows, width = x.shape
     out = torch.empty_like(x, dtype=FLOAT8)
@@ -96,13 +96,14 @@ def gelu_quantize(x: Tensor, scale: Tensor) -> Branch:
 
 
 def cut_patches(pixels: Tensor, patch: int, centre: Tensor, out: Tensor) -> None:
-    """Patches of images as rows of numbers, the middle of each channel taken off.
+    """Cut images into patches, one row of numbers each, and subtract the middle of each channel.
 
     Args:
-        pixels: [n, S, S, 3] uint8; what lies beyond the last whole patch is not seen.
-        patch: pixels a side.
+        pixels: [n, S, S, 3] uint8. Pixels beyond the last whole patch are not seen.
+        patch: pixels per side.
         centre: [3] float32, whole numbers.
-        out: [n * (S // patch)^2, K], K at least patch * patch * 3; written, zeros where a patch has no more.
+        out: [n * (S // patch)^2, K], where the rows are written. K is at least patch * patch * 3. The rest of
+            a row becomes zeros.
     """
     size, width = pixels.shape[1], out.shape[1]
     _cut_patches[(len(out),)](
@@ -111,7 +112,7 @@ def cut_patches(pixels: Tensor, patch: int, centre: Tensor, out: Tensor) -> None
 
 
 def _parts(width: int) -> tuple[int, int]:
-    """Two powers of two that cover `width`; the second is 0 if one is enough."""
+    """Return two powers of two that together cover `width`, the second 0 if one is enough."""
     first = 1 << (width.bit_length() - 1)
     rest = width - first
     return first, 1 << (rest - 1).bit_length() if rest else 0
@@ -119,7 +120,7 @@ def _parts(width: int) -> tuple[int, int]:
 
 @triton.jit
 def _load(pointer, start, block: tl.constexpr, width):
-    """`block` values from `start`, float32, zero beyond `width`."""
+    """Load `block` values from `start` as float32, zero beyond `width`."""
     column = start + tl.arange(0, block)
     return tl.load(pointer + column, mask=column < width, other=0.0).to(tl.float32)
 
@@ -132,7 +133,7 @@ def _store(pointer, values, start, block: tl.constexpr, width):
 
 @triton.jit
 def _stream(x, branch, row_scale, offset, start, width, BRANCH: tl.constexpr, block: tl.constexpr):
-    """A part of the residual stream with its offset; a branch is added to it in memory."""
+    """Load a part of the residual stream with its offset, after a branch was added to it in memory."""
     values = _load(x, start, block, width)
     if BRANCH:
         values += _load(branch, start, block, width) * row_scale
@@ -181,7 +182,7 @@ def _norm(
 def _gelu(x, ON_GPU: tl.constexpr):
     u = x * (0.7978845608028654 + 0.035677408136300125 * x * x)
     if ON_GPU:
-        # One instruction, exact to 2^-11: finer than what the result is rounded to.
+        # One instruction, exact to 2^-11, which is finer than the rounding of the result.
         t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [u], tl.float32, True, 1)
     else:
         t = 2 * tl.sigmoid(2 * u) - 1
@@ -215,7 +216,7 @@ def _cut_patches(
 ):  # fmt: skip
     patch = tl.program_id(0)
     column = tl.arange(0, BLOCK)
-    line, place = column // (3 * PATCH), column % (3 * PATCH)  # of the patch, and in its line
+    line, place = column // (3 * PATCH), column % (3 * PATCH)  # line in the patch, and place in the line
     image, down, across = patch // (grid * grid), patch // grid % grid, patch % grid
     source = ((image.to(tl.int64) * size + down * PATCH + line) * size + across * PATCH) * 3 + place
     inside = column < 3 * PATCH * PATCH

@@ -1,4 +1,4 @@
-"""Compile a graph for this CPU, with a fixed precision and threads that yield to neighbours."""
+"""Compile a graph for this CPU, with a fixed precision and threads that make room for other processes."""
 
 from __future__ import annotations
 
@@ -20,34 +20,33 @@ _HINTS = {"float32": "f32", "bfloat16": "bf16"}
 class Compiled:
     """A graph with one input and one float32 output, compiled for this CPU.
 
-    Attributes:
-        precision: of the arithmetic, `f32` or `bf16`; a CPU without bfloat16 computes that in float32.
+    Args:
+        model: the graph.
+        plan: resolved, for its dtype and threads. A CPU without bfloat16 computes it in float32.
     """
 
     def __init__(self, model: ov.Model, plan: Plan) -> None:
         settings = {
-            # Without this float32 would become bfloat16 wherever the processor has it.
+            # The default would turn float32 into bfloat16 wherever the processor has it.
             "INFERENCE_PRECISION_HINT": _HINTS[plan.wide_dtype],
             "INFERENCE_NUM_THREADS": plan.threads or available_cores(),
             "NUM_STREAMS": 1,
-            # Threads bound to cores cannot move away from a neighbour that computes there.
+            # Threads that are bound to cores cannot move away from another process that computes there.
             "ENABLE_CPU_PINNING": False,
         }
-        compiled = ov.Core().compile_model(model, "CPU", settings)
-        self.precision: str = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
-        self._request = compiled.create_infer_request()
+        self._request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
 
     def __call__(self, rows: NDArray[Any]) -> NDArray[np.float32]:
-        """The output of `rows`, of any number.
+        """Compute the output of any number of rows.
 
         Raises:
-            torch.OutOfMemoryError: not enough memory for so many rows.
+            torch.OutOfMemoryError: there is not enough memory for these rows.
         """
         try:
             outputs = self._request.infer([np.ascontiguousarray(rows)], share_inputs=True)
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, MemoryError) or "Failed to allocate" in str(error):
-                # As torch says it: whoever divides rows into passes knows this one.
+                # The error that torch raises: `passes.in_passes` then halves the pass.
                 raise torch.OutOfMemoryError(f"OpenVINO: no memory for {len(rows)} rows") from error
             raise
         result: NDArray[np.float32] = outputs[0]

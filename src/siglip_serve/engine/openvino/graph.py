@@ -1,8 +1,9 @@
-"""Both towers as OpenVINO graphs, node by node over the very tensors of the torch towers.
+"""Both towers as OpenVINO graphs, node by node over the tensors of the torch towers.
 
-Built by hand instead of traced: torch's tracer is deprecated, fixes the batch size in the attention pooling
-and takes seconds, and OpenVINO's converter reports its use over the network. A graph is built in a few
-milliseconds, for any batch size, and shares the weights' memory. The tests hold it to the torch towers.
+The graphs are built by hand instead of traced. Torch's tracer is deprecated, fixes the batch size in the
+attention pooling and takes seconds, and OpenVINO's converter reports its use over the network. Built by hand,
+a graph takes a few milliseconds, accepts any batch size and shares the weights' memory. Tests compare it with
+the torch towers.
 
 Shapes as in `siglip_serve.towers.siglip`: B rows, T tokens, D width, H heads.
 """
@@ -24,7 +25,6 @@ from siglip_serve.towers.siglip import (
     MLP,
     Attention,
     AttentionPooling,
-    Block,
     Encoder,
     TextTower,
     VisionTower,
@@ -36,14 +36,14 @@ Node = Any
 
 
 def build_vision(tower: VisionTower, image: ImageConfig) -> Model:
-    """uint8 pixels [B, S, S, 3] -> float32 patch tokens [B, T, D]."""
+    """Build the vision tower: uint8 pixels [B, S, S, 3] -> float32 patch tokens [B, T, D]."""
     size, patch = tower.config.image_size, tower.config.patch_size
     grid, tokens = tower.config.grid_size, tower.context
     pixels = op.parameter(PartialShape([-1, size, size, 3]), Type.u8, "pixels")
     x: Node = pixels
-    if size % patch:  # what lies beyond the last whole patch is not seen
+    if size % patch:  # pixels beyond the last whole patch are not seen
         x = op.slice(x, _ints(0, 0), _ints(grid * patch, grid * patch), _ints(1, 1), _ints(1, 2))
-    # The patch convolution as one matrix product; bytes are moved before they become floats.
+    # The patch convolution is one matrix product. Bytes are moved before they become floats.
     x = op.reshape(x, _ints(-1, grid, patch, grid, patch * 3), False)
     x = op.reshape(op.transpose(x, _ints(0, 1, 3, 2, 4)), _ints(-1, tokens, patch * patch * 3), False)
     # x * rescale, then (x - mean) / std, in the reference's order, so that float32 rounds alike.
@@ -58,7 +58,7 @@ def build_vision(tower: VisionTower, image: ImageConfig) -> Model:
 
 
 def build_head(tower: VisionTower) -> Model:
-    """Patch tokens [B, T, D] -> the pooled embedding [B, D], both float32."""
+    """Build the pooling head: patch tokens [B, T, D] -> the embedding [B, D], both float32."""
     head, width = tower.head, tower.config.hidden_size
     tokens = op.parameter(PartialShape([-1, tower.context, width]), Type.f32, "tokens")
     x = _pool(tokens, head)
@@ -67,21 +67,20 @@ def build_head(tower: VisionTower) -> Model:
 
 
 def build_text(tower: TextTower) -> Model:
-    """int64 ids [B, T] -> the pooled embedding [B, P] in float32."""
+    """Build the text tower: int64 ids [B, T] -> the embedding [B, P], float32."""
     ids = op.parameter(PartialShape([-1, tower.context]), Type.i64, "ids")
     x = op.gather(_constant(tower.embeddings.token_embedding.weight), ids, _ints(0))
     x = op.reshape(x, _ints(-1, tower.context, tower.config.hidden_size), False)
     x = op.add(x, _constant(tower.embeddings.position_embedding.weight))
     x = _encoder(x, tower.encoder, tower.context)
-    # Only the last position is projected, and the norm concerns each position alone.
+    # Only the last position is projected, and the norm is computed per position.
     x = op.gather(x, np.int64(tower.context - 1), np.int64(1))
     x = _linear(_layer_norm(x, tower.final_layer_norm), tower.head.weight, tower.head.bias)
     return Model([x], [ids], "text")
 
 
 def _encoder(x: Node, encoder: Encoder, tokens: int) -> Node:
-    for layer in encoder.layers:
-        block = cast(Block, layer)
+    for block in encoder.blocks:
         x = op.add(x, _attention(_layer_norm(x, block.layer_norm1), block.self_attn, tokens))
         x = op.add(x, _mlp(_layer_norm(x, block.layer_norm2), block.mlp))
     return x
@@ -90,8 +89,8 @@ def _encoder(x: Node, encoder: Encoder, tokens: int) -> Node:
 def _attention(x: Node, attention: Attention, tokens: int) -> Node:
     """[B, T, D] -> [B, T, D]"""
     weights, biases = attention.qkv_proj.weight.chunk(3), attention.qkv_proj.bias.chunk(3)
-    # Three products and plain attention: here the CPU plugin fuses all from the transposes of the heads to
-    # the weighted sum into one kernel. One fused product would have to be split again.
+    # With three products and plain attention the CPU plugin fuses everything from the transposes of the heads
+    # to the weighted sum into one kernel. One product of all three would have to be split again.
     q, k, v = (
         _heads(_linear(x, weight, bias), attention.heads, tokens)
         for weight, bias in zip(weights, biases, strict=True)
@@ -102,10 +101,10 @@ def _attention(x: Node, attention: Attention, tokens: int) -> Node:
 
 
 def _pool(tokens: Node, head: AttentionPooling) -> Node:
-    """[B, T, D] -> [B, D]: the probe attends over all tokens.
+    """Attend to all tokens by the probe: [B, T, D] -> [B, D].
 
-    The probe is the same for all images. So its product with the key projection is a constant, and each
-    head's mean of the tokens is taken before the value projection, on one row instead of on every token.
+    The probe is the same for all images, so its product with the key projection is a constant. Each head's
+    mean of the tokens is taken before the value projection, which then sees one row instead of every token.
     The keys' bias adds the same to all scores of a head, which softmax ignores.
     """
     attention, heads = head.attention, head.attention.num_heads

@@ -1,8 +1,8 @@
-"""The vision tower in int8: quantised after training on the operator's own images, and kept on disk.
+"""The vision tower in int8, quantised after training on the operator's own images and kept on disk.
 
-Weights and activations of the blocks become int8 (NNCF, transformer preset); attention's softmax, the norms
-and the pooling head do not. Calibration takes minutes, so the result is kept; its name is a digest of all
-that it depends on.
+Weights and activations of the blocks become int8 (NNCF, transformer preset). Attention's softmax, the norms
+and the pooling head do not. Calibration takes minutes, so its result is kept in a file, whose name is a
+digest of everything that it depends on.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["quantize"]
 
 _MOST_IMAGES = 300
 _FEWEST_IMAGES = 10
-_HELD_OUT = 10  # one in so many only measures how close the result is
+_HELD_OUT = 10  # one image in ten is not calibrated on, but measures how close the result is
 _FORMAT = "2"
 _XML, _BIN, _FIDELITY = "tower.xml", "tower.bin", "fidelity.txt"
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
@@ -42,10 +42,15 @@ Pixels = NDArray[np.uint8]
 
 
 def quantize(tower: VisionTower, image: ImageConfig, plan: Plan) -> ov.Model:
-    """The graph of `build_vision` in int8, from the cache or calibrated now; prints how close it is.
+    """Quantise the graph of `build_vision`, or load it from the cache, and print how close it is to float32.
+
+    Args:
+        tower: on the CPU, float32.
+        image: the checkpoint's preprocessing of the calibration images.
+        plan: resolved, of dtype int8, for its folders `calibration` and `cache`.
 
     Raises:
-        SettingsError: there are no images to calibrate on, or nncf is not installed.
+        SettingsError: there are fewer than 10 images to calibrate on, or nncf is not installed.
     """
     files = _files(plan.calibration)
     cached = plan.cache / f"{_key(tower, image, files)}.zip" if plan.cache else None
@@ -61,7 +66,7 @@ def quantize(tower: VisionTower, image: ImageConfig, plan: Plan) -> ov.Model:
 
 
 def _files(folder: Path | None) -> list[Path]:
-    """Image files evenly drawn from the folder and those below it."""
+    """Draw image files evenly from the folder and those below it."""
     if folder is None:
         raise SettingsError("setting 'calibration' is not given: dtype int8 needs a folder of images")
     if not folder.is_dir():
@@ -72,11 +77,11 @@ def _files(folder: Path | None) -> list[Path]:
 
 
 def _key(tower: VisionTower, image: ImageConfig, files: Sequence[Path]) -> str:
-    """Changes with the weights, the images, the software and the processor."""
+    """Digest the weights, the images, the software and the processor."""
     digest = hashlib.sha256()
     core = ov.Core()
     processor = [core.get_property("CPU", name) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")]
-    # Not nncf's version: what is kept can be served where nncf is not installed.
+    # Without nncf's version: a kept model can be served where nncf is not installed.
     digest.update(repr([_FORMAT, ov.__version__, *processor, tower.config, image]).encode())
     for name, tensor in tower.state_dict().items():
         digest.update(name.encode())
@@ -90,8 +95,8 @@ def _calibrate(
     tower: VisionTower, image: ImageConfig, plan: Plan, files: Sequence[Path]
 ) -> tuple[ov.Model, str]:
     if find_spec("nncf") is None:
-        raise SettingsError("dtype int8: needs the package nncf (pip install 'siglip-serve[int8]')")
-    # Before nncf is imported: it would report its use over the network.
+        raise SettingsError("dtype int8: needs the extra int8 (`pip install -e '.[int8]'` in the checkout)")
+    # Set before nncf is imported, which would report its use over the network.
     os.environ.setdefault("NNCF_CI", "1")
     import nncf
 
@@ -107,8 +112,8 @@ def _calibrate(
         f"siglip-serve: calibrating int8 on {len(shown)} images of {plan.calibration}: some minutes, once",
         flush=True,
     )
-    # Processors without such instructions add pairs of products in 16 bits, which overflow unless the weights
-    # take 7 bits: cosine .966 instead of .99 on a narrow tower.
+    # Processors without these instructions add pairs of products in 16 bits, which overflow unless the
+    # weights take 7 bits: on a narrow tower the cosine was 0.966 instead of 0.99.
     exact = not {"avx512_vnni", "avx_vnni", "amx_int8"}.isdisjoint(processor_flags())
     overflow = nncf.OverflowFix.FIRST_LAYER if exact else nncf.OverflowFix.ENABLE
     model = nncf.quantize(
@@ -133,7 +138,7 @@ def _read(files: Sequence[Path], image: ImageConfig) -> Iterator[Pixels]:
 def _fidelity(
     model: ov.Model, tower: VisionTower, image: ImageConfig, held: Sequence[Pixels], plan: Plan
 ) -> str:
-    """Cosine of the pooled embeddings with those in float32."""
+    """Compare the pooled embeddings with those in float32 by their cosine."""
     exact = replace(plan, dtype="float32")
     ways = [
         (Compiled(model, plan), Compiled(build_head(tower), plan)),
@@ -145,11 +150,11 @@ def _fidelity(
 
 
 def _load(file: Path) -> tuple[ov.Model, str] | None:
-    """What `_store` wrote, or None; whatever is wrong with the file, the model can be made again."""
+    """Read a file that `_store` wrote, or return None if it cannot be used. The model is then made again."""
     if not file.exists():
         return None
     try:
-        with zipfile.ZipFile(file) as archive:  # its checksums tell whether the file is whole
+        with zipfile.ZipFile(file) as archive:  # its checksums reveal a damaged file
             xml, weights = archive.read(_XML), archive.read(_BIN)
             fidelity = archive.read(_FIDELITY).decode()
         tensor = ov.Tensor(np.frombuffer(weights, dtype=np.uint8))
@@ -160,7 +165,7 @@ def _load(file: Path) -> tuple[ov.Model, str] | None:
 
 
 def _store(model: ov.Model, fidelity: str, file: Path) -> None:
-    """Written beside its place and then renamed, so that several starts can write at once."""
+    """Write a new file and rename it, so that several processes can start at once."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".int8-", dir=file.parent) as folder:

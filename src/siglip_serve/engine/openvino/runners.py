@@ -1,8 +1,8 @@
-"""Towers on CPUs with OpenVINO: kernels for float32, bfloat16 and int8, and threads that yield to neighbours.
+"""Towers on CPUs by OpenVINO, in float32, bfloat16 and int8.
 
-Nothing converted is kept on disk except what int8 costs minutes to make (`openvino_int8`): graph and kernels
-of a base-sized tower are ready in about half a second, and reading a compiled copy back takes as long, before
-it is proven to belong to the same weights.
+Only the int8 model is kept on disk, since it takes minutes to make (`int8.py`). In the other dtypes graph and
+kernels of a base-sized tower are ready in about half a second. Reading a compiled copy would take as long,
+even before it is checked against the weights.
 """
 
 from __future__ import annotations
@@ -20,44 +20,47 @@ from siglip_serve.engine.openvino.graph import build_head, build_text, build_vis
 from siglip_serve.engine.openvino.int8 import quantize
 from siglip_serve.engine.passes import Arrays, Finish
 from siglip_serve.engine.plan import Plan
-from siglip_serve.engine.torch.runners import Normalization
+from siglip_serve.engine.torch.normalization import Normalization
 from siglip_serve.heatmaps.attribution import Explainer, Explanation
 from siglip_serve.towers.siglip import TextTower, VisionTower
 
 __all__ = ["OpenVinoText", "OpenVinoVision"]
 
-# Beyond these a pass gains nothing: the caches of a CPU hold no more.
+# More rows at once gain nothing: the caches of a CPU hold no more.
 _VISION_ROWS = 8
 _TEXT_ROWS = 32
 
 
 class OpenVinoVision:
-    """uint8 pixels -> outputs; one call at a time.
+    """Run a SigLIP vision tower: uint8 pixels -> outputs. One call at a time.
 
     Args:
-        tower: on the CPU, float32; its tensors are shared, not copied.
+        tower: on the CPU, float32. Its tensors are shared, not copied.
         image: the checkpoint's normalisation.
         plan: without `auto`. With int8 the blocks are quantised, and the pooling head keeps the fastest
             dtype that is close to float32.
 
+    Attributes:
+        max_rows: most rows of one call.
+
     Raises:
-        SettingsError: int8 without images to calibrate on.
+        SettingsError: the dtype is int8, and there are no images to calibrate on.
     """
 
     def __init__(self, tower: VisionTower, image: ImageConfig, plan: Plan) -> None:
         self.max_rows = plan.max_rows or _VISION_ROWS
         model = quantize(tower, image, plan) if plan.dtype == "int8" else build_vision(tower, image)
-        # Heatmaps need what the graph does not give, and are made too seldom for a graph of their own.
+        # Heatmaps need values that the graph does not return, and are too rare for a graph of their own.
         self._torch = tower
         self._normalize = Normalization(image, torch.device("cpu"), torch.float32)
-        # The head apart, so that it runs only when it is asked for.
+        # The head is compiled apart, so that it runs only when it is asked for.
         self._tower, self._head = Compiled(model, plan), Compiled(build_head(tower), plan)
 
     def __call__(self, pixels: NDArray[np.uint8], /, wanted: Sequence[str]) -> Finish:
-        """The wanted outputs of pixels [n, S, S, 3], already computed.
+        """Compute the wanted outputs of pixels [n, S, S, 3]. See `Runner`.
 
         Raises:
-            torch.OutOfMemoryError: not enough memory for so many rows.
+            torch.OutOfMemoryError: there is not enough memory for these rows.
         """
         tokens = self._tower(pixels)
         outputs: Arrays = {}
@@ -71,23 +74,28 @@ class OpenVinoVision:
         return lambda: outputs
 
     @torch.inference_mode()
-    def explain(self, explainer: Explainer, pixels: NDArray[np.uint8], vectors: Tensor) -> Explanation:
-        """As `VisionRunner`; by torch, in float32."""
+    def explain(
+        self, explainer: Explainer, pixels: NDArray[np.uint8], vectors: Tensor
+    ) -> Explanation[Tensor]:
+        """Explain pixels [1, S, S, 3] by vectors [P, E] with torch, in float32. See `VisionRunner`."""
         return explainer.explain(self._torch, self._normalize(pixels), vectors)
 
 
 class OpenVinoText:
-    """Token ids -> EMBEDDING; one call at a time. Texts are not quantised: int8 is calibrated on images."""
+    """Run a SigLIP text tower: token ids -> EMBEDDING. One call at a time.
+
+    Texts are not quantised, since int8 is calibrated on images. Arguments as for `OpenVinoVision`.
+    """
 
     def __init__(self, tower: TextTower, plan: Plan) -> None:
         self.max_rows = plan.max_rows or _TEXT_ROWS
         self._tower = Compiled(build_text(tower), plan)
 
     def __call__(self, ids: NDArray[np.int64], /, wanted: Sequence[str]) -> Finish:  # noqa: ARG002 - one output
-        """EMBEDDING [n, P] of ids [n, T], already computed.
+        """Compute EMBEDDING [n, P] of ids [n, T]. See `Runner`.
 
         Raises:
-            torch.OutOfMemoryError: not enough memory for so many rows.
+            torch.OutOfMemoryError: there is not enough memory for these rows.
         """
         outputs = {"EMBEDDING": self._tower(ids)}
         return lambda: outputs

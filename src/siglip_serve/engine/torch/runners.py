@@ -1,4 +1,4 @@
-"""Towers as torch runs them, operation by operation; on CPUs with weights packed for oneDNN."""
+"""Towers as torch runs them, operation by operation, on CPUs with weights packed for oneDNN."""
 
 from __future__ import annotations
 
@@ -11,19 +11,33 @@ from torch import Tensor, nn
 
 from siglip_serve.checkpoint.config import ImageConfig
 from siglip_serve.engine.passes import Arrays, Finish
+from siglip_serve.engine.torch.normalization import Normalization
+from siglip_serve.engine.torch.packed import pack_linear_layers
 from siglip_serve.heatmaps.attribution import Explainer, Explanation
 from siglip_serve.towers.load import AnyTextTower, AnyVisionTower
-from siglip_serve.towers.siglip import ACTIVATIONS, MLP
 
-__all__ = ["Normalization", "PlainText", "PlainVision"]
+__all__ = ["TorchText", "TorchVision"]
 
-# A GPU is full with so many rows, and a CPU's caches hold no more.
+# Rows by which a GPU is full, or the caches of a CPU.
 _VISION_ROWS = {"cuda": 64, "cpu": 8}
 _TEXT_ROWS = {"cuda": 256, "cpu": 32}
 
 
-class PlainVision:
-    """uint8 pixels -> outputs; takes the tower over."""
+class TorchVision:
+    """Run a vision tower of either family: uint8 pixels -> outputs.
+
+    Args:
+        tower: on the CPU, float32. The runner takes it over.
+        image: the checkpoint's normalisation, computed on the device.
+        device: any device of torch.
+        dtype: arithmetic of the tower.
+        max_rows: most rows of one call. 0 is the default of the device.
+
+    Attributes:
+        max_rows: most rows of one call.
+        tower: the tower, on the device, in `dtype`.
+        normalize: the normalisation.
+    """
 
     def __init__(
         self,
@@ -36,12 +50,12 @@ class PlainVision:
         self.max_rows = max_rows or _VISION_ROWS[device.type]
         self.tower = tower
         _place(tower, device, dtype, self.max_rows * tower.context)
-        self._normalize = Normalization(image, device, dtype)
+        self.normalize = Normalization(image, device, dtype)
 
     @torch.inference_mode()
     def __call__(self, pixels: NDArray[np.uint8], /, wanted: Sequence[str]) -> Finish:
-        """The wanted outputs of pixels [n, S, S, 3]."""
-        tokens = self.tower(self._normalize(pixels))
+        """Compute the wanted outputs of pixels [n, S, S, 3]. See `Runner`."""
+        tokens = self.tower(self.normalize(pixels))
         compute: dict[str, Callable[[], Tensor]] = {
             "EMBEDDING": lambda: self.tower.head(tokens),
             "MEAN_EMBEDDING": lambda: self.tower.patches(tokens).mean(dim=1, dtype=torch.float32),
@@ -50,29 +64,16 @@ class PlainVision:
         return _done({name: compute[name]().float().cpu().numpy() for name in wanted})
 
     @torch.inference_mode()
-    def explain(self, explainer: Explainer, pixels: NDArray[np.uint8], vectors: Tensor) -> Explanation:
-        """As `VisionRunner`."""
-        x = self._normalize(pixels)
+    def explain(
+        self, explainer: Explainer, pixels: NDArray[np.uint8], vectors: Tensor
+    ) -> Explanation[Tensor]:
+        """Explain pixels [1, S, S, 3] by vectors [P, E]. See `VisionRunner`."""
+        x = self.normalize(pixels)
         return explainer.explain(self.tower, x, vectors.to(x.device))
 
 
-class Normalization:
-    """uint8 pixels [n, S, S, 3] -> what a tower takes, [n, 3, S, S], on its device."""
-
-    def __init__(self, image: ImageConfig, device: torch.device, dtype: torch.dtype) -> None:
-        self._device, self._dtype = device, dtype
-        # x * rescale, then (x - mean) / std, in the reference's order, so that float32 rounds alike.
-        self._rescale = image.rescale
-        self._mean = torch.tensor(image.mean, device=device).view(3, 1, 1)
-        self._std = torch.tensor(image.std, device=device).view(3, 1, 1)
-
-    def __call__(self, pixels: NDArray[np.uint8]) -> Tensor:
-        x = torch.from_numpy(pixels).to(self._device).permute(0, 3, 1, 2)
-        return ((x * self._rescale - self._mean) / self._std).to(self._dtype)
-
-
-class PlainText:
-    """Token ids -> EMBEDDING; takes the tower over."""
+class TorchText:
+    """Run a text tower of either family: token ids -> EMBEDDING. Arguments as for `TorchVision`."""
 
     def __init__(
         self, tower: AnyTextTower, device: torch.device, dtype: torch.dtype, max_rows: int = 0
@@ -83,7 +84,7 @@ class PlainText:
 
     @torch.inference_mode()
     def __call__(self, ids: NDArray[np.int64], /, wanted: Sequence[str]) -> Finish:  # noqa: ARG002 - one output
-        """EMBEDDING [n, P] of ids [n, T]."""
+        """Compute EMBEDDING [n, P] of ids [n, T]. See `Runner`."""
         on_device = torch.from_numpy(ids).to(self.device)
         tokens = self.tower(on_device)
         return _done({"EMBEDDING": self.tower.pool(tokens, on_device).float().cpu().numpy()})
@@ -96,51 +97,4 @@ def _done(outputs: Arrays) -> Finish:
 def _place(tower: nn.Module, device: torch.device, dtype: torch.dtype, tokens: int) -> None:
     tower.to(device, dtype)
     if device.type == "cpu":
-        _pack(tower, tokens)
-
-
-_Fused = tuple[str, list[float], str]
-_NOTHING: _Fused = ("none", [], "")
-# oneDNN's names for activations that it computes with the product before them.
-_FUSED: dict[str, _Fused] = {"gelu_pytorch_tanh": ("gelu", [], "tanh"), "gelu": ("gelu", [], "none")}
-
-
-class _PackedLinear(nn.Module):
-    """A linear layer whose weight lies as oneDNN's kernels read it; an activation can be fused behind it."""
-
-    def __init__(self, linear: nn.Linear, rows: int, activation: _Fused = _NOTHING) -> None:
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
-        self.bias = None if linear.bias is None else linear.bias.detach()
-        self.activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *self.activation)
-
-
-class _PackedMLP(nn.Module):
-    def __init__(self, mlp: MLP, rows: int) -> None:
-        super().__init__()
-        fused = _FUSED.get(mlp.activation)
-        self.fc1 = _PackedLinear(mlp.fc1, rows, fused or _NOTHING)
-        self.fc2 = _PackedLinear(mlp.fc2, rows)
-        self.activation = nn.Identity() if fused else ACTIVATIONS[mlp.activation]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
-
-
-def _pack(module: nn.Module, rows: int) -> None:
-    """Replace the linear layers below `module`; without oneDNN they stay as they are."""
-    if not torch.backends.mkldnn.is_available():
-        return
-    bfloat16 = any(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
-    if bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return
-    for name, child in module.named_children():
-        if isinstance(child, MLP):
-            setattr(module, name, _PackedMLP(child, rows))
-        elif isinstance(child, nn.Linear):
-            setattr(module, name, _PackedLinear(child, rows))
-        else:
-            _pack(child, rows)
+        pack_linear_layers(tower, tokens)

@@ -20,7 +20,7 @@ def to_rgb(
     """Planes of n pictures of one size become pixels.
 
     Args:
-        planes: [n, bytes] uint8; each row is a picture's, its brightness first.
+        planes: [n, bytes] uint8, one picture per row, its brightness first.
         frame: of all pictures.
         place: bytes from one row of brightness to the next, the same of colour, and where in a picture's
             bytes its two planes of colour begin.
@@ -70,7 +70,7 @@ def _full_size(plane, y, x, height, width, pitch, inside, ACROSS: tl.constexpr, 
 
 @triton.jit
 def _changed(plane, y, x, pitch, last, ACROSS: tl.constexpr, DOWN: tl.constexpr, UNWRITTEN: tl.constexpr):
-    """How many of the last samples a decoder has written."""
+    """Number of the last samples that a decoder has written."""
     row, column = y, x
     if DOWN:
         row = y // 2
@@ -85,7 +85,7 @@ def _store(pointer, values, inside):
     tl.store(pointer, tl.minimum(tl.maximum(values, 0), 255).to(tl.float32), mask=inside)
 
 
-# Not compiled anew for every kind of size: somebody would wait for that.
+# Not compiled anew for every kind of size: a request would wait for that.
 @triton.jit(
     do_not_specialize=[
         "stride", "height", "width", "chroma_height", "chroma_width", "pitch", "chroma_pitch", "blue", "red"

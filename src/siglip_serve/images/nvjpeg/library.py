@@ -23,7 +23,7 @@ _SYSTEM = ("libnvjpeg.so.13", "libnvjpeg.so.12", "/usr/local/cuda/lib64/libnvjpe
 
 
 class Picture(NamedTuple):
-    """Where a picture goes: the address of each plane, and the bytes from one of its rows to the next."""
+    """Destination of a picture: the address of each plane, and the bytes from one of its rows to the next."""
 
     addresses: tuple[int, ...]
     pitches: tuple[int, ...]
@@ -34,7 +34,7 @@ class _Image(ctypes.Structure):
 
 
 class Decoder:
-    """The GPU's JPEG decoder; for one thread.
+    """The GPU's JPEG decoder, for one thread.
 
     Args:
         device: of CUDA.
@@ -62,7 +62,7 @@ class Decoder:
         self._idle = torch.cuda.Event(blocking=True)  # a thread that spins while it waits takes a core
 
     def agrees(self, data: bytes, frame: PlainFrame) -> bool:
-        """Whether the library reads the same size and sampling out of a file: so much memory it will fill."""
+        """True if the library reads the same size and sampling out of a file, so that the memory fits."""
         components, subsampling = ctypes.c_int(), ctypes.c_int()
         widths, heights = (ctypes.c_int * _MOST_PLANES)(), (ctypes.c_int * _MOST_PLANES)()
         status = self._library.nvjpegGetImageInfo(
@@ -79,10 +79,10 @@ class Decoder:
         return not status and found == (planes, _SUBSAMPLINGS[frame.sampling], frame.height, frame.width)
 
     def decode(self, files: Sequence[bytes], pictures: Sequence[Picture]) -> bool:
-        """Decode into the places given; all is written, and nothing read any more, when it returns.
+        """Decode into the places given. On return all is written, and nothing is read any more.
 
         Returns:
-            False if the library refused a file: then nobody knows what was written.
+            False if the library refused a file. The pixels written are then undefined.
 
         Raises:
             RuntimeError: the device failed.

@@ -1,12 +1,12 @@
 """JPEG files to pixels on NVIDIA GPUs that have a decoder for them (A100, H100, H200 and newer).
 
 The decoder gives the planes as they are stored. A kernel brings colour to full size and to RGB with
-libjpeg's own arithmetic, and two matrix products resize as `resize.py` does on CPUs: so that pixels differ
-from its `fast` mode by little more than the rounding of the inverse cosine transform. What is not a plain
-JPEG (rotated, progressive, damaged or very large files, other formats) is left to the CPU.
+libjpeg's own arithmetic, and two matrix products resize as `resize.py` does on CPUs. Pixels differ from its
+`fast` mode by little more than the rounding of the inverse cosine transform. Files that are not plain JPEGs
+(rotated, progressive, damaged or very large ones, other formats) are left to the CPU.
 
-Planes are decoded into memory that is used for nothing else, and that is overwritten before others come:
-a file that the decoder leaves out shows no other one's picture, and is noticed.
+Planes are decoded into memory that is used for nothing else, and that is overwritten before other planes
+come. If the decoder leaves a file out, no other picture is taken for it, and the gap is noticed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torch import Tensor
 
 from siglip_serve.checkpoint.config import ImageConfig
 from siglip_serve.errors import SettingsError
+from siglip_serve.images.formats import ImageLimits, plain_jpeg
 from siglip_serve.images.jpeg import PlainFrame, Sampling
 from siglip_serve.images.nvjpeg.library import Decoder, Picture
-from siglip_serve.images.preprocess import ImageLimits, plain_jpeg
 from siglip_serve.images.resize import LONGEST, Pixels, Resample, cut_offsets, down_first, target_size
 
 __all__ = ["Decoded", "GpuJpegReader", "Layout", "lay_out", "resize", "resize_weights", "to_rgb"]
@@ -34,7 +34,7 @@ _LONGEST_SIDE = 4096  # pixels; larger pictures are left to the CPU
 _PIXELS_AT_ONCE = _LONGEST_SIDE**2
 _PLANES = 3  # at most, each with at most one byte a pixel
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)  # few, since the first batch of a size takes long
-_MCU = 16  # pixels a side, at most; the decoder may write whole ones
+_MCU = 16  # pixels per side, at most; the decoder may write whole ones
 # What memory holds before the decoder writes to it. A picture that ends with a run of it is left to the CPU
 # too: it is near black, or of a colour that no screen shows.
 _UNWRITTEN = 1
@@ -56,7 +56,7 @@ class Decoded(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How the planes of a picture lie in memory, with room for whole MCUs.
+    """Layout of a picture's planes in memory, with room for whole MCUs.
 
     Attributes:
         pitches: bytes from row to row, of each plane.
@@ -83,7 +83,7 @@ class _File(NamedTuple):
 
 
 class GpuJpegReader:
-    """Decodes and resizes many files at once; for one thread.
+    """Decoder and resizer of many files at once, for one thread.
 
     Args:
         image: the checkpoint's.
@@ -171,7 +171,7 @@ class GpuJpegReader:
         self._host_written[row : row + end].copy_(self._written[:end], non_blocking=True)
 
     def _rows(self, count: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
-        """Memory for pixels, and for whether they were written; without a device, the host's."""
+        """Memory for pixels, and for whether they were written. Without a device it is the host's."""
         pinned = device is None and self._device.type == "cuda"
         shape = (count, self._image.size, self._image.size, 3)
         pixels = torch.zeros(shape, dtype=torch.uint8, device=device, pin_memory=pinned)
@@ -230,7 +230,7 @@ def _draw(frame: PlainFrame) -> bytes:
 
 
 def to_rgb(planes: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Planes [n, bytes] uint8 -> [n, 3, H, W] float32, whole numbers from 0 to 255; and [n] int32.
+    """Planes [n, bytes] uint8 -> [n, 3, H, W] float32, whole numbers from 0 to 255, and int32 [n].
 
     The second is 1 where a decoder has written all planes to their ends, else 0.
     """
@@ -244,7 +244,7 @@ def to_rgb(planes: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
 
 
 def resize(pixels: Tensor, image: ImageConfig) -> Tensor:
-    """[n, 3, H, W] -> [n, S, S, 3], as `fit` does; float32, rounded after each pass, like Pillow."""
+    """[n, 3, H, W] -> [n, S, S, 3], as `fit` does, in float32, rounded after each pass like Pillow."""
     height, width = pixels.shape[-2:]
     size = target_size(image, height, width)
     top, left = cut_offsets(image, size)
@@ -264,7 +264,7 @@ def _round(pixels: Tensor) -> Tensor:
 
 @lru_cache(maxsize=_WEIGHTS_KEPT)
 def resize_weights(length: int, size: int, first: int, count: int, resample: Resample, device: str) -> Tensor:
-    """What each of `length` pixels of a line gives to `count` of the `size` that it becomes, from `first` on.
+    """Weights of a line's `length` pixels in `count` of the `size` that it becomes, from `first` on.
 
     Returns:
         [length, count] float32.

@@ -1,4 +1,4 @@
-"""OpenVINO against the torch towers, and what int8 keeps on disk."""
+"""OpenVINO against the torch towers, and int8 with its files."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from siglip_serve.engine.openvino.runners import OpenVinoVision
 from siglip_serve.engine.passes import OUTPUTS
 from siglip_serve.engine.plan import Plan
 from siglip_serve.errors import SettingsError
+from siglip_serve.machine import available_cores
 from siglip_serve.towers.siglip import VisionTower, load_text, load_vision
 
 BATCHES = (1, 3, 8, 11)
@@ -62,7 +63,7 @@ def cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     return float(((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min())
 
 
-def test_float32_equals_the_tower(config: ModelConfig) -> None:
+def test_float32_outputs_equal_those_of_the_tower(config: ModelConfig) -> None:
     engine = vision(config)
     for rows in BATCHES:
         got = engine(pixels(config, rows), OUTPUTS).outputs
@@ -72,7 +73,7 @@ def test_float32_equals_the_tower(config: ModelConfig) -> None:
             assert np.abs(got[name] - tensor.numpy()).max() <= 1e-5 * tensor.abs().max(), (name, rows)
 
 
-def test_float32_text_equals_the_tower(config: ModelConfig) -> None:
+def test_float32_text_embeddings_equal_those_of_the_tower(config: ModelConfig) -> None:
     tower = load_text(config.path)
     engine = TextEngine(load_text(config.path), Plan("cpu", "float32", "openvino"))
     for rows in (*BATCHES, 40):
@@ -95,11 +96,13 @@ def test_bfloat16_is_close_on_the_bundled_checkpoint() -> None:
     assert cosine(exact["MEAN_EMBEDDING"], rough["MEAN_EMBEDDING"]) >= 0.9999
 
 
-def test_float32_is_float32_whatever_the_processor_has() -> None:
+def test_float32_is_not_computed_in_bfloat16() -> None:
     """The plugin's own choice would be bfloat16 where the processor has it."""
     config = load_config(TINY)
-    model = Compiled(build_vision(load_vision(TINY), config.image), Plan("cpu", "float32", "openvino"))
-    assert model.precision == "f32"
+    plan = Plan("cpu", "float32", "openvino")
+    compiled = Compiled(build_vision(load_vision(TINY), config.image), plan)._request.get_compiled_model()
+    assert compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
+    assert compiled.get_property("INFERENCE_NUM_THREADS") == available_cores()
 
 
 def test_pixels_may_be_read_only_and_views() -> None:
@@ -111,7 +114,7 @@ def test_pixels_may_be_read_only_and_views() -> None:
     np.testing.assert_allclose(engine(rows[::2]).outputs["EMBEDDING"], whole[::2], rtol=1e-4, atol=1e-5)
 
 
-def test_the_head_runs_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_the_head_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(TINY)
     engine = vision(config)
     assert isinstance(engine.runner, OpenVinoVision)
@@ -134,7 +137,7 @@ class _Full:
         return [np.zeros((len(rows[0]), 1), np.float32)]
 
 
-def test_a_full_memory_halves_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_halves_a_pass_that_does_not_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config(TINY)
     engine = TextEngine(load_text(TINY), Plan("cpu", "float32", "openvino"))
     monkeypatch.setattr(engine.runner._tower, "_request", _Full())  # type: ignore[attr-defined]
@@ -162,7 +165,9 @@ class _Int8:
         return sorted(self.cache.iterdir())
 
 
-def test_int8(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_int8_is_close_and_kept_until_something_changes(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("nncf")
     int8 = _Int8(tmp_path)
     rows = pixels(int8.config, 5)
@@ -176,7 +181,7 @@ def test_int8(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     exact = vision(int8.config)(rows, OUTPUTS).outputs
     assert 0.99 < cosine(first["EMBEDDING"], exact["EMBEDDING"]) < 1
 
-    # A second start takes what the first one kept, and says the same of it.
+    # A second start uses the file of the first, and reports the same fidelity.
     again = int8.engine()(rows, OUTPUTS).outputs
     np.testing.assert_array_equal(again["PATCH_EMBEDDINGS"], first["PATCH_EMBEDDINGS"])
     said = capfd.readouterr().out
@@ -193,7 +198,7 @@ def test_int8(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert "cannot be used and is made again" in said
     assert int8.files() == [kept]
 
-    # Other weights never get this one's.
+    # Other weights never use this file.
     tower = load_vision(int8.config.path)
     tower.post_layernorm.bias.data += 1
     int8.engine(tower)
@@ -201,7 +206,7 @@ def test_int8(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert len(int8.files()) == 2
 
 
-def test_int8_without_a_writable_cache(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_int8_runs_without_a_writable_cache(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("nncf")
     int8 = _Int8(tmp_path)
     int8.cache.write_text("a file where the folder should be")
@@ -218,7 +223,7 @@ def test_int8_without_a_writable_cache(tmp_path: Path, capfd: pytest.CaptureFixt
         ("broken", "setting 'calibration': 0 readable images in .*broken"),
     ],
 )
-def test_int8_needs_images(tmp_path: Path, folder: str | None, message: str) -> None:
+def test_int8_refuses_to_start_without_images(tmp_path: Path, folder: str | None, message: str) -> None:
     pytest.importorskip("nncf")
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
@@ -226,7 +231,3 @@ def test_int8_needs_images(tmp_path: Path, folder: str | None, message: str) -> 
     config = load_config(TINY)
     with pytest.raises(SettingsError, match=message):
         vision(config, "int8", calibration=tmp_path / folder if folder else None)
-
-
-def test_the_default_on_a_cpu() -> None:
-    assert Plan("cpu", "float32").resolve().backend == "openvino"

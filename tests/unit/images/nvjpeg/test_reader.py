@@ -59,7 +59,7 @@ def stored_planes(data: bytes, frame: PlainFrame) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_colour_is_libjpegs(sampling: Sampling) -> None:
+def test_colour_equals_that_of_libjpeg(sampling: Sampling) -> None:
     data = encode(blocks(48, 80), "JPEG", quality=92, subsampling=sampling)
     frame = PlainFrame(48, 80, sampling)
     assert plain_frame(data) == frame
@@ -69,7 +69,7 @@ def test_colour_is_libjpegs(sampling: Sampling) -> None:
     assert written.tolist() == [1]
 
 
-def test_grey_is_repeated() -> None:
+def test_grey_fills_all_channels() -> None:
     layout = lay_out(PlainFrame(17, 19, "gray"))
     planes = torch.randint(2, 256, (2, layout.bytes), dtype=torch.uint8)
     rgb, written = gpu_jpeg.to_rgb(planes, layout)
@@ -81,7 +81,7 @@ def test_grey_is_repeated() -> None:
 
 @pytest.mark.parametrize("sampling", [*SAMPLINGS, "gray"])
 @pytest.mark.parametrize("size", [(16, 16), (33, 31), (45, 70)], ids=str)
-def test_what_the_decoder_left_out_is_noticed(sampling: Sampling, size: tuple[int, int]) -> None:
+def test_notices_planes_that_the_decoder_left_out(sampling: Sampling, size: tuple[int, int]) -> None:
     """One plane after the other is not written, or not to its last rows."""
     layout = lay_out(PlainFrame(*size, sampling))
     planes = torch.full((1 + 2 * len(layout.starts), layout.bytes), 200, dtype=torch.uint8)
@@ -94,7 +94,7 @@ def test_what_the_decoder_left_out_is_noticed(sampling: Sampling, size: tuple[in
 
 @pytest.mark.parametrize("sampling", [*SAMPLINGS, "gray"])
 @pytest.mark.parametrize("size", [(16, 16), (33, 31), (375, 500)], ids=str)
-def test_whole_mcus_have_room(sampling: Sampling, size: tuple[int, int]) -> None:
+def test_planes_have_room_for_whole_mcus(sampling: Sampling, size: tuple[int, int]) -> None:
     layout = lay_out(PlainFrame(*size, sampling))
     ends = [*layout.starts[1:], layout.bytes]
     down, across = (2 if sampling == "4:2:0" else 1), (2 if sampling in ("4:2:0", "4:2:2") else 1)
@@ -111,7 +111,9 @@ def test_whole_mcus_have_room(sampling: Sampling, size: tuple[int, int]) -> None
 @pytest.mark.parametrize("shortest_edge", [None, SIDE, 40], ids=["stretched", "cut", "cut more"])
 @pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("size", [(50, 37), (37, 90), (20, 20), (200, 31)], ids=str)
-def test_resize_is_pillows(size: tuple[int, int], resample: Resample, shortest_edge: int | None) -> None:
+def test_resize_is_close_to_pillow(
+    size: tuple[int, int], resample: Resample, shortest_edge: int | None
+) -> None:
     picture = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     picture[: size[1] // 2] = 255 * (picture[: size[1] // 2] > 127)  # edges that overshoot
     image = config(resample, shortest_edge)
@@ -124,7 +126,7 @@ def test_resize_is_pillows(size: tuple[int, int], resample: Resample, shortest_e
 
 @pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
 @pytest.mark.parametrize(("length", "size"), [(50, 32), (32, 32), (20, 32), (375, 32), (33, 31)])
-def test_weights_are_torchs(length: int, size: int, resample: Resample) -> None:
+def test_resize_weights_equal_those_of_torch(length: int, size: int, resample: Resample) -> None:
     weights = gpu_jpeg.resize_weights(length, size, 0, size, resample, "cpu")
     lines = torch.eye(length, dtype=torch.float64)[None, None]
     expected = torch.nn.functional.interpolate(lines, (length, size), mode=resample, antialias=True)[0, 0]
@@ -237,7 +239,7 @@ def test_every_file_gets_its_own_picture(reader: GpuJpegReader) -> None:
     assert all(begin <= first < last <= end for first, last in decoder(reader).written)
 
 
-def test_batches_have_few_sizes_and_bounds(reader: GpuJpegReader) -> None:
+def test_batches_have_few_sizes_and_bounded_pixels(reader: GpuJpegReader) -> None:
     reader([plain(9, 16, 16)] * 11)
     assert decoder(reader).batches == [4, 4, 4]
     decoder(reader).batches.clear()
@@ -245,7 +247,9 @@ def test_batches_have_few_sizes_and_bounds(reader: GpuJpegReader) -> None:
     assert decoder(reader).batches == [2, 2, 1]
 
 
-def test_everything_is_waited_for(reader: GpuJpegReader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waits_between_kernels_and_the_next_decoding(
+    reader: GpuJpegReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Between kernels and the next decoding, and before the answer."""
     convert = gpu_jpeg.to_rgb
 
@@ -265,7 +269,7 @@ def test_everything_is_waited_for(reader: GpuJpegReader, monkeypatch: pytest.Mon
     assert events[-1] == "wait"
 
 
-def test_a_file_that_is_refused_harms_no_other(reader: GpuJpegReader) -> None:
+def test_reads_the_other_files_of_a_refused_batch(reader: GpuJpegReader) -> None:
     files = [plain(value, 16, 32) for value in range(20, 90, 10)]
     expected: list[int | None] = [grey(file) for file in files]
     decoder(reader).refused = {files[2]}
@@ -274,45 +278,47 @@ def test_a_file_that_is_refused_harms_no_other(reader: GpuJpegReader) -> None:
     assert nothing_is_left(reader)
 
 
-def test_a_file_that_is_left_out_shows_no_other_picture(reader: GpuJpegReader) -> None:
+def test_skipped_file_does_not_show_another_picture(reader: GpuJpegReader) -> None:
     files = [plain(value, 32, 32) for value in (30, 60, 90)]
     reader(files)
     decoder(reader).skipped = {files[1]}
     assert values(reader(files)) == [30, None, 90]
 
 
-def test_files_that_the_library_reads_otherwise_go_to_the_cpu(reader: GpuJpegReader) -> None:
+def test_leaves_files_to_the_cpu_where_the_library_disagrees(reader: GpuJpegReader) -> None:
     files = [plain(value, 32, 32) for value in (30, 60)]
     decoder(reader).unknown = {files[0]}
     assert values(reader(files)) == [None, 60]
 
 
-def test_too_large_files_go_to_the_cpu(reader: GpuJpegReader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leaves_large_files_to_the_cpu(reader: GpuJpegReader, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_jpeg, "_LONGEST_SIDE", 40)
     assert values(reader([plain(9, 41, 20), plain(9, 40, 20)])) == [None, 9]
     monkeypatch.setattr(reader, "_limits", ImageLimits(max_pixels=500))
     assert values(reader([plain(9, 40, 20), plain(9, 20, 20)])) == [None, 9]
 
 
-def test_pictures_that_are_cut_before_the_resize_go_to_the_cpu(reader: GpuJpegReader) -> None:
+def test_leaves_files_that_are_cropped_first_to_the_cpu(reader: GpuJpegReader) -> None:
     reader._image = config(shortest_edge=SIDE)
     assert values(reader([plain(9, 16, 257), plain(9, 16, 256)])) == [None, 9]
 
 
-def test_a_failing_device_leaves_nothing(reader: GpuJpegReader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_works_after_the_device_ran_out_of_memory(
+    reader: GpuJpegReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(*_: Any) -> Any:
         raise torch.OutOfMemoryError("out of memory")
 
     with monkeypatch.context() as broken:
         broken.setattr(gpu_jpeg, "resize", fails)
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
             reader([plain(9, 32, 32)])
     assert nothing_is_left(reader)
     assert decoder(reader).events[-1] == "wait"
     assert values(reader([plain(8, 32, 32)])) == [8]
 
 
-def test_a_decoder_that_reads_nothing_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses_a_decoder_that_cannot_read_a_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
     class Blind(GreyDecoder):
         def agrees(self, data: bytes, frame: PlainFrame) -> bool:
             return frame.sampling != "4:2:2" and super().agrees(data, frame)
@@ -398,7 +404,7 @@ def test_the_host_waits_before_and_after_the_decoder(library: Library) -> None:
     assert library.log[3] == ("prepare", 1, 1)
 
 
-def test_what_a_refused_batch_leaves_is_not_used_again(library: Library) -> None:
+def test_discards_the_state_of_a_refused_batch(library: Library) -> None:
     quiet = QuietDecoder(library)
     library.status = 6
     assert not quiet.decode([b"a"], [Picture((1000,), (16,))])
@@ -408,7 +414,7 @@ def test_what_a_refused_batch_leaves_is_not_used_again(library: Library) -> None
     assert library.log[5] == ("prepare", 2, 1)
 
 
-def test_the_library_has_to_read_the_same_frame(library: Library) -> None:
+def test_library_must_agree_on_the_frame(library: Library) -> None:
     quiet = QuietDecoder(library)
     assert quiet.agrees(b"", PlainFrame(50, 70, "4:2:0"))
     assert not quiet.agrees(b"", PlainFrame(50, 71, "4:2:0"))
@@ -419,6 +425,6 @@ def test_the_library_has_to_read_the_same_frame(library: Library) -> None:
     assert not quiet.agrees(b"", PlainFrame(50, 70, "4:2:0"))
 
 
-def test_a_cpu_is_refused() -> None:
+def test_refuses_a_cpu() -> None:
     with pytest.raises(SettingsError, match="runs on the CPU"):
         GpuJpegReader(config(), "cpu", ImageLimits())

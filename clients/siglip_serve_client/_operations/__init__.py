@@ -1,0 +1,1 @@
+"""Operations of the clients, written once for both of them."""

@@ -1,0 +1,145 @@
+"""Requests to models, the transport that carries them, and their repetition while the server is busy.
+
+The operations of this package are coroutines. `AsyncClient` awaits them, and `Client` runs them in an event
+loop in a thread. One image takes the same road as each of many.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from siglip_serve_client.errors import DeadlineError, ServerError, UnavailableError
+
+__all__ = ["Answer", "Call", "Tensor", "Transport", "ask", "output", "strings", "utf8"]
+
+# Seconds of the pauses after which a busy server is asked again; each pause is drawn from half of it to all.
+_BACK_OFF = (0.2, 0.6, 2.0, 6.0)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input: an array, or the name of a shared memory region that holds its bytes.
+
+    Attributes:
+        array: of objects (bytes) for BYTES, or None with a region.
+        region, size: the region, and how many of its bytes are the tensor's.
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    array: NDArray[Any] | None = None
+    region: str = ""
+    size: int = 0
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request to a model.
+
+    Attributes:
+        timeout: in seconds.
+        outputs: the outputs to return, or all of them if none is named.
+    """
+
+    model: str
+    inputs: Sequence[Tensor]
+    parameters: Mapping[str, str | bool] = field(default_factory=dict)
+    timeout: float = 120.0
+    outputs: Sequence[str] = ()
+
+
+class Answer(Protocol):
+    """The outputs of a model."""
+
+    def as_numpy(self, name: str) -> NDArray[Any] | None:
+        """An output by its name, or None if there is none."""
+
+
+class Transport(Protocol):
+    """A way to the server. It belongs to the event loop that uses it first. Its methods raise ClientError."""
+
+    async def infer(self, call: Call) -> Answer:
+        """Send a request and return the model's answer."""
+
+    async def parameters(self, model: str, timeout: float) -> dict[str, str]:
+        """The string parameters in the configuration of a model."""
+
+    async def register(self, name: str, size: int) -> None:
+        """Let the server know the region `name` of `size` bytes. It lies in /dev/shm under this name."""
+
+    async def withdraw(self, name: str) -> None:
+        """Let the server forget a region."""
+
+    async def close(self) -> None:
+        """Close the connections."""
+
+
+async def ask(transport: Transport, call: Call) -> Answer:
+    """The model's answer. A server that is too busy is asked again, within the call's timeout.
+
+    Raises:
+        ClientError: the server refused the request, failed, or did not answer.
+    """
+    deadline = time.monotonic() + call.timeout
+    for longest in (*_BACK_OFF, None):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            break
+        try:
+            return await transport.infer(replace(call, timeout=left))
+        except UnavailableError as error:
+            # A server that was late may still be at work, and one that is not there cannot be asked again.
+            if type(error) is not UnavailableError or longest is None:
+                raise
+        await asyncio.sleep(min(random.uniform(longest / 2, longest), max(deadline - time.monotonic(), 0)))
+    raise DeadlineError(f"{call.model} did not answer within {call.timeout:g} s")
+
+
+def output(answer: Answer, name: str) -> NDArray[Any]:
+    """An output that must be there.
+
+    Raises:
+        ServerError: it is not.
+    """
+    array = answer.as_numpy(name)
+    if array is None:
+        raise ServerError(f"the answer has no output {name}")
+    return np.asarray(array)
+
+
+def strings(name: str, argument: str, values: Sequence[bytes], columns: bool = False) -> Tensor:
+    """A BYTES tensor [n], with `columns` [n, 1].
+
+    Raises:
+        TypeError: a value is not bytes. The message names `argument`.
+    """
+    for value in values:
+        if not isinstance(value, bytes):
+            raise TypeError(f"{argument}: {type(value).__name__}, expected bytes")
+    shape = (len(values), 1) if columns else (len(values),)
+    array = np.empty(len(values), dtype=np.object_)
+    array[:] = values
+    return Tensor(name, "BYTES", shape, array.reshape(shape))
+
+
+def utf8(argument: str, texts: Sequence[str], first: int = 0) -> list[bytes]:
+    """Texts as bytes. `first` is the index of the first for messages.
+
+    Raises:
+        TypeError: not a sequence of texts.
+    """
+    if isinstance(texts, str | bytes):
+        raise TypeError(f"{argument}: one {type(texts).__name__}, expected several texts")
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"{argument}[{first + index}]: {type(text).__name__}, expected str")
+    return [text.encode() for text in texts]

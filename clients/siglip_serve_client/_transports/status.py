@@ -1,0 +1,66 @@
+"""Statuses of gRPC and HTTP as errors of this package."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+
+from siglip_serve_client.errors import (
+    AccessError,
+    ClientError,
+    DeadlineError,
+    InvalidInputError,
+    ServerError,
+    UnavailableError,
+    UnreachableError,
+)
+
+__all__ = ["check_status", "error_of"]
+
+# Triton writes these before a message; they tell the caller nothing.
+_PREFIX = re.compile(r"^(\[request id: \S+\] |in ensemble '[^']*', )+")
+_STATUS: Mapping[str, type[ClientError]] = {
+    "INVALID_ARGUMENT": InvalidInputError,
+    "RESOURCE_EXHAUSTED": InvalidInputError,
+    "400": InvalidInputError,
+    "413": InvalidInputError,
+    "UNAUTHENTICATED": AccessError,
+    "PERMISSION_DENIED": AccessError,
+    "401": AccessError,
+    "403": AccessError,
+    "UNAVAILABLE": UnavailableError,
+    "429": UnavailableError,
+    "502": UnavailableError,
+    "503": UnavailableError,
+    "504": UnavailableError,
+}
+
+
+def error_of(status: str, message: str, address: str) -> ClientError:
+    """The error for a status: of gRPC by its name, of HTTP by its number."""
+    status, message = status.removeprefix("StatusCode."), _PREFIX.sub("", message)
+    if status == "DEADLINE_EXCEEDED":
+        return DeadlineError(f"{address} did not answer in time")
+    if status == "UNAVAILABLE" and "restricted" in message:
+        return AccessError(message)
+    if status == "UNAVAILABLE" and "connect" in message.lower() and "Connection reset" not in message:
+        return UnreachableError(f"no server answers at {address}")
+    kind = _STATUS.get(status)
+    return kind(message) if kind else ServerError(f"{status or 'no status'}: {message}")
+
+
+def check_status(status: int, body: bytes, address: str) -> None:
+    """Check the status of an HTTP answer.
+
+    Raises:
+        ClientError: it is not 200. The message is that of the body.
+    """
+    if status == 200:
+        return
+    text = body.decode(errors="replace")
+    try:
+        message = str(json.loads(text)["error"])
+    except (ValueError, KeyError, TypeError):
+        message = re.sub(r"<[^>]*>|\s+", " ", text).strip()[:300] or f"HTTP status {status}"
+    raise error_of(str(status), message, address)

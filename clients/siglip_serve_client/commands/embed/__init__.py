@@ -1,0 +1,1 @@
+"""`siglip-serve embed`: embeddings of any number of images in one file."""

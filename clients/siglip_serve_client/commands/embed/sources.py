@@ -1,0 +1,195 @@
+"""Images that a command line names: files, folders, patterns, tar archives, Parquet columns."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from siglip_serve_client.commands.install_hint import install_hint
+
+__all__ = ["Item", "Sources", "SourcesError"]
+
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
+_TAR = (".tar", ".tar.gz", ".tgz")
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_ROWS = 64  # of a Parquet column in memory at once
+
+
+class SourcesError(Exception):
+    """An argument names no images. The message gives the argument and the reason."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image.
+
+    Attributes:
+        key: the path as given, `shard.tar/member`, or `table.parquet#row`.
+        read: its bytes, or an OSError if they cannot be read.
+    """
+
+    key: str
+    read: Callable[[], bytes]
+
+
+class Sources:
+    """Arguments of the command, in their order.
+
+    Args:
+        given: files, folders, patterns with `*`, `?`, `[` or `{000..009}`.
+        column: column of Parquet files. Its cells are bytes, or structs with a member `bytes`.
+
+    Raises:
+        SourcesError: an argument names nothing.
+    """
+
+    def __init__(self, given: Sequence[str], column: str = "image") -> None:
+        if not given:
+            raise SourcesError("no images are named")
+        self._column = column
+        self._paths: list[Path] = []
+        for argument in given:
+            found = list(_paths(argument))
+            if not found:
+                what = "no file matches" if _is_pattern(argument) else "no such file or folder"
+                raise SourcesError(f"{argument}: {what}")
+            self._paths += found
+
+    def count(self) -> int | None:
+        """The number of images, or None with tar archives, which would have to be read."""
+        total = 0
+        for path in self._files():
+            if path.name.endswith(_TAR):
+                return None
+            total += _parquet(path).metadata.num_rows if path.suffix == ".parquet" else 1
+        return total
+
+    def __iter__(self) -> Iterator[Item]:
+        for path in self._files():
+            if path.name.endswith(_TAR):
+                yield from _tar_items(path)
+            elif path.suffix == ".parquet":
+                yield from _parquet_items(path, self._column)
+            else:
+                yield Item(_text(str(path)), path.read_bytes)
+
+    def _files(self) -> Iterator[Path]:
+        for path in self._paths:
+            yield from _below(path) if path.is_dir() else (path,)
+
+
+def _is_pattern(argument: str) -> bool:
+    return not Path(argument).exists() and (glob.has_magic(argument) or _BRACES.search(argument) is not None)
+
+
+def _paths(argument: str) -> Iterator[Path]:
+    if not _is_pattern(argument):
+        if Path(argument).exists():
+            yield Path(argument)
+        return
+    braces = _BRACES.search(argument)
+    if braces is not None:
+        first, last = braces.groups()
+        for number in range(int(first), int(last) + 1):
+            yield from _paths(
+                argument[: braces.start()] + f"{number:0{len(first)}}" + argument[braces.end() :]
+            )
+        return
+    parts = Path(argument).parts
+    fixed = next(number for number, part in enumerate(parts) if glob.has_magic(part))
+    for name in sorted(glob.glob(argument, recursive=True)):  # noqa: PTH207 - of any folder, as given
+        path = Path(name)
+        # Through linked folders, `**` may find files without end.
+        if not any(Path(*path.parts[:end]).is_symlink() for end in range(fixed + 1, len(path.parts))):
+            yield path
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Images in a folder and below it, sorted, without hidden ones and linked folders."""
+    for where, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            path = Path(where, name)
+            wanted = path.suffix.lower() in _SUFFIXES or path.name.endswith(_TAR) or path.suffix == ".parquet"
+            if wanted and not name.startswith("."):
+                yield path
+
+
+class _Member(tarfile.TarInfo):
+    """A member of an archive that must end with zeros, as archives do.
+
+    `tarfile` takes a header that is cut off, missing or damaged for the end, unless it is the first.
+    """
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"no member and no end at byte {archive.offset}: {error}") from error
+
+
+def _tar_items(path: Path) -> Iterator[Item]:
+    try:
+        with tarfile.open(
+            path, "r|*", tarinfo=_Member
+        ) as archive:  # a stream: nothing is sought or extracted
+            for member in archive:
+                if member.isfile() and Path(member.name).suffix.lower() in _SUFFIXES:
+                    file = archive.extractfile(member)
+                    data = file.read() if file is not None else b""
+                    yield Item(_text(f"{path}/{member.name}"), lambda data=data: data)  # type: ignore[misc]
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        yield Item(_text(str(path)), _failing(OSError(f"not a tar archive, or a damaged one: {error}")))
+
+
+def _parquet_items(path: Path, column: str) -> Iterator[Item]:
+    table = _parquet(path)
+    if column not in table.schema_arrow.names:
+        names = ", ".join(table.schema_arrow.names)
+        raise SourcesError(f"{path}: has no column {column!r}, but {names}; name one with --column")
+    row = 0
+    for batch in table.iter_batches(_ROWS, columns=[column]):
+        for value in batch.column(0).to_pylist():
+            yield Item(_text(f"{path}#{row}"), _cell(value))
+            row += 1
+
+
+def _cell(value: Any) -> Callable[[], bytes]:
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(data, bytes):
+        return _failing(OSError(f"the cell holds {type(data).__name__}, expected bytes"))
+    return lambda: data
+
+
+def _failing(error: OSError) -> Callable[[], bytes]:
+    def read() -> bytes:
+        raise error
+
+    return read
+
+
+def _parquet(path: Path) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise SourcesError(f"{path}: {error}; `{install_hint('parquet')}` adds it") from error
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise SourcesError(f"{path}: not a Parquet file: {error}") from error
+
+
+def _text(name: str) -> str:
+    # File names may be no UTF-8, but the result files are UTF-8.
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

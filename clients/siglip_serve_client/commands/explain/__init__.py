@@ -1,0 +1,1 @@
+"""`siglip-serve explain`: heatmaps of prompts as one picture."""

@@ -1,0 +1,71 @@
+"""The command `siglip-serve`: serve, embed, classify, explain, teams, bench, health."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from siglip_serve_client.commands.bench.command import add_bench
+from siglip_serve_client.commands.classify import add_classify
+from siglip_serve_client.commands.embed.command import add_embed
+from siglip_serve_client.commands.explain.command import add_explain
+from siglip_serve_client.commands.health import add_health
+from siglip_serve_client.commands.install_hint import install_hint
+from siglip_serve_client.commands.options import add_connection
+from siglip_serve_client.commands.teams.command import add_teams
+from siglip_serve_client.errors import ClientError, UnreachableError
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return the exit status. Without arguments print the help.
+
+    Args:
+        arguments: the words after the program's name, or those of this process if None.
+    """
+    parser = _parser()
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if not words:
+        parser.print_help()
+        return 0
+    if words[0] == "serve":
+        return _serve(words[1:])
+    options = parser.parse_args(words)
+    try:
+        return int(options.run(options))
+    except ClientError as error:
+        print(f"siglip-serve: {error}", file=sys.stderr)
+        if isinstance(error, UnreachableError):
+            hint = "start a server with `siglip-serve serve`, or name its gRPC port with --url"
+            print(f"siglip-serve: {hint}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="siglip-serve", description="SigLIP embeddings from a Triton Inference Server."
+    )
+    parser.add_argument("--version", action="version", version=f"siglip-serve {version('siglip-serve')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("serve", help="run the server")  # its options belong to the server, see _serve
+    add_embed(commands)
+    add_classify(commands)
+    add_explain(commands)
+    add_connection(add_teams(commands))
+    add_bench(commands)
+    add_health(commands)
+    return parser
+
+
+def _serve(arguments: Sequence[str]) -> int:
+    try:
+        from siglip_serve.launcher import command as serve_command
+    except ModuleNotFoundError as error:
+        print(f"siglip-serve: {error}; `{install_hint('server')}` adds it", file=sys.stderr)
+        return 1
+    return serve_command.main(arguments)

@@ -1,0 +1,1 @@
+"""`siglip-serve teams`: teams of football players as labels and pictures."""

@@ -1,0 +1,82 @@
+"""Both ends of SigLIP's vision tower on a GPU, with everything constant multiplied into the weights at load.
+
+Shapes: n images, S side, p side of a patch, T patches of an image, W width, H heads.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from siglip_serve.checkpoint.config import ImageConfig
+from siglip_serve.engine.fused import kernels
+from siglip_serve.towers.siglip import AttentionPooling, VisionEmbeddings
+
+__all__ = ["FoldedPatchEmbedding", "FoldedPooling"]
+
+_ALIGNMENT = 8  # elements: rows of a matrix product begin at multiples of 16 bytes
+
+
+class FoldedPatchEmbedding:
+    """Patch embedding as one matrix product, whose weights also normalise the pixels.
+
+    Args:
+        embeddings: on the device, float32.
+        image: the checkpoint's normalisation.
+        dtype: arithmetic of the product and of the tokens.
+    """
+
+    def __init__(self, embeddings: VisionEmbeddings, image: ImageConfig, dtype: torch.dtype) -> None:
+        conv, positions = embeddings.patch_embedding, embeddings.position_embedding.weight.detach()
+        self._dtype = dtype
+        self._grid, self._patch = round(len(positions) ** 0.5), conv.kernel_size[0]
+        mean, std = (torch.tensor(v, device=positions.device) for v in (image.mean, image.std))
+        # Whole numbers up to 255 are exact in 16 bits, and small once the middle is subtracted.
+        self._centre = (mean / image.rescale).round()
+        factor, shift = image.rescale / std, (self._centre * image.rescale - mean) / std
+        weight = conv.weight.detach().permute(0, 2, 3, 1)  # [W, p, p, 3]
+        bias = (weight * shift).sum((1, 2, 3)) + (0 if conv.bias is None else conv.bias.detach())
+        self._positions = (positions + bias).to(dtype)
+        weight = (weight * factor).flatten(1)  # [W, p * p * 3]
+        self._weight = F.pad(weight, (0, -weight.shape[1] % _ALIGNMENT)).to(dtype).t()
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """uint8 pixels [n, S, S, 3] -> tokens [n * T, W], positions included"""
+        n, grid = len(pixels), self._grid
+        patches = torch.empty(n * grid * grid, self._weight.shape[0], dtype=self._dtype, device=pixels.device)
+        kernels.cut_patches(pixels, self._patch, self._centre, patches)
+        x = self._positions.repeat(n, 1)
+        return x.addmm_(patches, self._weight)
+
+
+class FoldedPooling:
+    """The MAP head. Its query is constant, so the scores of all heads are one product with the tokens.
+
+    Args:
+        head: on the device, float32.
+        dtype: arithmetic, except that of the softmax, which is float32.
+    """
+
+    def __init__(self, head: AttentionPooling, dtype: torch.dtype) -> None:
+        attention = head.attention
+        heads, depth = attention.num_heads, attention.head_dim
+        w_q, w_k, w_v = (w.detach() for w in attention.in_proj_weight.chunk(3))
+        b_q, _, b_v = (b.detach() for b in attention.in_proj_bias.chunk(3))  # b_k is the same for all tokens
+        query = F.linear(head.probe.detach()[0, 0], w_q, b_q).view(heads, depth) * depth**-0.5
+        keys = torch.einsum("hd,hdw->wh", query, w_k.view(heads, depth, -1))
+        self._keys = keys.to(dtype)  # [W, H]
+        self._values = w_v.view(heads, depth, -1).transpose(1, 2).to(dtype)  # [H, W, W/H]
+        self._bias = b_v.view(heads, 1, depth).to(dtype)
+        self._out = attention.out_proj.to(dtype)
+        self._norm = head.layernorm.to(dtype)
+        self._mlp = head.mlp.to(dtype)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """[n, T, W] -> [n, W], not normalised"""
+        scores = (tokens @ self._keys).transpose(1, 2)  # [n, H, T]
+        weights = scores.softmax(-1, dtype=torch.float32).to(tokens.dtype)
+        pooled = (weights @ tokens).transpose(0, 1)  # [H, n, W]
+        values = torch.baddbmm(self._bias, pooled, self._values)  # [H, n, W/H]
+        x = self._out(values.transpose(0, 1).flatten(1))  # [n, W]
+        return x + self._mlp(self._norm(x))

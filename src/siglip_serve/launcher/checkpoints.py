@@ -1,0 +1,68 @@
+"""Describe the checkpoints of a server for the configurations of its models and for its operator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import get_args
+
+from siglip_serve.checkpoint.config import load_config, tensor_dims
+from siglip_serve.config import CheckpointUse, Settings
+from siglip_serve.engine.plan import Plan
+
+__all__ = ["ServedCheckpoint", "describe_checkpoints"]
+
+
+@dataclass(frozen=True)
+class ServedCheckpoint:
+    """A checkpoint as the configurations of its models show it.
+
+    Attributes:
+        parameters: model parameters that a Python model gets, unless its configuration sets them.
+        dims: dimensions by tensor name, for configurations that leave them to the checkpoint.
+        notes: sentences for the operator.
+    """
+
+    parameters: Mapping[str, str]
+    dims: Mapping[str, Sequence[int]]
+    notes: tuple[str, ...] = ()
+
+
+def describe_checkpoints(
+    settings: Settings, directories: Mapping[str, Path], device: str
+) -> dict[CheckpointUse, ServedCheckpoint]:
+    """Describe the checkpoint of each use.
+
+    Args:
+        settings: those of the server.
+        directories: directory of each checkpoint by its name in the settings.
+        device: `cpu`, or the GPU whose arithmetic all GPUs share.
+
+    Raises:
+        CheckpointError: a directory's JSON files are not those of a supported checkpoint.
+        SettingsError: the device or the checkpoint's family cannot run the dtype or the backend.
+    """
+    described = {name: _describe(name, path, settings, device) for name, path in directories.items()}
+    return {use: described[replace(settings, tower=use).own_checkpoint] for use in get_args(CheckpointUse)}
+
+
+def _describe(named: str, path: Path, settings: Settings, device: str) -> ServedCheckpoint:
+    config = load_config(path)
+    plan = Plan(device, settings.dtype, settings.backend)
+    dtype = plan.for_vision(config.family, config.vision.hidden_size).dtype
+    hub = path.parent.name == "snapshots"
+    name = named.partition("@")[0] if hub else path.name
+    parameters = {
+        "checkpoint_name": name,
+        "checkpoint_revision": path.name if hub else "local",
+        "dtype": dtype,
+        "preprocess": settings.preprocess,
+    }
+    notes = []
+    if config.note:
+        parameters["checkpoint_note"] = config.note
+        notes.append(f"{name} {config.note}")
+    if settings.dtype not in ("auto", dtype):
+        notes.append(f"{name} runs in {dtype}: it is too narrow to gain from {settings.dtype}")
+    return ServedCheckpoint(parameters, tensor_dims(config), tuple(notes))

@@ -1,0 +1,41 @@
+"""Options of a server: which models, on which device, at which address."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+__all__ = ["ServeOptions"]
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Options of one server.
+
+    Attributes:
+        model_repository: directory of the models.
+        checkpoint: Hugging Face directory or hub id (`owner/name@revision`).
+        device: `cpu` or `cuda`; `auto` takes CUDA GPUs if there are any.
+        host: IPv4 address to bind, or a name that has one.
+        http_port, grpc_port, metrics_port: 0 chooses a free one.
+        models: models to serve, together with the steps of each; empty: all of the repository.
+        settings: further settings by name (`siglip_serve.config.Settings`), as strings.
+        shared_memory: let clients on this machine pass tensors through system shared memory.
+        log_file: file of the server's log; default: `~/.local/state/siglip-serve/<HTTP port>.log`.
+        start_timeout: seconds until a start counts as failed.
+    """
+
+    model_repository: Path
+    checkpoint: str
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    host: str = "127.0.0.1"
+    http_port: int = 0
+    grpc_port: int = 0
+    metrics_port: int = 0
+    models: tuple[str, ...] = ()
+    shared_memory: bool = False
+    settings: Mapping[str, str] = field(default_factory=dict)
+    log_file: Path | None = None
+    start_timeout: float = 600.0

@@ -1,0 +1,50 @@
+"""Read the images of requests on the CPU: base64 or raw, decoded as the settings say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from siglip_serve.config import PreprocessMode
+from siglip_serve.images.preprocess import ImageLimits, Pixels, Preprocessor, decode_base64
+from siglip_serve.serving.context import Context
+from siglip_serve.serving.request import Request
+
+__all__ = ["ImageReader"]
+
+
+class ImageReader:
+    """Decodes image files within the limits of the settings.
+
+    Args:
+        context: of the model.
+        mode: how to decode and resize, in place of the settings'. For `gpu` it is `fast`, which is nearest.
+
+    Attributes:
+        limits: most bytes and pixels of an image.
+        preprocess: decodes and resizes.
+    """
+
+    def __init__(self, context: Context, mode: PreprocessMode | None = None) -> None:
+        from PIL import AvifImagePlugin, Image
+
+        settings = context.settings
+        mode = mode or settings.preprocess
+        mode = "fast" if mode == "gpu" else mode
+        if mode == "fast":
+            import torch
+
+            torch.set_num_threads(1)  # the other cores belong to the other instances
+        AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+        Image.MAX_IMAGE_PIXELS = None  # our own limit stands in its place, at the same point: the header
+        self.limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
+        self.preprocess = Preprocessor(context.config.image, mode, self.limits)
+
+    def unpacker(self, request: Request) -> Callable[[bytes], bytes]:
+        """Make the function that turns a row of the request into a file, from base64 if it says so."""
+        return partial(decode_base64, limits=self.limits) if request.flag("base64_encoded") else bytes
+
+    def decoder(self, request: Request) -> Callable[[bytes], Pixels]:
+        """Make the function that decodes a row of the request into upright pixels [H, W, 3]."""
+        unpack = self.unpacker(request)
+        return lambda row: self.preprocess.decode(unpack(row))

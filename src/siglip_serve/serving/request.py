@@ -1,0 +1,151 @@
+"""Read one Triton request: its inputs and parameters, checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
+
+from siglip_serve.errors import InvalidInputError, ParameterError
+
+__all__ = ["Request", "has_input"]
+
+# One vocabulary for all models, since the steps of an ensemble all see the request's parameters.
+_PARAMETERS = frozenset(
+    {"base64_encoded", "color_order", "embed_model", "normalized", "softmax", "truncation"}
+)
+_LONGEST_REMEMBERED = 256
+
+
+class Request:
+    """One request's inputs and parameters.
+
+    Args:
+        request: Triton's own `InferenceRequest`.
+
+    Raises:
+        ParameterError: a parameter is unknown.
+    """
+
+    __slots__ = ("_parameters", "_request")
+
+    def __init__(self, request: Any) -> None:
+        self._request = request
+        text = request.parameters() or ""
+        read = _read_parameters if len(text) <= _LONGEST_REMEMBERED else _read_parameters.__wrapped__
+        self._parameters = read(text)
+
+    def strings(self, name: str) -> list[bytes]:
+        """Return the rows of a BYTES input [n] or [n, 1]; none if it is optional and was not sent."""
+        tensor = pb_utils.get_input_tensor_by_name(self._request, name)
+        if tensor is None:
+            return []
+        array = tensor.as_numpy()
+        if array.ndim > 2 or array.shape[1:] not in {(), (1,)}:
+            raise InvalidInputError(f"{name}: got shape {list(array.shape)}, expected [rows, 1]")
+        return [bytes(row) for row in array.reshape(-1)]
+
+    def has(self, name: str) -> bool:
+        """Tell if an optional input was sent."""
+        return has_input(self._request, name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of an input that was sent."""
+        return tuple(pb_utils.get_input_tensor_by_name(self._request, name).shape())
+
+    def optional(self, name: str, rows: int, dtype: Any) -> NDArray[Any] | None:
+        """Return an optional input of `dtype` and shape [rows]; None if it was not sent."""
+        tensor = pb_utils.get_input_tensor_by_name(self._request, name)
+        if tensor is None:
+            return None
+        array: NDArray[Any] = tensor.as_numpy()
+        if array.shape != (rows,) or array.dtype != dtype:
+            raise InvalidInputError(
+                f"{name}: got {array.dtype} {list(array.shape)}, expected {np.dtype(dtype)} [{rows}]"
+            )
+        return array
+
+    def array(self, name: str, shape: Sequence[int], dtype: Any, least: int = 1) -> NDArray[Any]:
+        """Return an input of `dtype` and shape [n, *shape], with n at least `least`."""
+        array: NDArray[Any] = pb_utils.get_input_tensor_by_name(self._request, name).as_numpy()
+        if array.shape[1:] != tuple(shape) or array.dtype != dtype:
+            raise InvalidInputError(
+                f"{name}: got {array.dtype} {list(array.shape)}, "
+                f"expected {np.dtype(dtype)} {['rows', *shape]}"
+            )
+        if len(array) < least:
+            raise InvalidInputError(f"{name}: no rows, expected at least one")
+        return array
+
+    def finite(self, name: str, shape: Sequence[int]) -> NDArray[np.float32]:
+        """Return an input [n, *shape] FP32 without NaN and infinities."""
+        array: NDArray[np.float32] = self.array(name, shape, np.float32)
+        if not np.isfinite(array).all():
+            raise InvalidInputError(f"{name}: not all finite")
+        return array
+
+    def option(self, name: str, choices: Sequence[str]) -> str:
+        """Return the one text of an optional BYTES input; the first of `choices` if it was not sent."""
+        rows = self.strings(name)
+        if not rows:
+            return choices[0]
+        given = rows[0].decode("utf-8", "replace")
+        if len(rows) > 1 or given not in choices:
+            got = f"{len(rows)} values" if len(rows) > 1 else repr(given[:100])
+            raise InvalidInputError(f"{name}: got {got}, expected one of {', '.join(choices)}")
+        return given
+
+    def flag(self, name: str) -> bool:
+        """Return a boolean parameter, false unless given.
+
+        HTTP headers that Triton forwards arrive as the texts `true` and `false`.
+        """
+        value = self._parameters.get(name, False)
+        if isinstance(value, str) and value.lower() in {"true", "false"}:
+            return value.lower() == "true"
+        if not isinstance(value, bool):
+            raise ParameterError(f"parameter {name!r}: got {value!r}, expected true or false")
+        return value
+
+    def choice(self, name: str, choices: str) -> str:
+        """Return a parameter that is one of the comma-separated `choices`; the first one unless given."""
+        allowed = _split(choices)
+        value = self._parameters.get(name, allowed[0])
+        if value not in allowed:
+            raise ParameterError(f"parameter {name!r}: got {value!r}, expected one of {', '.join(allowed)}")
+        return str(value)
+
+    def has_parameter(self, name: str) -> bool:
+        """Tell if a parameter was sent."""
+        return name in self._parameters
+
+    def wanted(self) -> list[str]:
+        """Return the names of the outputs that the caller asked for."""
+        return list(self._request.requested_output_names())
+
+
+def has_input(request: Any, name: str) -> bool:
+    """Tell if Triton's own request has an optional input."""
+    return pb_utils.get_input_tensor_by_name(request, name) is not None
+
+
+@lru_cache(maxsize=256)
+def _read_parameters(text: str) -> Mapping[str, Any]:
+    """Parameters by name, from their JSON, which is the same for most requests."""
+    # They may come as HTTP headers, whose names have no case.
+    parameters = {name.lower(): value for name, value in json.loads(text or "{}").items()}
+    for name in parameters:
+        if name not in _PARAMETERS and not name.startswith("triton_"):
+            known = ", ".join(sorted(_PARAMETERS))
+            raise ParameterError(f"parameter {name!r}: unknown; the parameters are {known}")
+    return parameters
+
+
+@lru_cache(maxsize=16)
+def _split(choices: str) -> list[str]:
+    return [choice.strip() for choice in choices.split(",")]

@@ -1,0 +1,85 @@
+"""Handle the rows of requests: one by one with errors by index, joined into a batch, remembered."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from siglip_serve.errors import InvalidInputError
+
+__all__ = ["Row", "RowBuffer", "RowCache", "map_rows"]
+
+Item = TypeVar("Item")
+Row = NDArray[Any]
+
+
+def map_rows(name: str, rows: Sequence[Item], function: Callable[[Item], Row]) -> NDArray[Any]:
+    """Stack `function` of every row.
+
+    Raises:
+        InvalidInputError: names each row that was refused, by its index; five of them at most.
+    """
+    done: list[Row] = []
+    refused: list[InvalidInputError] = []
+    if not len(rows):
+        raise InvalidInputError(f"{name}: no rows, expected at least one")
+    for index, row in enumerate(rows):
+        try:
+            done.append(function(row))
+        except InvalidInputError as error:
+            refused.append(error.at(name, index))
+    if refused:
+        shown = "; ".join(str(error) for error in refused[:5])
+        more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
+        raise type(refused[0])(shown + more)
+    return np.asarray(done[0])[np.newaxis] if len(done) == 1 else np.stack(done)
+
+
+class RowBuffer:
+    """Memory in which the rows of several requests become one batch.
+
+    It is kept, since fresh memory costs a page fault for every 4 kB. The next batch overwrites it.
+
+    Args:
+        staging: [most rows, ...], memory that a device reads faster; larger batches lie elsewhere.
+    """
+
+    def __init__(self, staging: NDArray[Any] | None = None) -> None:
+        self._staging = staging
+        self._rows: NDArray[Any] = np.empty(0)
+
+    def join(self, parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        """Concatenate the parts [n, ...], which have one dtype and trailing shape."""
+        count = sum(map(len, parts))
+        if self._staging is not None and count <= len(self._staging):
+            return np.concatenate(parts, out=self._staging[:count])
+        if len(parts) == 1:
+            return parts[0]
+        if count > len(self._rows):
+            self._rows = np.empty((count, *parts[0].shape[1:]), parts[0].dtype)
+        return np.concatenate(parts, out=self._rows[:count])
+
+
+class RowCache:
+    """Arrays by key; beyond `rows` of them the least recently used are dropped."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._arrays: OrderedDict[bytes, Row] = OrderedDict()
+
+    def get(self, key: bytes) -> Row | None:
+        """Return the array of a key, and count it as used."""
+        array = self._arrays.get(key)
+        if array is not None:
+            self._arrays.move_to_end(key)
+        return array
+
+    def put(self, key: bytes, array: Row) -> None:
+        """Keep an array; views keep their whole base alive, so copy them first."""
+        self._arrays[key] = array
+        if len(self._arrays) > self._rows:
+            self._arrays.popitem(last=False)

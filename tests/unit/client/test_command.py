@@ -1,0 +1,137 @@
+"""`siglip-serve` without a Triton server: its help, version, hints, notes, and the table of `classify`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+from instant_server import instant_server
+from siglip_serve_client import Client
+from siglip_serve_client.commands import install_hint as hints
+from siglip_serve_client.commands.classify import _printer
+from siglip_serve_client.commands.install_hint import install_hint
+from siglip_serve_client.commands.main import main
+from wire import ROOT, TINY
+
+import siglip_serve
+
+PROGRAM = str(Path(sys.executable).parent / "siglip-serve")
+
+
+def test_without_arguments_it_prints_its_help_and_exits_with_0() -> None:
+    done = subprocess.run([PROGRAM], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: siglip-serve")
+    for command in ("serve", "embed", "classify", "explain", "teams", "bench", "health"):
+        assert f"\n    {command} " in done.stdout
+
+
+def test_it_prints_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"siglip-serve {version('siglip-serve')}\n"
+    assert version("siglip-serve") == siglip_serve.__version__
+
+
+@pytest.mark.parametrize("words", [["--help"], ["embed", "--help"], ["health", "--help"]])
+def test_it_has_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: siglip-serve")
+
+
+def test_the_hint_installs_the_checkout_with_the_extra(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert install_hint("load").endswith(" install -e '.[load]'")
+    monkeypatch.chdir(tmp_path)
+    assert install_hint("parquet").endswith(f" install -e '{ROOT}[parquet]'")
+
+
+def test_the_hint_names_packages_where_there_is_no_checkout(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(hints, "_CHECKOUT", tmp_path)
+    words = install_hint("load")
+    assert " install 'locust>=" in words
+    assert "'matplotlib>=" in words
+    assert "pyarrow" not in words
+
+
+@pytest.mark.parametrize("scheme", ["grpc", "http"])
+def test_the_note_of_the_checkpoint_is_one_line_on_stderr(
+    scheme: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with instant_server({"checkpoint_name": "tiny", "checkpoint_note": "knows drawings only"}) as server:
+        url = server.http_url if scheme == "http" else server.grpc_url
+        assert main(["health", "--url", url]) == 0
+        with Client(url) as client:
+            described = client.describe()
+    assert capsys.readouterr().err == (
+        "siglip-serve: note: the server runs tiny, which knows drawings only\n"
+    )
+    assert (described["checkpoint_name"], described["checkpoint_note"]) == ("tiny", "knows drawings only")
+
+
+def test_a_checkpoint_without_a_note_prints_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with instant_server({"checkpoint_name": "other"}) as server:
+        assert main(["health", "--url", server.http_url]) == 0
+        with Client(server.http_url) as client:
+            assert client.describe()["checkpoint_note"] == ""
+    assert capsys.readouterr().err == ""
+
+
+def test_the_note_is_no_part_of_an_embedding_files_identity(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    with instant_server({"checkpoint_name": "tiny", "checkpoint_note": "knows drawings only"}) as server:
+        words = ["embed", str(tmp_path / "a.jpg"), "-o", str(tmp_path / "out.npz"), "--url", server.http_url]
+        assert main(words) == 0
+    assert capsys.readouterr().err.count("note: the server runs tiny, which knows drawings only") == 1
+    with np.load(tmp_path / "out.npz") as written:
+        identity = json.loads(str(written["identity"]))
+    assert set(identity) == {"normalized", "checkpoint_name", "checkpoint_revision", "dtype", "preprocess"}
+
+
+def test_the_bundled_checkpoint_says_what_it_knows_and_how_to_start_another() -> None:
+    note = json.loads((TINY / "config.json").read_text(encoding="utf-8"))["siglip_serve_note"]
+    assert "drawings only" in note
+    assert "make serve CHECKPOINT=google/siglip-so400m-patch14-384" in note
+    assert "\n" not in note
+
+
+SCORES = np.array([0.1, 0.85349, 0.05], np.float32)
+
+
+def test_classify_prints_a_sorted_table(capsys: pytest.CaptureFixture[str]) -> None:
+    _printer("table", ["cat", "a dog", "pizza"])("dog.jpg", SCORES)
+    assert capsys.readouterr().out == "dog.jpg\n    a dog  0.853\n    cat    0.100\n    pizza  0.050\n"
+
+
+def test_classify_prints_csv_into_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    _printer(None, ["cat", "a dog", "pizza"])("dog.jpg", SCORES)
+    assert capsys.readouterr().out == "path,label,cat,a dog,pizza\ndog.jpg,a dog,0.1000,0.8535,0.0500\n"
+
+
+def test_classify_prints_the_table_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    _printer(None, ["cat"])("dog.jpg", SCORES[:1])
+    assert capsys.readouterr().out == "dog.jpg\n    cat  0.100\n"
+
+
+def test_unknown_commands_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["serv"])
+    assert stopped.value.code == 2
+    assert "invalid choice: 'serv'" in capsys.readouterr().err

@@ -1,0 +1,68 @@
+"""The server's log: its file, and the cause of a failed start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from siglip_serve.errors import ServerStartError
+from siglip_serve.launcher.log import cause, open_log, tail
+
+OF_A_MODEL = (
+    "E1128 model.cc:1] failed to load 'a': TritonModelException: siglip-serve cannot start: mis-shaped:"
+    "\\n  one\\n  two\\n\\nAt:\\n  model.py(1): initialize\n"
+)
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "log"
+
+
+def test_cause_is_the_models_message_once(log: Path) -> None:
+    again = OF_A_MODEL.replace("'a'", "'b'")
+    log.write_text(f"I1128 ready\n{OF_A_MODEL}{again}E1128 server.cc:1] failed to start\n")
+    assert cause(log) == "mis-shaped:\n  one\n  two"
+
+
+def test_cause_is_otherwise_tritons_errors(log: Path) -> None:
+    log.write_text("I1128 ready\nE1128 server.cc:1] failed to start HTTP\nerror: creating server\n")
+    assert cause(log).splitlines() == [
+        "tritonserver ended during startup:",
+        "E1128 server.cc:1] failed to start HTTP",
+        "error: creating server",
+        f"the whole log: {log}",
+    ]
+    log.write_text("".join(f"E1128 a] failed {number}\n" for number in range(9)))
+    assert "failed 7" in cause(log)
+    assert "failed 8" not in cause(log)
+
+
+def test_cause_is_otherwise_the_end_of_the_log(log: Path) -> None:
+    log.write_text("I1128 one\nI1128 two\n")
+    assert cause(log) == f"tritonserver ended during startup\nthe last lines of {log}:\nI1128 one\nI1128 two"
+
+
+def test_tail_quotes_the_last_lines(log: Path) -> None:
+    log.write_bytes(b"one\ntwo\nthr\xffee\n")
+    assert tail(log, 2) == f"the last lines of {log}:\ntwo\nthr\ufffdee"
+
+
+def test_opens_an_empty_log_in_the_state_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    log = open_log(None, 8000)
+    assert log == tmp_path / "siglip-serve" / "8000.log"
+    log.write_text("of an earlier run")
+    assert open_log(None, 8000).read_bytes() == b""
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_log(None, 1) == tmp_path / ".local" / "state" / "siglip-serve" / "1.log"
+
+
+def test_refuses_a_log_file_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ServerStartError, match=r"^log file .*/file/log: .*; choose another one with --log-file$"
+    ):
+        open_log(tmp_path / "file" / "log", 8000)
