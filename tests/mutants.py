@@ -53,7 +53,7 @@ class Fault:
         file: path or pattern below the checkout; all files that match are searched.
         old: text that occurs in them exactly once.
         new: its replacement.
-        tests: paths or node ids of the tests to run.
+        tests: paths, patterns of paths or node ids of the tests to run.
     """
 
     name: str
@@ -100,14 +100,27 @@ def locate(root: Path, fault: Fault) -> Path:
     found = {path: path.read_text(encoding="utf-8").count(fault.old) for path in files}
     total = sum(found.values())
     if total != 1:
-        raise FaultError(
-            f"{fault.name!r}: its text occurs {total} times in {fault.file} "
-            f"({len(files)} files), expected once"
-        )
+        raise FaultError(f"its text occurs {total} times in {fault.file} ({len(files)} files), expected once")
     path = next(path for path, count in found.items() if count)
     if path.suffix == ".py":
         compile(path.read_text(encoding="utf-8").replace(fault.old, fault.new), str(path), "exec")
     return path
+
+
+def find_tests(root: Path, tests: Sequence[str]) -> list[str]:
+    """Replace patterns of paths by the paths that match.
+
+    Raises:
+        FaultError: nothing matches.
+    """
+    found = []
+    for test in tests:
+        pattern, mark, node = test.partition("::")
+        paths = sorted(str(path.relative_to(root)) for path in root.glob(pattern))
+        if not paths:
+            raise FaultError(f"there is no {pattern}")
+        found += [f"{path}{mark}{node}" for path in paths]
+    return found
 
 
 class Copy:
@@ -294,11 +307,9 @@ def _problems(faults: Sequence[Fault]) -> Iterator[str]:
     for fault in faults:
         try:
             locate(ROOT, fault)
+            find_tests(ROOT, fault.tests)
         except (FaultError, SyntaxError) as error:
-            yield str(error)
-        for test in fault.tests:
-            if not (ROOT / test.partition("::")[0]).exists():
-                yield f"{fault.name!r}: there is no {test}"
+            yield f"{fault.name!r}: {error}"
 
 
 def main() -> int:
