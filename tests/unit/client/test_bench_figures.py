@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from siglip_serve_client._bench_report import Row, table_line, write_csv
-from siglip_serve_client._bench_run import Plan, Point
-from siglip_serve_client.loadtest._record import Summary, summarise
+from siglip_serve_client.commands.bench.record import Summary, summarise
+from siglip_serve_client.commands.bench.report import Row, table_line, write_csv
+from siglip_serve_client.commands.bench.run import Plan, Point
 
 Record = tuple[float, float, float, float, str]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from siglip_serve_client._embed_output import OutputError, Store
+from siglip_serve_client.commands.embed.output import OutputError, Store
 
 IDENTITY = {"checkpoint_name": "tiny"}
 
