@@ -103,7 +103,7 @@ def test_names_the_missing_shards(tmp_path: Path) -> None:
     (tmp_path / "model-1.safetensors").unlink()
     for read in (fingerprint, load_tensors):
         with pytest.raises(
-            CheckpointError, match=r"no model-1\.safetensors; weights are read as safetensors"
+            CheckpointError, match=r"no model-1\.safetensors; weights are read from safetensors"
         ):
             read(tmp_path)
 

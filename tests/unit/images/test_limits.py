@@ -12,7 +12,8 @@ from PIL import Image
 
 from siglip_serve.checkpoint.config import ImageConfig
 from siglip_serve.errors import ImageTooLargeError, InvalidInputError
-from siglip_serve.images.preprocess import ImageLimits, Mode, Preprocessor, decode_base64, plain_jpeg
+from siglip_serve.images.formats import ImageLimits, decode_base64, plain_jpeg
+from siglip_serve.images.preprocess import Mode, Preprocessor
 
 CONFIG = ImageConfig(size=8, resample="bicubic", rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3)
 
