@@ -249,7 +249,7 @@ def _make_environment(folder: Path, root: Path) -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one fault.
+    """The outcome of one fault.
 
     Attributes:
         fault: the fault.
@@ -303,7 +303,7 @@ def _select(arguments: argparse.Namespace) -> list[Fault]:
 
 
 def _problems(faults: Sequence[Fault]) -> Iterator[str]:
-    """What keeps faults from being planted, or their tests from being run."""
+    """Say what keeps faults from being planted, or their tests from being run."""
     for fault in faults:
         try:
             locate(ROOT, fault)

@@ -1,4 +1,4 @@
-"""What a checkpoint's files may hold, up to the exact limit, and what tells checkpoints apart."""
+"""Values in a checkpoint's files up to their exact limits, and the digits that tell checkpoints apart."""
 
 from __future__ import annotations
 
