@@ -179,26 +179,21 @@ class Copy:
             FaultError: there are no such tests.
         """
         words = [
-            "-m",
-            "pytest",
-            "-p",
-            "no:cacheprovider",
-            "--tb=no",
-            "-rfE",
+            *("-m", "pytest", "-p", "no:cacheprovider", "--tb=no", "-rfE"),
             *(["-x"] if stop else []),
-            *tests,
+            *find_tests(self.root, tests),
         ]
         try:
-            done = self._run(words, timeout=_LONGEST)
+            done = self._run(words, timeout=_LONGEST if stop else None)
         except subprocess.TimeoutExpired:
             return [f"no end within {_LONGEST} s"]
         if done.returncode in _NO_SUCH_TESTS:
-            raise FaultError(f"{' '.join(tests)}: {(done.stderr or done.stdout).strip()[-500:]}")
+            raise FaultError((done.stderr or done.stdout).strip()[-500:])
         if done.returncode == 0:
             return []
         return _SUMMARY.findall(done.stdout) or [f"pytest ended with {done.returncode}"]
 
-    def _run(self, words: Sequence[str], timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def _run(self, words: Sequence[str], timeout: float | None = 120) -> subprocess.CompletedProcess[str]:
         # Bytecode is not kept: a change of the same length within one second would not be seen.
         environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
         environment.pop("PYTHONPATH", None)
@@ -249,7 +244,7 @@ def _make_environment(folder: Path, root: Path) -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one fault.
+    """The outcome of one fault.
 
     Attributes:
         fault: the fault.
@@ -303,7 +298,7 @@ def _select(arguments: argparse.Namespace) -> list[Fault]:
 
 
 def _problems(faults: Sequence[Fault]) -> Iterator[str]:
-    """What keeps faults from being planted, or their tests from being run."""
+    """Say what keeps faults from being planted, or their tests from being run."""
     for fault in faults:
         try:
             locate(ROOT, fault)

@@ -1,4 +1,4 @@
-"""What a checkpoint's files may hold, up to the exact limit, and what tells checkpoints apart."""
+"""Values in a checkpoint's files up to their exact limits, and the digits that tell checkpoints apart."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_names_the_missing_shards(tmp_path: Path) -> None:
     (tmp_path / "model-1.safetensors").unlink()
     for read in (fingerprint, load_tensors):
         with pytest.raises(
-            CheckpointError, match=r"no model-1\.safetensors; weights are read as safetensors"
+            CheckpointError, match=r"no model-1\.safetensors; weights are read from safetensors"
         ):
             read(tmp_path)
 

@@ -220,3 +220,14 @@ def test_opens_no_file_without_a_name(tmp_path: Path) -> None:
             time.sleep(0.03)
     turns.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_expects_of_few_rows_less_time_than_of_many(start: Start) -> None:
+    holder, other = start(), start()  # a row is expected to take 5 ms
+    holder.ask("enter", 10)
+    began = time.monotonic()
+    assert other.ask("enter", 1)[0] - began < 1  # 5 ms need no turn
+    other.ask("leave")
+    other.tell("enter", 5)
+    time.sleep(0.2)
+    assert holder.ask("leave")[0] <= other.hear()[0]

@@ -71,3 +71,9 @@ def test_two_pictures_shown_many_times() -> None:
     labels = trimmed_kmeans(rows, 2, 0.25).labels
     assert len(set(labels[:20])) == len(set(labels[20:])) == 1
     assert labels[0] != labels[20]
+
+
+def test_keeps_at_least_two_samples_per_cluster() -> None:
+    rows, _ = teams(0, 12, 0)
+    assert trimmed_kmeans(rows, 2, 0.95).kept.sum() == 4
+    assert trimmed_kmeans(rows[:3], 2, 0.95).kept.sum() == 3
