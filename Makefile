@@ -22,7 +22,7 @@ PIP = $(BIN)/pip install --disable-pip-version-check $$(test -t 2 || echo --quie
 SERVER := $(VENV)/.server
 DEV := $(VENV)/.dev
 # Two processes; tests that share a server stay in one of them. ARGS="-n 0" runs all in one process.
-PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
+PARALLEL := -n 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve test test-unit lint validate bench load mutants tools format clean

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -17,17 +18,34 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 _SHARED_SERVERS = {"server", "exact_server", "sharing_server", "front"}
+_OWN_SERVERS = ("test_clip.py", "test_gpu_jpeg.py", "test_launcher.py", "test_turns.py")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tell `pytest -n` which tests to keep in one process: those of a file, and all that share servers.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Give `pytest -n` whole files, in their order, and one process all files that share servers.
 
     Otherwise each process would start the shared servers for itself.
     """
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
+    from xdist.scheduler import LoadScopeScheduling
+
+    def process_of(test: str) -> str:
+        file = test.partition("::")[0]
+        return "servers" if "/triton/" in file and not file.endswith(_OWN_SERVERS) else file
+
+    config.option.loadscopereorder = False
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = process_of
+    return scheduler
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse a shared server in a file that may run in another process than the shared servers.
+
+    Raises:
+        UsageError: such a test is to move to another file.
+    """
     for item in items:
-        shares = _SHARED_SERVERS.intersection(getattr(item, "fixturenames", ()))
-        group = "servers" if shares else item.path.relative_to(config.rootpath).as_posix()
-        item.add_marker(pytest.mark.xdist_group(group))
+        shared = _SHARED_SERVERS.intersection(getattr(item, "fixturenames", ()))
+        if shared and item.path.name in _OWN_SERVERS:
+            raise pytest.UsageError(f"{item.nodeid}: shares a server, which files of own servers must not")

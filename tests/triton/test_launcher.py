@@ -24,7 +24,7 @@ import pytest
 from explaining import MAPS, explain
 from images import encode, photo
 from tritonclient.utils import InferenceServerException
-from wire import OPENER, ROOT, TINY, GrpcCaller, HttpCaller, post, post_image
+from wire import ROOT, TINY, GrpcCaller, HttpCaller, post_image
 
 from siglip_serve.errors import CheckpointError, ServerStartError, SettingsError
 from siglip_serve.launcher import ServeOptions, TritonServer
@@ -352,28 +352,3 @@ def test_repository_is_served_by_a_plain_tritonserver(tmp_path: Path) -> None:
             assert found["HEATMAPS"].shape == (1, 60, 80)
         finally:
             server.terminate()
-
-
-def test_closes_administration_to_callers_without_the_key(server: TritonServer) -> None:
-    base = f"http://{server.http_url}/v2"
-    for path in (
-        "repository/models/embed_image/load",
-        "repository/models/embed_image/unload",
-        "repository/index",
-        "logging",
-        "trace/setting",
-        "systemsharedmemory/region/x/register",
-    ):
-        status, _ = post(f"{base}/{path}", b"{}", {})
-        assert status == 403, path
-    client = GrpcCaller(server.grpc_url).client
-    for call in (client.get_model_repository_index, client.get_log_settings, client.get_trace_settings):
-        with pytest.raises(InferenceServerException, match="This protocol is restricted"):
-            call()
-    assert np.isfinite(GrpcCaller(server.grpc_url).embed([PICTURE])).all()
-
-
-def test_serves_metrics(server: TritonServer) -> None:
-    GrpcCaller(server.grpc_url).embed([PICTURE])
-    with OPENER.open(f"http://{server.address}:{server.metrics_port}/metrics", timeout=5) as answer:
-        assert b'nv_inference_request_success{model="siglip_vision_model"' in answer.read()

@@ -1,4 +1,4 @@
-"""The project's own metrics at the metrics endpoint."""
+"""The metrics endpoint: Triton's metrics and the project's own."""
 
 from __future__ import annotations
 
@@ -37,6 +37,12 @@ def added(server: TritonServer, call: Callable[[], Any]) -> dict[str, float]:
     return {
         name: value - before.get(name, 0) for name, value in after.items() if value != before.get(name, 0)
     }
+
+
+def test_serves_tritons_metrics(server: TritonServer) -> None:
+    GrpcCaller(server.grpc_url).embed([PICTURE])
+    with OPENER.open(f"http://{server.address}:{server.metrics_port}/metrics", timeout=60) as answer:
+        assert b'nv_inference_request_success{model="siglip_vision_model"' in answer.read()
 
 
 def test_counts_and_times_images_and_rows(server: TritonServer) -> None:
