@@ -139,7 +139,7 @@ def replay(client: Client, options: argparse.Namespace) -> None:
                 writer.writerows((path.name, *row) for row in zip(found.tracks, teams, strict=True))
                 if options.draw:
                     draw(picture, found, teams).save(options.draw / f"{path.stem}.jpg", quality=90)
-    print(f"labels: {clip.seen} players in {len(frames)} frames, of whom {clip.classified} were classified")
+    print(f"labels: {clip.seen} players in {len(frames)} frames, {clip.classified} of them classified")
 
 
 def main() -> int:

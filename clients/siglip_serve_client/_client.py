@@ -14,6 +14,7 @@ from typing import Any, Self, TypeVar, Unpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from siglip_serve_client._operations.concurrency import Turns
 from siglip_serve_client._operations.encoding import ColorOrder, ImageLike
 from siglip_serve_client._operations.explain import ExplainOptions, Explanation, ask_explanation
 from siglip_serve_client._operations.images import ask_embedding, ask_probabilities, label_tensors
@@ -22,7 +23,6 @@ from siglip_serve_client._operations.server import ask_description, ask_health
 from siglip_serve_client._operations.shared_memory import Regions
 from siglip_serve_client._operations.teams import TeamFit, TeamImages, Teams, ask_fit, ask_teams, hint_inputs
 from siglip_serve_client._operations.texts import ask_text_embeddings, text_chunks
-from siglip_serve_client._operations.turns import Turns
 from siglip_serve_client._transports import connect
 from siglip_serve_client._transports.background_loop import BackgroundLoop
 from siglip_serve_client._transports.endpoint import Endpoint

@@ -78,7 +78,7 @@ def _for_server(block: str, server: TritonServer) -> str:
 
 
 def _run(language: str, block: str, folder: Path) -> str:
-    """What the block prints."""
+    """Run a block and return its output."""
     run = [".venv/bin/python", "-c"] if language == "python" else ["bash", "-euo", "pipefail", "-c"]
     done = subprocess.run(
         [*run, block],

@@ -57,14 +57,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"BACKGROUND": ["sky", "dog " * 300]}, "BACKGROUND[1]: the text has 301 tokens"),
     ({"BACKGROUND": ["sky"], "MODE": ["absolute"]}, "BACKGROUND: means nothing in the MODE absolute"),
     ({"MODE": ["Relative"]}, "MODE: got 'Relative', expected one of relative, absolute"),
-    ({"MODE": [b"\xff"]}, "MODE: got"),
-    ({"MODE": ["relative", "relative"]}, "MODE"),
+    ({"MODE": [b"\xff"]}, "expected one of relative, absolute"),
+    (
+        {"MODE": ["relative", "relative"]},
+        "shape for input 'MODE' for model 'explain_image'. Expected [1], got [2]",
+    ),
     ({"NORMALIZE": ["minmax"]}, "NORMALIZE: got 'minmax', expected one of none, prompt, joint"),
     ({"COLORMAP": ["hot"]}, "COLORMAP: got 'hot', expected one of bwr, jet, viridis, cividis"),
     ({"OPACITY": [1.5]}, "OPACITY: got 1.5, expected 0 to 1"),
     ({"OPACITY": [-0.1]}, "OPACITY: got -0.1"),
     ({"OPACITY": [float("nan")]}, "OPACITY: got nan"),
-    ({"OPACITY": [0.1, 0.2]}, "OPACITY"),
+    ({"OPACITY": [0.1, 0.2]}, "shape for input 'OPACITY' for model 'explain_image'. Expected [1], got [2]"),
     ({"SIZE": [0, 10]}, "SIZE: 1 maps of 0x10"),
     ({"SIZE": [-5, 10]}, "SIZE: 1 maps of -5x10"),
     (
@@ -73,19 +76,19 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"SIZE": [2**31 - 1, 2**31 - 1]}, "SIZE: 1 maps of 2147483647x2147483647"),
     ({"SIZE": [1, LARGEST]}, f"SIZE: 1 maps of 1x{LARGEST}, expected sides of 1 to 8192"),
-    ({"SIZE": [10]}, "SIZE"),
+    ({"SIZE": [10]}, "shape for input 'SIZE' for model 'explain_image'. Expected [2], got [1]"),
     ({"image": b"no image"}, "INPUT_IMAGE[0]: not a decodable image"),
     ({"image": b""}, "INPUT_IMAGE[0]: empty"),
     ({"image": DOG[: len(DOG) // 2]}, "INPUT_IMAGE[0]: truncated JPEG"),
-    ({"image": [SMALL, SMALL]}, "INPUT_IMAGE"),
-    ({"image": []}, "INPUT_IMAGE"),
+    ({"image": [SMALL, SMALL]}, "shape for input 'INPUT_IMAGE' for model 'explain_image'. Expected [1,1]"),
+    ({"image": []}, "input 'INPUT_IMAGE' for model 'explain_image'. Expected [1,1], got [0,1]"),
     ({"image": base64.b64encode(SMALL)}, "INPUT_IMAGE[0]: not a decodable image"),
     ({"parameters": {"base64_encoded": True}}, "INPUT_IMAGE[0]: not base64"),
     ({"parameters": {"embed_model": "siglip_text"}}, "parameter 'embed_model': got 'siglip_text'"),
     ({"parameters": {"overlay": True}}, "parameter 'overlay': unknown"),
     ({"parameters": {"truncation": "yes"}}, "parameter 'truncation': got 'yes'"),
-    ({"outputs": ["HEATMAP"]}, "HEATMAP"),
-    ({"outputs": ["HEAT"]}, "HEAT"),
+    ({"outputs": ["HEATMAP"]}, "unexpected inference output 'HEATMAP' for model 'explain_image'"),
+    ({"outputs": ["HEAT"]}, "unexpected inference output 'HEAT' for model 'explain_image'"),
 ]
 
 
@@ -101,11 +104,11 @@ def test_refuses_a_wrong_request(request_: dict[str, Any], expected: str, grpc: 
 
 def test_refuses_wrong_types(grpc: GrpcCaller) -> None:
     module = grpc.module
-    for name, kind, array in (
-        ("SIZE", "INT64", np.array([5, 5])),
-        ("SIZE", "FP32", np.array([5, 5], dtype=np.float32)),
-        ("OPACITY", "FP64", np.array([0.5])),
-        ("PROMPTS", "INT32", np.array([1], dtype=np.int32)),
+    for name, kind, array, expected in (
+        ("SIZE", "INT64", np.array([5, 5]), "INT32"),
+        ("SIZE", "FP32", np.array([5, 5], dtype=np.float32), "INT32"),
+        ("OPACITY", "FP64", np.array([0.5]), "FP32"),
+        ("PROMPTS", "INT32", np.array([1], dtype=np.int32), "BYTES"),
     ):
         made = [module.InferInput("INPUT_IMAGE", [1, 1], "BYTES"), module.InferInput("PROMPTS", [1], "BYTES")]
         made[0].set_data_from_numpy(np.array([[SMALL]], dtype=np.object_))
@@ -113,7 +116,8 @@ def test_refuses_wrong_types(grpc: GrpcCaller) -> None:
         wrong = module.InferInput(name, list(array.shape), kind)
         wrong.set_data_from_numpy(array)
         inputs = [one for one in made if one.name() != name] + [wrong]
-        assert name in refusal(grpc.client.infer, "explain_image", inputs)
+        message = f"input '{name}' data-type is '{kind}', but model 'explain_image' expects '{expected}'"
+        assert message in refusal(grpc.client.infer, "explain_image", inputs)
 
 
 def test_truncates_long_prompts_on_request(grpc: GrpcCaller) -> None:

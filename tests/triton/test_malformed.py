@@ -49,7 +49,7 @@ def test_refuses_a_malformed_file_and_serves_its_neighbours(name: str, exact_ser
     [
         ([b"not base64!"], {"base64_encoded": True}, "INPUT_IMAGE[0]: not base64"),
         ([base64.b64encode(GOOD), GOOD], {"base64_encoded": True}, "INPUT_IMAGE[1]: not base64"),
-        ([base64.b64encode(GOOD)[:-3]], {"base64_encoded": True}, "INPUT_IMAGE[0]: "),
+        ([base64.b64encode(GOOD)[:-3]], {"base64_encoded": True}, "expected a multiple of 4, padded with ="),
         ([base64.b64encode(GOOD)], {}, "INPUT_IMAGE[0]: not a decodable image"),
         ([GOOD], {"base64": True}, "parameter 'base64': unknown"),
         ([GOOD], {"base64_encoded": "yes"}, "parameter 'base64_encoded': got 'yes'"),
@@ -60,7 +60,7 @@ def test_refuses_a_malformed_file_and_serves_its_neighbours(name: str, exact_ser
             "parameter 'embed_model': got 'clip', expected one of siglip_vision",
         ),
         ([GOOD], {"embed_model": "clip" * 100}, "parameter 'embed_model': got 'clipclip"),
-        ([GOOD, bytes(2**20 + 1)], {}, "INPUT_IMAGE[1]: "),
+        ([GOOD, bytes(2**20 + 1)], {}, "INPUT_IMAGE[1]: 1048577 bytes, at most 1048576 are allowed"),
         ([png(100_000, 1)], {}, "INPUT_IMAGE[0]: 100000x1 pixels, at most 65535 a side"),
         ([png(5000, 5000)], {}, "INPUT_IMAGE[0]: 5000x5000 pixels"),
         ([b"", b"", GOOD, b""], {}, "INPUT_IMAGE[3]: empty"),
@@ -79,11 +79,36 @@ def test_refuses_a_wrong_request(
 @pytest.mark.parametrize(
     ("model", "name", "array", "expected"),
     [
-        ("embed_image", "INPUT_IMAGE", np.array([[GOOD, GOOD]], dtype=np.object_), "INPUT_IMAGE"),
-        ("embed_image", "INPUT_IMAGE", np.zeros((1, 1), dtype=np.float32), "INPUT_IMAGE"),
-        ("embed_image", "IMAGE", np.array([[GOOD]], dtype=np.object_), "IMAGE"),
-        ("siglip_vision_model", "PIXEL_VALUES", np.zeros((1, 3, 64, 64), dtype=np.uint8), "PIXEL_VALUES"),
-        ("siglip_vision_model", "PIXEL_VALUES", np.zeros((1, 64, 64, 3), dtype=np.float32), "PIXEL_VALUES"),
+        (
+            "embed_image",
+            "INPUT_IMAGE",
+            np.array([[GOOD, GOOD]], dtype=np.object_),
+            "unexpected shape for input 'INPUT_IMAGE' for model 'embed_image'. Expected [-1,1], got [1,2]",
+        ),
+        (
+            "embed_image",
+            "INPUT_IMAGE",
+            np.zeros((1, 1), dtype=np.float32),
+            "input 'INPUT_IMAGE' data-type is 'FP32', but model 'embed_image' expects 'BYTES'",
+        ),
+        (
+            "embed_image",
+            "IMAGE",
+            np.array([[GOOD]], dtype=np.object_),
+            "unexpected inference input 'IMAGE' for model 'embed_image'",
+        ),
+        (
+            "siglip_vision_model",
+            "PIXEL_VALUES",
+            np.zeros((1, 3, 64, 64), dtype=np.uint8),
+            "unexpected shape for input 'PIXEL_VALUES' for model 'siglip_vision_model'",
+        ),
+        (
+            "siglip_vision_model",
+            "PIXEL_VALUES",
+            np.zeros((1, 64, 64, 3), dtype=np.float32),
+            "input 'PIXEL_VALUES' data-type is 'FP32', but model 'siglip_vision_model' expects 'UINT8'",
+        ),
     ],
 )
 def test_refuses_a_wrong_tensor(
@@ -102,24 +127,31 @@ def test_refuses_a_request_without_rows(exact_server: TritonServer) -> None:
     caller = HttpCaller(exact_server.http_url)
     tensor = caller.module.InferInput("INPUT_IMAGE", [0, 1], "BYTES")
     tensor.set_data_from_numpy(np.zeros((0, 1), dtype=np.object_))
-    assert refusal(lambda: caller.client.infer("embed_image", [tensor])).status() == "400"
+    error = refusal(lambda: caller.client.infer("embed_image", [tensor]))
+    assert error.status() == "400"
+    assert "expected 1 string elements for inference input 'INPUT_IMAGE'" in error.message()
 
 
 @pytest.mark.parametrize(
-    "body",
+    ("body", "status", "message"),
     [
-        b"",
-        b"{",
-        b"{}",
-        b'{"inputs": 3}',
-        b'{"inputs":[{"name":"INPUT_IMAGE","shape":[1,1],"datatype":"BYTES"}]}',
+        (b"", 400, "INPUT_IMAGE[0]: empty, expected the bytes of an image file"),
+        # This Triton release answers JSON that it cannot parse with 500.
+        (b"{", 500, "failed to parse the request JSON buffer"),
+        (b"{}", 500, "attempt to access non-existing object member 'inputs'"),
+        (b'{"inputs": 3}', 500, "attempt to access JSON non-array as array"),
+        (
+            b'{"inputs":[{"name":"INPUT_IMAGE","shape":[1,1],"datatype":"BYTES"}]}',
+            400,
+            "Input must set only one of the following fields: 'data'",
+        ),
     ],
 )
-def test_refuses_broken_json(body: bytes, exact_server: TritonServer) -> None:
+def test_refuses_broken_json(body: bytes, status: int, message: str, exact_server: TritonServer) -> None:
     url = f"http://{exact_server.http_url}/v2/models/embed_image/infer"
-    status, answer = post(url, body, {"Content-Type": "application/json"})
-    assert status in {400, 500}  # this Triton release answers JSON it cannot parse with 500
-    assert json.loads(answer)["error"]
+    found, answer = post(url, body, {"Content-Type": "application/json"})
+    assert found == status
+    assert message in json.loads(answer)["error"]
     assert np.isfinite(GrpcCaller(exact_server.grpc_url).embed([GOOD])).all()
 
 

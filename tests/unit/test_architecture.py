@@ -94,7 +94,8 @@ def test_only_serving_knows_triton() -> None:
 
 def test_importing_the_launcher_and_light_modules_loads_no_torch() -> None:
     light = ["config", "machine", "checkpoint.config", "checkpoint.files", "images.preprocess"]
-    light += ["texts.tokenizer", "engine", "engine.plan", "launcher", "launcher.command"]
+    light += ["texts.tokenizer", "engine", "engine.plan", "engine.buckets", "engine.turns"]
+    light += ["launcher", "launcher.command"]
     code = (
         "import sys, importlib\n"
         "for name in sys.argv[1:]: importlib.import_module(name)\n"

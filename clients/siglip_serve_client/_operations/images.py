@@ -12,7 +12,8 @@ from PIL import Image
 
 from siglip_serve_client._operations.encoding import ColorOrder, ImageLike, encoded
 from siglip_serve_client._operations.link import Link
-from siglip_serve_client._operations.requests import Answer, Call, Tensor, ask, output, strings, utf8
+from siglip_serve_client._operations.requests import Answer, Call, Tensor, output, strings, utf8
+from siglip_serve_client._operations.retries import ask
 from siglip_serve_client.errors import ServerError
 
 __all__ = ["ask_embedding", "ask_image", "ask_probabilities", "label_tensors"]

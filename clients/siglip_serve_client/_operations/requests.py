@@ -1,4 +1,4 @@
-"""Requests to models, the transport that carries them, and their repetition while the server is busy.
+"""Requests to models, and the transport that carries them.
 
 The operations of this package are coroutines. `AsyncClient` awaits them, and `Client` runs them in an event
 loop in a thread. One image takes the same road as each of many.
@@ -6,22 +6,16 @@ loop in a thread. One image takes the same road as each of many.
 
 from __future__ import annotations
 
-import asyncio
-import random
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from siglip_serve_client.errors import DeadlineError, ServerError, UnavailableError
+from siglip_serve_client.errors import ServerError
 
-__all__ = ["Answer", "Call", "Tensor", "Transport", "ask", "output", "strings", "utf8"]
-
-# Seconds of the pauses after which a busy server is asked again; each pause is drawn from half of it to all.
-_BACK_OFF = (0.2, 0.6, 2.0, 6.0)
+__all__ = ["Answer", "Call", "Tensor", "Transport", "output", "strings", "utf8"]
 
 
 @dataclass(frozen=True)
@@ -81,27 +75,6 @@ class Transport(Protocol):
 
     async def close(self) -> None:
         """Close the connections."""
-
-
-async def ask(transport: Transport, call: Call) -> Answer:
-    """The model's answer. A server that is too busy is asked again, within the call's timeout.
-
-    Raises:
-        ClientError: the server refused the request, failed, or did not answer.
-    """
-    deadline = time.monotonic() + call.timeout
-    for longest in (*_BACK_OFF, None):
-        left = deadline - time.monotonic()
-        if left <= 0:
-            break
-        try:
-            return await transport.infer(replace(call, timeout=left))
-        except UnavailableError as error:
-            # A server that was late may still be at work, and one that is not there cannot be asked again.
-            if type(error) is not UnavailableError or longest is None:
-                raise
-        await asyncio.sleep(min(random.uniform(longest / 2, longest), max(deadline - time.monotonic(), 0)))
-    raise DeadlineError(f"{call.model} did not answer within {call.timeout:g} s")
 
 
 def output(answer: Answer, name: str) -> NDArray[Any]:

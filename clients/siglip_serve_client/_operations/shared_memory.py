@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tritonclient.utils import shared_memory
 
-from siglip_serve_client._operations.requests import Answer, Call, Tensor, Transport, ask
+from siglip_serve_client._operations.requests import Answer, Call, Tensor, Transport
+from siglip_serve_client._operations.retries import ask
 from siglip_serve_client.errors import (
     AccessError,
     ClientError,

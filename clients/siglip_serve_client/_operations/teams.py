@@ -14,14 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from siglip_serve_client._operations.encoding import ColorOrder, ImageLike, encoded, raw
 from siglip_serve_client._operations.link import Link
-from siglip_serve_client._operations.requests import (
-    Answer,
-    Call,
-    Tensor,
-    ask,
-    output,
-    strings,
-)
+from siglip_serve_client._operations.requests import Answer, Call, Tensor, output, strings
+from siglip_serve_client._operations.retries import ask
 
 __all__ = ["TeamFit", "TeamImages", "Teams", "ask_fit", "ask_teams", "hint_inputs"]
 

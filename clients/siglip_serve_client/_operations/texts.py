@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from siglip_serve_client._operations.link import Link
-from siglip_serve_client._operations.requests import Call, ask, output, strings, utf8
+from siglip_serve_client._operations.requests import Call, output, strings, utf8
+from siglip_serve_client._operations.retries import ask
 from siglip_serve_client.errors import InvalidInputError
 
 __all__ = ["ask_text_embeddings", "text_chunks"]

@@ -37,7 +37,7 @@ _REASONS = (
 
 
 class _Family:
-    """One metric of this model; Triton joins those of all model processes under the family's name."""
+    """One metric of this model. Triton joins those of all model processes under the family's name."""
 
     def __init__(self, name: str, description: str, kind: str) -> None:
         self._family = pb_utils.MetricFamily(
@@ -47,7 +47,7 @@ class _Family:
         )
 
     def metric(self, labels: dict[str, str], buckets: list[float] | None = None) -> Any:
-        """Make a metric; it must not outlive the family."""
+        """Make a metric, which must not outlive the family."""
         more = {"buckets": buckets} if buckets else {}
         return self._family.Metric(labels=labels, **more)
 
@@ -88,7 +88,7 @@ class ImageCounter:
 
 
 class TowerCounter:
-    """`tower_rows_total`, `batch_rows` and `compute_seconds` of a tower; rows from a cache do not count."""
+    """`tower_rows_total`, `batch_rows` and `compute_seconds` of a tower, without rows from a cache."""
 
     def __init__(self, model: str) -> None:
         labels = {"model": model}

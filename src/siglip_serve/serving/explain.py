@@ -112,7 +112,7 @@ class ExplainPrompts(RequestModel):
     def _ids(
         self, request: Request, name: str, labels: Sequence[str], templates: Sequence[str]
     ) -> list[NDArray[np.int64]]:
-        """Tokenize each label in each template; one that does not fit is named by its own index."""
+        """Tokenize each label in each template, and name one that does not fit by its own index."""
         truncation = request.flag("truncation")
         ids = []
         for index, label in enumerate(labels):
@@ -128,7 +128,7 @@ class ExplainVectors(RequestModel):
     """TEXT_EMBEDDING [n, D], PLAN -> PROMPT_VECTORS [1, P, D], PROMPT_EMBEDDING [P, D].
 
     A prompt's embedding is the mean over its templates, at unit length. Its vector is that, or in the mode
-    `relative` its difference to the mean of the background; without a background, of all prompts.
+    `relative` its difference to the mean of the background, or of all prompts where there is none.
     """
 
     def __init__(self, context: Context) -> None:

@@ -101,7 +101,7 @@ def read_labels(request: Request, name: str, max_bytes: int) -> list[str]:
 
 
 def read_templates(request: Request, max_bytes: int) -> list[str]:
-    """Return the texts of the optional input TEMPLATE [n] BYTES, `{}` in each; without it, `{}` alone."""
+    """Return the texts of the optional input TEMPLATE [n] BYTES, `{}` in each, or `{}` alone."""
 
     def template(row: bytes) -> Any:
         text = decode_text(row, max_bytes)

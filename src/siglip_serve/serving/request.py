@@ -41,7 +41,7 @@ class Request:
         self._parameters = read(text)
 
     def strings(self, name: str) -> list[bytes]:
-        """Return the rows of a BYTES input [n] or [n, 1]; none if it is optional and was not sent."""
+        """Return the rows of a BYTES input [n] or [n, 1], none if it was not sent."""
         tensor = pb_utils.get_input_tensor_by_name(self._request, name)
         if tensor is None:
             return []
@@ -59,7 +59,7 @@ class Request:
         return tuple(pb_utils.get_input_tensor_by_name(self._request, name).shape())
 
     def optional(self, name: str, rows: int, dtype: Any) -> NDArray[Any] | None:
-        """Return an optional input of `dtype` and shape [rows]; None if it was not sent."""
+        """Return an optional input of `dtype` and shape [rows], or None if it was not sent."""
         tensor = pb_utils.get_input_tensor_by_name(self._request, name)
         if tensor is None:
             return None
@@ -90,7 +90,7 @@ class Request:
         return array
 
     def option(self, name: str, choices: Sequence[str]) -> str:
-        """Return the one text of an optional BYTES input; the first of `choices` if it was not sent."""
+        """Return the one text of an optional BYTES input, or the first of `choices` if it was not sent."""
         rows = self.strings(name)
         if not rows:
             return choices[0]
@@ -113,7 +113,7 @@ class Request:
         return value
 
     def choice(self, name: str, choices: str) -> str:
-        """Return a parameter that is one of the comma-separated `choices`; the first one unless given."""
+        """Return a parameter that is one of the comma-separated `choices`, by default the first."""
         allowed = _split(choices)
         value = self._parameters.get(name, allowed[0])
         if value not in allowed:

@@ -61,7 +61,7 @@ class BatchModel(ABC, Generic[Part, Own]):
 
     @abstractmethod
     def read(self, request: Request) -> Part:
-        """Return a request's rows, checked; its length is their number."""
+        """Return a request's rows, checked, as something whose length is their number."""
 
     @abstractmethod
     def compute(self, parts: Sequence[Part], requests: Sequence[Request]) -> Computed[Own]:
@@ -72,7 +72,7 @@ class BatchModel(ABC, Generic[Part, Own]):
         """Turn the results of a request's own rows into its outputs."""
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Return one response per request; the rows of all valid ones are computed together."""
+        """Return one response per request, with the rows of all valid ones computed together."""
         responses: list[Any] = [None] * len(requests)
         valid: list[tuple[int, Request, Part]] = []
         for index, raw in enumerate(requests):

@@ -21,7 +21,7 @@ def map_rows(name: str, rows: Sequence[Item], function: Callable[[Item], Row]) -
     """Stack `function` of every row.
 
     Raises:
-        InvalidInputError: names each row that was refused, by its index; five of them at most.
+        InvalidInputError: names up to five refused rows by their index.
     """
     done: list[Row] = []
     refused: list[InvalidInputError] = []
@@ -45,7 +45,7 @@ class RowBuffer:
     It is kept, since fresh memory costs a page fault for every 4 kB. The next batch overwrites it.
 
     Args:
-        staging: [most rows, ...], memory that a device reads faster; larger batches lie elsewhere.
+        staging: [most rows, ...], memory that a device reads faster. Larger batches lie elsewhere.
     """
 
     def __init__(self, staging: NDArray[Any] | None = None) -> None:
@@ -65,7 +65,7 @@ class RowBuffer:
 
 
 class RowCache:
-    """Arrays by key; beyond `rows` of them the least recently used are dropped."""
+    """Arrays by key, at most `rows` of them. The least recently used are dropped."""
 
     def __init__(self, rows: int) -> None:
         self._rows = rows
@@ -79,7 +79,7 @@ class RowCache:
         return array
 
     def put(self, key: bytes, array: Row) -> None:
-        """Keep an array; views keep their whole base alive, so copy them first."""
+        """Keep an array. A view keeps its whole base alive, so copy it first."""
         self._arrays[key] = array
         if len(self._arrays) > self._rows:
             self._arrays.popitem(last=False)

@@ -137,9 +137,11 @@ class SiglipVisionModel(BatchModel[NDArray[np.uint8], Outputs]):
     """PIXEL_VALUES [n, S, S, 3] UINT8 -> the outputs that each request asks for.
 
     These are EMBEDDING [n, D], MEAN_EMBEDDING [n, D] and PATCH_EMBEDDINGS [n, P, D]. With the parameter
-    `normalized`, vectors have unit length. Where the model has the input, a request with PROMPT_VECTORS
-    [1, Q, D] gets the contribution of each patch of its one image to each vector's score, PATCH_MAPS
-    [1, Q, P] and UNATTRIBUTED [1, Q], and the EMBEDDING [1, D] that is scored.
+    `normalized`, vectors have unit length.
+
+    Where the model has the input, a request may bring PROMPT_VECTORS [1, Q, D] for its one image. It gets
+    the contribution of each patch to each vector's score, PATCH_MAPS [1, Q, P], the rest of the score,
+    UNATTRIBUTED [1, Q], and the EMBEDDING [1, D] that is scored.
     """
 
     def __init__(self, context: Context) -> None:
@@ -159,7 +161,7 @@ class SiglipVisionModel(BatchModel[NDArray[np.uint8], Outputs]):
         self._turns = open_turns(context)
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Return one response per request; those with vectors are computed one by one."""
+        """Return one response per request. Those with vectors are computed one by one."""
         embedded = [request for request in requests if not has_input(request, "PROMPT_VECTORS")]
         responses = super().execute(embedded)
         if len(embedded) == len(requests):
@@ -173,7 +175,7 @@ class SiglipVisionModel(BatchModel[NDArray[np.uint8], Outputs]):
         ]
 
     def close(self) -> None:
-        """Leave the turns; no request may follow."""
+        """Leave the turns. No request may follow."""
         self._turns.close()
 
     def read(self, request: Request) -> NDArray[np.uint8]:

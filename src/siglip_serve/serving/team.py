@@ -34,8 +34,8 @@ _ROLES = (b"player", b"goalkeeper", b"referee")
 class JerseyProcess(RequestModel):
     """Crops, or a frame and boxes -> PIXEL_VALUES [n, S, S, 3] of the jerseys, REGION_FALLBACK, CROP_COUNT.
 
-    CROPS [n] BYTES, or FRAME [1] BYTES or RAW_FRAME [H, W, C] UINT8 with BOXES [n, 4] FP32. CROP_COUNT is n;
-    a batch has at least one row, so that PIXEL_VALUES has one that means nothing where n is 0.
+    CROPS [n] BYTES, or FRAME [1] BYTES or RAW_FRAME [H, W, C] UINT8 with BOXES [n, 4] FP32. CROP_COUNT is n.
+    A batch has at least one row, so PIXEL_VALUES has one that means nothing where n is 0.
     """
 
     def __init__(self, context: Context) -> None:
@@ -174,7 +174,7 @@ class TeamPredict(RequestModel):
 
 
 def _stamp(context: Context) -> Mapping[str, str]:
-    """What makes the embeddings; they are pooled and coloured in one way here, elsewhere maybe not."""
+    """Name all that the embeddings depend on. Pooling and colour order are fixed here, but not elsewhere."""
     settings, path = context.settings, context.config.path
     return {
         "version": "1",
@@ -220,7 +220,7 @@ def _players(roles: NDArray[Any] | None) -> NDArray[np.bool_] | None:
 
 
 def _color_order(request: Request, raw: bool) -> ColorOrder:
-    """The order of a raw frame's colours, which nothing but the caller can tell; files tell their own."""
+    """Return the colour order of a raw frame, which only the caller knows. Files know their own."""
     if request.has_parameter("color_order") != raw:
         expected = "RGB or BGR, as RAW_FRAME has colours" if raw else "none: files and grey frames need none"
         raise InvalidInputError(f"parameter 'color_order': expected {expected}")

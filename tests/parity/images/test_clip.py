@@ -76,7 +76,7 @@ def test_pixels(width: int, height: int, resample: Resample) -> None:
 
 @pytest.mark.parametrize(("width", "height"), EXTREMES)
 def test_pixels_of_long_pictures(width: int, height: int) -> None:
-    """What is cut off before the resize does not count."""
+    """Parts that are cut off before the resize do not count."""
     for image in pictures(width, height):
         for size, shortest in SQUARES:
             config = image_config(size, shortest)

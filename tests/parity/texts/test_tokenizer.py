@@ -109,7 +109,7 @@ def _part(rng: random.Random) -> str:
 
 
 def checkpoint(path: Path, context: int = CONTEXT, family: Family = "siglip") -> ModelConfig:
-    """What `load_tokenizer` reads of a checkpoint: its directory and the shape of the text tower."""
+    """Give `load_tokenizer` the two things that it reads: the directory and the shape of the text tower."""
     text = SimpleNamespace(max_position_embeddings=context, vocab_size=10_000)
     return cast(ModelConfig, SimpleNamespace(path=path, family=family, text=text))
 

@@ -275,7 +275,7 @@ def test_refuses_malformed_urls(wrong: str) -> None:
 
 
 class Busy:
-    """Answers so many requests with 503, then with 500; not Triton, whose overload cannot be timed."""
+    """Answers a number of requests with 503, then with 500. Triton's own overload cannot be timed."""
 
     def __init__(self, times: int) -> None:
         self.left, self.asked = times, 0

@@ -134,7 +134,7 @@ def test_ctrl_c_keeps_what_was_measured(start: Start, server: TritonServer, tmp_
 
 
 def ask(url: str, form: dict[str, str] | None = None) -> Any:
-    """What locust's web page answers: its text, or what its JSON holds."""
+    """Ask locust's web page for its text, or for the content of its JSON."""
     data = urllib.parse.urlencode(form).encode() if form else None
     with OPENER.open(url, data, timeout=10) as answer:
         text = answer.read().decode()

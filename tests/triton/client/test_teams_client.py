@@ -243,7 +243,7 @@ def test_missing_files_and_servers_raise_their_errors(
 
 
 def regions() -> list[str]:
-    """Of this process."""
+    """List the regions of this process."""
     return [path.name for path in Path("/dev/shm").glob(f"siglip-serve-client-{os.getpid()}-*")]
 
 
@@ -300,7 +300,7 @@ def test_regions_are_registered_again_after_a_restart_of_the_server(sharing_serv
 
 
 def forget_regions(server: tritonclient.grpc.InferenceServerClient) -> None:
-    """As a new start would; the server holds a region for a moment after the answer."""
+    """Forget all regions, as a new start would. The server holds a region for a moment after the answer."""
     until = time.monotonic() + 10
     while True:
         try:

@@ -22,7 +22,7 @@ class KilledError(BaseException):
 
 
 def work(output: Path, part_rows: int = 5) -> None:
-    """What the command does, with a failure at every seventh image."""
+    """Do as the command does, with a failure at every seventh image."""
     with Store(output, IDENTITY) as store:
         for number, key in enumerate(KEYS):
             if key in store.done:

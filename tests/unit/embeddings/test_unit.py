@@ -13,7 +13,7 @@ def test_gives_unit_length_to_vectors_of_any_length(length: float) -> None:
     rows = np.array([[3, 4], [0, 0], [-4, 3]], np.float32) * np.float32(length)
     unit = l2_normalize(rows)
     assert unit.dtype == np.float32
-    np.testing.assert_allclose(unit, [[0.6, 0.8], [0, 0], [-0.8, 0.6]], rtol=1e-6)
+    np.testing.assert_allclose(unit, np.array([[0.6, 0.8], [0, 0], [-0.8, 0.6]]), rtol=1e-6)
 
 
 def test_normalizes_along_the_last_axis() -> None:

@@ -25,6 +25,7 @@ def test_little_of_a_pass_is_padding() -> None:
         (213, 192),  # 192.49
         (214, 160),  # 191.59
         (729, 56),
+        (13_667, 2),  # three rows would have 41,001 tokens
         (20_500, 2),
         (20_501, 1),
         (41_000, 1),

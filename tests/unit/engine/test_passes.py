@@ -71,6 +71,12 @@ def test_halves_a_pass_that_does_not_fit(fits: int, passes: list[int]) -> None:
     np.testing.assert_array_equal(batch.rows(0, 40)["EMBEDDING"][:, 0], 2 * np.arange(40))
 
 
+def test_half_of_an_odd_pass_is_its_larger_half() -> None:
+    device = Device(lambda _: 3)
+    assert not in_passes(np.arange(5), 5, device).any_failed
+    assert device.passes == [5, 3, 2]
+
+
 def test_refuses_rows_that_never_fit() -> None:
     batch = in_passes(np.arange(3), 8, Device(lambda _: 0))
     assert batch.failed.tolist() == [True, True, True]
@@ -86,6 +92,13 @@ def test_refuses_only_the_row_that_failed() -> None:
     for start, end in ((0, 1), (0, 2), (0, 4)):
         with pytest.raises(DeviceMemoryError, match="not enough free memory for even one row"):
             batch.rows(start, end)
+
+
+def test_returns_rows_before_one_that_failed() -> None:
+    batch = in_passes(np.arange(4), 1, Device(lambda start: int(start < 4)))
+    assert batch.failed.tolist() == [False, False, False, True]
+    assert batch.rows(0, 3)["EMBEDDING"].ravel().tolist() == [0, 2, 4]
+    assert batch.rows(2, 3)["EMBEDDING"].ravel().tolist() == [4]
 
 
 def test_waits_for_the_pass_under_way_before_it_halves_one() -> None:

@@ -1,4 +1,4 @@
-"""What stands around the GPU's JPEG decoder, on a CPU: colour exactly as libjpeg's, resize as Pillow's.
+"""Test the surroundings of the GPU's JPEG decoder on a CPU: colour exactly as libjpeg's, resize as Pillow's.
 
 The decoder itself needs a GPU; in its place stands one that fills each picture with one grey, to see where
 pictures go and in which order. `benchmarks/gpu_jpeg.py` checks the pixels of the real one.
