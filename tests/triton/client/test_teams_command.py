@@ -231,6 +231,6 @@ def test_the_example_replays_a_clip(server: TritonServer, tmp_path: Path) -> Non
     home = found[0]["team"]
     assert all((row["team"] == home) == (int(row["track_id"]) % 2 == 0) for row in found)
     assert len(found) < len(rows)  # those that left
-    classified = int(done.stdout.split("of whom ")[1].split()[0])
+    classified = int(done.stdout.split(" frames, ")[1].split()[0])
     assert 12 * 12 <= classified < 0.5 * len(found)
     assert len(list((tmp_path / "drawn").iterdir())) == 40
