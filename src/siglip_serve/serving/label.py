@@ -87,7 +87,9 @@ class LabelScores(RequestModel):
         precise, step = images.astype(np.float64), max(1, _PROMPTS_AT_ONCE // prompts.shape[1])
         parts = []
         for start in range(0, len(prompts), step):
-            classes = zero_shot.build_class_embeddings(prompts[start : start + step].astype(np.float64))
+            some = prompts[start : start + step].astype(np.float64)
+            # One template needs no mean, and the cosine normalises.
+            classes = some[:, 0] if some.shape[1] == 1 else zero_shot.build_class_embeddings(some)
             parts.append(zero_shot.logits(zero_shot.cosine(precise, classes), self._scale, self._bias or 0.0))
         return np.concatenate(parts, axis=1)
 
