@@ -28,7 +28,7 @@ from siglip_serve.images.formats import ImageLimits, check_size
 from siglip_serve.images.jpeg import read_header, read_orientation
 from siglip_serve.images.png import correct_transparency
 from siglip_serve.images.resize import Pixels
-from siglip_serve.images.tiff import grey_range, load_tiff, name_unread_tiff, silence_libtiff
+from siglip_serve.images.tiff import grey_range, load_tiff, name_unread_tiff, silence_tiff
 
 __all__ = ["decode_fast", "decode_with_pil"]
 
@@ -51,7 +51,7 @@ _DECODER_ERRORS = (
     zlib.error,
 )
 
-silence_libtiff()
+silence_tiff()
 
 _AVIF_EXIF = re.compile(rb"(infe\x02.{7})Exif", re.DOTALL)
 

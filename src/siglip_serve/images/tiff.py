@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import io
+import logging
 
 import numpy as np
 from PIL import Image, TiffImagePlugin, _imaging
 
 from siglip_serve.errors import ImageError
 
-__all__ = ["grey_range", "load_tiff", "name_unread_tiff", "silence_libtiff"]
+__all__ = ["grey_range", "load_tiff", "name_unread_tiff", "silence_tiff"]
 
 _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 258, 259, 262, 266
 _SAMPLES, _PLANES, _EXTRA, _SAMPLE_FORMAT, _SUBSAMPLING = 277, 284, 338, 339, 530
@@ -130,8 +131,9 @@ def grey_range(image: Image.Image) -> tuple[int, bool]:
     return full, tags.get(_PHOTOMETRIC, _WHITE_IS_ZERO) == _WHITE_IS_ZERO
 
 
-def silence_libtiff() -> None:
-    """Keep libtiff from writing its complaints about files to standard error, which is the server's log."""
+def silence_tiff() -> None:
+    """Keep complaints of libtiff and Pillow about files off standard error, which is the server's log."""
+    logging.getLogger(TiffImagePlugin.__name__).addHandler(logging.NullHandler())
     # Pillow's own module gives the functions of the libtiff that it was linked to.
     pillow = ctypes.CDLL(_imaging.__file__)
     for name in ("TIFFSetWarningHandler", "TIFFSetErrorHandler"):

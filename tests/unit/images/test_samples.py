@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, get_args
 
 import images
@@ -244,23 +245,36 @@ def test_tiff_of_an_unknown_compression_is_refused_by_name(compression: int, nam
     assert refusal(data).startswith(f"TIFF of 8-bit unsigned BlackIsZero compressed by {name} is not served")
 
 
-def test_libtiff_writes_nothing_to_the_log() -> None:
+def test_nothing_is_written_to_the_log(tmp_path: Path) -> None:
+    """Neither libtiff's warnings and errors about a file, nor those of Pillow."""
     whole = Tiff(draw(8, 1), 8, BLACK_IS_ZERO, deflate=True, more=[(65000, (1,))]).file()
+    samples = struct.pack("<HHI", 277, 3, 1)
+    files = {
+        "unknown tag": whole,
+        "broken data": whole[:8] + bytes(50) + whole[58:],
+        "many samples": whole.replace(samples + b"\1", samples + b"\x63"),
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
     program = (
         "import sys\n"
-        "from siglip_serve.images.decode import decode_fast, decode_with_pil\n"
-        "from siglip_serve.images.formats import ImageLimits\n"
+        "from pathlib import Path\n"
         "from siglip_serve.errors import ImageError\n"
-        "data = sys.stdin.buffer.read()\n"
-        "decode_with_pil(data, 'TIFF', ImageLimits())\n"
-        "try:\n"
-        "    decode_with_pil(data.replace(data[8:60], bytes(52)), 'TIFF', ImageLimits())\n"
-        "except ImageError as error:\n"
-        "    print(error)\n"
+        "from siglip_serve.images.decode import decode_with_pil\n"
+        "from siglip_serve.images.formats import ImageLimits\n"
+        "for file in sys.argv[1:]:\n"
+        "    try:\n"
+        "        print(decode_with_pil(Path(file).read_bytes(), 'TIFF', ImageLimits()).size)\n"
+        "    except ImageError as error:\n"
+        "        print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], input=whole, capture_output=True, check=True)
-    assert b"broken TIFF" in done.stdout
-    assert done.stderr == b""
+    command = [sys.executable, "-c", program, *(str(tmp_path / name) for name in files)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    read, broken, many = done.stdout.splitlines()
+    assert read == "(13, 7)"
+    assert broken.startswith("broken TIFF: ")
+    assert "TIFF" in many
+    assert done.stderr == ""
 
 
 # ---- formats that are not served
