@@ -215,9 +215,17 @@ def test_steps_refuse_wrong_direct_requests(grpc: GrpcCaller) -> None:
         ("explain_maps", {"PROMPT_EMBEDDING": texts[:1]}, "PROMPT_EMBEDDING: 1 rows, expected 2"),
         ("explain_maps", {"PROMPT_VECTORS": texts[None, :1]}, "PROMPT_VECTORS: got float32"),
         ("explain_maps", {"FOUND_MAPS": maps["FOUND_MAPS"][..., 1:]}, "FOUND_MAPS: got float32"),
-        ("explain_maps", {"FOUND_MAPS": maps["FOUND_MAPS"] * np.nan}, "FOUND_MAPS: not all finite"),
+        (
+            "explain_maps",
+            {"FOUND_MAPS": maps["FOUND_MAPS"] * np.nan},
+            "FOUND_MAPS[0, 0]: holds nan, expected values from -1e+12 to 1e+12",
+        ),
         ("explain_maps", {"EMBEDDING": maps["EMBEDDING"] * 0}, "EMBEDDING[0]: all zero"),
-        ("explain_overlays", {"HEAT": heat["HEAT"] * np.inf}, "HEAT: not all finite"),
+        ("explain_maps", {"EMBEDDING": maps["EMBEDDING"] * 0 + 1e38}, "EMBEDDING[0]: holds 1e+38"),
+        ("explain_maps", {"PROMPT_EMBEDDING": texts * 0 + 1e38}, "PROMPT_EMBEDDING[0]: holds 1e+38"),
+        ("explain_maps", {"PROMPT_VECTORS": texts[None] * 0 + 1e38}, "PROMPT_VECTORS[0, 0]: holds 1e+38"),
+        ("explain_vectors", {"TEXT_EMBEDDING": texts * 0 - 1e38}, "TEXT_EMBEDDING[0]: holds -1e+38"),
+        ("explain_overlays", {"HEAT": heat["HEAT"] * np.inf}, "HEAT[0, 0]: holds "),
         ("explain_overlays", {"HEAT": heat["HEAT"][:1]}, "HEAT: 1 rows, expected 2"),
         ("explain_overlays", {"HEAT": heat["HEAT"][:, 1:]}, "HEAT: got float32"),
         ("explain_overlays", {"INPUT_IMAGE": b"no image"}, "INPUT_IMAGE[0]: not a decodable image"),
@@ -429,6 +437,8 @@ def test_vision_model_refuses_inputs_and_outputs_that_exclude_each_other(grpc: G
     pixels = pixels_of(grpc, [SMALL, SMALL])
     width = grpc.embed([SMALL]).shape[1]
     vectors = np.ones((1, 2, width), dtype=np.float32)
+    huge = vectors.copy()
+    huge[0, 1, 3] = 1e38
     for asked, expected in (
         ((pixels[:1], None, ("PATCH_MAPS",)), "PATCH_MAPS: only of requests with the input PROMPT_VECTORS"),
         ((pixels[:1], vectors, ("MEAN_EMBEDDING",)), "MEAN_EMBEDDING: not of requests with"),
@@ -440,7 +450,8 @@ def test_vision_model_refuses_inputs_and_outputs_that_exclude_each_other(grpc: G
             (pixels[:1], np.ones((1, 1025, width), np.float32), ("PATCH_MAPS",)),
             "PROMPT_VECTORS: 1025 vectors",
         ),
-        ((pixels[:1], np.full_like(vectors, np.nan), ("PATCH_MAPS",)), "PROMPT_VECTORS: not all finite"),
+        ((pixels[:1], np.full_like(vectors, np.nan), ("PATCH_MAPS",)), "PROMPT_VECTORS[0, 0]: holds nan"),
+        ((pixels[:1], huge, ("PATCH_MAPS",)), "PROMPT_VECTORS[0, 1]: holds 1e+38, expected values from"),
     ):
         assert expected in refusal(tower, grpc, *asked)
     assert np.isfinite(tower(grpc, pixels[:1], vectors, ("PATCH_MAPS",))["PATCH_MAPS"]).all()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
+import zipfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -259,6 +261,38 @@ def test_refuses_broken_states(caller: Caller, state: bytes) -> None:
             caller.classify(CROPS, broken)
         assert refused.value.status() == "StatusCode.INVALID_ARGUMENT"
     assert caller.classify(CROPS, state)["LABELS"].shape == (12,)
+
+
+def test_refuses_embeddings_and_states_that_would_overflow(caller: Caller, state: bytes) -> None:
+    pixels = caller("jersey_process", {"CROPS": strings(CROPS)})["PIXEL_VALUES"]
+    embeddings = np.array(caller("siglip_base_model", {"PIXEL_VALUES": pixels})["MEAN_EMBEDDING"])
+    embeddings[7, 2] = 1e38
+    with zipfile.ZipFile(io.BytesIO(state)) as old:
+        members = {name: old.read(name) for name in old.namelist()}
+    origin = members["origin.npy"]
+    members["origin.npy"] = origin[:-4] + np.float32(1e38).tobytes()
+    huge = io.BytesIO()
+    with zipfile.ZipFile(huge, "w") as new:
+        for name, member in members.items():
+            new.writestr(name, member)
+    last = np.load(io.BytesIO(origin)).size - 1
+    for model, inputs, message in (
+        ("team_predict", {"EMBEDDING": embeddings, "STATE": strings([state])}, "EMBEDDING[7]: holds 1e+38"),
+        ("team_fit", {"EMBEDDING": embeddings}, "EMBEDDING[7]: holds 1e+38"),
+        (
+            "team_predict",
+            {"EMBEDDING": embeddings[:7].copy(), "STATE": strings([huge.getvalue()])},
+            f"STATE: origin[{last}] is 1e+38",
+        ),
+        (
+            "fit_teams",
+            {"CROPS": strings(CROPS), "PREV_STATE": strings([huge.getvalue()])},
+            f"PREV_STATE: origin[{last}] is 1e+38",
+        ),
+    ):
+        with pytest.raises(InferenceServerException, match=re.escape(message)) as refused:
+            caller(model, inputs)
+        assert refused.value.status() == "StatusCode.INVALID_ARGUMENT"
 
 
 def test_team_predict_takes_embeddings(caller: Caller, state: bytes) -> None:

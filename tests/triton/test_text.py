@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -35,6 +35,20 @@ def strings(module: Any, name: str, values: Sequence[str | bytes], shape: Sequen
     rows = [value.encode() if isinstance(value, str) else value for value in values]
     tensor.set_data_from_numpy(np.array(rows, dtype=np.object_).reshape(shape))
     return tensor
+
+
+def tensors(caller: GrpcCaller, inputs: Mapping[str, NDArray[Any]]) -> list[Any]:
+    made = []
+    for name, array in inputs.items():
+        dtype = "INT32" if array.dtype == np.int32 else "FP32"
+        made.append(caller.module.InferInput(name, list(array.shape), dtype))
+        made[-1].set_data_from_numpy(array)
+    return made
+
+
+def unit(rows: NDArray[np.float32]) -> NDArray[np.float64]:
+    precise = rows.astype(np.float64)
+    return precise / np.linalg.norm(precise, axis=1, keepdims=True)
 
 
 def embed(
@@ -157,6 +171,68 @@ def test_probabilities_follow_the_checkpoints_scale_and_bias(server: TritonServe
     np.testing.assert_allclose(alone, pairs[:1, :1], rtol=1e-3, atol=1e-6)
     competing = classify(server, [PICTURE, PICTURE], labels, softmax=True)
     np.testing.assert_allclose(competing, logits.softmax(1), rtol=1e-3, atol=1e-6)
+
+
+def test_small_probabilities_and_logits_equal_double_precision(server: TritonServer) -> None:
+    """Logits of the checkpoint's own pairs reach little below -20: the vectors here go further."""
+    caller = GrpcCaller(server.grpc_url)
+    model = SiglipModel.from_pretrained(TINY)
+    scale, bias = float(model.logit_scale.double().exp()), float(model.logit_bias)
+    rng = np.random.default_rng(5)
+    width = caller.embed([PICTURE]).shape[1]
+    images = rng.normal(size=(3, width)).astype(np.float32) * 7
+    prompts = rng.normal(size=(1500, width)).astype(np.float32)
+    prompts[::2] -= images[0] * np.linspace(0, 2, 750, dtype=np.float32)[:, None]
+    inputs = {
+        "IMAGE_EMBEDDING": images,
+        "PROMPT_EMBEDDING": prompts,
+        "TEMPLATE_COUNT": np.array([1], np.int32),
+    }
+    result = caller.client.infer("label_scores", tensors(caller, inputs))
+    cosines = unit(images) @ unit(prompts).T
+    expected = scale * cosines + bias
+    assert expected.min() < -25
+    np.testing.assert_allclose(result.as_numpy("LOGITS"), expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(result.as_numpy("PROBABILITIES"), 1 / (1 + np.exp(-expected)), rtol=1e-5)
+    competing = caller.client.infer("label_scores", tensors(caller, inputs), parameters={"softmax": True})
+    shares = np.exp(expected - expected.max(axis=1, keepdims=True))
+    shares /= shares.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(competing.as_numpy("PROBABILITIES"), shares, rtol=1e-5)
+    np.testing.assert_array_equal(competing.as_numpy("LOGITS"), result.as_numpy("LOGITS"))
+
+
+def test_gives_each_of_its_outputs_alone(server: TritonServer) -> None:
+    caller = GrpcCaller(server.grpc_url)
+    inputs = [
+        strings(caller.module, "INPUT_IMAGE", [PICTURE], (1, 1)),
+        strings(caller.module, "LABELS", ["dog", "cat"], (2,)),
+    ]
+    both = caller.client.infer("classify_image", inputs)
+    logits = both.as_numpy("LOGITS").astype(np.float64)
+    np.testing.assert_allclose(both.as_numpy("PROBABILITIES"), 1 / (1 + np.exp(-logits)), rtol=1e-5)
+    for name in ("PROBABILITIES", "LOGITS"):
+        wanted = [caller.module.InferRequestedOutput(name)]
+        alone = caller.client.infer("classify_image", inputs, outputs=wanted, client_timeout=30)
+        assert [output.name for output in alone.get_response().outputs] == [name]
+        np.testing.assert_array_equal(alone.as_numpy(name), both.as_numpy(name))
+
+
+@pytest.mark.parametrize("value", [1e38, np.inf, np.nan])
+@pytest.mark.parametrize(("name", "row"), [("IMAGE_EMBEDDING", 1), ("PROMPT_EMBEDDING", 2)])
+def test_scores_refuse_vectors_that_would_overflow(
+    name: str, row: int, value: float, server: TritonServer
+) -> None:
+    caller = GrpcCaller(server.grpc_url)
+    width = caller.embed([PICTURE]).shape[1]
+    inputs = {
+        "IMAGE_EMBEDDING": np.ones((2, width), np.float32),
+        "PROMPT_EMBEDDING": np.ones((4, width), np.float32),
+        "TEMPLATE_COUNT": np.array([2], np.int32),
+    }
+    assert caller.client.infer("label_scores", tensors(caller, inputs)).as_numpy("LOGITS").shape == (2, 2)
+    inputs[name][row, 3] = value
+    message = refusal(lambda: caller.client.infer("label_scores", tensors(caller, inputs)))
+    assert f"{name}[{row}]: holds {value:g}, expected values from -1e+12 to 1e+12" in message
 
 
 def test_averages_templates(server: TritonServer) -> None:

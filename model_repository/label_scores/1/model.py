@@ -1,4 +1,4 @@
-"""label_scores: embeddings become probabilities."""
+"""label_scores: embeddings become logits and probabilities."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from siglip_serve.serving.label import LabelScores
 
 
 class TritonPythonModel:
-    """IMAGE_EMBEDDING [N, D], PROMPT_EMBEDDING [L * K, D], TEMPLATE_COUNT [1] -> PROBABILITIES [N, L]."""
+    """IMAGE_EMBEDDING [N, D], PROMPT_EMBEDDING [L * K, D], TEMPLATE_COUNT [1] -> two outputs [N, L]."""
 
     def initialize(self, args: dict[str, str]) -> None:
         self.model = LabelScores(open_context(args))

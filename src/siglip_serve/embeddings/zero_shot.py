@@ -82,9 +82,10 @@ def logits(similarity: Floats, logit_scale: float, logit_bias: float) -> Floats:
 
 
 def sigmoid(values: Floats) -> Floats:
-    """Logistic function, 0..1, without overflow."""
-    half: Floats = np.tanh(values / 2)
-    return (half + 1) / 2
+    """Logistic function, 0..1, without overflow. Small results keep the precision of their dtype."""
+    small = np.exp(-np.abs(values))
+    probabilities: Floats = np.where(values < 0, small, 1) / (1 + small)
+    return probabilities
 
 
 def softmax(values: Floats) -> Floats:

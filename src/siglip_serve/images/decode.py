@@ -9,7 +9,7 @@ import threading
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 
@@ -17,7 +17,8 @@ import numpy as np
 from PIL import (
     AvifImagePlugin,  # noqa: F401
     Image,
-    TiffImagePlugin,  # noqa: F401
+    ImageFile,
+    TiffImagePlugin,
     UnidentifiedImageError,
     WebPImagePlugin,  # noqa: F401
 )
@@ -25,7 +26,9 @@ from PIL import (
 from siglip_serve.errors import ImageError, ImageTooLargeError
 from siglip_serve.images.formats import ImageLimits, check_size
 from siglip_serve.images.jpeg import read_header, read_orientation
+from siglip_serve.images.png import correct_transparency
 from siglip_serve.images.resize import Pixels
+from siglip_serve.images.tiff import grey_range, load_tiff, name_unread_tiff, silence_tiff
 
 __all__ = ["decode_fast", "decode_with_pil"]
 
@@ -47,6 +50,8 @@ _DECODER_ERRORS = (
     struct.error,
     zlib.error,
 )
+
+silence_tiff()
 
 _AVIF_EXIF = re.compile(rb"(infe\x02.{7})Exif", re.DOTALL)
 
@@ -103,11 +108,14 @@ def decode_with_pil(data: bytes, kind: str, limits: ImageLimits) -> Image.Image:
         # a broken block fails it. An item of unknown type is passed over.
         data = _AVIF_EXIF.sub(rb"\1skip", data)
     try:
-        with _without_warnings(), Image.open(io.BytesIO(data), formats=(kind,)) as image:
+        with _without_warnings(), _open(data, kind) as image:
             check_size(*image.size, limits)
-            image.load()
+            if isinstance(image, TiffImagePlugin.TiffImageFile):
+                load_tiff(image)
+            else:
+                image.load()
             exif, xmp = _metadata(image) if header is None else (header.exif, header.xmp)
-            rgb = _to_rgb(image)
+            rgb = _to_rgb(correct_transparency(image, data) if kind == "PNG" else image)
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError(f"at most {limits.max_pixels} pixels are allowed: {error}") from error
     except UnidentifiedImageError as error:
@@ -118,6 +126,19 @@ def decode_with_pil(data: bytes, kind: str, limits: ImageLimits) -> Image.Image:
         raise ImageError(f"{fault} {kind}: {reason}") from error
     transposition = _TRANSPOSITIONS.get(read_orientation(exif, xmp))
     return rgb if transposition is None else rgb.transpose(transposition)
+
+
+def _open(data: bytes, kind: str) -> ImageFile.ImageFile:
+    try:
+        return Image.open(io.BytesIO(data), formats=(kind,))
+    except (UnidentifiedImageError, KeyError):  # KeyError: a compression that Pillow does not know
+        unread = None
+        if kind == "TIFF":
+            with suppress(*_DECODER_ERRORS):
+                unread = name_unread_tiff(data)
+        if unread is None:
+            raise
+        raise unread from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -136,12 +157,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scale_to_8_bit(image: Image.Image) -> Image.Image:
-    """16-bit grey as mode L: 0 to 65535 becomes 0 to 255, where Pillow's own conversion clips at 255."""
+    """Grey of 12 or 16 bits as mode L, scaled to 0 to 255, where Pillow's own conversion clips at 255."""
     values = np.asarray(image)
+    full, inverted = grey_range(image)
     lowest, highest = int(values.min()), int(values.max())
-    if lowest < 0 or highest > 0xFFFF:
-        raise ImageError(f"grey values from {lowest} to {highest}, expected 0 to {0xFFFF}")
-    grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if lowest < 0 or highest > full:
+        raise ImageError(f"grey values from {lowest} to {highest}, expected 0 to {full}")
+    grey = ((values.astype(np.uint32) * 255 + full // 2) // full).astype(np.uint8)
+    if inverted:
+        np.subtract(255, grey, out=grey)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         grey[values == transparent] = 255

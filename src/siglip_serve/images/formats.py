@@ -39,9 +39,21 @@ _SIGNATURES = {
 }
 if not features.check("avif"):
     del _SIGNATURES["AVIF"]
+# Formats of images that users do send, to be named when they are refused.
+_NOT_SERVED = {
+    "HEIC": re.compile(
+        rb".{4}ftyp(?:hei[cxms]|hev[cxms]|(?:mif1|msf1).{4}(?:.{4})*?(?:hei[cxms]|hev[cxms]))", re.DOTALL
+    ),
+    "JPEG XL": re.compile(rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n"),
+    "JPEG 2000": re.compile(rb"\xff\x4f\xff\x51|\0\0\0\x0cjP {2}\r\n\x87\n"),
+    "JPEG XR": re.compile(rb"II\xbc[\0\1]"),
+    "JPEG-LS": re.compile(rb"\xff\xd8\xff\xf7"),
+    "PDF": re.compile(rb"%PDF-"),
+}
 _EXPECTED = f"{', '.join(list(_SIGNATURES)[:-1])} or {list(_SIGNATURES)[-1]}"
 
 _MAX_SIDE = 65_535
+_HEAD = 64  # bytes that tell the format: a signature, or the brands of an ISO media file
 
 
 def identify(data: bytes, limits: ImageLimits) -> str:
@@ -55,8 +67,12 @@ def identify(data: bytes, limits: ImageLimits) -> str:
         raise ImageError("empty, expected the bytes of an image file")
     if len(data) > limits.max_bytes:
         raise ImageTooLargeError(f"{len(data)} bytes, at most {limits.max_bytes} are allowed")
+    head = data[:_HEAD]
+    for kind, signature in _NOT_SERVED.items():
+        if signature.match(head):
+            raise ImageError(f"not a decodable image: {kind} is not served; expected {_EXPECTED}")
     for kind, signature in _SIGNATURES.items():
-        if signature.match(data):
+        if signature.match(head):
             return kind
     raise ImageError(
         f"not a decodable image: {len(data)} bytes that begin with {data[:8].hex()}; expected {_EXPECTED}"

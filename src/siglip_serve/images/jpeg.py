@@ -69,7 +69,8 @@ def read_header(data: bytes) -> JpegHeader:
     """Split a JPEG at its markers.
 
     Raises:
-        ImageError: no scan follows, or more segments or scans than any camera or editor writes.
+        ImageError: 12 bits per sample, no scan follows, or more segments or scans than any camera or editor
+            writes.
     """
     exif: list[bytes] = []
     xmp = b""
@@ -79,6 +80,8 @@ def read_header(data: bytes) -> JpegHeader:
         if marker in _FRAMES:
             frame = data[start : start + 10]
         if marker == _START_OF_SCAN:
+            if frame[4:5] == b"\x0c":
+                raise ImageError("JPEG of 12 bits per sample is not served, expected 8")
             _check_scans(data, frame, start)
             return JpegHeader(b"".join(exif), xmp, tuple(needed), start)
         if marker not in _METADATA:

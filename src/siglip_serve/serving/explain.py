@@ -16,6 +16,7 @@ from PIL import Image
 
 from siglip_serve.checkpoint.config import ModelConfig, tensor_dims
 from siglip_serve.embeddings import zero_shot
+from siglip_serve.embeddings.unit import l2_normalize
 from siglip_serve.errors import InvalidInputError
 from siglip_serve.heatmaps.picture import (
     COLORMAPS,
@@ -139,7 +140,7 @@ class ExplainVectors(RequestModel):
     def answer(self, request: Request) -> Outputs:
         """Make the vectors of a request's prompts."""
         plan = ExplainPlan.read(request)
-        texts = request.array("TEXT_EMBEDDING", self._width, np.float32)
+        texts = request.finite("TEXT_EMBEDDING", self._width)
         if len(texts) < plan.prompts * plan.templates or len(texts) % plan.templates:
             raise InvalidInputError(
                 f"TEXT_EMBEDDING: {len(texts)} rows, expected {plan.prompts} or more times {plan.templates} "
@@ -174,14 +175,14 @@ class ExplainMaps(RequestModel):
         maps = request.finite("FOUND_MAPS", [plan.prompts, side * side])
         maps = maps.reshape(plan.prompts, side, side)
         embedding = request.finite("EMBEDDING", self._width)[0]
-        prompts = request.array("PROMPT_EMBEDDING", self._width, np.float32)
+        prompts = request.finite("PROMPT_EMBEDDING", self._width)
         plan.check_rows("PROMPT_EMBEDDING", len(prompts))
-        vectors = request.array("PROMPT_VECTORS", [plan.prompts, *self._width], np.float32)[0]
+        vectors = request.finite("PROMPT_VECTORS", [plan.prompts, *self._width])[0]
         if not embedding.any():
             raise InvalidInputError("EMBEDDING[0]: all zero, which has no direction")
-        unit = embedding / np.linalg.norm(embedding)
+        unit = l2_normalize(embedding.astype(np.float64))  # in which the squares of tiny values are not zero
         # In the mode `relative`, the part that all prompts share has no place either.
-        unattributed = request.array("FOUND_UNATTRIBUTED", [plan.prompts], np.float32)[0]
+        unattributed = request.finite("FOUND_UNATTRIBUTED", [plan.prompts])[0]
         unattributed = unattributed + (prompts - vectors) @ unit
         view = _view(self._config, request)
         return {

@@ -1,10 +1,11 @@
-"""Answer the steps of `classify_image`: labels become prompts, embeddings become probabilities."""
+"""Answer the steps of `classify_image`: labels become prompts, embeddings become logits and probabilities."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from siglip_serve.checkpoint.config import tensor_dims
 from siglip_serve.embeddings import zero_shot
@@ -19,6 +20,7 @@ __all__ = ["MOST_TEXTS", "LabelPrompts", "LabelScores", "read_labels", "read_tem
 
 MOST_TEXTS = 65_536
 _MOST_PLACES = 4
+_PROMPTS_AT_ONCE = 1024  # the copy in double precision of all prompts of a request might be large
 
 
 class LabelPrompts(RequestModel):
@@ -48,11 +50,12 @@ class LabelPrompts(RequestModel):
 
 
 class LabelScores(RequestModel):
-    """IMAGE_EMBEDDING [n, D], PROMPT_EMBEDDING [L * K, D], TEMPLATE_COUNT [1] -> PROBABILITIES [n, L].
+    """IMAGE_EMBEDDING [n, D], PROMPT_EMBEDDING [L * K, D], TEMPLATE_COUNT [1] -> two outputs [n, L].
 
-    Each pair has its own probability, as SigLIP was trained. With the parameter `softmax` the labels of an
-    image compete and sum to one. CLIP's labels always do: it was trained to choose, and has no bias that
-    would make its cosines probabilities of their own.
+    LOGITS are scale x cosine + bias, and PROBABILITIES are computed from them. Each pair has its own
+    probability, as SigLIP was trained. With the parameter `softmax` the labels of an image compete and sum to
+    one. CLIP's labels always do: it was trained to choose, and has no bias that would make its cosines
+    probabilities of their own.
     """
 
     def __init__(self, context: Context) -> None:
@@ -65,17 +68,30 @@ class LabelScores(RequestModel):
 
     def answer(self, request: Request) -> Outputs:
         """Score each image against each label."""
-        images = request.array("IMAGE_EMBEDDING", self._width, np.float32)
-        prompts = request.array("PROMPT_EMBEDDING", self._width, np.float32)
+        images = request.finite("IMAGE_EMBEDDING", self._width)
+        prompts = request.finite("PROMPT_EMBEDDING", self._width)
         templates = int(request.array("TEMPLATE_COUNT", [], np.int32)[0])
         if templates < 1 or len(prompts) % templates:
             raise InvalidInputError(
                 f"TEMPLATE_COUNT: got {templates}, expected a divisor of the {len(prompts)} prompts"
             )
         score = zero_shot.softmax if self._compete(request) else zero_shot.sigmoid
-        classes = zero_shot.build_class_embeddings(prompts.reshape(-1, templates, *self._width))
-        logits = zero_shot.logits(zero_shot.cosine(images, classes), self._scale, self._bias or 0.0)
-        return {"PROBABILITIES": score(logits).astype(np.float32)}
+        logits = self._logits(images, prompts.reshape(-1, templates, *self._width))
+        return {"PROBABILITIES": score(logits).astype(np.float32), "LOGITS": logits.astype(np.float32)}
+
+    def _logits(self, images: NDArray[np.float32], prompts: NDArray[np.float32]) -> zero_shot.Floats:
+        """Logits float64 [n, L] of images [n, D] and prompts [L, K, D].
+
+        A logit's error is a probability's relative error. Of -60 in single precision that would be 1e-5.
+        """
+        precise, step = images.astype(np.float64), max(1, _PROMPTS_AT_ONCE // prompts.shape[1])
+        parts = []
+        for start in range(0, len(prompts), step):
+            some = prompts[start : start + step].astype(np.float64)
+            # One template needs no mean, and the cosine normalises.
+            classes = some[:, 0] if some.shape[1] == 1 else zero_shot.build_class_embeddings(some)
+            parts.append(zero_shot.logits(zero_shot.cosine(precise, classes), self._scale, self._bias or 0.0))
+        return np.concatenate(parts, axis=1)
 
     def _compete(self, request: Request) -> bool:
         """Tell if the labels of an image compete."""

@@ -11,6 +11,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
+from siglip_serve.embeddings.unit import check_values
 from siglip_serve.errors import InvalidInputError, ParameterError
 
 __all__ = ["Request", "has_input"]
@@ -83,10 +84,9 @@ class Request:
         return array
 
     def finite(self, name: str, shape: Sequence[int]) -> NDArray[np.float32]:
-        """Return an input [n, *shape] FP32 without NaN and infinities."""
+        """Return an input [n, *shape] FP32 without NaN, infinities and values that would overflow."""
         array: NDArray[np.float32] = self.array(name, shape, np.float32)
-        if not np.isfinite(array).all():
-            raise InvalidInputError(f"{name}: not all finite")
+        check_values(name, array)
         return array
 
     def option(self, name: str, choices: Sequence[str]) -> str:

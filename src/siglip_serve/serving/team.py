@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from siglip_serve.checkpoint.files import fingerprint
+from siglip_serve.embeddings.unit import check_values
 from siglip_serve.errors import InvalidInputError
 from siglip_serve.images.preprocess import Pixels
 from siglip_serve.serving.context import Context, readable_start
@@ -195,7 +196,9 @@ def _state(name: str, data: bytes, stamp: Mapping[str, str]) -> TeamState:
 def _embeddings(request: Request, width: int) -> NDArray[np.float32]:
     embeddings = request.array("EMBEDDING", [width], np.float32, least=0)
     count = request.optional("CROP_COUNT", 1, np.int32)
-    return embeddings if count is None else embeddings[: int(count[0])]
+    rows = embeddings if count is None else embeddings[: int(count[0])]
+    check_values("EMBEDDING", rows, finite=False)  # rows that are not finite are of no team
+    return rows
 
 
 def _outputs(teams: clustering.Teams) -> dict[str, NDArray[Any]]:

@@ -41,6 +41,10 @@ _UNREADABLE = (
     MemoryError,
 )
 
+# A fit works on unit vectors in orthonormal coordinates, so its numbers are of the size of 1, and its scales
+# are at least 1e-6. Within these limits no sum or square of a prediction exceeds a float32.
+_LARGEST_NUMBER, _SMALLEST_SCALE = 100.0, 1e-7
+
 Array = NDArray[np.float32]
 
 
@@ -161,6 +165,7 @@ def _check_shapes(state: TeamState) -> None:
         array = getattr(state, name)
         if array.ndim != rank or not np.isfinite(array).all():
             raise StateError(f"{name} has the shape {list(array.shape)}, or numbers that are not finite")
+        _check_size(name, array)
     width, teams = len(state.origin), len(state.scales)
     inner = len(state.components) or width
     shapes = {
@@ -175,3 +180,18 @@ def _check_shapes(state: TeamState) -> None:
             raise StateError(f"{name} has the shape {list(got)}, expected {list(shape)}")
     if not teams or (state.scales <= 0).any():
         raise StateError(f"{teams} teams, or a scale that is not positive")
+    small = np.flatnonzero(state.scales < _SMALLEST_SCALE)
+    if len(small):
+        got = state.scales[small[0]]
+        raise StateError(f"scales[{small[0]}] is {got:g}, expected at least {_SMALLEST_SCALE:g}")
+
+
+def _check_size(name: str, array: Array) -> None:
+    """Refuse a number that no fit gives, and that a prediction could turn into infinities."""
+    large = np.argwhere(np.abs(array) > _LARGEST_NUMBER)
+    if len(large):
+        place = tuple(map(int, large[0]))
+        raise StateError(
+            f"{name}[{', '.join(map(str, place))}] is {array[place]:g}, "
+            f"expected {-_LARGEST_NUMBER:g} to {_LARGEST_NUMBER:g}"
+        )

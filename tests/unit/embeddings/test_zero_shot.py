@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
 from siglip_serve.embeddings.unit import l2_normalize
 from siglip_serve.embeddings.zero_shot import (
+    Floats,
     build_class_embeddings,
     cosine,
     logits,
@@ -36,6 +39,18 @@ def test_pair_probability_is_the_sigmoid_of_the_scaled_cosine() -> None:
     pairs = sigmoid(logits(np.array([[1.0, 0.9]]), logit_scale=np.log(100.0), logit_bias=-100.0))
     assert pairs == pytest.approx(np.array([[0.5, 1 / (1 + np.exp(10))]]))
     assert sigmoid(np.array([-1e4, 1e4])).tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_small_probabilities_keep_their_value_and_order(dtype: type) -> None:
+    values: Floats = np.linspace(-69.5, 10, 1000).astype(dtype)  # down to 1e-30
+    expected = np.array([1 / (1 + math.exp(-value)) for value in values.astype(float)])
+    pairs = sigmoid(values)
+    assert pairs.dtype == dtype
+    np.testing.assert_allclose(pairs, expected, rtol=1e-6)
+    assert (np.diff(pairs[values < -1]) > 0).all()
+    competing = softmax(np.append(values, dtype(10)))
+    np.testing.assert_allclose(competing[0] / competing[-1], np.exp(values[0] - 10), rtol=1e-4)
 
 
 def test_softmax_sums_to_one_without_overflow() -> None:

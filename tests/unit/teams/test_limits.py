@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from siglip_serve.errors import ImageTooLargeError, InvalidInputError, SettingsError, StateError
 from siglip_serve.images.preprocess import ImageLimits
+from siglip_serve.teams.clustering import predict
 from siglip_serve.teams.jersey import cut_box, jersey_roi, parse_region, rgb_frame
 from siglip_serve.teams.state import MOST_STATE_BYTES, TeamState
 
@@ -31,6 +33,13 @@ def state(width: int = 16, nuisances: int = 3) -> TeamState:
         np.ones(2, np.float32),
         ones,
     )
+
+
+def one_of(*shape: int, at: int, value: float) -> NDArray[np.float32]:
+    """Zeros, but for one value."""
+    array = np.zeros(shape, np.float32)
+    array.flat[at] = value
+    return array
 
 
 def with_stamp(stamp: bytes) -> bytes:
@@ -83,11 +92,26 @@ def test_refuses_a_stamp_with_a_further_entry() -> None:
         ({"scales": np.array([1, 0], np.float32)}, "2 teams, or a scale that is not positive"),
         ({"scales": np.array([1, -1], np.float32)}, "2 teams, or a scale that is not positive"),
         ({"origin": np.full(16, np.inf, np.float32)}, "origin has .* numbers that are not finite"),
+        ({"origin": one_of(16, at=5, value=1e30)}, r"origin\[5\] is 1e\+30, expected -100 to 100"),
+        ({"nuisances": one_of(3, 16, at=17, value=-101)}, r"nuisances\[1, 1\] is -101, expected -100 to 100"),
+        ({"scales": np.array([1, 1e-30], np.float32)}, r"scales\[1\] is 1e-30, expected at least 1e-07"),
     ],
 )
 def test_names_the_array_that_does_not_fit(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(StateError, match=message):
         TeamState.from_bytes(replace(state(), **fields).to_bytes(), STAMP)
+
+
+@pytest.mark.filterwarnings("error")
+def test_predicts_finite_values_with_the_largest_state() -> None:
+    largest = {
+        name: np.full_like(getattr(state(1024), name), 100) for name in ("origin", "nuisances", "view")
+    }
+    largest |= {name: np.full_like(getattr(state(1024), name), -100) for name in ("components", "centroids")}
+    data = replace(state(1024), **largest, scales=np.full(2, 1e-7, np.float32)).to_bytes()
+    teams = predict(TeamState.from_bytes(data, STAMP), np.eye(3, 1024, dtype=np.float32))
+    for array in (teams.margin, teams.outlier_score, teams.coordinates):
+        assert np.isfinite(array).all()
 
 
 @pytest.mark.parametrize("text", ["0,0,2,1", "0,0,1,2", "-0.1,0,1,1", "0,-0.1,1,1", "0.5,0,0.5,1", "0,1,1,1"])
