@@ -126,12 +126,13 @@ class Sources:
         for where, folders, files in os.walk(folder):
             own = self._own_names(where)
             folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in own)
-            for name in sorted(files):
+            for name in sorted(set(files) - own):
                 path = Path(where, name)
-                if name.startswith(".") or name in own:
-                    continue
-                if _is_tar(path) or _is_parquet(path) or self._is_wanted(path):
+                wanted = _is_tar(path) or _is_parquet(path) or self._is_image(path)
+                if wanted and not name.startswith("."):
                     yield path
+                elif not name.startswith("."):
+                    self._leave_out(path)
 
     def _own_names(self, folder: str) -> set[str]:
         """Names in a folder that belong to this run: its output, its parts and its list of failures."""
@@ -139,24 +140,27 @@ class Sources:
             return set()
         return {self._output.name + end for end in ("", ".partial", ".failed.csv")}
 
-    def _is_wanted(self, path: Path) -> bool:
-        """Tell if a file is read as an image, and remember it if not."""
-        if self._all_files or path.suffix.lower() in _SUFFIXES:
-            return True
+    def _is_image(self, path: Path) -> bool:
+        return self._all_files or path.suffix.lower() in _SUFFIXES
+
+    def _leave_out(self, path: Path) -> None:
         self._left_out += 1
         if len(self._some_left_out) < _NAMED:
             self._some_left_out.append(_text(str(path)))
-        return False
 
     def _tar_items(self, path: Path) -> Iterator[Item]:
         try:
             # A stream: nothing is sought or extracted.
             with tarfile.open(path, "r|*", tarinfo=_Member) as archive:
                 for member in archive:
-                    if member.isfile() and self._is_wanted(path / member.name):
+                    if not member.isfile():
+                        continue
+                    if self._is_image(path / member.name):
                         file = archive.extractfile(member)
                         data = file.read() if file is not None else b""
                         yield Item(_text(f"{path}/{member.name}"), lambda data=data: data)  # type: ignore[misc]
+                    else:
+                        self._leave_out(path / member.name)
         except (tarfile.TarError, EOFError, zlib.error) as error:
             yield Item(_text(str(path)), _failing(OSError(f"not a tar archive, or a damaged one: {error}")))
 
