@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,11 +13,12 @@ from siglip_serve_client._operations.requests import Answer, Call, Tensor
 from siglip_serve_client._transports.endpoint import Endpoint
 from siglip_serve_client._transports.status import error_of
 from siglip_serve_client._transports.wrong_port import not_grpc
-from siglip_serve_client.errors import UnreachableError
+from siglip_serve_client.errors import UnavailableError, UnreachableError
 
 __all__ = ["GrpcTransport"]
 
 _CONTROL_TIMEOUT = 30.0  # seconds for registering a region
+_BROKEN = re.compile("connect|socket|closed|goaway", re.IGNORECASE)
 
 
 class GrpcTransport:
@@ -83,7 +85,9 @@ class GrpcTransport:
         except InferenceServerException as error:
             status, message = str(error.status() or ""), str(error.message() or error)
             found = error_of(status, message, self._endpoint.address)
-            reason = await not_grpc(self._endpoint) if isinstance(found, UnreachableError) else None
+            # Another protocol's server may refuse the connection, or close it without a word.
+            broken = isinstance(found, UnavailableError) and _BROKEN.search(message)
+            reason = await not_grpc(self._endpoint) if broken else None
             raise (UnreachableError(reason) if reason else found) from error
 
 

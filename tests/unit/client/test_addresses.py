@@ -87,6 +87,24 @@ def test_says_which_port_was_named_in_place_of_another(metrics: str) -> None:
         assert refusal(url).startswith(f"{metrics} is the metrics port; by default 8001 is the gRPC port")
 
 
+class _Silent(_Metrics):
+    """A server that closes the connection of another protocol without an answer."""
+
+    def send_error(self, *_: object) -> None:
+        self.close_connection = True
+
+
+def test_recognises_a_port_that_closes_connections_without_an_answer() -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Silent)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        assert " is the metrics port; " in refusal(f"127.0.0.1:{server.server_address[1]}")
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 def test_health_says_which_port_was_named(capsys: pytest.CaptureFixture[str]) -> None:
     with instant_server() as server:
         assert main(["health", "--url", server.http_url.removeprefix("http://")]) == 1
