@@ -267,7 +267,7 @@ def test_serves_int8_where_the_locale_is_c(
     settings = {"dtype": "int8", "calibration": str(pictures), "cache": str(tmp_path / "cache")}
     with front_door(log, device="cpu", settings=settings) as server:
         embedding = GrpcCaller(server.grpc_url).embed([PICTURE])[0]
-    said = log.read_text()
+    said = log.read_text(encoding="utf-8", errors="replace")
     assert "calibrating int8 on 10 images" in said
     assert "int8 against float32: cosine 0.9" in said
     assert np.isfinite(embedding).all()
