@@ -101,10 +101,14 @@ data/drawings/LOC_synset_mapping.txt:
 	$(BIN)/python -m training.build_benchmark --out data/drawings
 
 $(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || { \
+	  echo "SigLIP Serve needs Python 3.11 or 3.12, and $(PYTHON) is $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "The code uses features of 3.11. Triton's Python backend needs numpy 1.26, which has no wheel for 3.13." >&2; \
+	  echo "Name another interpreter: make PYTHON=python3.12 $(or $(MAKECMDGOALS),install)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(SERVER): pyproject.toml $(VENV)/bin/python
-	@echo "Installing the server into $(VENV): 1.7 GB with torch for CPUs, more with CUDA, some minutes ..."
+	@echo "Installing the server into $(VENV): 1.9 GB with torch for CPUs, more with CUDA, some minutes ..."
 	@$(PIP) -e '.[server]'
 	@touch $@
 

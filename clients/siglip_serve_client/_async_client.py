@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from siglip_serve_client._operations.concurrency import Turns
-from siglip_serve_client._operations.encoding import ColorOrder, ImageLike
+from siglip_serve_client._operations.encoding import ColorOrder, ImageLike, refuse_one_image
 from siglip_serve_client._operations.explain import ExplainOptions, Explanation, ask_explanation
 from siglip_serve_client._operations.images import ask_embedding, ask_probabilities, label_tensors
 from siglip_serve_client._operations.link import Link, Outcome, Progress
@@ -77,6 +77,7 @@ class AsyncClient:
         progress: Progress | None = None,
     ) -> AsyncIterator[Outcome]:
         """Embed any number of images, which may come asynchronously. Otherwise as `Client.embed_images`."""
+        refuse_one_image("images", images)
         link = self._link
         return self._each(images, lambda image: ask_embedding(link, image, normalized, color_order), progress)
 
@@ -134,6 +135,7 @@ class AsyncClient:
     ) -> AsyncIterator[Outcome]:
         """Score labels for images, which may come asynchronously. Otherwise as `Client.classify_images`."""
         tensors = label_tensors(labels, templates)
+        refuse_one_image("images", images)
         link = self._link
         return self._each(
             images, lambda image: ask_probabilities(link, image, tensors, softmax, color_order), progress

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from siglip_serve_client._operations.concurrency import Turns
-from siglip_serve_client._operations.encoding import ColorOrder, ImageLike
+from siglip_serve_client._operations.encoding import ColorOrder, ImageLike, refuse_one_image
 from siglip_serve_client._operations.explain import ExplainOptions, Explanation, ask_explanation
 from siglip_serve_client._operations.images import ask_embedding, ask_probabilities, label_tensors
 from siglip_serve_client._operations.link import Link, Outcome, Progress
@@ -112,6 +112,7 @@ class Client:
         An image that fails yields its error in its place, and the others are not affected. Images are taken
         from the iterable as they are needed. `progress` is called with the number of results so far.
         """
+        refuse_one_image("images", images)
         link = self._link
         return self._each(
             iter(images), lambda image: ask_embedding(link, image, normalized, color_order), progress
@@ -189,6 +190,7 @@ class Client:
     ) -> Iterator[Outcome]:
         """The probabilities [L] float32 for each of many images, in order. Errors as in `embed_images`."""
         tensors = label_tensors(labels, templates)
+        refuse_one_image("images", images)
         link = self._link
         return self._each(
             iter(images),

@@ -4,7 +4,7 @@ ClientError
 ├── InvalidInputError    the server refused the input (INVALID_ARGUMENT). The message says which row and why
 ├── UnavailableError     the server cannot serve the request now, and a retry may help
 │   ├── DeadlineError    the server did not answer in time
-│   └── UnreachableError no server answers at the address
+│   └── UnreachableError no server answers at the address, or the port is one of another protocol
 ├── AccessError          the server, or a proxy in front of it, does not let this caller in
 ├── ServerError          the server failed (any other status)
 └── SharedMemoryError    a frame cannot reach the server through shared memory. The message says why
@@ -45,7 +45,7 @@ class DeadlineError(UnavailableError):
 
 
 class UnreachableError(UnavailableError):
-    """No server answers at the address."""
+    """No server answers at the address, or its port is one of another protocol."""
 
 
 class ServerError(ClientError):

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from siglip_serve.errors import SettingsError
@@ -167,6 +168,16 @@ class Settings:
     def own_checkpoint(self) -> str:
         """Name of the checkpoint that a model with these settings loads."""
         return (self.tower == "teams" and self.teams_checkpoint) or self.checkpoint
+
+    @property
+    def cache_folder(self) -> Path:
+        """Folder that keeps the int8 model between starts."""
+        return Path(self.cache or os.path.expanduser("~/.cache/siglip-serve"))  # noqa: PTH111 - no HOME is fine
+
+    @property
+    def calibration_folder(self) -> Path | None:
+        """Folder of images to calibrate int8 on, if there is one."""
+        return Path(self.calibration) if self.calibration else None
 
 
 def load_settings(

@@ -77,6 +77,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(head + _ROW, {"Inference-Header-Content-Length": str(len(head))})
 
     def do_GET(self) -> None:
+        if self.path == "/metrics":
+            self.send_error(404)
+            return
         described = {name: {"string_value": value} for name, value in self.given.items()}
         self._answer(json.dumps({"parameters": described}).encode(), {})
 

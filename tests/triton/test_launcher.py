@@ -235,6 +235,8 @@ def test_server_ends_with_a_killed_launcher(log: Path) -> None:
         ({"checkpoint": "not a hub id"}, CheckpointError, "not a hub id of the form"),
         ({"settings": {"dtipe": "float32"}}, SettingsError, "SIGLIP_SERVE_DTIPE: no such setting"),
         ({"settings": {"dtype": "float33"}}, SettingsError, "got 'float33', expected one of auto, float32"),
+        ({"settings": {"dtype": "float8"}, "device": "cpu"}, SettingsError, "dtype float8: not for CPUs"),
+        ({"settings": {"dtype": "int8"}, "device": "cpu"}, SettingsError, "'calibration' is not given"),
         ({"settings": {"max_rows": "-1"}}, SettingsError, "got '-1', expected a whole number"),
         ({"model_repository": Path("/nowhere")}, ServerStartError, "'/nowhere': no such directory"),
         ({"model_repository": ROOT / "tests"}, ServerStartError, "no <model>/config.pbtxt in it"),
@@ -247,6 +249,29 @@ def test_refuses_options_before_the_server_starts(
     with pytest.raises(error, match=expected.replace("[", r"\[")), TritonServer(ServeOptions(**options)):  # type: ignore[arg-type]
         pass
     assert not log.exists()
+
+
+def test_serves_int8_where_the_locale_is_c(
+    tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Standard output then takes ASCII only, but nncf draws a bar and a folder may have any name."""
+    for name in ("LC_ALL", "LANG", "LC_CTYPE"):
+        monkeypatch.setenv(name, "C")
+    for name in ("PYTHONUTF8", "PYTHONIOENCODING"):
+        monkeypatch.delenv(name, raising=False)
+    pictures = tmp_path / "café"
+    pictures.mkdir()
+    for index in range(12):
+        (pictures / f"{index}.jpg").write_bytes(encode(photo(80 + index, 60), "JPEG"))
+    (pictures / "brisé.jpg").write_bytes(b"no picture")
+    settings = {"dtype": "int8", "calibration": str(pictures), "cache": str(tmp_path / "cache")}
+    with front_door(log, device="cpu", settings=settings) as server:
+        embedding = GrpcCaller(server.grpc_url).embed([PICTURE])[0]
+    said = log.read_text(encoding="utf-8", errors="replace")
+    assert "calibrating int8 on 10 images" in said
+    assert "int8 against float32: cosine 0.9" in said
+    assert np.isfinite(embedding).all()
+    assert np.linalg.norm(embedding) > 0
 
 
 def test_lists_the_wrong_weights_once(tmp_path: Path, log: Path) -> None:

@@ -135,6 +135,8 @@ def test_concurrent_requests_keep_their_own_rows(server: TritonServer) -> None:
         ([" " * 70_000 + "dog"], {}, "INPUT_TEXT[0]: 70003 bytes, at most 65536 are allowed"),
         (["a dog"], {"truncate": True}, "parameter 'truncate': unknown"),
         (["a dog"], {"truncation": 1}, "parameter 'truncation': got 1"),
+        (["a dog"], {"truncation": "longest"}, "expected true or false, or one of longest_first, only_first"),
+        (["dog " * 300], {"truncation": "do_not_truncate"}, "INPUT_TEXT[0]: the text has 301 tokens"),
         (["a dog"], {"embed_model": "siglip_vision"}, "expected one of siglip_text"),
     ],
 )
@@ -144,6 +146,14 @@ def test_refuses_a_wrong_text(
     caller = GrpcCaller(server.grpc_url)
     assert expected in refusal(lambda: embed(caller, texts, **parameters))
     assert np.isfinite(embed(caller, ["a dog"])).all()
+
+
+@pytest.mark.parametrize("strategy", ["longest_first", "only_first", "only_second"])
+def test_strategies_of_transformers_cut_a_long_text(strategy: str, server: TritonServer) -> None:
+    expected = embed(GrpcCaller(server.grpc_url), ["dog " * 300], truncation=True)
+    for caller in (GrpcCaller(server.grpc_url), HttpCaller(server.http_url)):
+        got = embed(caller, ["dog " * 300], truncation=strategy)
+        np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_refuses_ids_outside_the_vocabulary(server: TritonServer) -> None:

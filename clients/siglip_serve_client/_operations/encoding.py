@@ -10,12 +10,30 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-__all__ = ["ColorOrder", "ImageLike", "encoded", "on_white", "raw"]
+from siglip_serve_client._operations.requests import refuse_single
+
+__all__ = ["ColorOrder", "ImageLike", "encoded", "on_white", "raw", "refuse_one_image"]
 
 ColorOrder: TypeAlias = Literal["RGB", "BGR"]
 ImageLike: TypeAlias = bytes | str | Path | Image.Image | NDArray[np.uint8]
 
 _EIGHT_BITS = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
+
+
+def refuse_one_image(argument: str, images: object) -> None:
+    """Check that an argument is not one image in place of several.
+
+    An array [H, W, 1, 3 or 4] is one image, whose rows would be taken for images.
+
+    Raises:
+        TypeError: one path, str, bytes, PIL image or array of one image.
+    """
+    refuse_single(argument, images, "images")
+    one = isinstance(images, np.ndarray) and (
+        images.ndim < 3 or (images.ndim == 3 and images.shape[2] in (1, 3, 4))
+    )
+    if one or isinstance(images, Image.Image):
+        raise TypeError(f"{argument}: one {type(images).__name__}, expected several images")
 
 
 def encoded(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from siglip_serve_client.errors import ServerError
 
-__all__ = ["Answer", "Call", "Tensor", "Transport", "output", "strings", "utf8"]
+__all__ = ["Answer", "Call", "Tensor", "Transport", "output", "refuse_single", "strings", "utf8"]
 
 
 @dataclass(frozen=True)
@@ -104,14 +105,28 @@ def strings(name: str, argument: str, values: Sequence[bytes], columns: bool = F
     return Tensor(name, "BYTES", shape, array.reshape(shape))
 
 
+def refuse_single(argument: str, values: object, what: str) -> None:
+    """Check that an argument is not one value in place of several, whose characters or bytes would be taken.
+
+    Args:
+        argument: its name in messages.
+        values: as the caller gave them.
+        what: the values that are expected, such as "texts".
+
+    Raises:
+        TypeError: one path, str or bytes.
+    """
+    if isinstance(values, str | bytes | bytearray | memoryview | Path):
+        raise TypeError(f"{argument}: one {type(values).__name__}, expected several {what}")
+
+
 def utf8(argument: str, texts: Sequence[str], first: int = 0) -> list[bytes]:
     """Texts as bytes. `first` is the index of the first for messages.
 
     Raises:
         TypeError: not a sequence of texts.
     """
-    if isinstance(texts, str | bytes):
-        raise TypeError(f"{argument}: one {type(texts).__name__}, expected several texts")
+    refuse_single(argument, texts, "texts")
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"{argument}[{first + index}]: {type(text).__name__}, expected str")

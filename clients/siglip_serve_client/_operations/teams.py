@@ -12,9 +12,17 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from siglip_serve_client._operations.encoding import ColorOrder, ImageLike, encoded, raw
+from siglip_serve_client._operations.encoding import ColorOrder, ImageLike, encoded, raw, refuse_one_image
 from siglip_serve_client._operations.link import Link
-from siglip_serve_client._operations.requests import Answer, Call, Tensor, output, strings
+from siglip_serve_client._operations.requests import (
+    Answer,
+    Call,
+    Tensor,
+    output,
+    refuse_single,
+    strings,
+    utf8,
+)
 from siglip_serve_client._operations.retries import ask
 
 __all__ = ["TeamFit", "TeamImages", "Teams", "ask_fit", "ask_teams", "hint_inputs"]
@@ -110,7 +118,7 @@ def hint_inputs(
     if track_ids is not None:
         inputs.append(_integers("TRACK_ID", "track_ids", track_ids, np.int64))
     if roles is not None:
-        inputs.append(strings("ROLE", "roles", [role.encode() for role in roles]))
+        inputs.append(strings("ROLE", "roles", utf8("roles", roles)))
     if anchors is not None:
         inputs.append(_integers("ANCHOR", "anchors", anchors, np.int32))
     if prev_state is not None:
@@ -126,10 +134,12 @@ def _request(
     color_order: ColorOrder | None = None,
 ) -> _Request:
     if crops is not None and frame is None and boxes is None:
+        refuse_one_image("crops", crops)
         files = [encoded(crop, f"crops[{row}]", color_order) for row, crop in enumerate(crops)]
         return _Request([strings("CROPS", "crops", files)])
     if frame is None or boxes is None or crops is not None:
         raise ValueError("expected either crops, or frame and boxes")
+    refuse_single("boxes", boxes, "boxes")
     corners = np.asarray(boxes, dtype=np.float32)
     places = _tensor("BOXES", corners if corners.size else corners.reshape(0, 4), "FP32")
     if isinstance(frame, bytes | str | Path):

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from siglip_serve_client._operations.link import Link
-from siglip_serve_client._operations.requests import Call, output, strings, utf8
+from siglip_serve_client._operations.requests import Call, output, refuse_single, strings, utf8
 from siglip_serve_client._operations.retries import ask
 from siglip_serve_client.errors import InvalidInputError
 
@@ -43,8 +43,7 @@ def text_chunks(texts: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
     Raises:
         TypeError: one text instead of several.
     """
-    if isinstance(texts, str | bytes):
-        raise TypeError(f"texts: one {type(texts).__name__}, expected several texts")
+    refuse_single("texts", texts, "texts")
     rest, first = iter(texts), 0
     while chunk := list(islice(rest, _TEXTS)):
         yield first, chunk

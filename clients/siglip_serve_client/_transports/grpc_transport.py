@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from tritonclient.utils import InferenceServerException
@@ -11,10 +12,13 @@ from tritonclient.utils import InferenceServerException
 from siglip_serve_client._operations.requests import Answer, Call, Tensor
 from siglip_serve_client._transports.endpoint import Endpoint
 from siglip_serve_client._transports.status import error_of
+from siglip_serve_client._transports.wrong_port import not_grpc
+from siglip_serve_client.errors import UnavailableError, UnreachableError
 
 __all__ = ["GrpcTransport"]
 
 _CONTROL_TIMEOUT = 30.0  # seconds for registering a region
+_BROKEN = re.compile("connect|socket|closed|goaway", re.IGNORECASE)
 
 
 class GrpcTransport:
@@ -28,7 +32,7 @@ class GrpcTransport:
         """Send a request and return the model's answer."""
         import tritonclient.grpc as triton
 
-        with self._connected() as client:
+        async with self._connected() as client:
             answer: Answer = await client.infer(
                 call.model,
                 [_input(tensor) for tensor in call.inputs],
@@ -41,20 +45,20 @@ class GrpcTransport:
 
     async def parameters(self, model: str, timeout: float) -> dict[str, str]:
         """The string parameters in the configuration of a model."""
-        with self._connected() as client:
+        async with self._connected() as client:
             answer = await client.get_model_config(model, headers=self._headers, client_timeout=timeout)
         return {name: value.string_value for name, value in answer.config.parameters.items()}
 
     async def register(self, name: str, size: int) -> None:
         """Let the server know a region of shared memory."""
-        with self._connected() as client:
+        async with self._connected() as client:
             await client.register_system_shared_memory(
                 name, name, size, headers=self._headers, client_timeout=_CONTROL_TIMEOUT
             )
 
     async def withdraw(self, name: str) -> None:
         """Let the server forget a region."""
-        with self._connected() as client:
+        async with self._connected() as client:
             await client.unregister_system_shared_memory(
                 name, headers=self._headers, client_timeout=_CONTROL_TIMEOUT
             )
@@ -65,8 +69,8 @@ class GrpcTransport:
         if client is not None:
             await client.close()
 
-    @contextmanager
-    def _connected(self) -> Iterator[Any]:
+    @asynccontextmanager
+    async def _connected(self) -> AsyncIterator[Any]:
         """The client, whose errors become those of this package."""
         import tritonclient.grpc.aio as triton
 
@@ -80,7 +84,11 @@ class GrpcTransport:
             yield self._client
         except InferenceServerException as error:
             status, message = str(error.status() or ""), str(error.message() or error)
-            raise error_of(status, message, self._endpoint.address) from error
+            found = error_of(status, message, self._endpoint.address)
+            # Another protocol's server may refuse the connection, or close it without a word.
+            broken = isinstance(found, UnavailableError) and _BROKEN.search(message)
+            reason = await not_grpc(self._endpoint) if broken else None
+            raise (UnreachableError(reason) if reason else found) from error
 
 
 def _input(tensor: Tensor) -> Any:

@@ -16,7 +16,8 @@ from siglip_serve_client._transports.http_messages import (
     register_request,
     withdraw_request,
 )
-from siglip_serve_client._transports.status import check_status
+from siglip_serve_client._transports.status import check_status, is_triton
+from siglip_serve_client._transports.wrong_port import not_http
 from siglip_serve_client.errors import DeadlineError, UnavailableError, UnreachableError
 
 if TYPE_CHECKING:
@@ -85,12 +86,18 @@ class HttpTransport:
             ) as answer:
                 body = await answer.read()
         except aiohttp.ClientSSLError as error:
+            if "WRONG_VERSION_NUMBER" in str(error):
+                raise UnreachableError(f"{address} does not speak TLS, expected http://{address}") from error
             raise UnreachableError(f"{address} is not trusted: {error}") from error
         except aiohttp.ClientConnectorError as error:
             raise UnreachableError(f"no server answers at {address}") from error
         except TimeoutError as error:
             raise DeadlineError(f"{address} did not answer in time") from error
         except (aiohttp.ClientError, OSError) as error:  # the connection broke: the server may be restarting
+            if reason := await not_http(self._endpoint):
+                raise UnreachableError(reason) from error
             raise UnavailableError(f"{address} broke the connection: {error}") from error
+        if not is_triton(answer.status, body) and (reason := await not_http(self._endpoint)):
+            raise UnreachableError(reason)
         check_status(answer.status, body, address)
         return body, answer.headers

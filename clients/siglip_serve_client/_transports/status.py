@@ -16,7 +16,7 @@ from siglip_serve_client.errors import (
     UnreachableError,
 )
 
-__all__ = ["check_status", "error_of"]
+__all__ = ["check_status", "error_of", "is_triton"]
 
 # Triton writes these before a message; they tell the caller nothing.
 _PREFIX = re.compile(r"^(\[request id: \S+\] |in ensemble '[^']*', )+")
@@ -48,6 +48,11 @@ def error_of(status: str, message: str, address: str) -> ClientError:
         return UnreachableError(f"no server answers at {address}")
     kind = _STATUS.get(status)
     return kind(message) if kind else ServerError(f"{status or 'no status'}: {message}")
+
+
+def is_triton(status: int, body: bytes) -> bool:
+    """Tell an answer of Triton or a busy proxy from one of a server that does not know the path."""
+    return status not in (400, 404, 405) or body.lstrip().startswith(b"{")
 
 
 def check_status(status: int, body: bytes, address: str) -> None:

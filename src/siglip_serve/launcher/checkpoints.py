@@ -9,9 +9,10 @@ from typing import get_args
 
 from siglip_serve.checkpoint.config import load_config, tensor_dims
 from siglip_serve.config import CheckpointUse, Settings
+from siglip_serve.engine.calibration import check_calibration
 from siglip_serve.engine.plan import Plan
 
-__all__ = ["ServedCheckpoint", "describe_checkpoints"]
+__all__ = ["ServedCheckpoint", "check_options", "describe_checkpoints"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,27 @@ class ServedCheckpoint:
     parameters: Mapping[str, str]
     dims: Mapping[str, Sequence[int]]
     notes: tuple[str, ...] = ()
+
+
+def check_options(settings: Settings, device: str) -> None:
+    """Refuse what the options alone show to be wrong, before a checkpoint is downloaded.
+
+    Args:
+        settings: those of the server. A checkpoint that is a local directory is looked into.
+        device: `cpu`, or the GPU whose arithmetic all GPUs share.
+
+    Raises:
+        CheckpointError: as for `describe_checkpoints`.
+        SettingsError: the device or a checkpoint's family cannot run the dtype or the backend, or int8 lacks
+            its images or nncf.
+    """
+    plan = Plan(device, settings.dtype, settings.backend)
+    for name in filter(None, (settings.checkpoint, settings.teams_checkpoint)):
+        path = Path(name).expanduser()
+        if (path / "config.json").is_file():
+            plan.for_vision(load_config(path).family, 0)
+    if plan.resolve().dtype == "int8":
+        check_calibration(settings.calibration_folder, settings.cache_folder)
 
 
 def describe_checkpoints(

@@ -28,7 +28,7 @@ from typing import Self
 from siglip_serve.checkpoint.files import resolve
 from siglip_serve.config import PREFIX, load_settings
 from siglip_serve.errors import ServerStartError, SettingsError
-from siglip_serve.launcher.checkpoints import describe_checkpoints
+from siglip_serve.launcher.checkpoints import check_options, describe_checkpoints
 from siglip_serve.launcher.endpoint import Endpoint
 from siglip_serve.launcher.log import cause, open_log, tail
 from siglip_serve.launcher.options import ServeOptions
@@ -135,6 +135,7 @@ class TritonServer:
         settings = load_settings(given)
         if settings.preprocess == "gpu" and self.device != "cuda":
             raise SettingsError("preprocess gpu: needs a GPU; fast and pil do not")
+        check_options(settings, self._weakest_gpu or "cpu")
         named = [name for name in (settings.checkpoint, settings.teams_checkpoint) if name]
         directories = {name: resolve(name) for name in dict.fromkeys(named)}
         checkpoints = describe_checkpoints(settings, directories, self._weakest_gpu or "cpu")

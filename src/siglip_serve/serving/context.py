@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
@@ -96,8 +95,8 @@ def engine_plan(context: Context) -> Plan:
         backend=settings.backend,
         max_rows=settings.max_rows,
         threads=threads,
-        cache=Path(settings.cache or os.path.expanduser("~/.cache/siglip-serve")),  # noqa: PTH111 - no HOME is fine
-        calibration=Path(settings.calibration) if settings.calibration else None,
+        cache=settings.cache_folder,
+        calibration=settings.calibration_folder,
         heatmap_blocks=settings.heatmap_blocks,
         heatmap_vectors=settings.heatmap_prompts,
     )

@@ -114,7 +114,7 @@ class ExplainPrompts(RequestModel):
         self, request: Request, name: str, labels: Sequence[str], templates: Sequence[str]
     ) -> list[NDArray[np.int64]]:
         """Tokenize each label in each template, and name one that does not fit by its own index."""
-        truncation = request.flag("truncation")
+        truncation = request.truncates()
         ids = []
         for index, label in enumerate(labels):
             for template in templates:

@@ -21,6 +21,9 @@ _PARAMETERS = frozenset(
     {"base64_encoded", "color_order", "embed_model", "normalized", "softmax", "truncation"}
 )
 _LONGEST_REMEMBERED = 256
+# Strategies of transformers, which clients of other SigLIP repositories send. A text is one sequence, so all
+# that cut are the same.
+_STRATEGIES = {"longest_first": True, "only_first": True, "only_second": True, "do_not_truncate": False}
 
 
 class Request:
@@ -100,17 +103,25 @@ class Request:
             raise InvalidInputError(f"{name}: got {got}, expected one of {', '.join(choices)}")
         return given
 
-    def flag(self, name: str) -> bool:
+    def flag(self, name: str, others: str = "") -> bool:
         """Return a boolean parameter, false unless given.
 
-        HTTP headers that Triton forwards arrive as the texts `true` and `false`.
+        HTTP headers that Triton forwards arrive as the texts `true` and `false`. `others` ends the message
+        that names the expected values.
         """
         value = self._parameters.get(name, False)
         if isinstance(value, str) and value.lower() in {"true", "false"}:
             return value.lower() == "true"
         if not isinstance(value, bool):
-            raise ParameterError(f"parameter {name!r}: got {value!r}, expected true or false")
+            raise ParameterError(f"parameter {name!r}: got {value!r}, expected true or false{others}")
         return value
+
+    def truncates(self) -> bool:
+        """Return the parameter `truncation`, false unless given: a boolean or the name of a strategy."""
+        given = self._parameters.get("truncation")
+        if isinstance(given, str) and given.lower() in _STRATEGIES:
+            return _STRATEGIES[given.lower()]
+        return self.flag("truncation", ", or one of " + ", ".join(_STRATEGIES))
 
     def choice(self, name: str, choices: str) -> str:
         """Return a parameter that is one of the comma-separated `choices`, by default the first."""

@@ -43,7 +43,7 @@ class SiglipTextTokenize(RequestModel):
     def answer(self, request: Request) -> Outputs:
         """Tokenize the texts of a request."""
         request.choice("embed_model", self._embed_models)
-        truncation = request.flag("truncation")
+        truncation = request.truncates()
 
         def ids(row: bytes) -> Row:
             # Kept only if it fits: then truncation makes no difference. And only if it is short: the key

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tarfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -135,3 +136,38 @@ def test_unknown_commands_are_refused(capsys: pytest.CaptureFixture[str]) -> Non
         main(["serv"])
     assert stopped.value.code == 2
     assert "invalid choice: 'serv'" in capsys.readouterr().err
+
+
+def test_embed_names_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.jpg", "b.heic"):
+        (tmp_path / name).write_bytes(b"x")
+    with instant_server() as server:
+        words = ["embed", str(tmp_path), "-o", str(tmp_path / "out.npz"), "--url", server.grpc_url]
+        assert main(words) == 0
+        said = capsys.readouterr()
+        assert "1 embeddings" in said.out
+        assert f"1 file is left out for the suffix: {tmp_path}/b.heic" in said.err
+        assert main([*words, "--all-files", "--overwrite"]) == 0
+        said = capsys.readouterr()
+        assert "2 embeddings" in said.out
+        assert "left out" not in said.err
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_embed_fails_if_there_are_no_images(
+    archive: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0a1b2c").write_bytes(b"x")
+    given = tmp_path / "images"
+    if archive:
+        given = tmp_path / "images.tar"
+        with tarfile.open(given, "w") as file:
+            file.add(tmp_path / "images" / "0a1b2c", "0a1b2c")
+    with instant_server() as server:
+        words = ["embed", str(given), "-o", str(tmp_path / "out.npz"), "--url", server.grpc_url]
+        assert main(words) == 2
+    said = capsys.readouterr()
+    assert f"siglip-serve: {given}: no images; 1 file is left out for the suffix: {given}/0a1b2c" in said.err
+    assert said.out == ""
+    assert not list(tmp_path.glob("out.npz*"))

@@ -45,6 +45,74 @@ def test_folders_are_searched_in_order(folder: Path) -> None:
     assert Sources(["images"]).count() == 4
 
 
+@pytest.mark.parametrize("suffix", ["JFIF", "jpe", "Mpo", "apng", "AVIFS", "TIF"])
+def test_suffixes_of_images_in_any_case(folder: Path, suffix: str) -> None:
+    path = folder / "more" / f"1.{suffix}"
+    path.parent.mkdir()
+    path.write_bytes(b"x")
+    sources = Sources(["more"])
+    assert (sources.count(), [item.key for item in sources]) == (1, [f"more/1.{suffix}"])
+    assert sources.left_out() is None
+
+
+def test_files_that_are_left_out_are_counted_and_named(folder: Path) -> None:
+    for name in ("c.heic", "0a1b2c"):
+        (folder / "images" / name).write_bytes(b"x")
+    sources = Sources(["images"])
+    assert sources.left_out() is None
+    for _ in range(2):  # a count and an iteration do not add up
+        assert (sources.count(), len(list(sources))) == (4, 4)
+        message = (
+            "3 files are left out for the suffix: images/0a1b2c, images/c.heic, images/a/note.txt; --all"
+        )
+        assert str(sources.left_out()).startswith(message)
+    everything = Sources(["images"], all_files=True)
+    assert everything.count() == 7
+    assert [item.key for item in everything][:3] == ["images/0a1b2c", "images/c.heic", "images/z.webp"]
+    assert everything.left_out() is None
+
+
+def test_only_the_first_names_of_many_files_are_given(folder: Path) -> None:
+    for number in range(12):
+        (folder / "images" / "b" / f"{number:02}.txt").write_bytes(b"x")
+    sources = Sources(["images/b"])
+    list(sources)
+    names = ", ".join(f"images/b/{number:02}.txt" for number in range(5))
+    assert sources.left_out() == (
+        f"12 files are left out for the suffix: {names} and 7 more; --all-files reads them too"
+    )
+
+
+def test_a_folder_without_images_is_refused(folder: Path) -> None:
+    (folder / "none").mkdir()
+    with pytest.raises(SourcesError, match=r"^none: no images$"):
+        Sources(["none"]).count()
+    (folder / "none" / "0a1b2c").write_bytes(b"x")
+    message = r"^none: no images; 1 file is left out for the suffix: none/0a1b2c; --all-files reads them too$"
+    with pytest.raises(SourcesError, match=message):
+        Sources(["none"]).count()
+
+
+def test_the_output_is_not_among_the_images(folder: Path) -> None:
+    for name in ("o.parquet", "o.parquet.failed.csv", "o.parquet.partial/lock"):
+        path = folder / "images" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+    sources = Sources(["images"], all_files=True, output=Path("images/o.parquet"))
+    assert (sources.count(), len(list(sources))) == (5, 5)
+    assert not [item.key for item in sources if "o.parquet" in item.key]
+
+
+def test_members_of_an_archive_that_are_left_out_are_named(folder: Path) -> None:
+    with tarfile.open(folder / "a.TAR", "w") as archive:
+        for name in ("1.JFIF", "1.json"):
+            add(archive, name, b"x")
+    sources = Sources(["a.TAR"])
+    assert [item.key for item in sources] == ["a.TAR/1.JFIF"]
+    assert str(sources.left_out()).startswith("1 file is left out for the suffix: a.TAR/1.json;")
+    assert [item.key for item in Sources(["a.TAR"], all_files=True)] == ["a.TAR/1.JFIF", "a.TAR/1.json"]
+
+
 def test_files_and_patterns(folder: Path) -> None:
     assert list(found("images/a/note.txt")) == ["images/a/note.txt"]  # named, so wanted
     assert list(found("images/**/*.png")) == ["images/b/10.png"]

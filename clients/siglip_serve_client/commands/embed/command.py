@@ -39,13 +39,19 @@ def add_embed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         epilog="IMAGE is a file; a folder (with all below it); a pattern in quotes; a tar archive, or shards "
         "such as 'train-{000..099}.tar'; or a Parquet file. A row has a path, the sha256 of the encoded "
         "image, and the embedding (float32). Images that cannot be embedded are listed with the reason in "
-        "OUTPUT.failed.csv; the exit status is then 1.",
+        "OUTPUT.failed.csv; the exit status is then 1. In folders and tar archives, files without a suffix "
+        "of images are left out, counted and named.",
     )
     add = parser.add_argument
     add("images", nargs="*", default=[], metavar="IMAGE", help="files, folders, patterns, .tar, .parquet")
     add("-o", "--output", type=Path, required=True, help="the .parquet or .npz file to write")
     add("--from-file", metavar="LIST", help="a text file with one IMAGE per line; - is standard input")
     add("--column", default="image", help="of Parquet files (default: %(default)s)")
+    add(
+        "--all-files",
+        action="store_true",
+        help="read every file of folders and tar archives as an image, whatever its suffix",
+    )
     add("--normalized", action="store_true", help="scale every embedding to unit length")
     add("--concurrency", type=positive, default=16, help="requests in flight (default: %(default)s)")
     add(
@@ -68,7 +74,8 @@ def add_embed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def _embed(options: argparse.Namespace) -> int:
     try:
-        sources = Sources([*options.images, *_listed(options.from_file)], options.column)
+        given = [*options.images, *_listed(options.from_file)]
+        sources = Sources(given, options.column, all_files=options.all_files, output=options.output)
         check_output(options.output)
         total = sources.count()
         with connected(options, options.concurrency) as client:
@@ -126,6 +133,10 @@ class _Run:
             while (trouble := self._pass(items)) is not None:
                 self._wait(trouble)
         self.store.finish()
+        if not self.store.rows + self.store.failures:
+            raise SourcesError(sources.no_images())
+        if reason := sources.left_out():
+            print(f"siglip-serve: {reason}", file=sys.stderr)
         rate = (self.store.rows - before) / (time.monotonic() - begin)
         print(f"{self.options.output}: {self.store.rows} embeddings, {rate:.0f} images/s")
         if self.store.failures:

@@ -16,10 +16,12 @@ from siglip_serve_client.commands.install_hint import install_hint
 
 __all__ = ["Item", "Sources", "SourcesError"]
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
+_JPEG, _PNG, _TIFF = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"}, {".png", ".apng"}, {".tif", ".tiff"}
+_SUFFIXES = _JPEG | _PNG | _TIFF | {".webp", ".gif", ".bmp", ".avif", ".avifs"}
 _TAR = (".tar", ".tar.gz", ".tgz")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _ROWS = 64  # of a Parquet column in memory at once
+_NAMED = 5  # of the files that are left out
 
 
 class SourcesError(Exception):
@@ -45,15 +47,27 @@ class Sources:
     Args:
         given: files, folders, patterns with `*`, `?`, `[` or `{000..009}`.
         column: column of Parquet files. Its cells are bytes, or structs with a member `bytes`.
+        all_files: take every file of a folder or tar archive for an image, whatever its suffix. Hidden ones
+            in folders are not read.
+        output: the file that the command writes. It and the files of its run are not searched for images.
 
     Raises:
         SourcesError: an argument names nothing.
     """
 
-    def __init__(self, given: Sequence[str], column: str = "image") -> None:
+    def __init__(
+        self,
+        given: Sequence[str],
+        column: str = "image",
+        *,
+        all_files: bool = False,
+        output: Path | None = None,
+    ) -> None:
         if not given:
             raise SourcesError("no images are named")
-        self._column = column
+        self._given, self._column, self._all_files = tuple(given), column, all_files
+        self._left_out, self._some_left_out = 0, list[str]()
+        self._output = output.absolute() if output else None
         self._paths: list[Path] = []
         for argument in given:
             found = list(_paths(argument))
@@ -63,26 +77,100 @@ class Sources:
             self._paths += found
 
     def count(self) -> int | None:
-        """The number of images, or None with tar archives, which would have to be read."""
+        """The number of images, or None with tar archives, which would have to be read.
+
+        Raises:
+            SourcesError: there are none. The message names files that are left out.
+        """
         total = 0
         for path in self._files():
-            if path.name.endswith(_TAR):
+            if _is_tar(path):
                 return None
-            total += _parquet(path).metadata.num_rows if path.suffix == ".parquet" else 1
+            total += _parquet(path).metadata.num_rows if _is_parquet(path) else 1
+        if not total:
+            raise SourcesError(self.no_images())
         return total
+
+    def left_out(self) -> str | None:
+        """A sentence about the files that the last iteration or count left out, or None if there are none."""
+        if not self._left_out:
+            return None
+        more = self._left_out - len(self._some_left_out)
+        files = "file is" if self._left_out == 1 else "files are"
+        names = ", ".join(self._some_left_out) + (f" and {more} more" if more else "")
+        return f"{self._left_out} {files} left out for the suffix: {names}; --all-files reads them too"
+
+    def no_images(self) -> str:
+        """The message for arguments without an image."""
+        reason = self.left_out()
+        more = len(self._given) - _NAMED
+        names = ", ".join(self._given[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+        return f"{names}: no images" + (f"; {reason}" if reason else "")
 
     def __iter__(self) -> Iterator[Item]:
         for path in self._files():
-            if path.name.endswith(_TAR):
-                yield from _tar_items(path)
-            elif path.suffix == ".parquet":
+            if _is_tar(path):
+                yield from self._tar_items(path)
+            elif _is_parquet(path):
                 yield from _parquet_items(path, self._column)
             else:
                 yield Item(_text(str(path)), path.read_bytes)
 
     def _files(self) -> Iterator[Path]:
+        self._left_out, self._some_left_out = 0, []
         for path in self._paths:
-            yield from _below(path) if path.is_dir() else (path,)
+            yield from self._below(path) if path.is_dir() else (path,)
+
+    def _below(self, folder: Path) -> Iterator[Path]:
+        """Images in a folder and below it, sorted, without hidden ones and linked folders."""
+        for where, folders, files in os.walk(folder):
+            own = self._own_names(where)
+            folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in own)
+            for name in sorted(set(files) - own):
+                path = Path(where, name)
+                wanted = _is_tar(path) or _is_parquet(path) or self._is_image(path)
+                if wanted and not name.startswith("."):
+                    yield path
+                elif not name.startswith("."):
+                    self._leave_out(path)
+
+    def _own_names(self, folder: str) -> set[str]:
+        """Names in a folder that belong to this run: its output, its parts and its list of failures."""
+        if self._output is None or Path(folder).absolute() != self._output.parent:
+            return set()
+        return {self._output.name + end for end in ("", ".partial", ".failed.csv")}
+
+    def _is_image(self, path: Path) -> bool:
+        return self._all_files or path.suffix.lower() in _SUFFIXES
+
+    def _leave_out(self, path: Path) -> None:
+        self._left_out += 1
+        if len(self._some_left_out) < _NAMED:
+            self._some_left_out.append(_text(str(path)))
+
+    def _tar_items(self, path: Path) -> Iterator[Item]:
+        try:
+            # A stream: nothing is sought or extracted.
+            with tarfile.open(path, "r|*", tarinfo=_Member) as archive:
+                for member in archive:
+                    if not member.isfile():
+                        continue
+                    if self._is_image(path / member.name):
+                        file = archive.extractfile(member)
+                        data = file.read() if file is not None else b""
+                        yield Item(_text(f"{path}/{member.name}"), lambda data=data: data)  # type: ignore[misc]
+                    else:
+                        self._leave_out(path / member.name)
+        except (tarfile.TarError, EOFError, zlib.error) as error:
+            yield Item(_text(str(path)), _failing(OSError(f"not a tar archive, or a damaged one: {error}")))
+
+
+def _is_tar(path: Path) -> bool:
+    return path.name.lower().endswith(_TAR)
+
+
+def _is_parquet(path: Path) -> bool:
+    return path.suffix.lower() == ".parquet"
 
 
 def _is_pattern(argument: str) -> bool:
@@ -111,17 +199,6 @@ def _paths(argument: str) -> Iterator[Path]:
             yield path
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    """Images in a folder and below it, sorted, without hidden ones and linked folders."""
-    for where, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            path = Path(where, name)
-            wanted = path.suffix.lower() in _SUFFIXES or path.name.endswith(_TAR) or path.suffix == ".parquet"
-            if wanted and not name.startswith("."):
-                yield path
-
-
 class _Member(tarfile.TarInfo):
     """A member of an archive that must end with zeros, as archives do.
 
@@ -136,20 +213,6 @@ class _Member(tarfile.TarInfo):
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"no member and no end at byte {archive.offset}: {error}") from error
-
-
-def _tar_items(path: Path) -> Iterator[Item]:
-    try:
-        with tarfile.open(
-            path, "r|*", tarinfo=_Member
-        ) as archive:  # a stream: nothing is sought or extracted
-            for member in archive:
-                if member.isfile() and Path(member.name).suffix.lower() in _SUFFIXES:
-                    file = archive.extractfile(member)
-                    data = file.read() if file is not None else b""
-                    yield Item(_text(f"{path}/{member.name}"), lambda data=data: data)  # type: ignore[misc]
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        yield Item(_text(str(path)), _failing(OSError(f"not a tar archive, or a damaged one: {error}")))
 
 
 def _parquet_items(path: Path, column: str) -> Iterator[Item]:

@@ -8,12 +8,14 @@ digest of everything that it depends on.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
+import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -21,22 +23,20 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from siglip_serve.checkpoint.config import ImageConfig
+from siglip_serve.engine.calibration import FEWEST_IMAGES, calibration_files, require_nncf, too_few
 from siglip_serve.engine.openvino.compiled import Compiled
 from siglip_serve.engine.openvino.graph import build_head, build_vision
 from siglip_serve.engine.plan import Plan
-from siglip_serve.errors import ImageError, ImageTooLargeError, SettingsError
+from siglip_serve.errors import ImageError, ImageTooLargeError
 from siglip_serve.images.preprocess import Preprocessor
 from siglip_serve.machine import processor_flags
 from siglip_serve.towers.siglip import VisionTower
 
 __all__ = ["quantize"]
 
-_MOST_IMAGES = 300
-_FEWEST_IMAGES = 10
 _HELD_OUT = 10  # one image in ten is not calibrated on, but measures how close the result is
 _FORMAT = "2"
 _XML, _BIN, _FIDELITY = "tower.xml", "tower.bin", "fidelity.txt"
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}
 
 Pixels = NDArray[np.uint8]
 
@@ -52,28 +52,37 @@ def quantize(tower: VisionTower, image: ImageConfig, plan: Plan) -> ov.Model:
     Raises:
         SettingsError: there are fewer than 10 images to calibrate on, or nncf is not installed.
     """
-    files = _files(plan.calibration)
+    files = calibration_files(plan.calibration)
     cached = plan.cache / f"{_key(tower, image, files)}.zip" if plan.cache else None
-    found = _load(cached) if cached else None
-    if found is None:
-        model, fidelity = _calibrate(tower, image, plan, files)
-        if cached:
-            _store(model, fidelity, cached)
-    else:
-        model, fidelity = found
+    with _any_character():
+        found = _load(cached) if cached else None
+        if found is None:
+            model, fidelity = _calibrate(tower, image, plan, files)
+            if cached:
+                _store(model, fidelity, cached)
+        else:
+            model, fidelity = found
     print(f"siglip-serve: int8 against float32: {fidelity}", flush=True)
     return model
 
 
-def _files(folder: Path | None) -> list[Path]:
-    """Draw image files evenly from the folder and those below it."""
-    if folder is None:
-        raise SettingsError("setting 'calibration' is not given: dtype int8 needs a folder of images")
-    if not folder.is_dir():
-        raise SettingsError(f"setting 'calibration': {folder} is not a folder")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
-    step = max(1, -(-len(files) // _MOST_IMAGES))
-    return files[::step]
+@contextmanager
+def _any_character() -> Iterator[None]:
+    """Let standard output take every character for a while.
+
+    In the locale C it takes ASCII only. The progress bar of nncf, or a file name in a message, would then
+    end the start.
+    """
+    stream = sys.stdout
+    if not isinstance(stream, io.TextIOWrapper):
+        yield
+        return
+    encoding, errors = stream.encoding, stream.errors
+    stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    try:
+        yield
+    finally:
+        stream.reconfigure(encoding=encoding, errors=errors)
 
 
 def _key(tower: VisionTower, image: ImageConfig, files: Sequence[Path]) -> str:
@@ -94,18 +103,14 @@ def _key(tower: VisionTower, image: ImageConfig, files: Sequence[Path]) -> str:
 def _calibrate(
     tower: VisionTower, image: ImageConfig, plan: Plan, files: Sequence[Path]
 ) -> tuple[ov.Model, str]:
-    if find_spec("nncf") is None:
-        raise SettingsError("dtype int8: needs the extra int8 (`pip install -e '.[int8]'` in the checkout)")
+    require_nncf()
     # Set before nncf is imported, which would report its use over the network.
     os.environ.setdefault("NNCF_CI", "1")
     import nncf
 
     images = list(_read(files, image))
-    if len(images) < _FEWEST_IMAGES:
-        raise SettingsError(
-            f"setting 'calibration': {len(images)} readable images in {plan.calibration}, "
-            f"expected at least {_FEWEST_IMAGES}"
-        )
+    if len(images) < FEWEST_IMAGES:
+        raise too_few(plan.calibration, len(images))
     held = images[::_HELD_OUT]
     shown = [pixels for index, pixels in enumerate(images) if index % _HELD_OUT]
     print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,24 @@ def test_int8_is_close_and_kept_until_something_changes(
     int8.engine(tower)
     assert "calibrating" in capfd.readouterr().out
     assert len(int8.files()) == 2
+
+
+def test_int8_is_calibrated_where_standard_output_takes_ascii_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is so in the locale C. The progress bar of nncf and the names of files have other characters."""
+    pytest.importorskip("nncf")
+    int8 = _Int8(tmp_path)
+    (int8.pictures / "brisé.jpg").write_bytes(b"not a picture")
+    log = io.BytesIO()
+    stream = io.TextIOWrapper(log, encoding="ascii", errors="strict", write_through=True)
+    monkeypatch.setattr("sys.stdout", stream)
+    assert int8.engine()(pixels(int8.config, 2), OUTPUTS).outputs["EMBEDDING"].shape[0] == 2
+    said = log.getvalue().decode()
+    assert "not calibrated on" in said
+    assert "brisé.jpg" in said
+    assert "int8 against float32: cosine 0.9" in said
+    assert (stream.encoding, stream.errors) == ("ascii", "strict")
 
 
 def test_int8_runs_without_a_writable_cache(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

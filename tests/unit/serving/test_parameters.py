@@ -1,0 +1,72 @@
+"""Parameters of a request, as Triton hands them over."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from siglip_serve.errors import ParameterError
+
+REQUEST = "siglip_serve.serving.request"
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module that reads requests, without the module that only exists within Triton."""
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", ModuleType("triton_python_backend_utils"))
+    monkeypatch.delitem(sys.modules, REQUEST, raising=False)
+    module = importlib.import_module(REQUEST)
+    yield module
+    sys.modules.pop(REQUEST, None)
+
+
+class Sent:
+    """A request of Triton with parameters only."""
+
+    def __init__(self, **parameters: object) -> None:
+        self._text = json.dumps(parameters)
+
+    def parameters(self) -> str:
+        return self._text
+
+
+@pytest.mark.parametrize(
+    ("given", "cut"),
+    [
+        (True, True),
+        (False, False),
+        ("true", True),
+        ("False", False),
+        ("longest_first", True),
+        ("only_first", True),
+        ("only_second", True),
+        ("LONGEST_FIRST", True),
+        ("do_not_truncate", False),
+    ],
+)
+def test_truncation_is_a_boolean_or_a_strategy_of_transformers(
+    given: object, cut: bool, requests: Any
+) -> None:
+    assert requests.Request(Sent(truncation=given)).truncates() is cut
+
+
+def test_texts_are_not_cut_unless_truncation_is_given(requests: Any) -> None:
+    assert requests.Request(Sent()).truncates() is False
+
+
+@pytest.mark.parametrize("given", [1, 0.5, "", "longest", "yes", None])
+def test_refuses_another_truncation(given: object, requests: Any) -> None:
+    expected = r"^parameter 'truncation': got .*, expected true or false, or one of longest_first, only_first"
+    with pytest.raises(ParameterError, match=expected):
+        requests.Request(Sent(truncation=given)).truncates()
+
+
+@pytest.mark.parametrize("given", ["longest_first", 1])
+def test_other_flags_are_booleans_only(given: object, requests: Any) -> None:
+    with pytest.raises(ParameterError, match=r"expected true or false$"):
+        requests.Request(Sent(normalized=given)).flag("normalized")
