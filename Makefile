@@ -32,8 +32,8 @@ help: ## This list
 	@echo
 	@echo "Variables of serve: CHECKPOINT (SigLIP or CLIP: a directory, or a hub id such as"
 	@echo "google/siglip-so400m-patch14-384 or openai/clip-vit-large-patch14, owner/name@revision), TEAMS_CHECKPOINT"
-	@echo "(what looks at jerseys; likewise), DEVICE (auto, cpu, cuda), HOST, HTTP_PORT, GRPC_PORT, METRICS_PORT, and"
-	@echo "ARGS for any further option of siglip-serve serve. PYTHON chooses the interpreter (3.11 or 3.12)."
+	@echo "(that of the football teams, named alike), DEVICE (auto, cpu, cuda), HOST, HTTP_PORT, GRPC_PORT,"
+	@echo "METRICS_PORT, and ARGS for any further option of siglip-serve serve. PYTHON chooses the interpreter (3.11 or 3.12)."
 	@echo "Variables of validate: URL (host:port of gRPC), DATA (an ImageNet-shaped folder), CHECKPOINT."
 	@echo "Variables of load: URL, and ARGS for options of siglip-serve bench."
 

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ClientError as error:
         print(f"siglip-serve: {error}", file=sys.stderr)
         if isinstance(error, UnreachableError):
-            hint = "start a server with `siglip-serve serve`, or name its gRPC port with --url"
+            hint = "start a server with `make serve`, or give the address of its gRPC port: --url HOST:PORT"
             print(f"siglip-serve: {hint}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -48,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="siglip-serve", description="SigLIP embeddings from a Triton Inference Server."
+        prog="siglip-serve",
+        description="Embed, classify and explain images with SigLIP or CLIP on a Triton Inference Server.",
     )
     parser.add_argument("--version", action="version", version=f"siglip-serve {version('siglip-serve')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

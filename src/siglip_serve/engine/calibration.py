@@ -60,7 +60,9 @@ def require_nncf() -> None:
         SettingsError: it is not.
     """
     if find_spec("nncf") is None:
-        raise SettingsError("dtype int8: needs the extra int8 (`pip install -e '.[int8]'` in the checkout)")
+        raise SettingsError(
+            "dtype int8: needs the extra int8 (`.venv/bin/pip install -e '.[int8]'` in the checkout)"
+        )
 
 
 def too_few(folder: Path | None, readable: int) -> SettingsError:

@@ -107,7 +107,7 @@ class Plan:
         if dtype == "int8" and backend != "openvino":
             raise SettingsError(
                 "dtype int8: needs the backend openvino and the extra int8 "
-                "(`pip install -e '.[int8]'` in the checkout)"
+                "(`.venv/bin/pip install -e '.[int8]'` in the checkout)"
             )
         if backend == "openvino" and not find_spec("openvino"):
             raise SettingsError("backend openvino: the package openvino is not installed")

@@ -32,7 +32,7 @@ def open_log(chosen: Path | None, http_port: int) -> Path:
 def cause(log_file: Path) -> str:
     """Find why a start failed: the models' own messages, else Triton's errors, else the last lines."""
     text = log_file.read_text(encoding="utf-8", errors="replace")
-    found = re.findall(rf'{START_REFUSED}(.*?)(?:\\n\\nAt:|"?$)', text, re.MULTILINE)
+    found = re.findall(rf'{START_REFUSED}(.*?)(?:\\n\\nAt:| *\||"?$)', text, re.MULTILINE)
     if found:  # the log holds a message in one line, repeated for every model that depends on the failed one
         return "\n".join(dict.fromkeys(found)).replace("\\n", "\n")
     errors = [line for line in text.splitlines() if re.match(r"E\d{4} .*failed|error:", line)]

@@ -46,7 +46,7 @@ def free_ports(address: str, wanted: Mapping[str, int]) -> list[int]:
             try:
                 probe.bind((address, port))
             except OSError as error:
-                reason = f"cannot be bound: {error.strerror}"
+                reason = f"cannot be bound: {error.strerror}; choose another one with --{use.lower()}-port"
                 raise ServerStartError(f"{use} port {port} on {address} {reason}") from error
             found.append(int(probe.getsockname()[1]))
         return found

@@ -29,8 +29,8 @@ def server_command(backends: Path) -> list[str]:
         installed = shutil.which("tritonserver") or "/opt/tritonserver/bin/tritonserver"
         if not Path(installed).is_file():
             raise ServerStartError(
-                "no tritonserver: needs the extra server (`pip install -e '.[server]'` in the checkout) "
-                "or a Triton container"
+                "no tritonserver: needs the extra server (`.venv/bin/pip install -e '.[server]'` in the "
+                "checkout) or a Triton container"
             )
         return [installed]
     _link_backend(package / "tritonserver", backends)

@@ -308,7 +308,7 @@ def _umap(samples: Rows) -> Rows:
             from umap import UMAP
     except ModuleNotFoundError as error:
         raise SettingsError(
-            "team_reducer umap: needs the extra umap (`pip install -e '.[umap]'` in the checkout)"
+            "team_reducer umap: needs the extra umap (`.venv/bin/pip install -e '.[umap]'` in the checkout)"
         ) from error
     neighbours = min(15, len(samples) - 1)
     reducer = UMAP(n_components=_UMAP_COMPONENTS, n_neighbors=neighbours, random_state=_SEED, n_jobs=1)
