@@ -279,7 +279,7 @@ def test_a_missing_server_is_named(url: str, capsys: pytest.CaptureFixture[str],
     assert main(["bench", "--url", url, "-o", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert "no server answers at 127.0.0.1:9" in error
-    assert "siglip-serve serve" in error
+    assert "make serve" in error
     assert not (tmp_path / "out").exists()
 
 
