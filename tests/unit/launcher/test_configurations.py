@@ -129,6 +129,29 @@ def test_refuses_a_model_that_is_not_in_the_repository() -> None:
         with_steps(configs, ["embed_image", "embed"])
 
 
+def test_no_step_of_an_ensemble_is_an_ensemble() -> None:
+    configs = {path.parent.name: read_config(path.parent, []) for path in MODELS.glob("*/config.pbtxt")}
+    steps = {
+        name: [step.model_name for step in config.ensemble_scheduling.step]
+        for name, config in configs.items()
+        if config.platform == "ensemble"
+    }
+    assert {"classify_image", "embed_image", "embed_text", "siglip_text", "siglip_vision"} <= set(steps)
+    assert all(steps.values())
+    nested = {
+        name: inside for name, used in steps.items() if (inside := [step for step in used if step in steps])
+    }
+    assert not nested
+
+
+def test_no_ensemble_takes_more_rows_than_a_step() -> None:
+    configs = {path.parent.name: read_config(path.parent, []) for path in MODELS.glob("*/config.pbtxt")}
+    for name, config in configs.items():
+        for step in config.ensemble_scheduling.step:
+            most = configs[step.model_name].max_batch_size
+            assert not config.max_batch_size or config.max_batch_size <= most, (name, step.model_name)
+
+
 def test_reads_the_use_of_the_checkpoint() -> None:
     assert checkpoint_use(read_config(MODELS / "siglip_vision_model", [])) == "main"
     config = read_config(MODELS / "team_fit", [])
