@@ -120,15 +120,15 @@ def test_sends_the_time_that_is_left(kind: str, url: str, recording: Recording) 
 
 @pytest.mark.parametrize("url", ["grpc"], indirect=True)
 def test_waits_for_the_refusal_of_the_server(url: str, recording: Recording) -> None:
-    """The deadline of gRPC is later than the timeout. The first request, which connects, does not count.
+    """The deadline of gRPC is later than the timeout, less the time until a request arrives.
 
     gRPC sends three digits of a deadline, rounded up.
     """
     with Client(url, timeout=5) as client:
-        for text in ("a dog", "a cat", "a car"):
+        for text in ("a dog", "a cat", "a car", "a bus", "a cow"):
             client.embed_text(text)
     later = [deadline - sent for sent, deadline in zip(recording.timeouts, recording.deadlines, strict=True)]
-    assert all(0 < more <= 0.26 for more in later[1:]), later
+    assert 0.1 < max(later) <= 0.26
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
