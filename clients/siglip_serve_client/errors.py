@@ -41,7 +41,7 @@ class UnavailableError(ClientError):
 
 
 class DeadlineError(UnavailableError):
-    """The server did not answer in time. The request may still run there."""
+    """The server did not answer in time. A request that runs there is finished, a waiting one is dropped."""
 
 
 class UnreachableError(UnavailableError):

@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 
 from siglip_serve_client.errors import ServerError
 
-__all__ = ["Answer", "Call", "Tensor", "Transport", "output", "refuse_single", "strings", "utf8"]
+__all__ = ["GRACE", "Answer", "Call", "Tensor", "Transport", "output", "refuse_single", "strings", "utf8"]
+
+GRACE = 0.25  # seconds after a call's timeout until the client stops to wait for the server's refusal
+_LONGEST = 1e9  # seconds: some limit for a timeout without end
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Call:
     """One request to a model.
 
     Attributes:
-        timeout: in seconds.
+        timeout: in seconds. The server drops the request when it has waited this long for a model.
         outputs: the outputs to return, or all of them if none is named.
     """
 
@@ -50,6 +53,16 @@ class Call:
     parameters: Mapping[str, str | bool] = field(default_factory=dict)
     timeout: float = 120.0
     outputs: Sequence[str] = ()
+
+    @property
+    def microseconds(self) -> int:
+        """The timeout as Triton's request parameter `timeout`, at least 1: Triton takes 0 for none."""
+        return max(1, round(min(self.timeout, _LONGEST) * 1e6))
+
+    @property
+    def patience(self) -> float:
+        """Seconds after which the client no longer waits. The server's own refusal can arrive before that."""
+        return self.timeout + GRACE
 
 
 class Answer(Protocol):

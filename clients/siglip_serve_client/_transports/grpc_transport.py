@@ -37,7 +37,8 @@ class GrpcTransport:
                 call.model,
                 [_input(tensor) for tensor in call.inputs],
                 parameters=dict(call.parameters) or None,
-                client_timeout=call.timeout,
+                timeout=call.microseconds,
+                client_timeout=call.patience,
                 outputs=[triton.InferRequestedOutput(name) for name in call.outputs] or None,
                 headers=self._headers,
             )

@@ -51,13 +51,12 @@ def infer_request(call: Call) -> HttpRequest:
         about["inputs"].append(
             {"name": tensor.name, "shape": tensor.shape, "datatype": tensor.datatype, "parameters": where}
         )
-    parameters = dict(call.parameters)
+    parameters: dict[str, str | bool | int] = {**call.parameters, "timeout": call.microseconds}
     if call.outputs:
         about["outputs"] = [{"name": name, "parameters": {"binary_data": True}} for name in call.outputs]
     else:
         parameters["binary_data_output"] = True
-    if parameters:
-        about["parameters"] = parameters
+    about["parameters"] = parameters
     head = json.dumps(about).encode()
     headers = {"Content-Type": "application/octet-stream", _JSON_SIZE: str(len(head))}
     return HttpRequest(f"/v2/models/{call.model}/infer", b"".join([head, *parts]), headers)

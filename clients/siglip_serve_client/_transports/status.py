@@ -20,6 +20,8 @@ __all__ = ["check_status", "error_of", "is_triton"]
 
 # Triton writes these before a message; they tell the caller nothing.
 _PREFIX = re.compile(r"^(\[request id: \S+\] |in ensemble '[^']*', )+")
+# Triton says so of a request that waited in a queue for longer than its timeout.
+_EXPIRED = "Request timeout expired"
 _STATUS: Mapping[str, type[ClientError]] = {
     "INVALID_ARGUMENT": InvalidInputError,
     "RESOURCE_EXHAUSTED": InvalidInputError,
@@ -42,6 +44,8 @@ def error_of(status: str, message: str, address: str) -> ClientError:
     status, message = status.removeprefix("StatusCode."), _PREFIX.sub("", message)
     if status == "DEADLINE_EXCEEDED":
         return DeadlineError(f"{address} did not answer in time")
+    if status in {"UNAVAILABLE", "503"} and _EXPIRED in message:
+        return DeadlineError(f"{address} did not answer in time: {message}")
     if status == "UNAVAILABLE" and "restricted" in message:
         return AccessError(message)
     if status == "UNAVAILABLE" and "connect" in message.lower() and "Connection reset" not in message:

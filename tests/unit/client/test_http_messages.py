@@ -40,7 +40,7 @@ def by_tritonclient(call: Call) -> tuple[bytes, int]:
         inputs.append(made)
     outputs = [triton.InferRequestedOutput(name, binary_data=True) for name in call.outputs] or None
     body, size = triton.InferenceServerClient.generate_request_body(
-        inputs, outputs=outputs, parameters=dict(call.parameters) or None
+        inputs, outputs=outputs, parameters=dict(call.parameters) or None, timeout=call.microseconds
     )
     return body, int(size)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from google.protobuf import text_format
 from paths import MODELS
 from tritonclient.grpc import model_config_pb2
 
@@ -127,6 +128,42 @@ def test_refuses_a_model_that_is_not_in_the_repository() -> None:
         match=r"^model 'embed': not in the repository; it has embed_image, siglip_vision_model, siglip_visi",
     ):
         with_steps(configs, ["embed_image", "embed"])
+
+
+def test_every_queue_drops_what_has_waited_too_long() -> None:
+    """Triton ignores a request's own `timeout` where a queue has no default."""
+    files = [*MODELS.glob("*/config.pbtxt"), *MODELS.glob("*/configs/*.pbtxt")]
+    configs = [text_format.Parse(file.read_text(), model_config_pb2.ModelConfig()) for file in files]
+    queues = [config.dynamic_batching for config in configs if config.HasField("dynamic_batching")]
+    assert len(queues) >= 9
+    for policy in (queue.default_queue_policy for queue in queues):
+        assert policy.max_queue_size
+        assert policy.timeout_action == policy.REJECT
+        assert policy.allow_timeout_override
+        assert policy.default_timeout_microseconds == 600 * 10**6
+
+
+def test_no_step_of_an_ensemble_is_an_ensemble() -> None:
+    configs = {path.parent.name: read_config(path.parent, []) for path in MODELS.glob("*/config.pbtxt")}
+    steps = {
+        name: [step.model_name for step in config.ensemble_scheduling.step]
+        for name, config in configs.items()
+        if config.platform == "ensemble"
+    }
+    assert {"classify_image", "embed_image", "embed_text", "siglip_text", "siglip_vision"} <= set(steps)
+    assert all(steps.values())
+    nested = {
+        name: inside for name, used in steps.items() if (inside := [step for step in used if step in steps])
+    }
+    assert not nested
+
+
+def test_no_ensemble_takes_more_rows_than_a_step() -> None:
+    configs = {path.parent.name: read_config(path.parent, []) for path in MODELS.glob("*/config.pbtxt")}
+    for name, config in configs.items():
+        for step in config.ensemble_scheduling.step:
+            most = configs[step.model_name].max_batch_size
+            assert not config.max_batch_size or config.max_batch_size <= most, (name, step.model_name)
 
 
 def test_reads_the_use_of_the_checkpoint() -> None:

@@ -11,6 +11,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from http.client import HTTPException
 from pathlib import Path
 from random import Random
@@ -27,7 +28,7 @@ from locust.exception import LocustError
 from locust.user.task import LOCUST_STATE_STOPPING
 from tritonclient.grpc import InferResult, service_pb2
 
-from siglip_serve_client._operations.requests import Answer
+from siglip_serve_client._operations.requests import GRACE, Answer, Call
 from siglip_serve_client._transports.endpoint import Endpoint
 from siglip_serve_client._transports.http_messages import HttpAnswer, HttpRequest, infer_request
 from siglip_serve_client._transports.status import check_status, error_of
@@ -110,7 +111,7 @@ class _Grpc:
         read = service_pb2.ModelInferResponse.FromString
         self._infer = functools.partial(
             self._channel.unary_unary(METHOD, response_deserializer=read),
-            timeout=timeout,
+            timeout=timeout + GRACE,
             metadata=list(where.headers.items()),
         )
         self._address = where.address
@@ -137,7 +138,7 @@ class _Http:
             int(port),
             where.headers,
             connection_timeout=timeout,
-            network_timeout=timeout,
+            network_timeout=timeout + GRACE,
             concurrency=_MOST_IN_FLIGHT,
             ssl=where.tls,
             # The library would pass its own certificates, which replace these.
@@ -156,13 +157,18 @@ class _Http:
 
 def _draw(options: Any) -> Callable[[], tuple[str, Any]]:
     http = endpoint(options.url, options.ca_file).http
-    return _shared_draw(options.model, options.mix, tuple(options.images), http)
+    return _shared_draw(options.model, options.mix, tuple(options.images), http, options.timeout)
 
 
 @functools.lru_cache(1)
-def _shared_draw(model: str, mix: str, images: tuple[str, ...], http: bool) -> Callable[[], tuple[str, Any]]:
+def _shared_draw(
+    model: str, mix: str, images: tuple[str, ...], http: bool, timeout: float
+) -> Callable[[], tuple[str, Any]]:
     # One for all users of the process: encoded requests take memory.
-    encode: Callable[..., Any] = infer_request if http else grpc_body
+    def encode(call: Call) -> HttpRequest | bytes:
+        limited = replace(call, timeout=timeout)
+        return infer_request(limited) if http else grpc_body(limited)
+
     return Draw(parse_models(model), pictures(mix, images), encode, Random())
 
 

@@ -84,6 +84,7 @@ class Draw(Generic[_Encoded]):
 def grpc_body(call: Call) -> bytes:
     """A serialised ModelInferRequest."""
     request = service_pb2.ModelInferRequest(model_name=call.model)
+    request.parameters["timeout"].int64_param = call.microseconds
     for given in call.inputs:
         tensor = request.inputs.add(name=given.name, datatype=given.datatype)
         tensor.shape.extend(given.shape)
