@@ -1,13 +1,11 @@
-"""Requests that come together with others, or after others, are answered as if they had come alone."""
+"""Requests that come after others are answered as if they had come alone; parameters come as headers."""
 
 from __future__ import annotations
 
 import io
 import json
-import time
 import zipfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -15,9 +13,8 @@ import pytest
 from images import encode, photo
 from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
-from wire import TINY, GrpcCaller, post_image, raw_embedding
+from wire import GrpcCaller, post_image, raw_embedding
 
-from siglip_serve.checkpoint.config import load_config
 from siglip_serve.launcher import TritonServer
 
 PHOTO = encode(photo(120, 90), "JPEG")
@@ -104,44 +101,6 @@ def test_texts_known_and_new_come_back_in_their_places(caller: GrpcCaller) -> No
     )
     np.testing.assert_allclose(got[1], got[4], rtol=1e-6)
     assert np.abs(got[1] - alone).max(axis=1).min() > 1e-3
-
-
-def batches(caller: GrpcCaller) -> int:
-    """How often the image tower was called."""
-    statistics = caller.client.get_inference_statistics("siglip_vision_model", as_json=True)
-    return int(statistics["model_stats"][0]["execution_count"])
-
-
-def test_requests_with_and_without_vectors_share_a_batch(caller: GrpcCaller) -> None:
-    config = load_config(TINY)
-    rng = np.random.default_rng(0)
-    side, width = config.vision.image_size, config.vision.hidden_size
-    pixels = rng.integers(0, 256, (12, 1, side, side, 3), dtype=np.uint8)
-    many = np.concatenate([*pixels] * 10)
-    vectors = rng.standard_normal((1, 2, width), dtype=np.float32)
-
-    def embed(number: int) -> NDArray[Any]:
-        if number < 0:  # a pass of 120 rows, during which the others wait
-            return ask(caller, "siglip_vision_model", {"PIXEL_VALUES": many}, ["EMBEDDING"])["EMBEDDING"][0]
-        if number % 3:
-            found = ask(caller, "siglip_vision_model", {"PIXEL_VALUES": pixels[number]}, ["EMBEDDING"])
-        else:
-            inputs = {"PIXEL_VALUES": pixels[number], "PROMPT_VECTORS": vectors}
-            found = ask(caller, "siglip_vision_model", inputs, ["EMBEDDING", "PATCH_MAPS"])
-            assert found["PATCH_MAPS"].shape[:2] == (1, 2)
-        return found["EMBEDDING"][0]
-
-    alone = [embed(number) for number in range(12)]
-    before = batches(caller)
-    with ThreadPoolExecutor(14) as pool:
-        for _ in range(4):
-            ahead = [pool.submit(embed, -1) for _ in range(2)]
-            time.sleep(0.01)
-            together = list(pool.map(embed, range(12)))
-            np.testing.assert_allclose(together, alone, rtol=1e-3, atol=1e-3)
-            for future in ahead:
-                np.testing.assert_allclose(future.result(), alone[0], rtol=1e-3, atol=1e-3)
-    assert batches(caller) - before < 4 * 14
 
 
 def with_region(state: bytes, region: str) -> bytes:
