@@ -103,7 +103,7 @@ def test_openvino_is_the_default_on_a_cpu() -> None:
 @pytest.mark.parametrize(
     ("flags", "dtype"),
     [({"avx512_bf16"}, "bfloat16"), ({"amx_bf16"}, "bfloat16"), ({"avx2", "avx512_vnni"}, "float32")],
-    ids=str,
+    ids=["avx512_bf16", "amx_bf16", "neither"],  # not the sets, whose order differs from process to process
 )
 def test_auto_is_bfloat16_where_the_cpu_has_it(
     flags: set[str], dtype: Dtype, monkeypatch: pytest.MonkeyPatch
