@@ -51,8 +51,9 @@ def run(script: str, url: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 
-def test_a_client_works_in_a_forked_process_and_in_its_parent(url: str) -> None:
-    done = run(FORK, url)
+def test_an_http_client_works_in_a_forked_process_and_in_its_parent(instant: InstantServer) -> None:
+    # Not over gRPC, whose library now and then hangs in a child of a process that has used it.
+    done = run(FORK, instant.http_url)
     assert (done.returncode, done.stderr) == (0, "")
 
 
