@@ -187,7 +187,7 @@ def test_small_probabilities_and_logits_equal_double_precision(server: TritonSer
     """Logits of the checkpoint's own pairs reach little below -20: the vectors here go further."""
     caller = GrpcCaller(server.grpc_url)
     model = SiglipModel.from_pretrained(TINY)
-    scale, bias = float(model.logit_scale.double().exp()), float(model.logit_bias)
+    scale, bias = model.logit_scale.detach().double().exp().item(), model.logit_bias.detach().item()
     rng = np.random.default_rng(5)
     width = caller.embed([PICTURE]).shape[1]
     images = rng.normal(size=(3, width)).astype(np.float32) * 7
