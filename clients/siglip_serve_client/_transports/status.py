@@ -56,7 +56,9 @@ def error_of(status: str, message: str, address: str) -> ClientError:
 
 def is_triton(status: int, body: bytes) -> bool:
     """Tell an answer of Triton or a busy proxy from one of a server that does not know the path."""
-    return status not in (400, 404, 405) or body.lstrip().startswith(b"{")
+    if status == 405:  # of Triton's metrics port, with a message in JSON
+        return False
+    return status not in (400, 404) or body.lstrip().startswith(b"{")
 
 
 def check_status(status: int, body: bytes, address: str) -> None:

@@ -19,13 +19,15 @@ _FRAME_HEAD, _SETTINGS = 9, 4
 async def not_grpc(endpoint: Endpoint) -> str | None:
     """The reason why gRPC found no server at the address, or None if it is not a wrong port."""
     address = endpoint.address
+    if reason := await _metrics(endpoint):  # first, as this port answers 200 at every path
+        return reason
     if await _get(endpoint, "/v2/health/live") is not None:
         scheme = "https" if endpoint.tls else "http"
         return (
             f"{address} is an HTTP port, expected the gRPC port (8001 by default), "
             f"or the address {scheme}://{address} for HTTP"
         )
-    return await _metrics(endpoint)
+    return None
 
 
 async def not_http(endpoint: Endpoint) -> str | None:

@@ -27,6 +27,19 @@ def test_health_exits_with_0_for_a_server_and_with_1_without(server: TritonServe
     assert "Traceback" not in bad.stderr
 
 
+def test_health_says_which_port_was_named(server: TritonServer) -> None:
+    metrics = f"{server.address}:{server.metrics_port}"
+    for url, expected in (
+        (server.http_url, f"{server.http_url} is an HTTP port, expected the gRPC port"),
+        (f"http://{server.grpc_url}", f"{server.grpc_url} is a gRPC port, expected the HTTP port"),
+        (metrics, f"{metrics} is the metrics port"),
+        (f"http://{metrics}", f"{metrics} is the metrics port"),
+    ):
+        done = command("health", "--url", url)
+        assert done.returncode == 1
+        assert expected in done.stderr
+
+
 def test_serve_has_help_of_its_own() -> None:
     done = command("serve", "--help")
     assert done.returncode == 0

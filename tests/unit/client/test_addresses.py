@@ -18,17 +18,18 @@ HTTP_IN_PLACE_OF_GRPC = r"is an HTTP port, expected the gRPC port \(8001 by defa
 
 
 class _Metrics(BaseHTTPRequestHandler):
-    """Triton's metrics port: one path, and 404 for all others."""
+    """Triton's metrics port: 200 for every path, one of which has a body, and 405 for other methods."""
 
     def do_GET(self) -> None:
-        self.send_response(200 if self.path == "/metrics" else 404)
+        self.send_response(200)
         self.end_headers()
         self.wfile.write(b'nv_inference_count{model="embed_image"} 1\n' if self.path == "/metrics" else b"")
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
-        self.send_response(404)
+        self.send_response(405)
         self.end_headers()
+        self.wfile.write(b'{"error":"Method Not Allowed"}')
 
     def log_message(self, *_: object) -> None:
         return
