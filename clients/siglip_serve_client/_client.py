@@ -42,7 +42,7 @@ class Client:
         url: `host:port` of the gRPC endpoint, or a URL of the scheme grpc, grpcs, http or https.
         concurrency: requests in flight of one iteration. The server batches requests that arrive together.
         timeout: seconds for one request, with the few repetitions when the server is too busy. The server
-            drops a request that still waits then.
+            drops a request that still waits shortly before.
         shared_memory: hand raw frames over through /dev/shm. The server must run on this machine, as the
             same user, and with `--shared-memory`.
         api_key: key for a proxy in front of the server; sent as `authorization: Bearer ...`.

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from siglip_serve_client.errors import ServerError
 
-__all__ = ["GRACE", "Answer", "Call", "Tensor", "Transport", "output", "refuse_single", "strings", "utf8"]
+__all__ = ["Answer", "Call", "Tensor", "Transport", "output", "refuse_single", "strings", "utf8"]
 
-GRACE = 0.25  # seconds after a call's timeout until the client stops to wait for the server's refusal
+_GRACE = 0.25  # seconds that the server's refusal has to arrive, or a quarter of a shorter timeout
 _LONGEST = 1e9  # seconds: some limit for a timeout without end
 
 
@@ -44,7 +44,7 @@ class Call:
     """One request to a model.
 
     Attributes:
-        timeout: in seconds. The server drops the request when it has waited this long for a model.
+        timeout: in seconds.
         outputs: the outputs to return, or all of them if none is named.
     """
 
@@ -56,13 +56,13 @@ class Call:
 
     @property
     def microseconds(self) -> int:
-        """The timeout as Triton's request parameter `timeout`, at least 1: Triton takes 0 for none."""
-        return max(1, round(min(self.timeout, _LONGEST) * 1e6))
+        """The time that the request may wait in a queue, as Triton's request parameter `timeout`.
 
-    @property
-    def patience(self) -> float:
-        """Seconds after which the client no longer waits. The server's own refusal can arrive before that."""
-        return self.timeout + GRACE
+        It ends a little before the call's timeout, so that the server's refusal arrives in time. It is at
+        least 1, because Triton takes 0 for no limit.
+        """
+        waiting = max(self.timeout - _GRACE, self.timeout * 0.75)
+        return max(1, round(min(waiting, _LONGEST) * 1e6))
 
 
 class Answer(Protocol):

@@ -38,7 +38,7 @@ class GrpcTransport:
                 [_input(tensor) for tensor in call.inputs],
                 parameters=dict(call.parameters) or None,
                 timeout=call.microseconds,
-                client_timeout=call.patience,
+                client_timeout=call.timeout,
                 outputs=[triton.InferRequestedOutput(name) for name in call.outputs] or None,
                 headers=self._headers,
             )

@@ -41,7 +41,7 @@ class HttpTransport:
 
     async def infer(self, call: Call) -> Answer:
         """Send a request and return the model's answer."""
-        return HttpAnswer(*await self._send(infer_request(call), call.patience))
+        return HttpAnswer(*await self._send(infer_request(call), call.timeout))
 
     async def parameters(self, model: str, timeout: float) -> dict[str, str]:
         """The string parameters in the configuration of a model."""

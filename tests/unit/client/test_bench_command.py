@@ -102,7 +102,7 @@ def test_requests_over_grpc() -> None:
         ("INPUT_IMAGE", [1, 1]),
         ("LABELS", [len(LABELS)]),
     ]
-    assert request.parameters["timeout"].int64_param == 120 * 10**6
+    assert request.parameters["timeout"].int64_param == 119_750_000
     assert request.raw_input_contents[0] == b"\x04\0\0\0JPEG"
     assert request.raw_input_contents[1].startswith(b"\x05\0\0\0a dog")
 

@@ -120,15 +120,15 @@ def test_sends_the_time_that_is_left(kind: str, url: str, recording: Recording) 
 
 @pytest.mark.parametrize("url", ["grpc"], indirect=True)
 def test_waits_for_the_refusal_of_the_server(url: str, recording: Recording) -> None:
-    """The deadline of gRPC is later than the timeout, less the time until a request arrives.
+    """The deadline of gRPC comes after the end of the wait in a queue.
 
-    gRPC sends three digits of a deadline, rounded up.
+    The difference is less by the time until a request arrives, and gRPC sends three digits, rounded up.
     """
     with Client(url, timeout=5) as client:
         for text in ("a dog", "a cat", "a car", "a bus", "a cow"):
             client.embed_text(text)
     later = [deadline - sent for sent, deadline in zip(recording.timeouts, recording.deadlines, strict=True)]
-    assert 0.1 < max(later) <= 0.26
+    assert 0.1 < max(later) <= 0.27
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
@@ -149,7 +149,7 @@ def test_tells_an_expired_request_from_a_full_queue(status: str) -> None:
 
 @pytest.mark.parametrize(
     ("timeout", "microseconds"),
-    [(1.5, 1_500_000), (1e-9, 1), (math.inf, 10**15)],
+    [(1.5, 1_250_000), (0.2, 150_000), (1e-9, 1), (math.inf, 10**15)],
 )
 def test_any_timeout_is_a_number_of_the_protocol(timeout: float, microseconds: int) -> None:
     assert Call("embed_text", [], timeout=timeout).microseconds == microseconds

@@ -28,7 +28,7 @@ from locust.exception import LocustError
 from locust.user.task import LOCUST_STATE_STOPPING
 from tritonclient.grpc import InferResult, service_pb2
 
-from siglip_serve_client._operations.requests import GRACE, Answer, Call
+from siglip_serve_client._operations.requests import Answer, Call
 from siglip_serve_client._transports.endpoint import Endpoint
 from siglip_serve_client._transports.http_messages import HttpAnswer, HttpRequest, infer_request
 from siglip_serve_client._transports.status import check_status, error_of
@@ -111,7 +111,7 @@ class _Grpc:
         read = service_pb2.ModelInferResponse.FromString
         self._infer = functools.partial(
             self._channel.unary_unary(METHOD, response_deserializer=read),
-            timeout=timeout + GRACE,
+            timeout=timeout,
             metadata=list(where.headers.items()),
         )
         self._address = where.address
@@ -138,7 +138,7 @@ class _Http:
             int(port),
             where.headers,
             connection_timeout=timeout,
-            network_timeout=timeout + GRACE,
+            network_timeout=timeout,
             concurrency=_MOST_IN_FLIGHT,
             ssl=where.tls,
             # The library would pass its own certificates, which replace these.
