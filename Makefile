@@ -94,6 +94,7 @@ format: $(DEV) ## Put the code into the project's style
 
 clean: ## Remove the virtual environment and all caches
 	rm -rf $(VENV) .tools .mypy_cache .pytest_cache .ruff_cache .validation-cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The offline benchmark: drawings in ImageNet's layout. Fetching them needs npm and, for two fonts, apt-get.
 data/drawings/LOC_synset_mapping.txt:

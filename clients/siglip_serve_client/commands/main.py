@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import NoReturn
 
 from siglip_serve_client.commands.bench.command import add_bench
 from siglip_serve_client.commands.classify import add_classify
@@ -26,14 +29,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: the words after the program's name, or those of this process if None.
     """
-    parser = _parser()
+    parser, commands = _parser()
     words = sys.argv[1:] if arguments is None else list(arguments)
     if not words:
         parser.print_help()
         return 0
     if words[0] == "serve":
         return _serve(words[1:])
-    options = parser.parse_args(words)
+    options, unknown = parser.parse_known_args(words)
+    if unknown:
+        _refuse(commands.choices[options.command], unknown)
     try:
         return int(options.run(options))
     except ClientError as error:
@@ -46,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction[argparse.ArgumentParser]]:
     parser = argparse.ArgumentParser(
         prog="siglip-serve",
         description="Embed, classify and explain images with SigLIP or CLIP on a Triton Inference Server.",
@@ -60,7 +65,15 @@ def _parser() -> argparse.ArgumentParser:
     add_connection(add_teams(commands))
     add_bench(commands)
     add_health(commands)
-    return parser
+    return parser, commands
+
+
+def _refuse(command: argparse.ArgumentParser, unknown: Sequence[str]) -> NoReturn:
+    """End with the command's own usage, and name the nearest option to a misspelt one."""
+    options = re.findall(r"--[a-z][a-z-]*", command.format_help())
+    near = difflib.get_close_matches(unknown[0].partition("=")[0], options, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
 
 
 def _serve(arguments: Sequence[str]) -> int:

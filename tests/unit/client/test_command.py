@@ -171,3 +171,25 @@ def test_embed_fails_if_there_are_no_images(
     assert f"siglip-serve: {given}: no images; 1 file is left out for the suffix: {given}/0a1b2c" in said.err
     assert said.out == ""
     assert not list(tmp_path.glob("out.npz*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--sofmax"],
+            "siglip-serve classify: error: unrecognized arguments: --sofmax; did you mean --softmax?",
+        ),
+        (["--tempalte=a {}"], "--tempalte=a {}; did you mean --template?"),
+        (["--qqqq"], "unrecognized arguments: --qqqq\n"),
+    ],
+)
+def test_misspelt_option_is_named_with_the_usage_of_its_command(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["classify", "a.jpg", "--label", "dog", *words])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.startswith("usage: siglip-serve classify")
