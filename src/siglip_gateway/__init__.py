@@ -1,0 +1,1 @@
+"""What stands between callers and Triton. It needs neither torch nor `siglip_serve`."""
