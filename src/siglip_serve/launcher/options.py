@@ -24,7 +24,9 @@ class ServeOptions:
         settings: further settings by name (`siglip_serve.config.Settings`), as strings.
         shared_memory: let clients on this machine pass tensors through system shared memory.
         log_file: file of the server's log; default: `~/.local/state/siglip-serve/<HTTP port>.log`.
-        start_timeout: seconds until a start counts as failed.
+        start_timeout: seconds until an attempt to start counts as failed.
+        stalled_after: seconds without progress until an attempt to start or to load a model counts as failed.
+            CPU time, reading from a disk and lines of the log are progress.
     """
 
     model_repository: Path
@@ -39,3 +41,4 @@ class ServeOptions:
     settings: Mapping[str, str] = field(default_factory=dict)
     log_file: Path | None = None
     start_timeout: float = 600.0
+    stalled_after: float = 15.0

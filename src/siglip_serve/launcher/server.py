@@ -7,6 +7,9 @@ Triton never restarts a model process that died. The launcher watches the proces
 again. A killed model process sometimes takes the server down with it, by an exception of the Python backend
 that nothing catches. The launcher then starts the server again, on the same ports.
 
+On a busy machine Triton may give a model process up while it starts, and then wait for its end without end.
+The launcher notices that nothing is done any more, and starts the server again.
+
 Loading a model again needs Triton's explicit model control, whose endpoints are closed to callers without a
 key that is made at startup. The key is in the server's command line, so other users of the machine can read
 it from the process list unless /proc is mounted with hidepid.
@@ -16,10 +19,8 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -30,27 +31,23 @@ from siglip_serve.config import PREFIX, load_settings
 from siglip_serve.errors import ServerStartError, SettingsError
 from siglip_serve.launcher.checkpoints import check_options, describe_checkpoints
 from siglip_serve.launcher.endpoint import Endpoint
-from siglip_serve.launcher.log import cause, open_log, tail
+from siglip_serve.launcher.environment import CHECKPOINT, choose_device, server_environment
+from siglip_serve.launcher.log import Journal, asked_to_end, open_log, size
 from siglip_serve.launcher.options import ServeOptions
 from siglip_serve.launcher.ports import free_ports, numeric_address
 from siglip_serve.launcher.processes import end, spawn
 from siglip_serve.launcher.stage import Stage
-from siglip_serve.launcher.tritonserver import library_path, server_command
-from siglip_serve.launcher.watcher import Watcher
-from siglip_serve.machine import gpu_capabilities
+from siglip_serve.launcher.start import Start, UnluckyStartError
+from siglip_serve.launcher.status import Status, StatusServer
+from siglip_serve.launcher.tritonserver import server_command
+from siglip_serve.launcher.watcher import Actions, Watcher
 
 __all__ = ["TritonServer"]
 
 _CLOSED_APIS = ("model-repository", "shared-memory", "logging", "trace")
-# Each request allocates tensors of some 100 kB. By default glibc returns such memory to the kernel at once,
-# which then has to clear it again page by page.
-_KEEP_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
-    "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20),
-    "MALLOC_TOP_PAD_": str(4 * 2**20),
-}
-_CHECKPOINTS = (f"{PREFIX}CHECKPOINT", f"{PREFIX}TEAMS_CHECKPOINT")
-_FOLDERS = (f"{PREFIX}CACHE", f"{PREFIX}CALIBRATION")
+Spawn = Callable[[], subprocess.Popen[bytes]]
+
+_ATTEMPTS = 3  # of the first start
 _FORWARDED_HEADERS = "(?i)^(normalized|base64_encoded|color_order|embed_model|truncation)$"
 
 
@@ -79,7 +76,7 @@ class TritonServer:
         self._endpoint = Endpoint(self.http_url)
         self.models: list[str] = []
         self.notes: tuple[str, ...] = ()
-        self.device, self._weakest_gpu = _device(options.device)
+        self.device, self._weakest_gpu = choose_device(options.device)
         self._stage: Stage | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._changing = threading.Lock()  # held while the process is started again or stopped
@@ -87,6 +84,9 @@ class TritonServer:
         # thread starts all processes and lives as long as the server.
         self._spawner = ThreadPoolExecutor(1, "siglip-serve-spawner")
         self._watcher: Watcher | None = None
+        self._status = Status()
+        self._status_server: StatusServer | None = None
+        self._log_start = 0
 
     @property
     def address(self) -> str:
@@ -102,6 +102,17 @@ class TritonServer:
     def grpc_url(self) -> str:
         """Address of the gRPC endpoint, `host:port`."""
         return f"{self.address}:{self.grpc_port}"
+
+    @property
+    def status_url(self) -> str:
+        """Address of the launcher's own `GET /health`, `host:port` on this machine (`launcher.status`).
+
+        Raises:
+            ServerStartError: the server is not running.
+        """
+        if self._status_server is None:
+            raise ServerStartError("the server is not running")
+        return self._status_server.url
 
     @property
     def pid(self) -> int:
@@ -142,17 +153,13 @@ class TritonServer:
         variants = ["decode_on_gpu"] if settings.preprocess == "gpu" else []
         self._stage = stage = Stage(self.options.model_repository, self.device, *variants)
         try:
+            self._status_server = StatusServer(self._status)
             self.models = stage.fill(checkpoints, settings.decoders, self.options.models)
             self.notes = stage.notes
             self.log_file = open_log(self.options.log_file, self.http_port)
-            environment = _environment(given, directories)
-            start = partial(spawn, self._command(stage), environment, stage.empty, self.log_file)
-            self._process = self._spawner.submit(start).result()
-            self._wait_until_served()
-            self._watcher = Watcher(
-                self._process, self.models, self._load, lambda: self._restart(stage, start), self.log_file
-            )
-            self._watcher.start()
+            environment = server_environment(given, directories)
+            spawn_it = partial(spawn, self._command(stage), environment, stage.empty, self.log_file)
+            self._watch(self._start_first(stage, spawn_it), stage, spawn_it)
         except BaseException:
             self.stop(timeout=2)  # no client is connected yet
             raise
@@ -163,57 +170,97 @@ class TritonServer:
         Args:
             timeout: seconds until requests that are still running are abandoned.
         """
+        self._status.stopping()
         watcher, self._watcher = self._watcher, None
         if watcher is not None:
             watcher.stop()
         with self._changing:
             process, self._process = self._process, None
-        stage, self._stage = self._stage, None
+            stage, self._stage = self._stage, None
         try:
             if process is not None:
                 replaced = watcher is not None and watcher.replaced
                 end(process, timeout, self.log_file if replaced else None)
         finally:
             self._spawner.shutdown()
+            if self._status_server is not None:
+                self._status_server.close()
             if stage is not None:
                 stage.remove()
 
     def wait(self) -> int:
-        """Block until the server has ended on request or has died too often, and return its exit status.
+        """Block until the server has ended on request, and return its exit status.
+
+        A server that dies is started again. One that was asked to end, but had to be killed, gives 0.
 
         Raises:
             ServerStartError: the server is not running.
         """
         if self._process is None or self._watcher is None:
             raise ServerStartError("the server is not running")
-        self._watcher.join()
-        return self._process.wait()
+        watcher = self._watcher
+        watcher.join()
+        return 0 if watcher.hung_at_end else self._process.wait()
 
-    def _restart(self, stage: Stage, start: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
-        """Replace a server that died, and return the new process."""
+    def _start_first(self, stage: Stage, spawn_it: Spawn) -> subprocess.Popen[bytes]:
+        """Start the server, in several attempts if it hangs, and return its process."""
+        journal = Journal(self.log_file)
+        attempt = 0
+        while True:
+            attempt += 1
+            self._status.attempt("starting")
+            try:
+                process = self._start_once(stage, spawn_it)
+            except UnluckyStartError as error:
+                reason = str(error).partition("\n")[0]
+                self._status.failed(reason)
+                if attempt == _ATTEMPTS:
+                    raise ServerStartError(f"gave up after {_ATTEMPTS} attempts: {error}") from error
+                again = f"starting tritonserver again (attempt {attempt + 1} of {_ATTEMPTS})"
+                journal.say(f"{reason}; {again}")
+            else:
+                self._status.served()
+                return process
+
+    def _start_once(self, stage: Stage, spawn_it: Spawn) -> subprocess.Popen[bytes]:
+        """Start the server in place of one that died, and return its process."""
         with self._changing:
-            if self._process is None:
+            if self._stage is None:
                 raise ServerStartError("the server was stopped")
-            end(self._process, 0, None)  # its model processes may still run
-            stage.remove_shared_memory()
-            self._process = process = self._spawner.submit(start).result()
-        self._wait_until_served()
+            if self._process is not None:
+                end(self._process, 0, None)  # its model processes may still run
+                stage.remove_shared_memory()
+            self._log_start = size(self.log_file)
+            self._process = process = self._spawner.submit(spawn_it).result()
+        start = Start(
+            process,
+            self._endpoint,
+            self.models,
+            self.log_file,
+            self._log_start,
+            self.options.start_timeout,
+            self.options.stalled_after,
+        )
+        try:
+            start.wait_until_served(lambda: self._process is process)
+        except ServerStartError:
+            process.kill()
+            raise
         return process
 
-    def _wait_until_served(self) -> None:
-        deadline = time.monotonic() + self.options.start_timeout
-        while not self._endpoint.is_ready():
-            if self._process is None or self._process.poll() is not None:
-                raise ServerStartError(cause(self.log_file))
-            if time.monotonic() > deadline:
-                seconds = f"{self.options.start_timeout:.0f} s"
-                raise ServerStartError(f"not ready after {seconds}\n{tail(self.log_file)}")
-            time.sleep(0.05)
-        if "embed_image" in self.models:
-            try:
-                self._endpoint.embed_image()
-            except ServerStartError as error:
-                raise ServerStartError(f"{error}\n{tail(self.log_file)}") from error
+    def _watch(self, process: subprocess.Popen[bytes], stage: Stage, spawn_it: Spawn) -> None:
+        actions = Actions(
+            load=self._load,
+            restart=lambda: self._start_once(stage, spawn_it),
+            refuses=self._endpoint.refuses,
+            asked_to_end=lambda: asked_to_end(self.log_file, self._log_start),
+            tidy=lambda: stage.remove_unused_memory(self.pid),
+        )
+        journal = Journal(self.log_file)
+        self._watcher = Watcher(
+            process, self.models, actions, journal, self._status, self.options.stalled_after
+        )
+        self._watcher.start()
 
     def _command(self, stage: Stage) -> list[str]:
         apis = [api for api in _CLOSED_APIS if api != "shared-memory" or not self.options.shared_memory]
@@ -241,33 +288,9 @@ class TritonServer:
     def _given(self) -> dict[str, str]:
         """Merge the environment with the settings of this server, which win."""
         given = {f"{PREFIX}{name.upper()}": value for name, value in self.options.settings.items()}
-        return {**os.environ, **given, _CHECKPOINTS[0]: self.options.checkpoint}
+        return {**os.environ, **given, CHECKPOINT: self.options.checkpoint}
 
     def _load(self, model: str) -> None:
         if self._stage is not None:
             self._stage.change(model)
         self._endpoint.load(model)
-
-
-def _environment(given: Mapping[str, str], directories: Mapping[str, Path]) -> dict[str, str]:
-    """Make the server's environment, with absolute paths because the models run in another directory."""
-    environment = {**_KEEP_MEMORY, **given}
-    for name in _CHECKPOINTS:
-        if environment.get(name):
-            environment[name] = str(directories[environment[name]])
-    for name in _FOLDERS:
-        if environment.get(name):
-            environment[name] = str(Path(environment[name]).absolute())
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-    environment["PYTHONUNBUFFERED"] = "1"
-    return environment | library_path(environment)
-
-
-def _device(device: str) -> tuple[str, str | None]:
-    """Choose `cpu` or `cuda`, and for `cuda` find the GPU of the lowest compute capability."""
-    capabilities = () if device == "cpu" else gpu_capabilities()
-    if device == "cuda" and not capabilities:
-        raise ServerStartError("device cuda: the NVIDIA driver on this machine shows no GPU")
-    if not capabilities:
-        return "cpu", None
-    return "cuda", f"cuda:{capabilities.index(min(capabilities))}"
