@@ -28,7 +28,7 @@ _EXPIRED = "Request timeout expired"
 _DIED = "is not healthy"
 # Triton says so while it ends or a model is loaded, and a door in front of Triton while there is none.
 _STARTING = re.compile(
-    "Server is stopping|has no available versions|is not at ready state|not running|"
+    "Server is stopping|has no available versions|is not at ready state|not running|does not answer|"
     "http2 header with status: 50[23]"
 )
 # gRPC says so of a channel that had a server, and lost it.

@@ -287,6 +287,7 @@ def test_names_the_last_failure_when_the_time_is_over() -> None:
         ("UNAVAILABLE", "Received http2 header with status: 502", RestartingError),
         ("INTERNAL", "Received RST_STREAM with error code 2", RestartingError),
         ("503", "Request for unknown model: 'siglip_text' has no available versions", RestartingError),
+        ("503", "the server does not answer; try again later", RestartingError),
         ("UNAVAILABLE", "'embed_text' version 1 is not at ready state", RestartingError),
         ("UNAVAILABLE", "Exceeds maximum queue size", UnavailableError),
         ("UNAVAILABLE", "Received http2 header with status: 429", UnavailableError),
