@@ -184,7 +184,7 @@ def _riff_chunks(data: bytes) -> list[bytes]:
 
 
 def _chunks(data: bytes, at: int, size: Callable[[int], int]) -> list[bytes]:
-    found = []
+    found: list[bytes] = []
     while at + 8 <= len(data) and len(found) < 500:
         length = max(size(at), 8)
         found.append(data[at : at + length])
