@@ -27,7 +27,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.chaos",
-        description="Attack a real server and print a table. Ends with 0 if nothing is beyond its limit, else with 1.",
+        description="Attack a real server and print a table. The exit code is 1 if a line of it is a fault.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -87,8 +87,21 @@ def _add_fuzz(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_others(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the other parts."""
-    del parser
+    add = parser.add_argument_group("kills").add_argument
+    add("--kills", type=int, default=20, help="kills of each kind of process")
+    add("--stops", type=int, default=20, help="stops of each kind of process, for 1 to 28 s")
+    add("--kill-kinds", nargs="+", default=[], metavar="KIND", help="tritonserver, models, doors")
+    add("--callers", type=int, default=3, help="callers of each kind of client, also of soak")
+    add("--kills-minutes", type=float, default=240, help="longest time")
+    add = parser.add_argument_group("starts").add_argument
+    add("--starts", type=int, default=50, help="starts on a busy machine")
+    add("--busy", type=int, default=8, help="busy processes")
+    add("--frozen-starts", type=int, default=10, help="starts of which a model process is frozen for 3 s")
+    add("--starts-minutes", type=float, default=180, help="longest time")
+    add = parser.add_argument_group("overload, deadlines, soak").add_argument
+    add("--overload-seconds", type=float, default=60, help="of each protocol")
+    add("--deadline-seconds", type=float, default=60, help="of each kind of impatient caller")
+    add("--minutes", type=float, default=30, help="of soak")
 
 
 def _part(name: str) -> Callable[[Context], Awaitable[None]]:

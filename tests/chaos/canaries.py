@@ -39,9 +39,11 @@ def requests(state: bytes = b"") -> dict[str, Infer]:
     found["classify_image"] = Infer("classify_image", [image["jpeg"], words])
     prompts = of_rows("PROMPTS", [b"dog", b"grass"], [2])
     found["explain_image"] = Infer("explain_image", [image["png"], prompts], {}, ["HEATMAPS", "SCORES"])
+    crops = [encode(crop, "JPEG") for crop in CROPS[:10]]
+    found["fit_teams"] = Infer("fit_teams", [of_rows("CROPS", crops, [10])], {}, ["LABELS"])
     if state:
-        crops = of_rows("CROPS", [encode(crop, "JPEG") for crop in CROPS[:6]], [6])
-        found["classify_teams"] = Infer("classify_teams", [crops, of_rows("STATE", [state], [1])])
+        tensors = [of_rows("CROPS", crops[:6], [6]), of_rows("STATE", [state], [1])]
+        found["classify_teams"] = Infer("classify_teams", tensors)
     return found
 
 

@@ -8,15 +8,15 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import AsyncExitStack
 
 from tqdm import tqdm
 
+from tests.chaos.canaries import requests
 from tests.chaos.cases import case, kind_of_number
 from tests.chaos.cases.base import Case, World, build_world
 from tests.chaos.context import Context, Site, wait_until_right
 from tests.chaos.fuzz_table import tell
-from tests.chaos.messages import INFER
+from tests.chaos.messages import INFER, http_bytes
 from tests.chaos.processes import HELPER, Death
 from tests.chaos.report import Report
 from tests.chaos.verdicts import Answered, Tally, suspects
@@ -48,7 +48,6 @@ class Fuzz:
         numbers: of the cases.
         seed: of the cases.
         kinds: of the cases, or none for all.
-        investigations: deaths after which the cases under way are sent again one by one.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class Fuzz:
         async with GrpcWire(self.site.target.grpc) as grpc:
             others = [asyncio.create_task(self._canaries(via)) for via in ("grpc", "http")]
             others.append(asyncio.create_task(self._guard()))
-            workers = [asyncio.create_task(self._work(grpc, number)) for number in range(in_flight)]
+            workers = [asyncio.create_task(self._work(grpc)) for _ in range(in_flight)]
             _, late = await asyncio.wait(workers, timeout=seconds)
             self._done = True
             for task in late:
@@ -89,7 +88,7 @@ class Fuzz:
         if late:
             self.report.find("fuzz", "cut", f"{self.tally.total} cases sent within {seconds:.0f} s")
 
-    async def _work(self, grpc: GrpcWire, worker: int) -> None:
+    async def _work(self, grpc: GrpcWire) -> None:
         target = self.site.target
         http, tcp = HttpWire(target.http), HttpWire(target.grpc)
         for number in self._left:
@@ -114,9 +113,6 @@ class Fuzz:
 
     async def _canaries(self, via: str) -> None:
         """Ask honest requests, one after the other, all the time."""
-        from tests.chaos.canaries import requests
-        from tests.chaos.messages import http_bytes
-
         canaries, target = self.site.canaries, self.site.target
         if via == "http" and not target.http:
             return
@@ -238,14 +234,14 @@ def _width(site: Site) -> int:
 
 async def _run_named(context: Context, site: Site, world: World) -> None:
     """Send the named cases one by one, and say how each ends."""
-    async with AsyncExitStack():
-        fuzz = Fuzz(site, world, context.report, range(0), context.options.seed, [])
-        for name in context.options.case:
-            before = len(site.target.deaths())
-            item, reply = await fuzz.again(name)
-            died = await asyncio.to_thread(site.target.wait_for_death, before, 2.0)
-            bad = died or reply.outcome in {Outcome.LOST, Outcome.INTERNAL, Outcome.HANG}
-            told = f"{reply.outcome} {reply.status} after {reply.seconds:.2f} s{', a process died' if died else ''}"
-            context.report.add("fuzz", f"{name}: {item.about}", f"{told} {reply.message[:300]}", "", bad)
-            if died:
-                await wait_until_right(site, _BACK)
+    fuzz = Fuzz(site, world, context.report, range(0), context.options.seed, [])
+    for name in context.options.case:
+        before = len(site.target.deaths())
+        item, reply = await fuzz.again(name)
+        died = await asyncio.to_thread(site.target.wait_for_death, before, 2.0)
+        bad = died or reply.outcome in {Outcome.LOST, Outcome.INTERNAL, Outcome.HANG}
+        told = f"{reply.outcome} {reply.status} after {reply.seconds:.2f} s"
+        told += ", a process died" if died else ""
+        context.report.add("fuzz", f"{name}: {item.about}", f"{told} {reply.message[:300]}", "", bad)
+        if died:
+            await wait_until_right(site, _BACK)

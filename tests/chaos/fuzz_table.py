@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import defaultdict
 from typing import Protocol
@@ -16,6 +17,7 @@ from tests.chaos.wires import HANG, Outcome, Reply
 __all__ = ["Ran", "tell"]
 
 _MOST_AGAIN = 40
+_UNREADABLE = re.compile("[Uu]nable to parse|failed to parse|failed to get request params|JSON")
 
 
 class Ran(Protocol):
@@ -77,16 +79,20 @@ async def _tell_unanswered(report: Report, ran: Ran, dead: list[Window]) -> None
 
 
 def _tell_internal(report: Report, tally: Tally, dead: list[Window]) -> None:
-    groups: dict[str, list[Answered]] = defaultdict(list)
-    for answered in tally.faults(Outcome.INTERNAL, dead):
-        groups[f"{answered.reply.status} {reason(answered.reply.message)}"].append(answered)
-    for text, members in sorted(groups.items(), key=lambda group: -len(group[1])):
-        for answered in members:
-            report.find("fuzz", "INTERNAL", answered.reply.message, answered.name)
-        names = ", ".join(answered.name for answered in members[:3])
-        report.add("fuzz", f"INTERNAL: {text}", f"{len(members)} ({names})", "0", True)
-    total = sum(map(len, groups.values()))
-    report.add("fuzz", "INTERNAL", f"{total} of {len(groups)} reasons", "0", bool(total))
+    """Tell apart the messages that Triton's or gRPC's parsers do not understand, and all others."""
+    for unreadable in (True, False):
+        groups: dict[str, list[Answered]] = defaultdict(list)
+        for answered in tally.faults(Outcome.INTERNAL, dead):
+            if bool(_UNREADABLE.search(answered.reply.message)) is unreadable:
+                groups[reason(answered.reply.message)].append(answered)
+        kind = "INTERNAL for what cannot be parsed" if unreadable else "INTERNAL"
+        for text, members in sorted(groups.items(), key=lambda group: -len(group[1])):
+            report.find("fuzz", kind, f"{len(members)} x {text}", members[0].name)
+            for answered in members[1:]:
+                report.find("fuzz", f"{kind}, further", answered.reply.message, answered.name)
+        total = sum(map(len, groups.values()))
+        reasons = f" for {len(groups)} reasons" if total else ""
+        report.add("fuzz", kind, f"{total}{reasons}", "0", bool(total))
 
 
 def _tell_canaries(report: Report, ran: Ran, dead: list[Window]) -> None:

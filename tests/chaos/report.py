@@ -55,7 +55,8 @@ class Report:
 
     Args:
         folder: receives `table.md`, `table.csv` and `findings.jsonl`.
-        shown: findings of one kind that are printed; the file holds them all.
+        shown: findings of one kind that are printed; the file holds them all. None is whose kind ends with
+            ", further".
     """
 
     def __init__(self, folder: Path, shown: int = 20) -> None:
@@ -82,7 +83,7 @@ class Report:
             count = sum(other.kind == kind and other.part == part for other in self.findings)
             with (self.folder / "findings.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(finding)) + "\n")
-        if count <= self._shown:
+        if count <= self._shown and not kind.endswith(", further"):
             self._print(f"  {part}: {kind}{f' [--case {case}]' if case else ''}: {message[:400]}")
 
     @property

@@ -1,7 +1,7 @@
 """A server in a process of its own, as a user starts one: `python -m tests.chaos.serve OPTIONS`.
 
-The options are one JSON object. The addresses are printed as one line of JSON when the server is served. The server
-ends with SIGTERM, with the end of standard input, or when its launcher gives up.
+The options are one JSON object. The addresses are printed as one line of JSON as soon as the server answers.
+The server ends with SIGTERM, with the end of standard input, or when its launcher gives up.
 """
 
 from __future__ import annotations
