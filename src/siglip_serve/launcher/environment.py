@@ -12,11 +12,11 @@ from siglip_serve.errors import ServerStartError
 from siglip_serve.launcher.tritonserver import library_path
 from siglip_serve.machine import gpu_capabilities
 
-__all__ = ["CHECKPOINT", "choose_device", "server_environment"]
+__all__ = ["CHECKPOINT", "KEEP_MEMORY", "choose_device", "server_environment"]
 
 # Each request allocates tensors of some 100 kB. By default glibc returns such memory to the kernel at once,
 # which then has to clear it again page by page.
-_KEEP_MEMORY = {
+KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
     "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20),
     "MALLOC_TOP_PAD_": str(4 * 2**20),
@@ -28,7 +28,7 @@ _FOLDERS = (f"{PREFIX}CACHE", f"{PREFIX}CALIBRATION")
 
 def server_environment(given: Mapping[str, str], directories: Mapping[str, Path]) -> dict[str, str]:
     """Make the server's environment, with absolute paths because the models run in another directory."""
-    environment = {**_KEEP_MEMORY, **given}
+    environment = {**KEEP_MEMORY, **given}
     for name in _CHECKPOINTS:
         if environment.get(name):
             environment[name] = str(directories[environment[name]])

@@ -10,6 +10,8 @@ that nothing catches. The launcher then starts the server again, on the same por
 On a busy machine Triton may give a model process up while it starts, and then wait for its end without end.
 The launcher notices that nothing is done any more, and starts the server again.
 
+The ports that callers use may be those of doors in front of Triton, which keep from it what ends it.
+
 Loading a model again needs Triton's explicit model control, whose endpoints are closed to callers without a
 key that is made at startup. The key is in the server's command line, so other users of the machine can read
 it from the process list unless /proc is mounted with hidepid.
@@ -20,7 +22,8 @@ from __future__ import annotations
 import os
 import subprocess
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -30,8 +33,9 @@ from siglip_serve.checkpoint.files import resolve
 from siglip_serve.config import PREFIX, load_settings
 from siglip_serve.errors import ServerStartError, SettingsError
 from siglip_serve.launcher.checkpoints import check_options, describe_checkpoints
+from siglip_serve.launcher.doors import Doors
 from siglip_serve.launcher.endpoint import Endpoint
-from siglip_serve.launcher.environment import CHECKPOINT, choose_device, server_environment
+from siglip_serve.launcher.environment import CHECKPOINT, KEEP_MEMORY, choose_device, server_environment
 from siglip_serve.launcher.log import Journal, asked_to_end, open_log, size
 from siglip_serve.launcher.options import ServeOptions
 from siglip_serve.launcher.ports import free_ports, numeric_address
@@ -39,16 +43,17 @@ from siglip_serve.launcher.processes import end, spawn
 from siglip_serve.launcher.stage import Stage
 from siglip_serve.launcher.start import Start, UnluckyStartError
 from siglip_serve.launcher.status import Status, StatusServer
-from siglip_serve.launcher.tritonserver import server_command
+from siglip_serve.launcher.tritonserver import is_embedded, server_command, server_options
 from siglip_serve.launcher.watcher import Actions, Watcher
 
 __all__ = ["TritonServer"]
 
+_DOORS_OPEN = 60.0  # seconds for the doors to open once Triton serves; they were started together
+_LAST_SECONDS = 2.0  # that Triton has to end at least, when the doors took the time of a stop
 _CLOSED_APIS = ("model-repository", "shared-memory", "logging", "trace")
 Spawn = Callable[[], subprocess.Popen[bytes]]
 
 _ATTEMPTS = 3  # of the first start
-_FORWARDED_HEADERS = "(?i)^(normalized|base64_encoded|color_order|embed_model|truncation)$"
 
 
 class TritonServer:
@@ -56,7 +61,7 @@ class TritonServer:
 
     Attributes:
         options: as given.
-        http_port, grpc_port, metrics_port: the ports that are served.
+        http_port, grpc_port, metrics_port: the ports that callers use.
         device: `cpu` or `cuda`.
         models: names of the served models, set by `start`.
         notes: sentences for the operator about the served checkpoints, set by `start`.
@@ -73,7 +78,10 @@ class TritonServer:
         self._host = numeric_address(options.host)
         wanted = {"HTTP": options.http_port, "gRPC": options.grpc_port, "metrics": options.metrics_port}
         self.http_port, self.grpc_port, self.metrics_port = free_ports(self._host, wanted)
-        self._endpoint = Endpoint(self.http_url)
+        public = {"http": self.http_port, "grpc": self.grpc_port}
+        self._doors = Doors(self._host, {kind: public[kind] for kind in _doors_of(options)})
+        # Triton's own addresses, which are those of callers where there is no door.
+        self._triton = {kind: (self._host, port) for kind, port in public.items()}
         self.models: list[str] = []
         self.notes: tuple[str, ...] = ()
         self.device, self._weakest_gpu = choose_device(options.device)
@@ -85,7 +93,7 @@ class TritonServer:
         self._spawner = ThreadPoolExecutor(1, "siglip-serve-spawner")
         self._watcher: Watcher | None = None
         self._status = Status()
-        self._status_server: StatusServer | None = None
+        self._status_server = StatusServer(self._status)
         self._log_start = 0
 
     @property
@@ -105,13 +113,7 @@ class TritonServer:
 
     @property
     def status_url(self) -> str:
-        """Address of the launcher's own `GET /health`, `host:port` on this machine (`launcher.status`).
-
-        Raises:
-            ServerStartError: the server is not running.
-        """
-        if self._status_server is None:
-            raise ServerStartError("the server is not running")
+        """Address of the launcher's own `GET /health`, `host:port` on this machine (`launcher.status`)."""
         return self._status_server.url
 
     @property
@@ -153,13 +155,19 @@ class TritonServer:
         variants = ["decode_on_gpu"] if settings.preprocess == "gpu" else []
         self._stage = stage = Stage(self.options.model_repository, self.device, *variants)
         try:
-            self._status_server = StatusServer(self._status)
+            self._status_server.start()
+            self._triton |= self._doors.take_ports()
+            address, port = self._triton["http"]
+            self._endpoint = Endpoint(f"{'127.0.0.1' if address == '0.0.0.0' else address}:{port}")
             self.models = stage.fill(checkpoints, settings.decoders, self.options.models)
             self.notes = stage.notes
             self.log_file = open_log(self.options.log_file, self.http_port)
             environment = server_environment(given, directories)
             spawn_it = partial(spawn, self._command(stage), environment, stage.empty, self.log_file)
-            self._watch(self._start_first(stage, spawn_it), stage, spawn_it)
+            self._start_doors(stage)
+            process = self._start_first(stage, spawn_it)
+            self._doors.wait_until_open(_DOORS_OPEN)
+            self._watch(process, stage, spawn_it)
         except BaseException:
             self.stop(timeout=2)  # no client is connected yet
             raise
@@ -177,14 +185,16 @@ class TritonServer:
         with self._changing:
             process, self._process = self._process, None
             stage, self._stage = self._stage, None
+        deadline = time.monotonic() + timeout
         try:
+            self._doors.stop(timeout)
             if process is not None:
                 replaced = watcher is not None and watcher.replaced
-                end(process, timeout, self.log_file if replaced else None)
+                left = max(deadline - time.monotonic(), _LAST_SECONDS)
+                end(process, left, self.log_file if replaced else None)
         finally:
             self._spawner.shutdown()
-            if self._status_server is not None:
-                self._status_server.close()
+            self._status_server.close()
             if stage is not None:
                 stage.remove()
 
@@ -248,6 +258,13 @@ class TritonServer:
             raise
         return process
 
+    def _start_doors(self, stage: Stage) -> None:
+        def run(command: Sequence[str]) -> subprocess.Popen[bytes]:
+            environment = {**os.environ, **KEEP_MEMORY}
+            return self._spawner.submit(spawn, command, environment, stage.empty, self.log_file).result()
+
+        self._doors.start(run, Journal(self.log_file).say)
+
     def _watch(self, process: subprocess.Popen[bytes], stage: Stage, spawn_it: Spawn) -> None:
         actions = Actions(
             load=self._load,
@@ -255,6 +272,7 @@ class TritonServer:
             refuses=self._endpoint.refuses,
             asked_to_end=lambda: asked_to_end(self.log_file, self._log_start),
             tidy=lambda: stage.remove_unused_memory(self.pid),
+            also=self._doors.watch,
         )
         journal = Journal(self.log_file)
         self._watcher = Watcher(
@@ -264,26 +282,10 @@ class TritonServer:
 
     def _command(self, stage: Stage) -> list[str]:
         apis = [api for api in _CLOSED_APIS if api != "shared-memory" or not self.options.shared_memory]
-        closed = self._endpoint.closed(apis)
-        return [
-            *server_command(stage.backends),
-            f"--model-repository={stage.models}",
-            "--model-control-mode=explicit",
-            "--load-model=*",
-            "--disable-auto-complete-config",  # the staged ones are complete; it starts each model twice
-            f"--http-address={self._host}",
-            f"--http-port={self.http_port}",
-            f"--grpc-address={self._host}",
-            f"--grpc-port={self.grpc_port}",
-            f"--metrics-address={self._host}",
-            f"--metrics-port={self.metrics_port}",
-            f"--allow-gpu-metrics={'true' if self.device == 'cuda' else 'false'}",
-            f"--http-restricted-api={closed}",
-            f"--grpc-restricted-protocol={closed}",
-            f"--http-header-forward-pattern={_FORWARDED_HEADERS}",
-            f"--backend-config=python,shm-region-prefix-name={stage.shm_prefix}",
-            "--exit-timeout-secs=30",
-        ]
+        addresses = {**self._triton, "metrics": (self._host, self.metrics_port)}
+        options = server_options(stage.models, addresses, self._endpoint.closed(apis), stage.shm_prefix)
+        gpu_metrics = f"--allow-gpu-metrics={'true' if self.device == 'cuda' else 'false'}"
+        return [*server_command(stage.backends), *options, gpu_metrics]
 
     def _given(self) -> dict[str, str]:
         """Merge the environment with the settings of this server, which win."""
@@ -294,3 +296,10 @@ class TritonServer:
         if self._stage is not None:
             self._stage.change(model)
         self._endpoint.load(model)
+
+
+def _doors_of(options: ServeOptions) -> list[str]:
+    """Choose the protocols that callers speak with a door."""
+    given = {"http": options.direct_http, "grpc": options.direct_grpc}
+    default = {"http": True, "grpc": not is_embedded()}
+    return [kind for kind, direct in given.items() if not (default[kind] if direct is None else direct)]

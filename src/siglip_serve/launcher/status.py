@@ -88,9 +88,10 @@ class Status:
 
 
 class StatusServer(ThreadingHTTPServer):
-    """Answers `GET /health` on a free port of 127.0.0.1, from threads that end with the process.
+    """Answers `GET /health` on a free port of 127.0.0.1, once it was started.
 
-    The answer is the JSON of `Status.describe`, with 200 while the server answers and 503 otherwise.
+    Its threads end with the process. The answer is the JSON of `Status.describe`, with 200 while the server
+    answers and 503 otherwise.
 
     Args:
         status: what is told.
@@ -103,16 +104,21 @@ class StatusServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.status = status
         self._free = threading.BoundedSemaphore(_MOST_CALLS)
-        threading.Thread(target=self.serve_forever, name="siglip-serve-status", daemon=True).start()
+        self._thread = threading.Thread(target=self.serve_forever, name="siglip-serve-status", daemon=True)
 
     @property
     def url(self) -> str:
         """Address of the server, `host:port`."""
         return f"127.0.0.1:{self.server_port}"
 
+    def start(self) -> None:
+        """Answer from now on."""
+        self._thread.start()
+
     def close(self) -> None:
         """End the thread and close the port."""
-        self.shutdown()
+        if self._thread.is_alive():
+            self.shutdown()
         self.server_close()
 
     def process_request(self, request: Any, client_address: Any) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from siglip_serve.errors import ServerStartError
 from siglip_serve.launcher import back_off, watcher
+from siglip_serve.launcher.family import ModelProcesses
 from siglip_serve.launcher.log import Journal
 from siglip_serve.launcher.status import Status
 from siglip_serve.launcher.watcher import Actions, Repeated, Watcher
@@ -60,6 +61,7 @@ class Server:
 
     def __init__(self, *commands: str) -> None:
         self.left = list(commands)
+        self.started: list[subprocess.Popen[bytes]] = []
         self.loaded: list[str] = []
         self.refusing = False
         self.failures = 0
@@ -72,7 +74,8 @@ class Server:
         command = self.left.pop(0)
         if command == "fails":
             raise ServerStartError("the disk is gone")
-        return subprocess.Popen(["sh", "-c", command])
+        self.started.append(subprocess.Popen(["sh", "-c", command]))
+        return self.started[-1]
 
     def load(self, model: str) -> None:
         self.loaded.append(model)
@@ -97,7 +100,7 @@ def watch(server: Server, log: Path, status: Status | None = None) -> list[str]:
     thread.start()
     thread.join(30)
     assert not thread.is_alive()
-    return log.read_text().splitlines() if log.exists() else []
+    return said(log).splitlines()
 
 
 def with_model(make: Make, folder: Path) -> tuple[subprocess.Popen[bytes], int]:
@@ -111,7 +114,7 @@ def with_model(make: Make, folder: Path) -> tuple[subprocess.Popen[bytes], int]:
     run = '"$0" -c "sleep 60; :" "$3" & echo $! > "$1"; wait'
     script = f"{run}; while [ ! -e $2 ]; do sleep 0.05; done; {run}; echo ended > $2; sleep 60"
     server = make("sh", "-c", script, str(stub), str(pid_file), str(folder / "second"), f"/{MODEL}/")
-    wait_for(lambda: pid_file.exists() and pid_file.read_text().strip())
+    wait_for(lambda: ModelProcesses([MODEL])(server.pid) and pid_file.read_text().strip())
     return server, int(pid_file.read_text())
 
 
@@ -225,6 +228,9 @@ def watching(
     finally:
         thread.stop()
         thread.join(10)
+        for started in server.started:
+            started.kill()
+            started.wait()
     assert not thread.is_alive()
 
 
@@ -310,4 +316,4 @@ def test_kills_only_the_new_process_that_hangs(make: Make, tmp_path: Path, log: 
 
 
 def said(log: Path) -> str:
-    return log.read_text() if log.exists() else ""
+    return log.read_text() if log.is_file() else ""  # a device may have no end
