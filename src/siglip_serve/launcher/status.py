@@ -99,6 +99,7 @@ class StatusServer(ThreadingHTTPServer):
 
     daemon_threads = True
     block_on_close = False
+    request_queue_size = _MOST_CALLS
 
     def __init__(self, status: Status) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
