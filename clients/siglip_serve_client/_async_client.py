@@ -18,6 +18,7 @@ from siglip_serve_client._operations.encoding import ColorOrder, ImageLike, refu
 from siglip_serve_client._operations.explain import ExplainOptions, Explanation, ask_explanation
 from siglip_serve_client._operations.images import ask_embedding, ask_probabilities, label_tensors
 from siglip_serve_client._operations.link import Link, Outcome, Progress
+from siglip_serve_client._operations.retries import RESTART_WAIT, PersistentTransport
 from siglip_serve_client._operations.server import ask_description, ask_health
 from siglip_serve_client._operations.shared_memory import Regions
 from siglip_serve_client._operations.teams import TeamFit, TeamImages, Teams, ask_fit, ask_teams, hint_inputs
@@ -45,9 +46,11 @@ class AsyncClient:
         shared_memory: bool = False,
         api_key: str | None = None,
         ca_file: Path | str | None = None,
+        restart_wait: float = RESTART_WAIT,
     ) -> None:
         self.concurrency = concurrency
-        transport = connect(Endpoint.parse(url, api_key, ca_file), concurrency)
+        sender = connect(Endpoint.parse(url, api_key, ca_file), concurrency)
+        transport = PersistentTransport(sender, restart_wait)
         self._link = Link(transport, timeout, Regions(transport) if shared_memory else None)
 
     async def __aenter__(self) -> Self:

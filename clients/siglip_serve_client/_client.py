@@ -19,6 +19,7 @@ from siglip_serve_client._operations.encoding import ColorOrder, ImageLike, refu
 from siglip_serve_client._operations.explain import ExplainOptions, Explanation, ask_explanation
 from siglip_serve_client._operations.images import ask_embedding, ask_probabilities, label_tensors
 from siglip_serve_client._operations.link import Link, Outcome, Progress
+from siglip_serve_client._operations.retries import RESTART_WAIT, PersistentTransport
 from siglip_serve_client._operations.server import ask_description, ask_health
 from siglip_serve_client._operations.shared_memory import Regions
 from siglip_serve_client._operations.teams import TeamFit, TeamImages, Teams, ask_fit, ask_teams, hint_inputs
@@ -41,12 +42,14 @@ class Client:
     Args:
         url: `host:port` of the gRPC endpoint, or a URL of the scheme grpc, grpcs, http or https.
         concurrency: requests in flight of one iteration. The server batches requests that arrive together.
-        timeout: seconds for one request, with the few repetitions when the server is too busy. The server
-            drops a request that still waits shortly before.
+        timeout: seconds for one request, with its repetitions when the server is too busy or is being
+            started again. The server drops a request that still waits shortly before.
         shared_memory: hand raw frames over through /dev/shm. The server must run on this machine, as the
             same user, and with `--shared-memory`.
         api_key: key for a proxy in front of the server; sent as `authorization: Bearer ...`.
         ca_file: PEM file of the certificates to trust with grpcs and https, instead of the system's.
+        restart_wait: seconds to wait for a server that answered before and was lost, within each request's
+            `timeout`. 0 raises UnreachableError at once, as for a server that never answered.
 
     Raises:
         ValueError: the URL has another form.
@@ -61,10 +64,12 @@ class Client:
         shared_memory: bool = False,
         api_key: str | None = None,
         ca_file: Path | str | None = None,
+        restart_wait: float = RESTART_WAIT,
     ) -> None:
         self.concurrency = concurrency
         # No limit of connections: each iteration has its own limit, and each of the caller's threads waits.
-        transport = connect(Endpoint.parse(url, api_key, ca_file), 0)
+        sender = connect(Endpoint.parse(url, api_key, ca_file), 0)
+        transport = PersistentTransport(sender, restart_wait)
         self._link = Link(transport, timeout, Regions(transport) if shared_memory else None)
         # A client that is not closed, as in short scripts, is closed when it is collected.
         weakref.finalize(self, BackgroundLoop.close_later, self._link).atexit = False

@@ -13,7 +13,6 @@ from PIL import Image
 from siglip_serve_client._operations.encoding import ColorOrder, ImageLike, encoded
 from siglip_serve_client._operations.link import Link
 from siglip_serve_client._operations.requests import Answer, Call, Tensor, output, strings, utf8
-from siglip_serve_client._operations.retries import ask
 from siglip_serve_client.errors import ServerError
 
 __all__ = ["ask_embedding", "ask_image", "ask_probabilities", "label_tensors"]
@@ -60,7 +59,7 @@ async def ask_image(link: Link, call: Call, image: ImageLike, color_order: Color
         parts = [np.frombuffer(part, np.uint8) for part in (len(data).to_bytes(4, "little"), data)]
         return await link.regions.ask(call, "INPUT_IMAGE", "BYTES", (1, 1), parts)
     tensor = strings("INPUT_IMAGE", "image", [data], columns=True)
-    return await ask(link.transport, replace(call, inputs=[tensor, *call.inputs]))
+    return await link.transport.infer(replace(call, inputs=[tensor, *call.inputs]))
 
 
 def _row(answer: Answer, name: str) -> NDArray[np.float32]:

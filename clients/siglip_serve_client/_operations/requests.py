@@ -16,8 +16,19 @@ from numpy.typing import NDArray
 
 from siglip_serve_client.errors import ServerError
 
-__all__ = ["Answer", "Call", "Tensor", "Transport", "output", "refuse_single", "strings", "utf8"]
+__all__ = [
+    "CONTROL_TIMEOUT",
+    "Answer",
+    "Call",
+    "Tensor",
+    "Transport",
+    "output",
+    "refuse_single",
+    "strings",
+    "utf8",
+]
 
+CONTROL_TIMEOUT = 30.0  # seconds for registering a region of shared memory
 _GRACE = 0.25  # seconds that the server's refusal has to arrive, or a quarter of a shorter timeout
 _LONGEST = 1e9  # seconds: some limit for a timeout without end
 

@@ -23,7 +23,6 @@ from siglip_serve_client._operations.requests import (
     strings,
     utf8,
 )
-from siglip_serve_client._operations.retries import ask
 
 __all__ = ["TeamFit", "TeamImages", "Teams", "ask_fit", "ask_teams", "hint_inputs"]
 
@@ -151,11 +150,11 @@ def _request(
 async def _infer(link: Link, model: str, request: _Request, others: Sequence[Tensor]) -> Answer:
     call = Call(model, [*request.inputs, *others], request.parameters, link.timeout)
     if request.raw is None:
-        return await ask(link.transport, call)
+        return await link.transport.infer(call)
     if link.regions is not None:
         return await link.regions.ask(call, "RAW_FRAME", "UINT8", request.raw.shape, [request.raw])
     frame = _tensor("RAW_FRAME", request.raw, "UINT8")
-    return await ask(link.transport, replace(call, inputs=[frame, *call.inputs]))
+    return await link.transport.infer(replace(call, inputs=[frame, *call.inputs]))
 
 
 def _said_of_crops(answer: Answer) -> dict[str, Any]:

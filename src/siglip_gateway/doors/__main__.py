@@ -1,4 +1,4 @@
-"""Run one process of a door: `python -m siglip_gateway.doors grpc --listen HOST:PORT --triton HOST:PORT`."""
+"""Run one process of a door: `python -m siglip_gateway.doors http --listen HOST:PORT --triton HOST:PORT`."""
 
 from __future__ import annotations
 

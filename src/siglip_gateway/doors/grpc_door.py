@@ -33,6 +33,7 @@ _INFER, _STREAM = f"{_SERVICE}ModelInfer", f"{_SERVICE}ModelStreamInfer"
 
 # gRPC's own words for a connection that is not there or broke. Triton's messages have none of them.
 _NO_CONNECTION = re.compile("connect|socket|stream removed|goaway|broken pipe|cancelling all", re.IGNORECASE)
+_EXPIRED = "Request timeout expired"  # Triton's words for a request that it dropped from a queue
 AWAY = "Triton is not running; it is being started again"
 DRAIN = 30.0  # seconds that running calls have to complete after SIGTERM
 
@@ -94,12 +95,11 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
         if request is EOF:  # gRPC itself would leave this call without a status
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no message")
         left = await self._admit(context)
-        if method == _INFER and left is not None:
-            request = with_timeout(request, left)
-        call = self._channel.unary_unary(method)(request, metadata=_metadata(context))
+        sent = with_timeout(request, left) if method == _INFER and left is not None else request
+        call = self._channel.unary_unary(method)(sent, metadata=_metadata(context))
         answer: bytes = await asyncio.shield(self._keep(_answer(call)))
         await _pass_initial_metadata(call, context)
-        await _pass_status(call, context)
+        await _pass_status(call, context, by_deadline=sent is not request)
         return answer
 
     async def _stream(self, requests: AsyncIterator[bytes], context: Any) -> None:
@@ -109,7 +109,7 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
         # closes the way to Triton in good order.
         self._keep(_pass_requests(requests, call, context))
         await asyncio.shield(self._keep(_pass_answers(call, context)))
-        await _pass_status(call, context)
+        await _pass_status(call, context, by_deadline=False)
 
     async def _admit(self, context: Any) -> float | None:
         """Let a call in; return the seconds that its caller still waits, None without a limit.
@@ -121,7 +121,7 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
         if left is not None and left <= 0:
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed on the way")
         if self.in_flight >= self._limit:
-            reason = f"the server is too busy: {self._limit} calls are in flight; try again"
+            reason = f"Exceeds maximum queue size: {self._limit} calls are in flight; try again"
             await context.abort(grpc.StatusCode.UNAVAILABLE, reason)
         return left
 
@@ -166,8 +166,13 @@ async def _pass_initial_metadata(call: Any, context: Any) -> None:
         await context.send_initial_metadata(metadata)
 
 
-async def _pass_status(call: Any, context: Any) -> None:
-    """Give the caller the metadata and the status of Triton's answer.
+async def _pass_status(call: Any, context: Any, by_deadline: bool) -> None:
+    """Give the caller the trailing metadata and the status of Triton's answer.
+
+    Args:
+        call: to Triton, complete.
+        context: of the caller.
+        by_deadline: the request's timeout was made from the caller's deadline.
 
     Raises:
         grpc.aio.AbortError: the status is an error.
@@ -177,6 +182,8 @@ async def _pass_status(call: Any, context: Any) -> None:
         context.set_trailing_metadata(trailing)
         return
     details = await call.details()
+    if by_deadline and _EXPIRED in details:
+        code = grpc.StatusCode.DEADLINE_EXCEEDED
     if code is grpc.StatusCode.UNAVAILABLE and _NO_CONNECTION.search(details):
         details = AWAY
     await context.abort(code, details, trailing)
