@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from paths import ROOT
 from programs import PROGRAM_PATH, free_port, program
-from wire import ROOT
 
 __all__ = ["FRONT", "Front", "run_front"]
 

@@ -125,6 +125,14 @@ def _add_addresses(group: argparse._ArgumentGroup) -> None:
             metavar="PORT",
             help="0: a free one (default: %(default)s)",
         )
+    for name, protocol in (("grpc", "gRPC"), ("http", "HTTP")):
+        add(
+            f"--direct-{name}",
+            action=argparse.BooleanOptionalAction,
+            default=None,
+            help=f"callers speak {protocol} with Triton itself instead of with a door in front of it "
+            "(default: only where Triton is not that of the wheel)",
+        )
     add(
         "--shared-memory",
         action="store_true",
