@@ -25,6 +25,7 @@ from PIL import (
 
 from siglip_serve.errors import ImageError, ImageTooLargeError
 from siglip_serve.images.formats import ImageLimits, check_size
+from siglip_serve.images.heif import open_heif
 from siglip_serve.images.jpeg import read_header, read_orientation
 from siglip_serve.images.png import correct_transparency
 from siglip_serve.images.resize import Pixels
@@ -129,6 +130,8 @@ def decode_with_pil(data: bytes, kind: str, limits: ImageLimits) -> Image.Image:
 
 
 def _open(data: bytes, kind: str) -> ImageFile.ImageFile:
+    if kind == "HEIC":
+        return open_heif(data)
     try:
         return Image.open(io.BytesIO(data), formats=(kind,))
     except (UnidentifiedImageError, KeyError):  # KeyError: a compression that Pillow does not know
