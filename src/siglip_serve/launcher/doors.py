@@ -20,6 +20,7 @@ from siglip_serve.machine import available_cores
 __all__ = ["Doors"]
 
 _LOOPBACK = "127.0.0.1"
+_MOST_HTTP = 256  # requests that Triton's HTTP server may have from all processes of the door
 _PAUSE = 1.0  # seconds between two starts of a process that dies at once
 
 Run = Callable[[Sequence[str]], subprocess.Popen[bytes]]
@@ -31,15 +32,11 @@ class Doors:
     Args:
         host: IPv4 address that callers use.
         ports: public port by the kind of the door, `grpc` or `http`.
-        options: further options by kind, see `python -m siglip_gateway.doors KIND --help`.
     """
 
-    def __init__(
-        self, host: str, ports: Mapping[str, int], options: Mapping[str, Sequence[str]] | None = None
-    ) -> None:
+    def __init__(self, host: str, ports: Mapping[str, int]) -> None:
         self._host = host
         self._ports = ports
-        self._options = options or {}
         self._own: dict[str, int] = {}
         self._held = ExitStack()
         self._processes: list[_Process] = []
@@ -76,8 +73,10 @@ class Doors:
         for kind, port in self._ports.items():
             command = [sys.executable, "-m", "siglip_gateway.doors", kind]
             command += ["--listen", f"{self._host}:{port}", "--triton", f"{_LOOPBACK}:{self._own[kind]}"]
-            command += self._options.get(kind, [])
-            self._processes += [_Process(kind, command, run) for _ in range(_process_count())]
+            count = _process_count()
+            if kind == "http":
+                command += ["--max-in-flight", str(_MOST_HTTP // count)]
+            self._processes += [_Process(kind, command, run) for _ in range(count)]
 
     def wait_until_open(self, seconds: float) -> None:
         """Wait until every door takes connections.

@@ -276,8 +276,9 @@ class TritonServer:
 def _doors_of(options: ServeOptions) -> list[str]:
     """Choose the protocols that callers speak with a door."""
     given = {"http": options.direct_http, "grpc": options.direct_grpc}
-    default = {"http": True, "grpc": not is_embedded()}
-    return [kind for kind, direct in given.items() if not (default[kind] if direct is None else direct)]
+    return [
+        kind for kind, direct in given.items() if not (direct if direct is not None else not is_embedded())
+    ]
 
 
 def _environment(given: Mapping[str, str], directories: Mapping[str, Path]) -> dict[str, str]:
