@@ -15,11 +15,15 @@ _PARAMETERS = 4 << 3 | 2  # tag of an entry: field 4, a length follows
 _NAME = b"\x0a\x07timeout\x12"  # in the entry: field 1, 7 bytes; then the tag of field 2, the value
 _INT64 = 2 << 3  # tag in the value: field 2, a varint follows
 _MOST_FIELDS = 1000  # 0.3 ms to walk over; no request of a real client has as many
+_RESERVE = 0.25  # seconds to compute and to answer, or a quarter of a shorter time
 _LONGEST = 10**15  # microseconds; Triton counts in nanoseconds of 64 bits
 
 
 def with_timeout(message: bytes, seconds: float) -> bytes:
     """Bound the time that a request may wait in each of Triton's queues.
+
+    The bound is a little below the time that the caller waits, because a request that leaves the queue at the
+    last moment would be computed in vain.
 
     Args:
         message: a serialized `ModelInferRequest`.
@@ -29,13 +33,14 @@ def with_timeout(message: bytes, seconds: float) -> bytes:
         The message with the parameter `timeout` in microseconds at its end. Unchanged is a message that has
         a shorter timeout of its own, or one of a wrong type, or that is malformed: Triton refuses the latter.
     """
-    microseconds = max(1, min(round(seconds * 1e6), _LONGEST))
     try:
         own = _own_timeout(message)
     except (IndexError, ValueError):
         return message
-    if own is not None and 0 < own <= microseconds:  # 0 is no limit, and so is a negative number
+    if own is not None and 0 < own <= seconds * 1e6:  # 0 is no limit, and so is a negative number
         return message
+    waiting = max(seconds - _RESERVE, seconds * 0.75)
+    microseconds = max(1, min(round(waiting * 1e6), _LONGEST))
     value = bytes([_INT64]) + _write_varint(microseconds)
     entry = _NAME + bytes([len(value)]) + value
     return message + bytes([_PARAMETERS, len(entry)]) + entry

@@ -13,13 +13,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 
+import psutil
+
 from siglip_serve.errors import ServerStartError
+from siglip_serve.launcher.family import STOPPED_TOO_LONG, Stopped, kill
 from siglip_serve.launcher.processes import end
 from siglip_serve.machine import available_cores
 
 __all__ = ["Doors"]
 
 _LOOPBACK = "127.0.0.1"
+_MOST_HTTP = 256  # requests that Triton's HTTP server may have from all processes of the door
 _PAUSE = 1.0  # seconds between two starts of a process that dies at once
 
 Run = Callable[[Sequence[str]], subprocess.Popen[bytes]]
@@ -31,19 +35,16 @@ class Doors:
     Args:
         host: IPv4 address that callers use.
         ports: public port by the kind of the door, `grpc` or `http`.
-        options: further options by kind, see `python -m siglip_gateway.doors KIND --help`.
     """
 
-    def __init__(
-        self, host: str, ports: Mapping[str, int], options: Mapping[str, Sequence[str]] | None = None
-    ) -> None:
+    def __init__(self, host: str, ports: Mapping[str, int]) -> None:
         self._host = host
         self._ports = ports
-        self._options = options or {}
         self._own: dict[str, int] = {}
         self._held = ExitStack()
         self._processes: list[_Process] = []
         self._say: Callable[[str], None] = print
+        self._stopped = Stopped(STOPPED_TOO_LONG)
 
     def take_ports(self) -> dict[str, tuple[str, int]]:
         """Hold the public ports and choose Triton's own, until `stop`.
@@ -65,19 +66,23 @@ class Doors:
         self._own = {kind: self._hold(_LOOPBACK, 0, socket.SO_REUSEADDR) for kind in self._ports}
         return {kind: (_LOOPBACK, port) for kind, port in self._own.items()}
 
-    def start(self, run: Run, say: Callable[[str], None]) -> None:
+    def start(self, run: Run, say: Callable[[str], None], launcher: str | None = None) -> None:
         """Start all processes, after `take_ports`.
 
         Args:
             run: starts a command.
             say: writes a line for the operator.
+            launcher: address of the `GET /health` that the HTTP door passes on (`launcher.status`).
         """
         self._say = say
         for kind, port in self._ports.items():
             command = [sys.executable, "-m", "siglip_gateway.doors", kind]
             command += ["--listen", f"{self._host}:{port}", "--triton", f"{_LOOPBACK}:{self._own[kind]}"]
-            command += self._options.get(kind, [])
-            self._processes += [_Process(kind, command, run) for _ in range(_process_count())]
+            count = _process_count()
+            if kind == "http":
+                command += ["--max-in-flight", str(_MOST_HTTP // count)]
+                command += ["--launcher", launcher] if launcher else []
+            self._processes += [_Process(kind, command, run) for _ in range(count)]
 
     def wait_until_open(self, seconds: float) -> None:
         """Wait until every door takes connections.
@@ -93,7 +98,12 @@ class Doors:
                 time.sleep(0.02)
 
     def watch(self) -> None:
-        """Start processes again that have died."""
+        """Start processes again that have died, and kill those that a signal has stopped for seconds."""
+        children = psutil.Process().children() if self._processes else []
+        doors = {process.pid for process in self._processes}
+        for stopped in self._stopped.overdue(child for child in children if child.pid in doors):
+            self._say(f"door: process {stopped.pid} was stopped for {STOPPED_TOO_LONG:.0f} s; killing it")
+            kill(stopped)
         for process in self._processes:
             if process.is_dead() and time.monotonic() - process.started > _PAUSE:
                 self._say(f"{process.kind} door: process {process.pid} died; starting it again")
@@ -151,8 +161,8 @@ class _Process:
 def _process_count() -> int:
     """Choose the processes of one door.
 
-    A process passes about 1,500 calls per second, on one core. A CPU of fewer than 8 cores embeds less than
-    that. On a large machine with GPUs, four processes pass more than Triton's models take.
+    A process passes some 1,500 calls per second and then fills one core. A CPU of fewer than 8 cores embeds
+    less than that. Four processes pass more than the models of a large machine with GPUs take.
     """
     return min(max(available_cores() // 4, 1), 4)
 

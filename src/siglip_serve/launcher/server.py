@@ -79,6 +79,8 @@ class TritonServer:
         wanted = {"HTTP": options.http_port, "gRPC": options.grpc_port, "metrics": options.metrics_port}
         self.http_port, self.grpc_port, self.metrics_port = free_ports(self._host, wanted)
         public = {"http": self.http_port, "grpc": self.grpc_port}
+        self._status = Status()
+        self._status_server = StatusServer(self._status)
         self._doors = Doors(self._host, {kind: public[kind] for kind in _doors_of(options)})
         # Triton's own addresses, which are those of callers where there is no door.
         self._triton = {kind: (self._host, port) for kind, port in public.items()}
@@ -92,8 +94,6 @@ class TritonServer:
         # thread starts all processes and lives as long as the server.
         self._spawner = ThreadPoolExecutor(1, "siglip-serve-spawner")
         self._watcher: Watcher | None = None
-        self._status = Status()
-        self._status_server = StatusServer(self._status)
         self._log_start = 0
 
     @property
@@ -263,7 +263,7 @@ class TritonServer:
             environment = {**os.environ, **KEEP_MEMORY}
             return self._spawner.submit(spawn, command, environment, stage.empty, self.log_file).result()
 
-        self._doors.start(run, Journal(self.log_file).say)
+        self._doors.start(run, Journal(self.log_file).say, self.status_url)
 
     def _watch(self, process: subprocess.Popen[bytes], stage: Stage, spawn_it: Spawn) -> None:
         actions = Actions(
@@ -301,5 +301,6 @@ class TritonServer:
 def _doors_of(options: ServeOptions) -> list[str]:
     """Choose the protocols that callers speak with a door."""
     given = {"http": options.direct_http, "grpc": options.direct_grpc}
-    default = {"http": True, "grpc": not is_embedded()}
-    return [kind for kind, direct in given.items() if not (default[kind] if direct is None else direct)]
+    return [
+        kind for kind, direct in given.items() if not (direct if direct is not None else not is_embedded())
+    ]
