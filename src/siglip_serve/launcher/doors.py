@@ -13,10 +13,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 
-import psutil
-
 from siglip_serve.errors import ServerStartError
-from siglip_serve.launcher.family import STOPPED_TOO_LONG, Stopped, kill
+from siglip_serve.launcher.family import STOPPED_TOO_LONG, Stopped, find, kill
 from siglip_serve.launcher.processes import end
 from siglip_serve.machine import available_cores
 
@@ -99,9 +97,7 @@ class Doors:
 
     def watch(self) -> None:
         """Start processes again that have died, and kill those that a signal has stopped for seconds."""
-        children = psutil.Process().children() if self._processes else []
-        doors = {process.pid for process in self._processes}
-        for stopped in self._stopped.overdue(child for child in children if child.pid in doors):
+        for stopped in self._stopped.overdue(seen for process in self._processes for seen in process.seen):
             self._say(f"door: process {stopped.pid} was stopped for {STOPPED_TOO_LONG:.0f} s; killing it")
             kill(stopped)
         for process in self._processes:
@@ -143,6 +139,7 @@ class _Process:
     def start(self) -> None:
         self.started = time.monotonic()
         self._process = self._run(self._command)
+        self.seen = find(self._process.pid)
 
     @property
     def pid(self) -> int:
