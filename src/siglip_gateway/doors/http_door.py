@@ -6,8 +6,8 @@ never gets its answer, and the connection is never closed. Behind the door Trito
 so the socket cannot be full. Further requests wait here, and those beyond that are refused with 503.
 
 Triton does not notice a caller that goes away either. Its request leaves the queue, or Triton completes it
-and the door drops the answer. Bodies are limited, inflated, and sent on with a Content-Length. JSON that would overflow the stack of
-Triton's parser is refused. Everything else passes through unchanged.
+and the door drops the answer. Bodies are limited, inflated, and sent on with a Content-Length. JSON that
+would overflow the stack of Triton's parser is refused. Everything else passes through unchanged.
 """
 
 from __future__ import annotations
