@@ -82,4 +82,4 @@ def _serve(arguments: Sequence[str]) -> int:
     except ModuleNotFoundError as error:
         print(f"siglip-serve: {error}; `{install_hint('server')}` adds it", file=sys.stderr)
         return 1
-    return serve_command.main(arguments)
+    return serve_command.main(arguments, _refuse)

@@ -9,10 +9,10 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from siglip_serve.config import PREFIX, Settings
 from siglip_serve.errors import SettingsError, SiglipServeError
@@ -26,9 +26,22 @@ _SAMPLES = "samples"  # folder of images in a checkpoint, each named after what 
 _IMAGE_TYPES = {".jpg", ".jpeg", ".png"}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until Ctrl-C, SIGTERM or the end of the server, and return the exit status."""
-    options = _parser().parse_args(arguments)
+def main(
+    arguments: Sequence[str] | None = None,
+    refuse: Callable[[argparse.ArgumentParser, Sequence[str]], NoReturn] | None = None,
+) -> int:
+    """Serve until Ctrl-C, SIGTERM or the end of the server, and return the exit status.
+
+    Args:
+        arguments: the words after `serve`, or those of this process if None.
+        refuse: ends the process because of options that the parser does not know, or None for argparse's way.
+    """
+    parser = _parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown and refuse is not None:
+        refuse(parser, unknown)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     for number in _SIGNALS:
         signal.signal(number, _interrupt)
     try:
@@ -111,6 +124,14 @@ def _add_addresses(group: argparse._ArgumentGroup) -> None:
             default=port,
             metavar="PORT",
             help="0: a free one (default: %(default)s)",
+        )
+    for name, protocol in (("grpc", "gRPC"), ("http", "HTTP")):
+        add(
+            f"--direct-{name}",
+            action=argparse.BooleanOptionalAction,
+            default=None,
+            help=f"callers speak {protocol} with Triton itself instead of with a door in front of it "
+            "(default: only where Triton is not that of the wheel)",
         )
     add(
         "--shared-memory",

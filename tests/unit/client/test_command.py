@@ -193,3 +193,25 @@ def test_misspelt_option_is_named_with_the_usage_of_its_command(
     said = capsys.readouterr().err
     assert message in said
     assert said.startswith("usage: siglip-serve classify")
+
+
+@pytest.mark.parametrize(
+    ("words", "nearest"), [(["--checkpont", "x"], "--checkpoint"), (["--dytpe=int8"], "--dtype")]
+)
+def test_serve_names_the_nearest_option(
+    words: list[str], nearest: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["serve", *words])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("usage: siglip-serve serve")
+    assert said.endswith(f"unrecognized arguments: {' '.join(words)}; did you mean {nearest}?\n")
+
+
+def test_teams_without_a_readable_crop_asks_no_server(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["teams", "nosuch", "--url", "127.0.0.1:9"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "siglip-serve: nosuch: No such file or directory",
+        "siglip-serve: no crop could be read",
+    ]
