@@ -41,7 +41,7 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back.
+    """The reply to one request.
 
     Attributes:
         outcome: see `Outcome`.

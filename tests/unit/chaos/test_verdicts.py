@@ -1,4 +1,4 @@
-"""What the suite concludes: planted deaths, hangs, failures, wrong answers and leaks become faults."""
+"""Conclusions of the suite: planted deaths, hangs, failures, wrong answers and leaks become faults."""
 
 from __future__ import annotations
 
