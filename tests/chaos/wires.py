@@ -127,7 +127,7 @@ class HttpWire:
 
     def __init__(self, address: str) -> None:
         host, _, port = address.rpartition(":")
-        self._host, self._port = host, int(port)
+        self._host, self._port = host, int(port or 0)
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def close(self) -> None:

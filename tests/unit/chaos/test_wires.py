@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import grpc  # type: ignore[import-untyped]
 import pytest
 from programs import free_port
+from raw_grpc import raw_grpc_server
 
 from tests.chaos.messages import INFER, http_request
 from tests.chaos.wires import GrpcWire, HttpWire, Outcome, Reply, judge_grpc, judge_http
@@ -125,30 +127,22 @@ def test_a_server_that_is_gone_is_a_loss_over_both_protocols() -> None:
 
 
 def test_answers_over_grpc() -> None:
-    async def infer(request: bytes, context: Any) -> bytes:
+    def infer(request: bytes, context: Any) -> bytes:
         if request == b"slow":
-            await asyncio.sleep(5)
+            time.sleep(1)
         if request in {b"INTERNAL", b"UNAVAILABLE", b"INVALID_ARGUMENT"}:
-            await context.abort(grpc.StatusCode[request.decode()], "Exceeds maximum queue size")
+            context.abort(grpc.StatusCode[request.decode()], "Exceeds maximum queue size")
         return b"answer"
 
-    async def ask() -> list[Outcome]:
-        server = grpc.aio.server()
-        handler = grpc.unary_unary_rpc_method_handler(infer)
-        service = grpc.method_handlers_generic_handler(
-            "inference.GRPCInferenceService", {"ModelInfer": handler}
-        )
-        server.add_generic_rpc_handlers((service,))
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        async with GrpcWire(f"127.0.0.1:{port}", 1) as wire:
+    async def ask(address: str) -> list[Outcome]:
+        async with GrpcWire(address, 1) as wire:
             bodies = (b"x", b"INTERNAL", b"UNAVAILABLE", b"INVALID_ARGUMENT", b"slow")
-            found = [(await wire.send(INFER, body, limit=0.3)).outcome for body in bodies]
-        await server.stop(0)
-        return found
+            return [(await wire.send(INFER, body, limit=0.5)).outcome for body in bodies]
 
     refused = Outcome.REFUSED
-    assert asyncio.run(ask()) == [Outcome.ANSWERED, Outcome.INTERNAL, refused, refused, Outcome.HANG]
+    with raw_grpc_server(infer) as address:
+        found = asyncio.run(ask(address))
+    assert found == [Outcome.ANSWERED, Outcome.INTERNAL, refused, refused, Outcome.HANG]
 
 
 @pytest.mark.parametrize(
