@@ -285,8 +285,9 @@ class Client:
             model: a model with a checkpoint. `siglip_base_model` looks at the jerseys of teams.
 
         Returns:
-            `checkpoint_name`, `checkpoint_revision`, `dtype`, `preprocess`, and `checkpoint_note`: the limits
-            of the checkpoint, as in "knows drawings only". Values that the server does not give are "".
+            `checkpoint_name`, `checkpoint_revision`, `dtype`, `preprocess`, `color`, and `checkpoint_note`:
+            the limits of the checkpoint, as in "knows drawings only". Values that the server does not give
+            are "".
 
         Raises:
             ClientError: as for `embed_image`.

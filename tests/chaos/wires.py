@@ -61,11 +61,9 @@ class Reply:
 
 
 def judge_grpc(status: str, message: str) -> Outcome:
-    """Judge a gRPC status that is not OK."""
+    """Judge a gRPC status that is not OK. One that is too late for a deadline counts as refused."""
     if status == "UNAVAILABLE" and _BROKEN.search(message):
         return Outcome.LOST
-    if status == "DEADLINE_EXCEEDED":
-        return Outcome.HANG
     refused = status not in {"INTERNAL", "UNKNOWN", "ABORTED", "DATA_LOSS", "CANCELLED"}
     return Outcome.REFUSED if refused else Outcome.INTERNAL
 

@@ -41,6 +41,7 @@ DRAIN = 30.0  # seconds that running requests have to complete after SIGTERM
 
 _ANSWER_TIME = 1800.0  # seconds; Triton itself drops what waits in its queues for ten minutes
 _HEALTH_TIME = 5.0
+_IDLE = 2.0  # seconds after which an unused connection to Triton is closed, to free its descriptors
 _SPARE_FILES = 128
 _BACKLOG = 4096  # connections that the kernel accepts before the door does
 _JSON_SIZE = "Inference-Header-Content-Length"
@@ -261,7 +262,7 @@ async def open_door(
 def _session() -> aiohttp.ClientSession:
     """Connections to Triton that add, follow and undo nothing. Their number is that of the places."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=3600),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE),
         timeout=aiohttp.ClientTimeout(total=_ANSWER_TIME),
         auto_decompress=False,
         cookie_jar=aiohttp.DummyCookieJar(),

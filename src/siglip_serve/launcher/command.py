@@ -11,13 +11,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from siglip_serve.config import PREFIX, Settings
 from siglip_serve.errors import SettingsError, SiglipServeError
 from siglip_serve.launcher.options import ServeOptions
+from siglip_serve.launcher.ports import numeric_address
 from siglip_serve.launcher.server import TritonServer
+from siglip_serve.launcher.tritonserver import is_embedded
 
 __all__ = ["main"]
 
@@ -181,7 +184,7 @@ def _serve_options(options: argparse.Namespace) -> ServeOptions:
 
 
 def _announce(server: TritonServer, seconds: float, sample: str) -> None:
-    for note in server.notes:
+    for note in (*server.notes, *_unprotected(server.options)):
         print(f"siglip-serve: note: {note}")
     print(
         f"""siglip-serve: ready after {seconds:.1f} s on {server.device}
@@ -192,6 +195,17 @@ def _announce(server: TritonServer, seconds: float, sample: str) -> None:
   models   {", ".join(server.models)}
 {_example(server, sample)}Ctrl-C stops it.""",
         flush=True,
+    )
+
+
+def _unprotected(options: ServeOptions) -> tuple[str, ...]:
+    """Say what other hosts can do to a Triton that they reach without a door in front of it."""
+    if not options.direct_http or ip_address(numeric_address(options.host)).is_loopback or not is_embedded():
+        return ()
+    return (
+        f"--direct-http with --host {options.host} lets other hosts reach Triton itself over HTTP. Nothing "
+        "limits their bodies or what gzip inflates to, deeply nested JSON ends the server, and under "
+        "overload requests stay without an answer.",
     )
 
 

@@ -150,8 +150,8 @@ class _Process:
 def _process_count() -> int:
     """Choose the processes of one door.
 
-    A process passes about 1,500 calls per second, on one core. A CPU of fewer than 8 cores embeds less than
-    that. On a large machine with GPUs, four processes pass more than Triton's models take.
+    A process passes some 1,500 calls per second and then fills one core. A CPU of fewer than 8 cores embeds
+    less than that. Four processes pass more than the models of a large machine with GPUs take.
     """
     return min(max(available_cores() // 4, 1), 4)
 

@@ -152,7 +152,7 @@ def test_answers_over_grpc() -> None:
         ("UNAVAILABLE", "failed to connect to all addresses", Outcome.LOST),
         ("UNAVAILABLE", "Exceeds maximum queue size", Outcome.REFUSED),
         ("UNKNOWN", "", Outcome.INTERNAL),
-        ("DEADLINE_EXCEEDED", "", Outcome.HANG),
+        ("DEADLINE_EXCEEDED", "", Outcome.REFUSED),
         ("NOT_FOUND", "", Outcome.REFUSED),
     ],
 )

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 import grpc  # type: ignore[import-untyped]
+import psutil
 import pytest
 from programs import free_port
 from recording_triton import METHOD, RecordingTriton
@@ -38,8 +39,6 @@ async def door(kind: str, port: int, triton: int) -> AsyncIterator[asyncio.subpr
 
 
 def listeners(pid: int, port: int) -> bool:
-    import psutil
-
     return any(found.laddr.port == port for found in psutil.Process(pid).net_connections("tcp"))
 
 
@@ -77,7 +76,8 @@ def test_processes_share_a_port_and_end_with_status_0(kind: str) -> None:
     asyncio.run(test())
 
 
-def test_completes_calls_in_flight_after_sigterm_also_forgotten_ones() -> None:
+@pytest.mark.parametrize("given_up", [False, True])
+def test_completes_calls_in_flight_after_sigterm(given_up: bool) -> None:
     async def test() -> None:
         triton, port = RecordingTriton(), free_port()
         await triton.start()
@@ -85,20 +85,21 @@ def test_completes_calls_in_flight_after_sigterm_also_forgotten_ones() -> None:
             door("grpc", port, triton.port) as process,
             grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
         ):
-            ask = channel.unary_unary(METHOD)
-            waiting, forgotten = ask(b"", metadata=(("wait", "yes"),)), ask(b"")
+            call = channel.unary_unary(METHOD)(b"")
             async with asyncio.timeout(10):
-                while len(triton.messages) < 2:
+                while not triton.messages:
                     await asyncio.sleep(0.01)
-            forgotten.cancel()
+            if given_up:
+                call.cancel()
             process.send_signal(signal.SIGTERM)
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(0.5)
             assert process.returncode is None
             triton.gate.set()
-            assert await waiting == b""
+            if not given_up:
+                assert await call == b""
             async with asyncio.timeout(10):
                 assert await process.wait() == 0
-        assert (triton.cancelled, triton.answered) == (0, 2)
+        assert (triton.cancelled, triton.answered) == (0, 1)
         await triton.stop()
 
     asyncio.run(test())

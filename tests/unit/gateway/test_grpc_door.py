@@ -178,7 +178,7 @@ def test_refuses_what_exceeds_the_limit_and_counts_forgotten_calls() -> None:
         built.triton.gate.clear()
         for _ in range(2):
             assert (await refusal(built.ask(timeout=0.2)))[0] is grpc.StatusCode.DEADLINE_EXCEEDED
-        code, message = await refusal(built.ask())
+        code, message = await refusal(built.ask(timeout=5))
         assert (code, "queue size: 2 calls are in flight" in message) == (grpc.StatusCode.UNAVAILABLE, True)
         assert len(built.triton.messages) == 2
         built.triton.gate.set()
