@@ -54,8 +54,9 @@ def compact(vectors: NDArray[np.float32], kind: str) -> NDArray[np.int8] | NDArr
         raise ValueError(f"kind: {kind!r}, expected one of {', '.join(COMPACT)}")
     most = value_range(vectors.shape[-1])
     steps = (unit(vectors).astype(np.float64) + most) / (2 * most / 255)
-    levels = np.clip(steps, 0, 255).astype(np.uint8)
-    return levels if kind == "uint8" else (levels.astype(np.int16) - 128).astype(np.int8)
+    if kind == "uint8":
+        return np.clip(steps, 0, 255).astype(np.uint8)
+    return np.clip(steps - 128, -128, 127).astype(np.int8)  # cut towards zero, as sentence-transformers do
 
 
 def as_base64(vectors: NDArray[np.float32]) -> Sequence[str]:

@@ -92,6 +92,8 @@ def standard_base64(text: str, where: str) -> bytes:
     stray = _stray(data)
     if stray:
         raise _wrong(where, f"not base64: character {data.index(stray[:1])} is {chr(stray[0])!r}")
+    if b"=" in data:
+        raise _wrong(where, f"not base64: character {data.index(b'=')} is '=', and more follows")
     if len(data) % 4 == 1:
         raise _wrong(where, f"not base64: {len(data)} characters, which is cut off")
     return data + b"=" * (-len(data) % 4)

@@ -35,6 +35,13 @@ async def ping(_service: Service, _request: Request, _body: bytes) -> Response:
 async def predict(service: Service, request: Request, body: bytes) -> Response:
     """Answer `POST /predict`. Texts that are too long are cut, as Immich does."""
     form = await _form(request, body)
+    try:
+        return await _answered(service, request, body, form)
+    finally:
+        await form.close()
+
+
+async def _answered(service: Service, request: Request, body: bytes, form: FormData) -> Response:
     entries = _entries(form)
     if set(entries) != {"clip"}:
         return await _relayed(service, request, body, entries)
