@@ -1,1 +1,1 @@
-"""What stands between callers and Triton. It needs neither torch nor `siglip_serve`."""
+"""The gateway between callers and Triton. It needs neither torch nor `siglip_serve`."""

@@ -1,4 +1,4 @@
-"""What a request must pass before it costs anything: keys, a turn, and the size of its body."""
+"""Protection of Triton: keys, turns, and limits of bodies, before a request costs anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands before an inference: keys, limits, turns, and callers that give up."""
+"""Protection of Triton: keys, limits, turns, and callers that give up."""
 
 from __future__ import annotations
 

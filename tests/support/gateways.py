@@ -6,22 +6,28 @@ import asyncio
 import base64
 import hashlib
 import io
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from programs import free_port
 from siglip_serve_client.errors import InvalidInputError
 from starlette.testclient import TestClient
+from wire import OPENER
 
 from siglip_gateway.app import create_app
 from siglip_gateway.options import GatewayOptions
 from siglip_gateway.urls import UrlReader
 
-__all__ = ["PNG", "URI", "WIDTH", "StandIn", "encoded", "gateway", "vector"]
+__all__ = ["PNG", "URI", "WIDTH", "StandIn", "encoded", "gateway", "gateway_process", "vector"]
 
 WIDTH = 16
 
@@ -131,3 +137,28 @@ def gateway(
     app = create_app(GatewayOptions(**options), stand_in or StandIn(), urls)
     with TestClient(app, raise_server_exceptions=False) as client:
         yield client
+
+
+@contextmanager
+def gateway_process(triton: str, *arguments: str) -> Iterator[str]:
+    """`siglip-serve gateway` in front of a real server, as a process of its own: its URL."""
+    port = free_port()
+    command = [str(Path(sys.executable).with_name("siglip-serve")), "gateway", "--triton", triton]
+    process = subprocess.Popen([*command, "--port", str(port), "--no-access-log", *arguments])
+    try:
+        _wait(process, f"http://127.0.0.1:{port}/.well-known/live")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        assert process.wait(40) == 0
+
+
+def _wait(process: subprocess.Popen[bytes], url: str) -> None:
+    for _ in range(300):
+        assert process.poll() is None, "the gateway ended"
+        try:
+            with OPENER.open(url, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError(f"no answer from {url}")
