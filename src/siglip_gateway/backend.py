@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from siglip_serve_client.errors import InvalidInputError, ServerError
+from siglip_serve_client.errors import DeadlineError, InvalidInputError, ServerError
 
 from siglip_gateway.inputs import File, Picture, Resolved, Text
 from siglip_gateway.pictures import file_of
@@ -26,6 +26,7 @@ _PICTURES = (
 )
 _KNOWN = 30.0  # seconds after which the checkpoint is asked for again
 _HEALTHY = 1.0  # seconds for which a health check stays true
+_PATIENCE = 5.0  # seconds for a health check
 _PLACE = re.compile(r"INPUT_(?:IMAGE|TEXT)\[(\d+)\]")
 
 
@@ -152,14 +153,18 @@ class Backend:
         """The width of embeddings, after a real inference. Checks within a second share one.
 
         Raises:
-            ClientError: Triton does not serve.
+            ClientError: Triton does not serve, or not within a few seconds.
         """
         now = time.monotonic()
-        if self._health is None or now - self._health[0] > _HEALTHY:
+        known = self._health
+        if known is None or (known[1].done() and now - known[0] > _HEALTHY):
             task = asyncio.ensure_future(self._client.check_health())
             task.add_done_callback(lambda done: done.cancelled() or done.exception())
-            self._health = now, task
-        return await asyncio.shield(self._health[1])
+            known = self._health = now, task
+        try:
+            return await asyncio.wait_for(asyncio.shield(known[1]), _PATIENCE)
+        except TimeoutError:
+            raise DeadlineError(f"the inference server did not answer within {_PATIENCE:g} s") from None
 
 
 def _chunks(rows: Sequence[int], most: int) -> list[Sequence[int]]:

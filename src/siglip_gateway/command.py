@@ -8,9 +8,9 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import uvicorn
 
@@ -22,9 +22,22 @@ __all__ = ["main"]
 _DEFAULTS = GatewayOptions()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the gateway until Ctrl-C or SIGTERM, and return the exit status."""
-    given = _parser().parse_args(arguments)
+def main(
+    arguments: Sequence[str] | None = None,
+    refuse: Callable[[argparse.ArgumentParser, Sequence[str]], NoReturn] | None = None,
+) -> int:
+    """Run the gateway until Ctrl-C or SIGTERM, and return the exit status.
+
+    Args:
+        arguments: the words after the command's name, or those of this process if None.
+        refuse: ends the process because of options that the parser does not know, or None for argparse's way.
+    """
+    parser = _parser()
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown and refuse is not None:
+        refuse(parser, unknown)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         read_keys(given.api_key_file)
     except (OSError, ValueError) as error:

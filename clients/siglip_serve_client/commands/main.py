@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 from siglip_serve_client.commands.bench.command import add_bench
 from siglip_serve_client.commands.classify import add_classify
@@ -21,6 +21,8 @@ from siglip_serve_client.commands.teams.command import add_teams
 from siglip_serve_client.errors import ClientError, UnreachableError
 
 __all__ = ["main"]
+
+_Refuse: TypeAlias = Callable[[argparse.ArgumentParser, Sequence[str]], NoReturn]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ModuleNotFoundError as error:
             print(f"siglip-serve: {error}; `{install_hint(extra)}` adds it", file=sys.stderr)
             return 1
-        return run(words[1:])
+        return run(words[1:], _refuse)
     options, unknown = parser.parse_known_args(words)
     if unknown:
         _refuse(commands.choices[options.command], unknown)
@@ -83,13 +85,13 @@ def _refuse(command: argparse.ArgumentParser, unknown: Sequence[str]) -> NoRetur
     command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
 
 
-def _serve() -> Callable[[Sequence[str]], int]:
+def _serve() -> Callable[[Sequence[str], _Refuse], int]:
     from siglip_serve.launcher import command
 
     return command.main
 
 
-def _gateway() -> Callable[[Sequence[str]], int]:
+def _gateway() -> Callable[[Sequence[str], _Refuse], int]:
     from siglip_gateway import command
 
     return command.main

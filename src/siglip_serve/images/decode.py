@@ -23,8 +23,11 @@ from PIL import (
     WebPImagePlugin,  # noqa: F401
 )
 
+from siglip_serve.config import Color
 from siglip_serve.errors import ImageError, ImageTooLargeError
+from siglip_serve.images.color import jpeg_profile, to_srgb
 from siglip_serve.images.formats import ImageLimits, check_size
+from siglip_serve.images.heif import open_heif
 from siglip_serve.images.jpeg import read_header, read_orientation
 from siglip_serve.images.png import correct_transparency
 from siglip_serve.images.resize import Pixels
@@ -69,15 +72,15 @@ _MIRRORED_COLUMNS = frozenset({2, 3, 6, 7})
 _SWAPPED_AXES = frozenset({5, 6, 7, 8})
 
 
-def decode_fast(data: bytes, kind: str, limits: ImageLimits) -> Pixels:
+def decode_fast(data: bytes, kind: str, limits: ImageLimits, color: Color = "stored") -> Pixels:
     """uint8 RGB `[H, W, 3]`, upright, contiguous. libjpeg-turbo reads it without Pillow where both agree."""
-    if kind == "JPEG":
+    if kind == "JPEG" and (color == "stored" or not jpeg_profile(data)):
         header = read_header(data)
         pixels = _decode_jpeg(data, limits)
         if pixels is not None:
             return _orient(pixels, read_orientation(header.exif, header.xmp))
     # torch takes no read-only memory, which is what `asarray` would give.
-    return np.array(decode_with_pil(data, kind, limits))
+    return np.array(decode_with_pil(data, kind, limits, color))
 
 
 def _decode_jpeg(data: bytes, limits: ImageLimits) -> Pixels | None:
@@ -98,8 +101,9 @@ def _decode_jpeg(data: bytes, limits: ImageLimits) -> Pixels | None:
     return pixels
 
 
-def decode_with_pil(data: bytes, kind: str, limits: ImageLimits) -> Image.Image:
+def decode_with_pil(data: bytes, kind: str, limits: ImageLimits, color: Color = "stored") -> Image.Image:
     """The first frame as Pillow decodes it, upright, mode RGB."""
+    profile = jpeg_profile(data) if kind == "JPEG" and color == "srgb" else b""
     header = read_header(data) if kind == "JPEG" else None
     if header is not None:
         data = header.without_metadata(data)
@@ -115,7 +119,10 @@ def decode_with_pil(data: bytes, kind: str, limits: ImageLimits) -> Image.Image:
             else:
                 image.load()
             exif, xmp = _metadata(image) if header is None else (header.exif, header.xmp)
-            rgb = _to_rgb(correct_transparency(image, data) if kind == "PNG" else image)
+            samples = correct_transparency(image, data) if kind == "PNG" else image
+            if color == "srgb":
+                samples = to_srgb(samples, profile or image.info.get("icc_profile"))
+            rgb = _to_rgb(samples)
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError(f"at most {limits.max_pixels} pixels are allowed: {error}") from error
     except UnidentifiedImageError as error:
@@ -129,6 +136,8 @@ def decode_with_pil(data: bytes, kind: str, limits: ImageLimits) -> Image.Image:
 
 
 def _open(data: bytes, kind: str) -> ImageFile.ImageFile:
+    if kind == "HEIC":
+        return open_heif(data)
     try:
         return Image.open(io.BytesIO(data), formats=(kind,))
     except (UnidentifiedImageError, KeyError):  # KeyError: a compression that Pillow does not know

@@ -12,6 +12,7 @@ from importlib import import_module
 import numpy as np
 
 from siglip_serve.checkpoint.config import ImageConfig
+from siglip_serve.config import Color
 from siglip_serve.errors import SettingsError
 from siglip_serve.images.decode import decode_fast, decode_with_pil
 from siglip_serve.images.formats import DEFAULT_LIMITS, ImageLimits, decode_base64, identify
@@ -26,6 +27,12 @@ class Preprocessor:
 
     Safe to call from several threads. `fast` mode needs torch and simplejpeg, `pil` mode neither.
 
+    Args:
+        image: the checkpoint's preprocessing.
+        mode: of decoding and resizing.
+        limits: of one image.
+        color: `stored` takes samples as they are, `srgb` converts them by the file's ICC profile.
+
     Attributes:
         size: S, the side of the pixels.
 
@@ -33,7 +40,13 @@ class Preprocessor:
         SettingsError: `mode` is neither `fast` nor `pil`.
     """
 
-    def __init__(self, image: ImageConfig, mode: Mode = "fast", limits: ImageLimits = DEFAULT_LIMITS) -> None:
+    def __init__(
+        self,
+        image: ImageConfig,
+        mode: Mode = "fast",
+        limits: ImageLimits = DEFAULT_LIMITS,
+        color: Color = "stored",
+    ) -> None:
         if mode not in ("fast", "pil"):
             raise SettingsError(f"preprocessing mode is {mode!r}, expected 'fast' or 'pil'")
         if mode == "fast":
@@ -44,6 +57,7 @@ class Preprocessor:
         self._image = image
         self._mode = mode
         self._limits = limits
+        self._color = color
 
     def __call__(self, data: bytes) -> Pixels:
         """Pixels of the file's first frame, upright, on white, fitted to the square whatever its aspect.
@@ -64,8 +78,8 @@ class Preprocessor:
         """The file's first frame, upright, on white: uint8 RGB `[H, W, 3]`. Raises as a call does."""
         kind = identify(data, self._limits)
         if self._mode == "pil":
-            return np.array(decode_with_pil(data, kind, self._limits))
-        return decode_fast(data, kind, self._limits)
+            return np.array(decode_with_pil(data, kind, self._limits, self._color))
+        return decode_fast(data, kind, self._limits, self._color)
 
     def resize(self, pixels: Pixels) -> Pixels:
         """uint8 RGB `[H, W, 3]` -> `[S, S, 3]`, contiguous, whatever the aspect."""

@@ -1,14 +1,33 @@
-"""The server's log: open it, and find in it why a start failed."""
+"""The server's log: open it, write into it, and find in it why a start failed."""
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 
 from siglip_serve.errors import START_REFUSED, ServerStartError
 
-__all__ = ["cause", "open_log", "tail"]
+__all__ = ["Journal", "cause", "open_log", "tail"]
+
+
+class Journal:
+    """Writes the launcher's own lines to standard error and to the server's log.
+
+    Args:
+        log_file: the server's log.
+    """
+
+    def __init__(self, log_file: Path) -> None:
+        self._log_file = log_file
+
+    def say(self, text: str) -> None:
+        """Write one line."""
+        line = f"siglip-serve: {text}\n"
+        sys.stderr.write(line)
+        with self._log_file.open("a", encoding="utf-8") as log:
+            log.write(line)
 
 
 def open_log(chosen: Path | None, http_port: int) -> Path:

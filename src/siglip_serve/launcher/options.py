@@ -24,6 +24,8 @@ class ServeOptions:
         settings: further settings by name (`siglip_serve.config.Settings`), as strings.
         shared_memory: let clients on this machine pass tensors through system shared memory.
         log_file: file of the server's log; default: `~/.local/state/siglip-serve/<HTTP port>.log`.
+        direct_grpc, direct_http: True gives callers Triton's own port, False a door in front of it; None puts
+            doors in front of the Triton of the `nvidia-pytriton` wheel only, because later ones need none.
         start_timeout: seconds until a start counts as failed.
     """
 
@@ -38,4 +40,6 @@ class ServeOptions:
     shared_memory: bool = False
     settings: Mapping[str, str] = field(default_factory=dict)
     log_file: Path | None = None
+    direct_grpc: bool | None = None
+    direct_http: bool | None = None
     start_timeout: float = 600.0

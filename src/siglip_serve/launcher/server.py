@@ -7,6 +7,8 @@ Triton never restarts a model process that died. The launcher watches the proces
 again. A killed model process sometimes takes the server down with it, by an exception of the Python backend
 that nothing catches. The launcher then starts the server again, on the same ports.
 
+The ports that callers use may be those of doors in front of Triton, which keep from it what ends it.
+
 Loading a model again needs Triton's explicit model control, whose endpoints are closed to callers without a
 key that is made at startup. The key is in the server's command line, so other users of the machine can read
 it from the process list unless /proc is mounted with hidepid.
@@ -29,18 +31,21 @@ from siglip_serve.checkpoint.files import resolve
 from siglip_serve.config import PREFIX, load_settings
 from siglip_serve.errors import ServerStartError, SettingsError
 from siglip_serve.launcher.checkpoints import check_options, describe_checkpoints
+from siglip_serve.launcher.doors import Doors
 from siglip_serve.launcher.endpoint import Endpoint
-from siglip_serve.launcher.log import cause, open_log, tail
+from siglip_serve.launcher.log import Journal, cause, open_log, tail
 from siglip_serve.launcher.options import ServeOptions
 from siglip_serve.launcher.ports import free_ports, numeric_address
 from siglip_serve.launcher.processes import end, spawn
 from siglip_serve.launcher.stage import Stage
-from siglip_serve.launcher.tritonserver import library_path, server_command
+from siglip_serve.launcher.tritonserver import is_embedded, library_path, server_command
 from siglip_serve.launcher.watcher import Watcher
 from siglip_serve.machine import gpu_capabilities
 
 __all__ = ["TritonServer"]
 
+_DOORS_OPEN = 60.0  # seconds for the doors to open once Triton serves; they were started together
+_LAST_SECONDS = 2.0  # that Triton has to end at least, when the doors took the time of a stop
 _CLOSED_APIS = ("model-repository", "shared-memory", "logging", "trace")
 # Each request allocates tensors of some 100 kB. By default glibc returns such memory to the kernel at once,
 # which then has to clear it again page by page.
@@ -59,7 +64,7 @@ class TritonServer:
 
     Attributes:
         options: as given.
-        http_port, grpc_port, metrics_port: the ports that are served.
+        http_port, grpc_port, metrics_port: the ports that callers use.
         device: `cpu` or `cuda`.
         models: names of the served models, set by `start`.
         notes: sentences for the operator about the served checkpoints, set by `start`.
@@ -76,7 +81,10 @@ class TritonServer:
         self._host = numeric_address(options.host)
         wanted = {"HTTP": options.http_port, "gRPC": options.grpc_port, "metrics": options.metrics_port}
         self.http_port, self.grpc_port, self.metrics_port = free_ports(self._host, wanted)
-        self._endpoint = Endpoint(self.http_url)
+        public = {"http": self.http_port, "grpc": self.grpc_port}
+        self._doors = Doors(self._host, {kind: public[kind] for kind in _doors_of(options)})
+        # Triton's own addresses, which are those of callers where there is no door.
+        self._triton = {kind: (self._host, port) for kind, port in public.items()}
         self.models: list[str] = []
         self.notes: tuple[str, ...] = ()
         self.device, self._weakest_gpu = _device(options.device)
@@ -142,15 +150,30 @@ class TritonServer:
         variants = ["decode_on_gpu"] if settings.preprocess == "gpu" else []
         self._stage = stage = Stage(self.options.model_repository, self.device, *variants)
         try:
+            self._triton |= self._doors.take_ports()
+            address, port = self._triton["http"]
+            self._endpoint = Endpoint(f"{'127.0.0.1' if address == '0.0.0.0' else address}:{port}")
             self.models = stage.fill(checkpoints, settings.decoders, self.options.models)
             self.notes = stage.notes
             self.log_file = open_log(self.options.log_file, self.http_port)
             environment = _environment(given, directories)
             start = partial(spawn, self._command(stage), environment, stage.empty, self.log_file)
             self._process = self._spawner.submit(start).result()
+            self._doors.start(
+                lambda command: self._spawner.submit(
+                    spawn, command, {**os.environ, **_KEEP_MEMORY}, stage.empty, self.log_file
+                ).result(),
+                Journal(self.log_file).say,
+            )
             self._wait_until_served()
+            self._doors.wait_until_open(_DOORS_OPEN)
             self._watcher = Watcher(
-                self._process, self.models, self._load, lambda: self._restart(stage, start), self.log_file
+                self._process,
+                self.models,
+                self._load,
+                lambda: self._restart(stage, start),
+                self.log_file,
+                self._doors.watch,
             )
             self._watcher.start()
         except BaseException:
@@ -169,10 +192,13 @@ class TritonServer:
         with self._changing:
             process, self._process = self._process, None
         stage, self._stage = self._stage, None
+        deadline = time.monotonic() + timeout
         try:
+            self._doors.stop(timeout)
             if process is not None:
                 replaced = watcher is not None and watcher.replaced
-                end(process, timeout, self.log_file if replaced else None)
+                left = max(deadline - time.monotonic(), _LAST_SECONDS)
+                end(process, left, self.log_file if replaced else None)
         finally:
             self._spawner.shutdown()
             if stage is not None:
@@ -224,10 +250,8 @@ class TritonServer:
             "--model-control-mode=explicit",
             "--load-model=*",
             "--disable-auto-complete-config",  # the staged ones are complete; it starts each model twice
-            f"--http-address={self._host}",
-            f"--http-port={self.http_port}",
-            f"--grpc-address={self._host}",
-            f"--grpc-port={self.grpc_port}",
+            *(f"--{kind}-address={address}" for kind, (address, _) in self._triton.items()),
+            *(f"--{kind}-port={port}" for kind, (_, port) in self._triton.items()),
             f"--metrics-address={self._host}",
             f"--metrics-port={self.metrics_port}",
             f"--allow-gpu-metrics={'true' if self.device == 'cuda' else 'false'}",
@@ -247,6 +271,14 @@ class TritonServer:
         if self._stage is not None:
             self._stage.change(model)
         self._endpoint.load(model)
+
+
+def _doors_of(options: ServeOptions) -> list[str]:
+    """Choose the protocols that callers speak with a door."""
+    given = {"http": options.direct_http, "grpc": options.direct_grpc}
+    return [
+        kind for kind, direct in given.items() if not (direct if direct is not None else not is_embedded())
+    ]
 
 
 def _environment(given: Mapping[str, str], directories: Mapping[str, Path]) -> dict[str, str]:

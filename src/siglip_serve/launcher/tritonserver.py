@@ -12,7 +12,12 @@ from pathlib import Path
 
 from siglip_serve.errors import ServerStartError
 
-__all__ = ["library_path", "server_command"]
+__all__ = ["is_embedded", "library_path", "server_command"]
+
+
+def is_embedded() -> bool:
+    """Find out if the server is that of the `nvidia-pytriton` wheel: Triton 24.10."""
+    return _pytriton() is not None
 
 
 def server_command(backends: Path) -> list[str]:

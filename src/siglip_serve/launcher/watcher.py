@@ -33,6 +33,7 @@ class Watcher(threading.Thread):
         load: loads a model again; raises OSError or http.client.HTTPException when that fails.
         restart: starts the server again and returns its process; raises ServerStartError or OSError.
         log_file: receives a line for every event, as does standard error.
+        also: called as often as the processes are looked at.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Watcher(threading.Thread):
         load: Callable[[str], None],
         restart: Callable[[], subprocess.Popen[bytes]],
         log_file: Path,
+        also: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(name="siglip-serve-watcher", daemon=True)
         self._server = server
@@ -49,6 +51,7 @@ class Watcher(threading.Thread):
         self._load = load
         self._restart = restart
         self._log_file = log_file
+        self._also = also
         self._stopping = threading.Event()
         self._replaced = False
         self._deaths: list[float] = []
@@ -77,6 +80,7 @@ class Watcher(threading.Thread):
         retired: set[int] = set()  # the other processes of a model that was loaded again; Triton ends them
         pause = _INTERVAL
         while not self._stopping.wait(pause) and self._server.poll() is None:
+            self._also()
             present = self._processes()
             retired &= present.keys()
             known |= {pid: model for pid, model in present.items() if pid not in retired}

@@ -38,7 +38,7 @@ class ImageReader:
         AvifImagePlugin.DEFAULT_MAX_THREADS = 1
         Image.MAX_IMAGE_PIXELS = None  # our own limit stands in its place, at the same point: the header
         self.limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
-        self.preprocess = Preprocessor(context.config.image, mode, self.limits)
+        self.preprocess = Preprocessor(context.config.image, mode, self.limits, settings.color)
 
     def unpacker(self, request: Request) -> Callable[[bytes], bytes]:
         """Make the function that turns a row of the request into a file, from base64 if it says so."""
