@@ -26,7 +26,7 @@ _PICTURES = (
 )
 _KNOWN = 30.0  # seconds after which the checkpoint is asked for again
 _HEALTHY = 1.0  # seconds for which a health check stays true
-_PATIENCE = 5.0  # seconds for a health check
+_PATIENCE = 10.0  # seconds for a health check
 _PLACE = re.compile(r"INPUT_(?:IMAGE|TEXT)\[(\d+)\]")
 
 

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import logging
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -52,6 +53,8 @@ def main(
             f"siglip-serve gateway: {given.host} is open to the network and no --api-key-file is set",
             file=sys.stderr,
         )
+    # The server ends on this signal in its own time, and then raises it again for this handler.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="siglip-gateway-") as folder:
         return _run(given, replace(options, metrics_folder=folder if given.workers > 1 else None))
