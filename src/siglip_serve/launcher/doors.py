@@ -13,7 +13,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 
+import psutil
+
 from siglip_serve.errors import ServerStartError
+from siglip_serve.launcher.family import Stopped
 from siglip_serve.launcher.processes import end
 from siglip_serve.machine import available_cores
 
@@ -22,6 +25,7 @@ __all__ = ["Doors"]
 _LOOPBACK = "127.0.0.1"
 _MOST_HTTP = 256  # requests that Triton's HTTP server may have from all processes of the door
 _PAUSE = 1.0  # seconds between two starts of a process that dies at once
+_STOPPED_TOO_LONG = 5.0  # seconds
 
 Run = Callable[[Sequence[str]], subprocess.Popen[bytes]]
 
@@ -32,15 +36,18 @@ class Doors:
     Args:
         host: IPv4 address that callers use.
         ports: public port by the kind of the door, `grpc` or `http`.
+        status: `host:port` of the launcher's status server, to which the HTTP door relays `GET /health`.
     """
 
-    def __init__(self, host: str, ports: Mapping[str, int]) -> None:
+    def __init__(self, host: str, ports: Mapping[str, int], status: str) -> None:
         self._host = host
+        self._status = status
         self._ports = ports
         self._own: dict[str, int] = {}
         self._held = ExitStack()
         self._processes: list[_Process] = []
         self._say: Callable[[str], None] = print
+        self._stopped = Stopped(_STOPPED_TOO_LONG)
 
     def take_ports(self) -> dict[str, tuple[str, int]]:
         """Hold the public ports and choose Triton's own, until `stop`.
@@ -75,7 +82,7 @@ class Doors:
             command += ["--listen", f"{self._host}:{port}", "--triton", f"{_LOOPBACK}:{self._own[kind]}"]
             count = _process_count()
             if kind == "http":
-                command += ["--max-in-flight", str(_MOST_HTTP // count)]
+                command += ["--launcher", self._status, "--max-in-flight", str(_MOST_HTTP // count)]
             self._processes += [_Process(kind, command, run) for _ in range(count)]
 
     def wait_until_open(self, seconds: float) -> None:
@@ -92,7 +99,10 @@ class Doors:
                 time.sleep(0.02)
 
     def watch(self) -> None:
-        """Start processes again that have died."""
+        """Start processes again that have died, and kill those that a signal has stopped."""
+        running = [psutil.Process(door.pid) for door in self._processes if not door.is_dead()]
+        for stopped in self._stopped.overdue(running):
+            stopped.kill()
         for process in self._processes:
             if process.is_dead() and time.monotonic() - process.started > _PAUSE:
                 self._say(f"{process.kind} door: process {process.pid} died; starting it again")

@@ -79,7 +79,10 @@ class TritonServer:
         wanted = {"HTTP": options.http_port, "gRPC": options.grpc_port, "metrics": options.metrics_port}
         self.http_port, self.grpc_port, self.metrics_port = free_ports(self._host, wanted)
         public = {"http": self.http_port, "grpc": self.grpc_port}
-        self._doors = Doors(self._host, {kind: public[kind] for kind in _doors_of(options)})
+        self._status = Status()
+        self._status_server = StatusServer(self._status)
+        doors = {kind: public[kind] for kind in _doors_of(options)}
+        self._doors = Doors(self._host, doors, self._status_server.url)
         # Triton's own addresses, which are those of callers where there is no door.
         self._triton = {kind: (self._host, port) for kind, port in public.items()}
         self.models: list[str] = []
@@ -92,8 +95,6 @@ class TritonServer:
         # thread starts all processes and lives as long as the server.
         self._spawner = ThreadPoolExecutor(1, "siglip-serve-spawner")
         self._watcher: Watcher | None = None
-        self._status = Status()
-        self._status_server = StatusServer(self._status)
         self._log_start = 0
 
     @property

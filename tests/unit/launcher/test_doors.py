@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
@@ -17,8 +18,10 @@ from programs import free_port
 from siglip_serve.errors import ServerStartError
 from siglip_serve.launcher import ServeOptions, server
 from siglip_serve.launcher.doors import Doors
+from siglip_serve.launcher.family import Stopped
 from siglip_serve.launcher.ports import free_ports
 
+STATUS = "127.0.0.1:9"  # of a launcher that does not answer
 OPTIONS = ServeOptions(Path("models"), "checkpoint", device="cpu")
 
 
@@ -27,7 +30,7 @@ class Opened:
 
     def __init__(self) -> None:
         self.ports = {"grpc": free_port(), "http": free_port()}
-        self.doors = Doors("127.0.0.1", self.ports)
+        self.doors = Doors("127.0.0.1", self.ports, STATUS)
         self.processes: list[subprocess.Popen[bytes]] = []
         self.said: list[str] = []
 
@@ -64,6 +67,18 @@ def test_starts_dead_processes_again_on_the_same_port(opened: Opened) -> None:
     assert {int(line.split()[3]) for line in opened.said} == pids
 
 
+def test_kills_a_process_that_a_signal_has_stopped(opened: Opened) -> None:
+    stopped = opened.processes[0]
+    opened.doors._stopped = Stopped(0.2)
+    stopped.send_signal(signal.SIGSTOP)
+    deadline = time.monotonic() + 20
+    while stopped.poll() is None and time.monotonic() < deadline:
+        opened.doors.watch()
+        time.sleep(0.02)
+    assert stopped.wait(5) == -signal.SIGKILL
+    assert all(process.poll() is None for process in opened.processes if process is not stopped)
+
+
 def test_waits_before_it_starts_a_process_that_dies_at_once() -> None:
     dies = [sys.executable, "-c", "raise SystemExit(1)"]
     started = []
@@ -73,7 +88,7 @@ def test_waits_before_it_starts_a_process_that_dies_at_once() -> None:
         started[-1].wait()
         return started[-1]
 
-    doors = Doors("127.0.0.1", {"grpc": free_port()})
+    doors = Doors("127.0.0.1", {"grpc": free_port()}, STATUS)
     try:
         doors.take_ports()
         doors.start(run, lambda _: None)
@@ -98,7 +113,7 @@ def test_no_other_program_gets_the_ports_until_the_end(opened: Opened) -> None:
 
 
 def test_triton_can_listen_where_its_own_port_is_held() -> None:
-    doors = Doors("127.0.0.1", {"grpc": free_port()})
+    doors = Doors("127.0.0.1", {"grpc": free_port()}, STATUS)
     try:
         address = doors.take_ports()["grpc"]
         with socket.socket() as triton:
@@ -114,7 +129,7 @@ def test_names_a_public_port_that_was_taken_meanwhile() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         port = other.getsockname()[1]
-        doors = Doors("127.0.0.1", {"grpc": port})
+        doors = Doors("127.0.0.1", {"grpc": port}, STATUS)
         with pytest.raises(
             ServerStartError, match=f"^grpc port {port} on 127.0.0.1: Address already in use$"
         ):
@@ -123,7 +138,7 @@ def test_names_a_public_port_that_was_taken_meanwhile() -> None:
 
 
 def test_without_doors_there_is_nothing_to_do() -> None:
-    doors = Doors("127.0.0.1", {})
+    doors = Doors("127.0.0.1", {}, STATUS)
     assert doors.take_ports() == {}
     doors.start(lambda _: pytest.fail("no process"), pytest.fail)
     doors.wait_until_open(0)
