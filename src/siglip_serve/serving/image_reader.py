@@ -6,7 +6,9 @@ from collections.abc import Callable
 from functools import partial
 
 from siglip_serve.config import PreprocessMode
-from siglip_serve.images.preprocess import ImageLimits, Pixels, Preprocessor, decode_base64
+from siglip_serve.images.formats import ImageLimits, decode_base64
+from siglip_serve.images.preprocess import Preprocessor
+from siglip_serve.images.resize import Pixels
 from siglip_serve.serving.context import Context
 from siglip_serve.serving.request import Request
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from siglip_serve.checkpoint.files import fingerprint
 from siglip_serve.embeddings.unit import check_values
 from siglip_serve.errors import InvalidInputError
-from siglip_serve.images.preprocess import Pixels
+from siglip_serve.images.resize import Pixels
 from siglip_serve.serving.context import Context, readable_start
 from siglip_serve.serving.counters import ImageCounter
 from siglip_serve.serving.image_reader import ImageReader
