@@ -9,8 +9,9 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["ModelProcesses", "Stopped", "family", "mapped_files"]
+__all__ = ["STOPPED_TOO_LONG", "ModelProcesses", "Stopped", "family", "kill", "mapped_files"]
 
+STOPPED_TOO_LONG = 5.0  # seconds
 _STUB = "triton_python_backend_stub"
 
 
@@ -21,6 +22,12 @@ def family(pid: int) -> list[psutil.Process]:
         return [server, *server.children(recursive=True)]
     except psutil.Error:
         return []
+
+
+def kill(process: psutil.Process) -> None:
+    """Kill a process that may have ended meanwhile."""
+    with suppress(psutil.Error):
+        process.kill()
 
 
 def mapped_files(processes: Iterable[psutil.Process]) -> set[Path]:

@@ -81,8 +81,7 @@ class TritonServer:
         public = {"http": self.http_port, "grpc": self.grpc_port}
         self._status = Status()
         self._status_server = StatusServer(self._status)
-        doors = {kind: public[kind] for kind in _doors_of(options)}
-        self._doors = Doors(self._host, doors, self._status_server.url)
+        self._doors = Doors(self._host, {kind: public[kind] for kind in _doors_of(options)})
         # Triton's own addresses, which are those of callers where there is no door.
         self._triton = {kind: (self._host, port) for kind, port in public.items()}
         self.models: list[str] = []
@@ -264,7 +263,7 @@ class TritonServer:
             environment = {**os.environ, **KEEP_MEMORY}
             return self._spawner.submit(spawn, command, environment, stage.empty, self.log_file).result()
 
-        self._doors.start(run, Journal(self.log_file).say)
+        self._doors.start(run, Journal(self.log_file).say, self.status_url)
 
     def _watch(self, process: subprocess.Popen[bytes], stage: Stage, spawn_it: Spawn) -> None:
         actions = Actions(

@@ -39,11 +39,12 @@ def test_knows_a_model_process_although_the_system_tells_no_more_about_it(
 
         monkeypatch.setattr(psutil.Process, "cmdline", refuse)
         assert find(os.getpid())[process.pid] == MODEL
-        for child in psutil.Process(process.pid).children():
-            child.kill()
-        process.kill()
+        children = psutil.Process(process.pid).children()
+        os.kill(process.pid, signal.SIGKILL)
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie
         assert process.pid not in find(os.getpid())
+        for child in children:
+            child.kill()
 
 
 def test_notices_what_was_stopped_for_long() -> None:

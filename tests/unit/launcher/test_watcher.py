@@ -237,7 +237,7 @@ def watching(
 def test_loads_the_model_of_a_stopped_process_again(
     make: Make, tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watcher, "_STOPPED_TOO_LONG", 0.2)
+    monkeypatch.setattr(watcher, "STOPPED_TOO_LONG", 0.2)
     process, pid = with_model(make, tmp_path)
     server = Server()
     with watching(process, server, log) as status:
@@ -252,7 +252,7 @@ def test_loads_the_model_of_a_stopped_process_again(
 
 
 def test_a_stopped_server_is_started_again(make: Make, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watcher, "_STOPPED_TOO_LONG", 0.2)
+    monkeypatch.setattr(watcher, "STOPPED_TOO_LONG", 0.2)
     process = make("sleep", "60")
     with watching(process, Server(LIVES), log):
         os.kill(process.pid, signal.SIGSTOP)
