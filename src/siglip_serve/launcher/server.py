@@ -300,7 +300,5 @@ class TritonServer:
 
 def _doors_of(options: ServeOptions) -> list[str]:
     """Choose the protocols that callers speak with a door."""
-    given = {"http": options.direct_http, "grpc": options.direct_grpc}
-    return [
-        kind for kind, direct in given.items() if not (direct if direct is not None else not is_embedded())
-    ]
+    direct = {"http": options.direct_http, "grpc": options.direct_grpc}
+    return [kind for kind, wanted in direct.items() if (is_embedded() if wanted is None else not wanted)]
