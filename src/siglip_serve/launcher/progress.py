@@ -17,9 +17,10 @@ __all__ = ["Progress", "call_watched"]
 
 _INTERVAL = 0.25
 _PAUSE = 0.5  # between two measurements, which read a file of each process
-# An idle model process takes less than 0.1% of a core. One that starts takes several percent even among
-# many that are busy.
+# An idle model process takes less than 0.1% of a core.
 _LEAST_SECONDS, _LEAST_SHARE = 0.05, 0.02
+# A process of low priority may get less than that on a busy machine, but it is always ready to run.
+_BUSY = (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
 
 
 class _Work(NamedTuple):
@@ -38,8 +39,8 @@ class _Work(NamedTuple):
 class Progress:
     """Measures for how long some processes have done nothing.
 
-    New or ended processes are work, and so are CPU time, bytes read from a disk, a wait for a disk, and new
-    lines of the log.
+    New or ended processes are work, and so are CPU time, bytes read from a disk, a wait for a disk or for a
+    core, and new lines of the log.
 
     Args:
         processes: lists them.
@@ -66,8 +67,8 @@ class Progress:
             return self._idle
         self._idle += min(now - self._looked, 1.0)
         self._looked = now
-        work, waits_for_disk = self._measure()
-        if waits_for_disk or work.follows(self._work, self._idle):
+        work, waits = self._measure()
+        if waits or work.follows(self._work, self._idle):
             self._work, self._idle = work, 0.0
         return self._idle
 
@@ -77,7 +78,7 @@ class Progress:
             try:
                 with process.oneshot():
                     times = process.cpu_times()
-                    waits |= process.status() == psutil.STATUS_DISK_SLEEP
+                    waits |= process.status() in _BUSY
                 read += process.io_counters().read_bytes
             except psutil.Error:
                 continue

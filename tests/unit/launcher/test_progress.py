@@ -41,21 +41,25 @@ def test_sleeping_is_no_progress(sleeper: psutil.Process) -> None:
     assert idle_after(Progress(lambda: [sleeper]), 1.0) == pytest.approx(1.0, abs=0.3)
 
 
-def test_computing_is_progress_even_if_a_little(sleeper: psutil.Process) -> None:
-    """A twentieth of a core, as on a machine with many busy processes."""
-    code = (
-        "import time\n"
-        "while True:\n"
-        "    end = time.process_time() + 0.01\n"
-        "    while time.process_time() < end: pass\n"
-        "    time.sleep(0.2)"
-    )
-    with subprocess.Popen([sys.executable, "-c", code]) as busy:
+def test_computing_is_progress_however_little_of_a_core_is_left(
+    sleeper: psutil.Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_LEAST_SECONDS", 3600.0)  # more than it can have
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
         measured = Progress(lambda: [sleeper, psutil.Process(busy.pid)])
-        time.sleep(0.5)
-        most = max(idle_after(measured, 0.2) for _ in range(15))
+        assert idle_after(measured, 1.0) < 0.5
         busy.kill()
-    assert most < 2.5
+
+
+def test_cpu_time_is_progress_between_two_waits(
+    sleeper: psutil.Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_BUSY", ())
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        measured = Progress(lambda: [sleeper, psutil.Process(busy.pid)])
+        least = min(idle_after(measured, 0.2) for _ in range(20))
+        busy.kill()
+    assert least == 0.0
 
 
 def test_new_processes_and_lines_are_progress(sleeper: psutil.Process, tmp_path: Path) -> None:
