@@ -31,7 +31,7 @@ from siglip_serve.checkpoint.files import resolve
 from siglip_serve.config import PREFIX, load_settings
 from siglip_serve.errors import ServerStartError, SettingsError
 from siglip_serve.launcher.checkpoints import check_options, describe_checkpoints
-from siglip_serve.launcher.doors import Doors
+from siglip_serve.launcher.doors import GATEWAY, Doors
 from siglip_serve.launcher.endpoint import Endpoint
 from siglip_serve.launcher.log import Journal, cause, open_log, tail
 from siglip_serve.launcher.options import ServeOptions
@@ -65,6 +65,7 @@ class TritonServer:
     Attributes:
         options: as given.
         http_port, grpc_port, metrics_port: the ports that callers use.
+        gateway_port: the gateway's port on 127.0.0.1, or None without a gateway.
         device: `cpu` or `cuda`.
         models: names of the served models, set by `start`.
         notes: sentences for the operator about the served checkpoints, set by `start`.
@@ -82,7 +83,12 @@ class TritonServer:
         wanted = {"HTTP": options.http_port, "gRPC": options.grpc_port, "metrics": options.metrics_port}
         self.http_port, self.grpc_port, self.metrics_port = free_ports(self._host, wanted)
         public = {"http": self.http_port, "grpc": self.grpc_port}
-        self._doors = Doors(self._host, {kind: public[kind] for kind in _doors_of(options)})
+        doors = {kind: public[kind] for kind in _doors_of(options)}
+        self.gateway_port: int | None = None
+        if options.gateway_port is not None:
+            (self.gateway_port,) = free_ports("127.0.0.1", {GATEWAY: options.gateway_port})
+            doors[GATEWAY] = self.gateway_port
+        self._doors = Doors(self._host, doors, self.grpc_url)
         # Triton's own addresses, which are those of callers where there is no door.
         self._triton = {kind: (self._host, port) for kind, port in public.items()}
         self.models: list[str] = []

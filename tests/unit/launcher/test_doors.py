@@ -13,10 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 from programs import free_port
+from wire import OPENER
 
 from siglip_serve.errors import ServerStartError
 from siglip_serve.launcher import ServeOptions, server
-from siglip_serve.launcher.doors import Doors
+from siglip_serve.launcher.doors import GATEWAY, Doors
 from siglip_serve.launcher.ports import free_ports
 
 OPTIONS = ServeOptions(Path("models"), "checkpoint", device="cpu")
@@ -147,3 +148,25 @@ def test_doors_stand_before_the_triton_of_the_wheel_unless_the_options_differ(
 ) -> None:
     monkeypatch.setattr(server, "is_embedded", lambda: embedded)
     assert server._doors_of(replace(OPTIONS, direct_http=http, direct_grpc=grpc)) == expected
+
+
+def test_the_gateway_is_a_door_of_the_loopback_interface() -> None:
+    port, grpc = free_port(), free_port()
+    doors = Doors("0.0.0.0", {GATEWAY: port}, f"127.0.0.1:{grpc}")
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def run(command: Sequence[str]) -> subprocess.Popen[bytes]:
+        processes.append(subprocess.Popen(command))
+        return processes[-1]
+
+    try:
+        assert doors.take_ports() == {}  # Triton needs no port of its own for it
+        doors.start(run, print)
+        doors.wait_until_open(60)
+        with OPENER.open(f"http://127.0.0.1:{port}/.well-known/live", timeout=10) as answer:
+            assert answer.status == 204
+        addresses = {found.laddr for found in psutil.Process(processes[0].pid).net_connections("tcp")}
+        assert addresses == {("127.0.0.1", port)}
+    finally:
+        doors.stop(10)
+    assert [process.returncode for process in processes] == [0] * len(processes)
