@@ -91,7 +91,7 @@ def grpc_bytes(request: Infer) -> bytes:
             setattr(message.parameters[name], kind, value)
     for name in request.outputs:
         message.outputs.add(name=name)
-    return bytes(message.SerializeToString())
+    return bytes(message.SerializeToString(deterministic=True))
 
 
 def http_parts(request: Infer) -> tuple[dict[str, Any], bytes]:

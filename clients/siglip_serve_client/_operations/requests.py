@@ -6,7 +6,8 @@ loop in a thread. One image takes the same road as each of many.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ __all__ = [
     "Transport",
     "output",
     "refuse_single",
+    "refuse_unknown",
     "strings",
     "utf8",
 ]
@@ -142,6 +144,24 @@ def refuse_single(argument: str, values: object, what: str) -> None:
     """
     if isinstance(values, str | bytes | bytearray | memoryview | Path):
         raise TypeError(f"{argument}: one {type(values).__name__}, expected several {what}")
+
+
+def refuse_unknown(function: str, given: Collection[str], known: Collection[str]) -> None:
+    """Check the names of keyword arguments that a method hands on.
+
+    Args:
+        function: name of the method in messages.
+        given: as the caller wrote them.
+        known: those that the method has.
+
+    Raises:
+        TypeError: a name is not known. The message has the nearest one.
+    """
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TypeError(f"{function}() has no argument {unknown[0]!r}{hint}")
 
 
 def utf8(argument: str, texts: Sequence[str], first: int = 0) -> list[bytes]:

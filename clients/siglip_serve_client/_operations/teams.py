@@ -20,6 +20,7 @@ from siglip_serve_client._operations.requests import (
     Tensor,
     output,
     refuse_single,
+    refuse_unknown,
     strings,
     utf8,
 )
@@ -35,7 +36,7 @@ class Teams:
         labels: int32 [N], the team, from 0; -1 is not assigned.
         margin: float32 [N], from 0 (half-way between two teams) to 1 (at a team's centre).
         outlier_score: float32 [N]; 1 is typical, larger is less like any team.
-        coordinates: float32 [N, 2], a projection to plot.
+        coordinates: float32 [N, 2], to plot: the place along the line between the teams, and across it.
         region_fallback: bool [N], True where the jersey region was empty and the whole crop was used.
     """
 
@@ -83,6 +84,7 @@ class _Request:
 
 async def ask_fit(link: Link, images: TeamImages, hints: Sequence[Tensor]) -> TeamFit:
     """A fit of teams. See `Client.fit_teams`."""
+    refuse_unknown("fit_teams", images, TeamImages.__annotations__)
     request = await asyncio.to_thread(partial(_request, **images))
     answer = await _infer(link, "fit_teams", request, hints)
     return TeamFit(
@@ -94,6 +96,7 @@ async def ask_fit(link: Link, images: TeamImages, hints: Sequence[Tensor]) -> Te
 
 async def ask_teams(link: Link, images: TeamImages, state: bytes) -> Teams:
     """The teams of players. See `Client.classify_teams`."""
+    refuse_unknown("classify_teams", images, TeamImages.__annotations__)
     stated = strings("STATE", "state", [state])
     request = await asyncio.to_thread(partial(_request, **images))
     answer = await _infer(link, "classify_teams", request, [stated])

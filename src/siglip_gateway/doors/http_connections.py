@@ -60,7 +60,7 @@ class Connections:
         """Close the connections that have no request."""
         for connection in self.server.connections:
             if connection not in self.busy:
-                connection.close()
+                connection.force_close()
 
 
 class _Connection(web.RequestHandler):

@@ -5,9 +5,9 @@ busy connections share one thread. When the socket is full, the command is lost 
 never gets its answer, and the connection is never closed. Behind the door Triton has at most 256 connections,
 so the socket cannot be full. Further requests wait here, and those beyond that are refused with 503.
 
-A caller that goes away does not reach Triton either. Its request leaves the queue, or is completed for
-nobody. Bodies are limited, inflated, and sent on with a Content-Length. JSON that would overflow the stack of
-Triton's parser is refused. Everything else passes through unchanged.
+Triton does not notice a caller that goes away either. Its request leaves the queue, or Triton completes it
+and the door drops the answer. Bodies are limited, inflated, and sent on with a Content-Length. JSON that
+would overflow the stack of Triton's parser is refused. Everything else passes through unchanged.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ DRAIN = 30.0  # seconds that running requests have to complete after SIGTERM
 
 _ANSWER_TIME = 1800.0  # seconds; Triton itself drops what waits in its queues for ten minutes
 _HEALTH_TIME = 5.0
+_IDLE = 2.0  # seconds after which an unused connection to Triton is closed, to free its descriptors
 _SPARE_FILES = 128
+_BACKLOG = 4096  # connections that the kernel accepts before the door does
 _JSON_SIZE = "Inference-Header-Content-Length"
 # Headers of one connection, which a proxy does not pass on, and those that it writes anew.
 _OF_A_CONNECTION = frozenset(
@@ -84,7 +86,7 @@ class HttpDoor:
         self._limits = limits
         self._places = asyncio.Semaphore(limits.in_flight)
         self._waiting = 0
-        self._memory = Memory(2 * limits.body)
+        self.memory = Memory(2 * limits.body)
         self._relays: set[asyncio.Task[web.Response]] = set()
         self._stopping = False
         self.connections = Connections(self.answer, limits.connections)
@@ -122,7 +124,7 @@ class HttpDoor:
     async def _admit(self, request: web.BaseRequest) -> web.Response:
         """Read a request, wait for a place, and have Triton answer it."""
         self._refuse_overload()  # before the body is read
-        held = self._memory.hold()
+        held = self.memory.hold()
         try:
             target = self._target(request)
             body = await read_body(request, held, self._limits.body)
@@ -131,7 +133,7 @@ class HttpDoor:
         except BaseException:
             held.release()
             raise
-        # A task of its own, which goes on when the caller is gone and this one is cancelled.
+        # A task of its own: this one is cancelled when the caller goes away.
         relay = asyncio.create_task(
             self._relay(request.method, target, _passed_on(request, body), body, held)
         )
@@ -191,7 +193,7 @@ class HttpDoor:
 
     async def _send(self, request: web.BaseRequest, answer: web.Response) -> None:
         """Send an answer; abort the connection of a caller that does not take it in time."""
-        transport, held = request.transport, self._memory.hold()
+        transport, held = request.transport, self.memory.hold()
         size = answer.content_length or 0
         held.add_anyway(size)
         try:
@@ -237,7 +239,7 @@ async def serve(
 
 @contextlib.asynccontextmanager
 async def open_door(
-    listen: str, triton: str, launcher: str | None = None, limits: Limits = Limits()
+    listen: str, triton: str, launcher: str | None = None, limits: Limits | None = None
 ) -> AsyncIterator[tuple[HttpDoor, int]]:
     """Run a door; yield it and its port. At the end it drains.
 
@@ -246,11 +248,9 @@ async def open_door(
     """
     host, _, port = listen.rpartition(":")
     async with _session() as session:
-        door = HttpDoor(session, triton, launcher, limits)
+        door = HttpDoor(session, triton, launcher, limits or Limits())
         accept, loop = door.connections.accept, asyncio.get_running_loop()
-        server = await loop.create_server(
-            accept, host, int(port), reuse_port=True, backlog=limits.connections
-        )
+        server = await loop.create_server(accept, host, int(port), reuse_port=True, backlog=_BACKLOG)
         try:
             yield door, server.sockets[0].getsockname()[1]
         finally:
@@ -262,7 +262,7 @@ async def open_door(
 def _session() -> aiohttp.ClientSession:
     """Connections to Triton that add, follow and undo nothing. Their number is that of the places."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=3600),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE),
         timeout=aiohttp.ClientTimeout(total=_ANSWER_TIME),
         auto_decompress=False,
         cookie_jar=aiohttp.DummyCookieJar(),

@@ -9,15 +9,18 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from siglip_serve.config import PREFIX, Settings
 from siglip_serve.errors import SettingsError, SiglipServeError
 from siglip_serve.launcher.options import ServeOptions
+from siglip_serve.launcher.ports import numeric_address
 from siglip_serve.launcher.server import TritonServer
+from siglip_serve.launcher.tritonserver import is_embedded
 
 __all__ = ["main"]
 
@@ -26,9 +29,22 @@ _SAMPLES = "samples"  # folder of images in a checkpoint, each named after what 
 _IMAGE_TYPES = {".jpg", ".jpeg", ".png"}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until Ctrl-C, SIGTERM or the end of the server, and return the exit status."""
-    options = _parser().parse_args(arguments)
+def main(
+    arguments: Sequence[str] | None = None,
+    refuse: Callable[[argparse.ArgumentParser, Sequence[str]], NoReturn] | None = None,
+) -> int:
+    """Serve until Ctrl-C, SIGTERM or the end of the server, and return the exit status.
+
+    Args:
+        arguments: the words after `serve`, or those of this process if None.
+        refuse: ends the process because of options that the parser does not know, or None for argparse's way.
+    """
+    parser = _parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown and refuse is not None:
+        refuse(parser, unknown)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     for number in _SIGNALS:
         signal.signal(number, _interrupt)
     try:
@@ -168,7 +184,7 @@ def _serve_options(options: argparse.Namespace) -> ServeOptions:
 
 
 def _announce(server: TritonServer, seconds: float, sample: str) -> None:
-    for note in server.notes:
+    for note in (*server.notes, *_unprotected(server.options)):
         print(f"siglip-serve: note: {note}")
     print(
         f"""siglip-serve: ready after {seconds:.1f} s on {server.device}
@@ -179,6 +195,18 @@ def _announce(server: TritonServer, seconds: float, sample: str) -> None:
   models   {", ".join(server.models)}
 {_example(server, sample)}Ctrl-C stops it.""",
         flush=True,
+    )
+
+
+def _unprotected(options: ServeOptions) -> tuple[str, ...]:
+    """Say what other hosts can do to a Triton that they reach without a door in front of it."""
+    reached = not ip_address(numeric_address(options.host)).is_loopback
+    if not (options.direct_http and reached and is_embedded()):
+        return ()
+    return (
+        f"--direct-http with --host {options.host} lets other hosts reach Triton itself over HTTP. Nothing "
+        "limits their bodies or what gzip inflates to, deeply nested JSON ends the server, and under "
+        "overload requests stay without an answer.",
     )
 
 

@@ -13,7 +13,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 
+import psutil
+
 from siglip_serve.errors import ServerStartError
+from siglip_serve.launcher.family import STOPPED_TOO_LONG, Stopped, kill
 from siglip_serve.launcher.processes import end
 from siglip_serve.machine import available_cores
 
@@ -41,6 +44,7 @@ class Doors:
         self._held = ExitStack()
         self._processes: list[_Process] = []
         self._say: Callable[[str], None] = print
+        self._stopped = Stopped(STOPPED_TOO_LONG)
 
     def take_ports(self) -> dict[str, tuple[str, int]]:
         """Hold the public ports and choose Triton's own, until `stop`.
@@ -62,12 +66,13 @@ class Doors:
         self._own = {kind: self._hold(_LOOPBACK, 0, socket.SO_REUSEADDR) for kind in self._ports}
         return {kind: (_LOOPBACK, port) for kind, port in self._own.items()}
 
-    def start(self, run: Run, say: Callable[[str], None]) -> None:
+    def start(self, run: Run, say: Callable[[str], None], launcher: str | None = None) -> None:
         """Start all processes, after `take_ports`.
 
         Args:
             run: starts a command.
             say: writes a line for the operator.
+            launcher: address of the `GET /health` that the HTTP door passes on (`launcher.status`).
         """
         self._say = say
         for kind, port in self._ports.items():
@@ -76,6 +81,7 @@ class Doors:
             count = _process_count()
             if kind == "http":
                 command += ["--max-in-flight", str(_MOST_HTTP // count)]
+                command += ["--launcher", launcher] if launcher else []
             self._processes += [_Process(kind, command, run) for _ in range(count)]
 
     def wait_until_open(self, seconds: float) -> None:
@@ -92,7 +98,12 @@ class Doors:
                 time.sleep(0.02)
 
     def watch(self) -> None:
-        """Start processes again that have died."""
+        """Start processes again that have died, and kill those that a signal has stopped for seconds."""
+        children = psutil.Process().children() if self._processes else []
+        doors = {process.pid for process in self._processes}
+        for stopped in self._stopped.overdue(child for child in children if child.pid in doors):
+            self._say(f"door: process {stopped.pid} was stopped for {STOPPED_TOO_LONG:.0f} s; killing it")
+            kill(stopped)
         for process in self._processes:
             if process.is_dead() and time.monotonic() - process.started > _PAUSE:
                 self._say(f"{process.kind} door: process {process.pid} died; starting it again")

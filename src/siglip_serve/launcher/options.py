@@ -26,7 +26,9 @@ class ServeOptions:
         log_file: file of the server's log; default: `~/.local/state/siglip-serve/<HTTP port>.log`.
         direct_grpc, direct_http: True gives callers Triton's own port, False a door in front of it; None puts
             doors in front of the Triton of the `nvidia-pytriton` wheel only, because later ones need none.
-        start_timeout: seconds until a start counts as failed.
+        start_timeout: seconds until an attempt to start counts as failed.
+        stalled_after: seconds without progress until an attempt to start or to load a model counts as failed.
+            CPU time, reading from a disk and lines of the log are progress.
     """
 
     model_repository: Path
@@ -43,3 +45,4 @@ class ServeOptions:
     direct_grpc: bool | None = None
     direct_http: bool | None = None
     start_timeout: float = 600.0
+    stalled_after: float = 15.0

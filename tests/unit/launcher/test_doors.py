@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from programs import free_port
 from siglip_serve.errors import ServerStartError
 from siglip_serve.launcher import ServeOptions, server
 from siglip_serve.launcher.doors import Doors
+from siglip_serve.launcher.family import Stopped
 from siglip_serve.launcher.ports import free_ports
 
 OPTIONS = ServeOptions(Path("models"), "checkpoint", device="cpu")
@@ -62,6 +64,19 @@ def test_starts_dead_processes_again_on_the_same_port(opened: Opened) -> None:
     pids = {process.pid for process in first}
     assert {line for line in opened.said if "died; starting it again" in line} == set(opened.said)
     assert {int(line.split()[3]) for line in opened.said} == pids
+
+
+def test_kills_a_process_that_is_stopped(opened: Opened) -> None:
+    """The watch after that starts it again."""
+    opened.doors._stopped = Stopped(0.1)
+    stopped = opened.processes[0]
+    stopped.send_signal(signal.SIGSTOP)
+    deadline = time.monotonic() + 20
+    while stopped.poll() is None:
+        assert time.monotonic() < deadline
+        opened.doors.watch()
+        time.sleep(0.02)
+    assert opened.said[0] == f"door: process {stopped.pid} was stopped for 5 s; killing it"
 
 
 def test_waits_before_it_starts_a_process_that_dies_at_once() -> None:
