@@ -15,10 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-import psutil
-
 from siglip_serve.errors import ServerStartError
-from siglip_serve.launcher.family import STOPPED_TOO_LONG, Stopped, kill
+from siglip_serve.launcher.family import STOPPED_TOO_LONG, Stopped, find, kill
 from siglip_serve.launcher.processes import end
 from siglip_serve.machine import available_cores
 
@@ -107,9 +105,7 @@ class Doors:
 
     def watch(self) -> None:
         """Start processes again that have died, and kill those that a signal has stopped for seconds."""
-        children = psutil.Process().children() if self._processes else []
-        doors = {process.pid for process in self._processes}
-        for stopped in self._stopped.overdue(child for child in children if child.pid in doors):
+        for stopped in self._stopped.overdue(seen for process in self._processes for seen in process.seen):
             self._say(f"door: process {stopped.pid} was stopped for {STOPPED_TOO_LONG:.0f} s; killing it")
             kill(stopped)
         for process in self._processes:
@@ -165,6 +161,7 @@ class _Process:
     def start(self) -> None:
         self.started = time.monotonic()
         self._process = self._run(self._command)
+        self.seen = find(self._process.pid)
 
     @property
     def pid(self) -> int:

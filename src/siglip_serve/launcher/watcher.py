@@ -147,7 +147,8 @@ class Watcher(Repeated):
     def _begin(self) -> None:
         """Begin with a server whose models are all served."""
         self._replaced = False
-        self._known = self._processes(self._server.pid)  # the dead stay until their model is served again
+        # By process id, the model of each. The dead stay until their model is served again.
+        self._known = self._processes(family(self._server.pid))
         self._retired: set[int] = set()  # other processes of a model that was loaded again; Triton ends them
         self._retry: dict[str, float] = {}  # when to load a model again that could not be loaded
         self._refuses_since: float | None = None
@@ -159,8 +160,9 @@ class Watcher(Repeated):
             if not again:
                 self._also.stop()
             return again
-        self._kill_stopped()
-        present = self._processes(self._server.pid)
+        members = family(self._server.pid)
+        self._kill_stopped(members)
+        present = self._processes(members)
         self._retired &= present.keys()
         self._known |= {pid: model for pid, model in present.items() if pid not in self._retired}
         dead = sorted({self._known[pid] for pid in self._known.keys() - present.keys()})
@@ -179,8 +181,8 @@ class Watcher(Repeated):
             self._actions.tidy()
         return True
 
-    def _kill_stopped(self) -> None:
-        for process in self._stopped.overdue(family(self._server.pid)):
+    def _kill_stopped(self, processes: Iterable[psutil.Process]) -> None:
+        for process in self._stopped.overdue(processes):
             what = self._known.get(process.pid, "tritonserver")  # or a program that a model runs
             self._say(f"{what}: process {process.pid} was stopped for {STOPPED_TOO_LONG:.0f} s; killing it")
             kill(process)
@@ -222,7 +224,7 @@ class Watcher(Repeated):
 
         def check() -> None:
             nonlocal progress, hung
-            self._kill_stopped()
+            self._kill_stopped(family(self._server.pid))
             if progress.idle() < self._stalled_after:
                 return
             hung += 1
@@ -239,8 +241,9 @@ class Watcher(Repeated):
         call_watched(partial(self._actions.load, model), check)
 
     def _of_model(self, model: str) -> list[psutil.Process]:
-        pids = {pid for pid, of in self._processes(self._server.pid).items() if of == model}
-        return [process for process in family(self._server.pid) if process.pid in pids]
+        members = family(self._server.pid)
+        models = self._processes(members)
+        return [process for process in members if models.get(process.pid) == model]
 
     def _start_again(self) -> bool:
         """Start the server again, until that succeeds; False if it ended on request."""
