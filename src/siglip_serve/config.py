@@ -7,6 +7,7 @@ Startup fails on a name that is not a setting.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ __all__ = [
     "PREFIX",
     "Backend",
     "CheckpointUse",
+    "Color",
     "Dtype",
     "PreprocessMode",
     "Settings",
@@ -35,6 +37,7 @@ _SERVICE_LINKS = re.compile(rf"{PREFIX}(SERVICE_HOST|SERVICE_PORT.*|PORT|PORT_\d
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float8", "int8"]
 Backend = Literal["auto", "torch", "openvino", "fused"]
 PreprocessMode = Literal["fast", "pil", "gpu"]
+Color = Literal["stored", "srgb"]
 TeamReducer = Literal["pca", "none", "umap"]
 CheckpointUse = Literal["main", "teams"]
 Switch = Literal["on", "off"]
@@ -119,6 +122,12 @@ class Settings:
             "fast: libjpeg-turbo; pil: the same pixels as the reference; gpu: JPEG decoded on the GPU",
         ),
     )
+    color: Color = field(
+        default="stored",
+        metadata=_option(
+            "images", "stored: ICC profiles are ignored, as in training; srgb: they are applied"
+        ),
+    )
     decoders: int = field(
         default=0,
         metadata=_option(
@@ -131,6 +140,20 @@ class Settings:
     max_image_pixels: int = field(
         default=64_000_000,
         metadata=_option("images", "largest image, in pixels; checked before it is decoded"),
+    )
+    max_decode_seconds: float = field(
+        default=2.0, metadata=_option("images", "most CPU time that one image may take, in seconds")
+    )
+    max_decode_megabytes: int = field(
+        default=512, metadata=_option("images", "most memory that decoding one image may need, in MB")
+    )
+    slow_request_seconds: float = field(
+        default=0.5,
+        metadata=_option(
+            "images",
+            "CPU seconds that a request may take beyond what its bytes explain; after that it is slow, and "
+            "one decoder is kept free of slow requests",
+        ),
     )
     max_text_bytes: int = field(default=65_536, metadata=_option("texts", "largest text or label, in bytes"))
     text_cache_rows: int = field(
@@ -190,8 +213,8 @@ def load_settings(
         parameters: the `parameters` of the model's configuration, as name -> string value.
 
     Raises:
-        SettingsError: a name is unknown, a value is not of the setting's type or range, or
-            `checkpoint` is not set.
+        SettingsError: a name is unknown, a value is not of the setting's type or range, two values exclude
+            each other, or `checkpoint` is not set.
     """
     environment = os.environ if environment is None else environment
     given = {
@@ -211,7 +234,10 @@ def load_settings(
         raise SettingsError(
             f"setting {missing[0]!r} is not given (environment variable {PREFIX}{missing[0].upper()})"
         )
-    return Settings(**values)
+    settings = Settings(**values)
+    if settings.color == "srgb" and settings.preprocess == "gpu":
+        raise SettingsError("color srgb: preprocess gpu applies no ICC profiles; take preprocess fast or pil")
+    return settings
 
 
 def _parse(text: str, kind: Any, source: str) -> Any:
@@ -223,4 +249,12 @@ def _parse(text: str, kind: Any, source: str) -> Any:
         if not text.isascii() or not text.isdigit():
             raise SettingsError(f"{source}: got {text!r}, expected a whole number >= 0")
         return int(text)
+    if kind is float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not 0 < number < math.inf:
+            raise SettingsError(f"{source}: got {text!r}, expected a number > 0")
+        return number
     return text

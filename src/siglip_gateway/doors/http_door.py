@@ -49,6 +49,8 @@ _JSON_SIZE = "Inference-Header-Content-Length"
 _OF_A_CONNECTION = frozenset(
     ("connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade")
 )
+# Triton calls JSON of a wrong type, such as a number for `id`, a failure of its own.
+_WRONG_JSON = re.compile(rb"attempt to (access JSON non-|get members for non-object)")
 _OF_A_BODY = frozenset(("content-length", "content-encoding", "expect"))
 
 
@@ -298,8 +300,11 @@ def _passed_back(method: str, answer: aiohttp.ClientResponse, body: bytes) -> we
     dropped = _OF_A_CONNECTION if method == "HEAD" else _OF_A_CONNECTION | {"content-length"}
     headers = _without(answer.headers, dropped)
     headers.setdefault("Server", SERVER)
+    status, reason = answer.status, answer.reason
+    if status == 500 and _WRONG_JSON.search(body):
+        status, reason = 400, None
     return web.Response(
-        status=answer.status, reason=answer.reason, headers=headers, body=None if method == "HEAD" else body
+        status=status, reason=reason, headers=headers, body=None if method == "HEAD" else body
     )
 
 

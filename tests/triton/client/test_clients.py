@@ -239,7 +239,7 @@ def test_health(run: Run) -> None:
 def test_a_server_describes_its_checkpoint(run: Run) -> None:
     described = run("describe")
     assert set(described) == {
-        *("checkpoint_name", "checkpoint_revision", "dtype", "preprocess", "checkpoint_note")
+        *("checkpoint_name", "checkpoint_revision", "dtype", "preprocess", "color", "checkpoint_note")
     }
     assert (described["checkpoint_name"], described["dtype"]) == ("siglip-tiny", "float32")
     assert run("describe", "siglip_base_model")["checkpoint_name"] == "siglip-tiny-jersey"

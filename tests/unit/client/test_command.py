@@ -100,7 +100,14 @@ def test_the_note_is_no_part_of_an_embedding_files_identity(
     assert capsys.readouterr().err.count("note: the server runs tiny, which knows drawings only") == 1
     with np.load(tmp_path / "out.npz") as written:
         identity = json.loads(str(written["identity"]))
-    assert set(identity) == {"normalized", "checkpoint_name", "checkpoint_revision", "dtype", "preprocess"}
+    assert set(identity) == {
+        "normalized",
+        "checkpoint_name",
+        "checkpoint_revision",
+        "dtype",
+        "preprocess",
+        "color",
+    }
 
 
 def test_the_bundled_checkpoint_says_what_it_knows_and_how_to_start_another() -> None:

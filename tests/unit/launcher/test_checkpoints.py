@@ -30,6 +30,7 @@ def test_describes_a_local_checkpoint_and_its_note() -> None:
         "checkpoint_revision": "local",
         "dtype": "float32",
         "preprocess": "fast",
+        "color": "stored",
     }
     assert note.startswith(
         "knows drawings only; for photographs serve one of Google's checkpoints: make serve CHECK"
