@@ -18,6 +18,7 @@ from siglip_serve_client._operations.encoding import ColorOrder, ImageLike, refu
 from siglip_serve_client._operations.explain import ExplainOptions, Explanation, ask_explanation
 from siglip_serve_client._operations.images import (
     ask_embedding,
+    ask_embeddings,
     ask_probabilities,
     label_flags,
     label_tensors,
@@ -88,6 +89,12 @@ class AsyncClient:
         refuse_one_image("images", images)
         link = self._link
         return self._each(images, lambda image: ask_embedding(link, image, normalized, color_order), progress)
+
+    async def embed_image_batch(
+        self, images: Sequence[bytes], normalized: bool = False, *, base64_encoded: bool = False
+    ) -> NDArray[np.float32]:
+        """Embed image files in one request: [N, D] float32. Otherwise as `Client.embed_image_batch`."""
+        return await ask_embeddings(self._link, images, normalized, base64_encoded)
 
     async def embed_text(
         self, text: str, normalized: bool = False, *, truncation: bool = False

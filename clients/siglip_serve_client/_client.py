@@ -19,6 +19,7 @@ from siglip_serve_client._operations.encoding import ColorOrder, ImageLike, refu
 from siglip_serve_client._operations.explain import ExplainOptions, Explanation, ask_explanation
 from siglip_serve_client._operations.images import (
     ask_embedding,
+    ask_embeddings,
     ask_probabilities,
     label_flags,
     label_tensors,
@@ -128,6 +129,24 @@ class Client:
         return self._each(
             iter(images), lambda image: ask_embedding(link, image, normalized, color_order), progress
         )
+
+    def embed_image_batch(
+        self, images: Sequence[bytes], normalized: bool = False, *, base64_encoded: bool = False
+    ) -> NDArray[np.float32]:
+        """The embeddings [N, D] float32 of image files in one request, or [0, 0] for none.
+
+        One bad image fails the whole request. `embed_images` sends one request per image instead.
+
+        Args:
+            images: image files, at most 128.
+            normalized: scale each embedding to length 1.
+            base64_encoded: the files are base64 text.
+
+        Raises:
+            InvalidInputError: an image is refused. The message names its index.
+            ClientError, TypeError: as for `embed_image`.
+        """
+        return self._run(ask_embeddings(self._link, images, normalized, base64_encoded))
 
     def embed_text(
         self, text: str, normalized: bool = False, *, truncation: bool = False

@@ -10,12 +10,24 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from siglip_serve_client._operations.encoding import ColorOrder, ImageLike, encoded
+from siglip_serve_client._operations.encoding import (
+    ColorOrder,
+    ImageLike,
+    encoded,
+    refuse_one_image,
+)
 from siglip_serve_client._operations.link import Link
 from siglip_serve_client._operations.requests import Answer, Call, Tensor, output, strings, utf8
 from siglip_serve_client.errors import ServerError
 
-__all__ = ["ask_embedding", "ask_image", "ask_probabilities", "label_flags", "label_tensors"]
+__all__ = [
+    "ask_embedding",
+    "ask_embeddings",
+    "ask_image",
+    "ask_probabilities",
+    "label_flags",
+    "label_tensors",
+]
 
 
 async def ask_embedding(
@@ -25,6 +37,25 @@ async def ask_embedding(
     parameters: dict[str, str | bool] = {"normalized": True} if normalized else {}
     call = Call("embed_image", [], parameters, link.timeout)
     return _row(await ask_image(link, call, image, color_order), "EMBEDDING")
+
+
+async def ask_embeddings(
+    link: Link, images: Sequence[bytes], normalized: bool, base64_encoded: bool
+) -> NDArray[np.float32]:
+    """The embeddings [n, D] of image files that fit one request. See `Client.embed_image_batch`."""
+    refuse_one_image("images", images)
+    if not images:
+        return np.empty((0, 0), dtype=np.float32)
+    flags = {"normalized": normalized, "base64_encoded": base64_encoded}
+    parameters: dict[str, str | bool] = {name: True for name, wanted in flags.items() if wanted}
+    tensor = strings("INPUT_IMAGE", "images", images, columns=True)
+    answer = await link.transport.infer(Call("embed_image", [tensor], parameters, link.timeout))
+    rows = output(answer, "EMBEDDING")
+    if rows.ndim != 2 or len(rows) != len(images):
+        raise ServerError(
+            f"the answer's EMBEDDING has the shape {list(rows.shape)}, expected {len(images)} rows"
+        )
+    return rows
 
 
 async def ask_probabilities(

@@ -5,9 +5,9 @@ busy connections share one thread. When the socket is full, the command is lost 
 never gets its answer, and the connection is never closed. Behind the door Triton has at most 256 connections,
 so the socket cannot be full. Further requests wait here, and those beyond that are refused with 503.
 
-A caller that goes away does not reach Triton either. Its request leaves the queue, or is completed for
-nobody. Bodies are limited, inflated, and sent on with a Content-Length. JSON that would overflow the stack of
-Triton's parser is refused. Everything else passes through unchanged.
+Triton does not notice a caller that goes away either. Its request leaves the queue, or Triton completes it
+and the door drops the answer. Bodies are limited, inflated, and sent on with a Content-Length. JSON that
+would overflow the stack of Triton's parser is refused. Everything else passes through unchanged.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ _JSON_SIZE = "Inference-Header-Content-Length"
 _OF_A_CONNECTION = frozenset(
     ("connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade")
 )
+# Triton calls JSON of a wrong type, such as a number for `id`, a failure of its own.
+_WRONG_JSON = re.compile(rb"attempt to (access JSON non-|get members for non-object)")
 _OF_A_BODY = frozenset(("content-length", "content-encoding", "expect"))
 
 
@@ -133,7 +135,7 @@ class HttpDoor:
         except BaseException:
             held.release()
             raise
-        # A task of its own, which goes on when the caller is gone and this one is cancelled.
+        # A task of its own: this one is cancelled when the caller goes away.
         relay = asyncio.create_task(
             self._relay(request.method, target, _passed_on(request, body), body, held)
         )
@@ -298,8 +300,11 @@ def _passed_back(method: str, answer: aiohttp.ClientResponse, body: bytes) -> we
     dropped = _OF_A_CONNECTION if method == "HEAD" else _OF_A_CONNECTION | {"content-length"}
     headers = _without(answer.headers, dropped)
     headers.setdefault("Server", SERVER)
+    status, reason = answer.status, answer.reason
+    if status == 500 and _WRONG_JSON.search(body):
+        status, reason = 400, None
     return web.Response(
-        status=answer.status, reason=answer.reason, headers=headers, body=None if method == "HEAD" else body
+        status=status, reason=reason, headers=headers, body=None if method == "HEAD" else body
     )
 
 
