@@ -25,7 +25,7 @@ DEV := $(VENV)/.dev
 PARALLEL := -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-unit lint validate bench load mutants tools format clean
+.PHONY: help install serve test test-unit lint validate bench load mutants chaos tools format clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -80,6 +80,9 @@ load: $(SERVER) ## Load on a running server; a table and a curve go to build/loa
 
 mutants: $(DEV) ## Plant known faults in a copy of the code and say which tests notice them; ARGS chooses
 	$(BIN)/python tests/mutants.py $(ARGS)
+
+chaos: $(SERVER) ## Attack a server of its own for hours, and print a table; ARGS chooses, as in ARGS="--only fuzz --cases 3000"
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 tools: ## nginx and Prometheus for the tests of docker/, from Debian's packages into .tools, without root
 	mkdir -p .tools/lists/partial .tools/archives/partial

@@ -28,9 +28,10 @@ from benchmarks.inputs import synthetic_jpeg
 from benchmarks.preprocess import default_size
 from benchmarks.records import about, write_csv
 from siglip_serve.checkpoint.config import ImageConfig
+from siglip_serve.images.formats import ImageLimits
 from siglip_serve.images.jpeg import plain_frame
 from siglip_serve.images.nvjpeg.reader import GpuJpegReader
-from siglip_serve.images.preprocess import ImageLimits, Preprocessor
+from siglip_serve.images.preprocess import Preprocessor
 
 MOST_OFF, MEAN_OFF = 3, 0.1  # levels of 255
 _LONGEST = 200  # files in one call; more than one batch

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from benchmarks.inputs import synthetic_jpeg
 from benchmarks.records import about, write_csv
 from siglip_serve.checkpoint.config import ImageConfig
-from siglip_serve.images.preprocess import Mode, Preprocessor
+from siglip_serve.images.preprocess import Preprocessor
+from siglip_serve.images.resize import Mode
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 CASES = {"500x375": (500, 375), "1080p": (1920, 1080), "12 MP": (4000, 3000), "64x128": (64, 128)}

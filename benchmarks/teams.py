@@ -50,7 +50,8 @@ from siglip_serve.checkpoint.config import load_config
 from siglip_serve.checkpoint.files import resolve
 from siglip_serve.engine.engines import VisionEngine
 from siglip_serve.engine.plan import Plan
-from siglip_serve.images.preprocess import Pixels, Preprocessor
+from siglip_serve.images.preprocess import Preprocessor
+from siglip_serve.images.resize import Pixels
 from siglip_serve.teams import clustering
 from siglip_serve.teams.clustering import Hints
 from siglip_serve.teams.jersey import jersey_roi, parse_region

@@ -7,6 +7,7 @@
     ├── InvalidInputError        the request is at fault: INVALID_ARGUMENT / 400
     │   ├── ImageError           not a decodable image
     │   ├── ImageTooLargeError   more bytes or pixels than the limits allow
+    │   │   └── ImageCostError   decoding takes more time or memory than the limits allow
     │   ├── ParameterError       unknown request parameter, or a value that it cannot have
     │   ├── StateError           not a team state, or a state of other embeddings
     │   └── TextError            not a usable text
@@ -23,6 +24,7 @@ __all__ = [
     "START_REFUSED",
     "CheckpointError",
     "DeviceMemoryError",
+    "ImageCostError",
     "ImageError",
     "ImageTooLargeError",
     "InvalidInputError",
@@ -70,6 +72,10 @@ class ImageError(InvalidInputError):
 
 class ImageTooLargeError(InvalidInputError):
     """The image has more bytes or pixels than the limits allow."""
+
+
+class ImageCostError(ImageTooLargeError):
+    """Decoding the image takes more CPU time or memory than the limits allow."""
 
 
 class ParameterError(InvalidInputError):

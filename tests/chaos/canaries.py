@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from images import encode, photo
 from numpy.typing import NDArray
 from players import CROPS
 
-from tests.chaos.messages import INFER, Infer, grpc_bytes, of_rows, outputs_of
+from tests.chaos.messages import INFER, Infer, grpc_bytes, http_outputs_of, of_rows, outputs_of
 from tests.chaos.server import ChaosError
 from tests.chaos.wires import GrpcWire, Outcome
 
@@ -118,18 +119,24 @@ class Canaries:
                 if difference(answer, self._right.setdefault(name, answer)) > self.tolerance:
                     raise ChaosError(f"{name}: a quiet server gives two answers")
 
-    def check(self, name: str, body: bytes) -> str:
-        """Compare an answer with the right one; return what is wrong, or ""."""
-        apart = difference(outputs_of(body), self._right[name])
+    def learned(self, messages: Mapping[str, bytes], right: Mapping[str, Mapping[str, NDArray[Any]]]) -> None:
+        """Take requests and their right answers from elsewhere."""
+        self.messages = dict(messages)
+        self._right = {name: dict(outputs) for name, outputs in right.items()}
+
+    def check(self, name: str, body: bytes, via: str = "grpc") -> str:
+        """Compare an answer over `grpc` or `http` with the right one; return what is wrong, or ""."""
+        found = outputs_of(body) if via == "grpc" else http_outputs_of(body)
+        apart = difference(found, self._right[name])
         return "" if apart <= self.tolerance else f"{name}: off by {apart:g}"
 
     async def all_right(self, wire: GrpcWire, limit: float = 20.0) -> str:
-        """Ask all once; return the first thing that is wrong, or ""."""
-        for name, message in self.messages.items():
-            reply = await wire.send(INFER, message, limit=limit)
+        """Ask all at once; return the first thing that is wrong, or ""."""
+
+        async def ask(name: str) -> str:
+            reply = await wire.send(INFER, self.messages[name], limit=limit)
             if reply.outcome is not Outcome.ANSWERED:
                 return f"{name}: {reply.outcome} {reply.status} {reply.message[:120]}"
-            wrong = self.check(name, reply.body)
-            if wrong:
-                return wrong
-        return ""
+            return self.check(name, reply.body)
+
+        return next(filter(None, await asyncio.gather(*map(ask, self.names))), "")

@@ -1,4 +1,4 @@
-"""What every part of the suite is given."""
+"""Options, report and server of a part of the suite."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ __all__ = ["MODES", "Patient", "run", "tell"]
 _CALLERS = 16
 _CANARY = "embed_image jpeg"
 _SLOWER = 2.0  # times that the patient caller may wait longer than among patient ones
+_REFUSED = 0.01  # of the requests of the patient caller
 _DELAYS = (0.0002, 0.001, 0.004, 0.01, 0.02)
 # Name, protocol, kind of caller, and the seconds after which it gives up.
 MODES: tuple[tuple[str, str, str, tuple[float, ...]], ...] = (
@@ -40,7 +41,7 @@ class Patient:
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self.failed: list[str] = []
-        self.wrong = 0
+        self.refused = self.wrong = 0
 
     async def ask(self, site: Site, until: asyncio.Task[Any]) -> None:
         """Ask one request after the other until a task ends."""
@@ -50,6 +51,9 @@ class Patient:
                 if reply.outcome is Outcome.ANSWERED:
                     self.seconds.append(reply.seconds)
                     self.wrong += bool(site.canaries.check(_CANARY, reply.body))
+                elif reply.outcome is Outcome.REFUSED:
+                    self.refused += 1
+                    await asyncio.sleep(0.05)
                 else:
                     self.failed.append(f"{reply.outcome} {reply.status} {reply.message}"[:200])
                     await asyncio.sleep(0.05)
@@ -83,6 +87,8 @@ def tell(
         report.add(
             "deadlines", f"{name}: the patient caller, {len(patient.seconds)} answers", text, expected, slow
         )
+        many = patient.refused > _REFUSED * (len(patient.seconds) + patient.refused)
+        report.add("deadlines", f"{name}: its refusals", patient.refused, f"{_REFUSED:.0%} at most", many)
         bad = len(patient.failed) + patient.wrong
         report.add(
             "deadlines",

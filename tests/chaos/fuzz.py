@@ -8,6 +8,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 
 from tqdm import tqdm
 
@@ -26,6 +27,7 @@ __all__ = ["Fuzz", "run", "send"]
 
 _BACK = 240.0  # seconds for a server to come back
 _PAUSE = 0.05  # seconds between canaries of one caller
+_INVESTIGATED = 8  # deaths after which the cases under way are sent again one by one
 _ALONE = 60.0  # seconds for a case that is sent again alone
 
 
@@ -60,7 +62,7 @@ class Fuzz:
         self.wrong = self.canaries_failed = self.canaries_sent = 0
         self.canary_replies: list[Answered] = []
         self.served: list[float] = []
-        self.deaths_investigated = 0
+        self.died: list[Death] = []  # without those of cases that were sent again
         self._recent: deque[Answered] = deque(maxlen=600)
         self._left: Iterator[int] = iter(numbers)
         self._open = asyncio.Event()
@@ -102,7 +104,7 @@ class Fuzz:
                 reply = await send(item, grpc, http, tcp)
             finally:
                 self._busy -= 1
-            answered = Answered(item.name, item.kind, Reply(**{**reply.__dict__, "body": b""}))
+            answered = Answered(item.name, item.kind, replace(reply, body=b""))
             self.tally.note(answered)
             self._recent.append(answered)
             self._bar.update()
@@ -135,7 +137,7 @@ class Fuzz:
         self.canaries_sent += 1
         if reply.outcome is Outcome.ANSWERED:
             self.canary_seconds.append(reply.seconds)
-            wrong = self.site.canaries.check(name, reply.body) if via == "grpc" else ""
+            wrong = self.site.canaries.check(name, reply.body, via)
             if wrong:
                 self.wrong += 1
                 under_way = ", ".join(answered.name for answered in list(self._recent)[-20:])
@@ -178,8 +180,8 @@ class Fuzz:
     async def _investigate(self, death: Death) -> None:
         """Send the cases that were under way again, one by one, until the process dies again."""
         names = suspects(death, self._recent)
-        self.deaths_investigated += 1
-        if self.deaths_investigated > 8:
+        self.died.append(death)
+        if len(self.died) > _INVESTIGATED:
             self.report.find("fuzz", "death", f"{death.kind}; under way: {', '.join(names[:12])}")
             return
         before = len(self._deaths())
@@ -196,7 +198,7 @@ class Fuzz:
         """Send the case of a name again, alone."""
         kind, seed, number = name.split(":")
         item = case(kind, int(seed), int(number), self.world)
-        http, tcp = HttpWire(self.site.target.http or "0:0"), HttpWire(self.site.target.grpc)
+        http, tcp = HttpWire(self.site.target.http), HttpWire(self.site.target.grpc)
         async with GrpcWire(self.site.target.grpc, 1) as grpc:
             reply = await send(item, grpc, http, tcp, limit)
         await http.close()

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from tests.chaos.cases.base import Case
 from tests.chaos.context import Site
-from tests.chaos.processes import HELPER
+from tests.chaos.processes import HELPER, Death
 from tests.chaos.report import Report, percentile
 from tests.chaos.verdicts import Answered, Tally, Window, reason, windows
 from tests.chaos.wires import HANG, Outcome, Reply
@@ -30,6 +30,7 @@ class Ran(Protocol):
     wrong: int
     canaries_sent: int
     served: list[float]
+    died: list[Death]
 
     async def again(self, name: str, limit: float = ...) -> tuple[Case, Reply]:
         """Send a case again, alone."""
@@ -46,10 +47,9 @@ async def tell(report: Report, ran: Ran, seconds: float) -> None:
     add("fuzz", "answered", tally.sum(Outcome.ANSWERED))
     add("fuzz", "refused", tally.sum(Outcome.REFUSED))
     add("fuzz", "connections closed after a request that cannot be read", tally.sum(Outcome.ENDED))
-    of_processes = [death for death in deaths if not death.kind.endswith(HELPER)]
-    kinds = ", ".join(death.kind for death in of_processes)
-    add("fuzz", "deaths of processes", f"{len(of_processes)} {kinds}".strip(), "0", bool(of_processes))
-    helpers = len(deaths) - len(of_processes)
+    kinds = ", ".join(death.kind for death in ran.died)
+    add("fuzz", "deaths of processes", f"{len(ran.died)} {kinds}".strip(), "0", bool(ran.died))
+    helpers = sum(death.kind.endswith(HELPER) for death in deaths)
     if helpers:
         add("fuzz", "helper processes ended by their model", helpers)
     await _tell_unanswered(report, ran, dead)

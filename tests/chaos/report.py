@@ -59,7 +59,7 @@ class Report:
             ", further".
     """
 
-    def __init__(self, folder: Path, shown: int = 20) -> None:
+    def __init__(self, folder: Path, shown: int = 6) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._shown = folder, shown
         self.rows: list[Row] = []

@@ -139,7 +139,8 @@ def _late(call: Any, rng: random.Random, options: dict[str, Any]) -> str:
     try:
         call(options["body"], timeout=rng.choice(options["delays"]))
     except grpc.RpcError as error:
-        return judge_grpc(str(error.code().name), str(error.details()))
+        status = str(error.code().name)
+        return "too late" if status == "DEADLINE_EXCEEDED" else judge_grpc(status, str(error.details()))
     return Outcome.ANSWERED
 
 

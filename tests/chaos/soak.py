@@ -31,7 +31,7 @@ _UNITS = {"rss": "MiB", "pss": "MiB", "shared_memory": "MiB", "descriptors": "",
 
 @dataclass(frozen=True)
 class Sample:
-    """What the processes of one kind hold together, at `seconds` since the begin; memory in MiB."""
+    """Resources that the processes of one kind hold together, at `seconds` since the begin; memory in MiB."""
 
     seconds: float
     kind: str

@@ -1,4 +1,4 @@
-"""What the replies to a fuzzer's cases mean, given the deaths of the server's processes."""
+"""Verdicts on the replies to a fuzzer's cases, given the deaths of the server's processes."""
 
 from __future__ import annotations
 

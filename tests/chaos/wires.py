@@ -41,7 +41,7 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back.
+    """The reply to one request.
 
     Attributes:
         outcome: see `Outcome`.
@@ -61,11 +61,9 @@ class Reply:
 
 
 def judge_grpc(status: str, message: str) -> Outcome:
-    """Judge a gRPC status that is not OK."""
+    """Judge a gRPC status that is not OK. One that is too late for a deadline counts as refused."""
     if status == "UNAVAILABLE" and _BROKEN.search(message):
         return Outcome.LOST
-    if status == "DEADLINE_EXCEEDED":
-        return Outcome.HANG
     refused = status not in {"INTERNAL", "UNKNOWN", "ABORTED", "DATA_LOSS", "CANCELLED"}
     return Outcome.REFUSED if refused else Outcome.INTERNAL
 
@@ -127,7 +125,7 @@ class HttpWire:
 
     def __init__(self, address: str) -> None:
         host, _, port = address.rpartition(":")
-        self._host, self._port = host, int(port)
+        self._host, self._port = host, int(port or 0)
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def close(self) -> None:

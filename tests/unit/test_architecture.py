@@ -96,8 +96,9 @@ def test_only_serving_knows_triton() -> None:
 
 
 def test_importing_the_launcher_and_light_modules_loads_no_torch() -> None:
-    light = ["config", "machine", "checkpoint.config", "checkpoint.files", "images.preprocess"]
-    light += ["texts.tokenizer", "engine", "engine.plan", "engine.buckets", "engine.turns"]
+    light = ["config", "machine", "checkpoint.config", "checkpoint.files", "checkpoint.scale"]
+    light += ["images.preprocess", "texts.tokenizer"]
+    light += ["engine", "engine.plan", "engine.buckets", "engine.turns"]
     light += ["launcher", "launcher.command"]
     code = (
         "import sys, importlib\n"

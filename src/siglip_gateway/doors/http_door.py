@@ -5,9 +5,9 @@ busy connections share one thread. When the socket is full, the command is lost 
 never gets its answer, and the connection is never closed. Behind the door Triton has at most 256 connections,
 so the socket cannot be full. Further requests wait here, and those beyond that are refused with 503.
 
-A caller that goes away does not reach Triton either. Its request leaves the queue, or is completed for
-nobody. Bodies are limited, inflated, and sent on with a Content-Length. JSON that would overflow the stack of
-Triton's parser is refused. Everything else passes through unchanged.
+Triton does not notice a caller that goes away either. Its request leaves the queue, or Triton completes it
+and the door drops the answer. Bodies are limited, inflated, and sent on with a Content-Length. JSON that
+would overflow the stack of Triton's parser is refused. Everything else passes through unchanged.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class HttpDoor:
         except BaseException:
             held.release()
             raise
-        # A task of its own, which goes on when the caller is gone and this one is cancelled.
+        # A task of its own: this one is cancelled when the caller goes away.
         relay = asyncio.create_task(
             self._relay(request.method, target, _passed_on(request, body), body, held)
         )

@@ -16,6 +16,7 @@ import numpy as np
 # Pillow would otherwise import all of its plugins, a second's work, when the first such image comes.
 from PIL import (
     AvifImagePlugin,  # noqa: F401
+    BmpImagePlugin,  # noqa: F401 - registers its own decoder of run lengths first
     Image,
     ImageFile,
     TiffImagePlugin,
@@ -24,16 +25,19 @@ from PIL import (
 )
 
 from siglip_serve.config import Color
-from siglip_serve.errors import ImageError, ImageTooLargeError
+from siglip_serve.errors import ImageCostError, ImageError, ImageTooLargeError
+from siglip_serve.images.bmp import install_bmp_runs
 from siglip_serve.images.color import jpeg_profile, to_srgb
 from siglip_serve.images.formats import ImageLimits, check_size
 from siglip_serve.images.heif import open_heif
-from siglip_serve.images.jpeg import read_header, read_orientation
+from siglip_serve.images.jpeg import JpegHeader, read_header, read_orientation
+from siglip_serve.images.paint import TURNED, Canvas, orient, paint_array, paint_image
 from siglip_serve.images.png import correct_transparency
-from siglip_serve.images.resize import Pixels
-from siglip_serve.images.tiff import grey_range, load_tiff, name_unread_tiff, silence_tiff
+from siglip_serve.images.resize import Mode, Pixels
+from siglip_serve.images.tiff import load_tiff, name_unread_tiff, silence_tiff
+from siglip_serve.images.webp import decode_webp
 
-__all__ = ["decode_fast", "decode_with_pil"]
+__all__ = ["decode_file"]
 
 # Pillow's parsers are Python, and hostile bytes make them raise any of these. Fuzzing met OSError,
 # SyntaxError, ValueError, TypeError and RuntimeError. The others are raised by name in Pillow, or by the
@@ -55,36 +59,56 @@ _DECODER_ERRORS = (
 )
 
 silence_tiff()
+install_bmp_runs()
 
+_NO_MEMORY = re.compile(r"(?i)out of memory|cannot allocate memory|insufficient memory")
 _AVIF_EXIF = re.compile(rb"(infe\x02.{7})Exif", re.DOTALL)
 
-_TRANSPOSITIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_MIRRORED_ROWS = frozenset({3, 4, 7, 8})
-_MIRRORED_COLUMNS = frozenset({2, 3, 6, 7})
-_SWAPPED_AXES = frozenset({5, 6, 7, 8})
 
+def decode_file(
+    data: bytes,
+    kind: str,
+    mode: Mode,
+    limits: ImageLimits,
+    header: JpegHeader | None = None,
+    canvas: Canvas = np.empty,
+    color: Color = "stored",
+) -> Pixels:
+    """uint8 RGB `[H, W, 3]`, upright, contiguous, of the first frame.
 
-def decode_fast(data: bytes, kind: str, limits: ImageLimits, color: Color = "stored") -> Pixels:
-    """uint8 RGB `[H, W, 3]`, upright, contiguous. libjpeg-turbo reads it without Pillow where both agree."""
-    if kind == "JPEG" and (color == "stored" or not jpeg_profile(data)):
+    In `fast` mode libjpeg-turbo reads the JPEGs of which it makes the same as Pillow.
+
+    Args:
+        data: the file.
+        kind: name of its format.
+        mode: `fast` or `pil`.
+        limits: on its pixels.
+        header: of a JPEG, if it has been read.
+        canvas: makes the memory of the result.
+        color: `srgb` converts the samples by the file's ICC profile.
+
+    Raises:
+        ImageError: not a decodable image.
+        ImageTooLargeError: more pixels than allowed.
+        ImageCostError: there is not enough memory for it.
+    """
+    if kind == "JPEG" and header is None:
         header = read_header(data)
-        pixels = _decode_jpeg(data, limits)
-        if pixels is not None:
-            return _orient(pixels, read_orientation(header.exif, header.xmp))
-    # torch takes no read-only memory, which is what `asarray` would give.
-    return np.array(decode_with_pil(data, kind, limits, color))
+    with _named_faults(kind, len(data), limits), _without_warnings():
+        pixels = None
+        if color == "srgb" and (kind != "JPEG" or jpeg_profile(data)):
+            pass  # Pillow gives the profile
+        elif header is not None and mode == "fast":
+            pixels = _decode_jpeg(data, header, limits, canvas)
+        elif kind == "WebP":
+            pixels = decode_webp(data, limits, canvas)
+        elif kind == "AVIF":
+            pixels = _decode_avif(data, limits, canvas)
+        return _decode_with_pil(data, kind, limits, header, canvas, color) if pixels is None else pixels
 
 
-def _decode_jpeg(data: bytes, limits: ImageLimits) -> Pixels | None:
-    """uint8 RGB `[H, W, 3]` as stored, or None where Pillow has to judge: CMYK, and files with faults."""
+def _decode_jpeg(data: bytes, header: JpegHeader, limits: ImageLimits, canvas: Canvas) -> Pixels | None:
+    """The pixels, or None where Pillow has to judge: CMYK, and files with faults."""
     import simplejpeg
 
     try:
@@ -94,45 +118,68 @@ def _decode_jpeg(data: bytes, limits: ImageLimits) -> Pixels | None:
     check_size(int(width), int(height), limits)
     if colorspace not in ("YCbCr", "RGB", "Gray"):
         return None
+    orientation = read_orientation(header.exif, header.xmp)
+    upright = orientation not in TURNED
+    pixels = (canvas if upright else np.empty)((int(height), int(width), 3), dtype=np.uint8)
     try:
-        pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB")
+        simplejpeg.decode_jpeg(data, "RGB", buffer=pixels)
     except ValueError:
         return None
-    return pixels
+    return pixels if upright else orient(pixels, orientation, canvas)
 
 
-def decode_with_pil(data: bytes, kind: str, limits: ImageLimits, color: Color = "stored") -> Image.Image:
-    """The first frame as Pillow decodes it, upright, mode RGB."""
-    profile = jpeg_profile(data) if kind == "JPEG" and color == "srgb" else b""
-    header = read_header(data) if kind == "JPEG" else None
+def _decode_avif(data: bytes, limits: ImageLimits, canvas: Canvas) -> Pixels:
+    # AVIF has an orientation of its own and asks readers to ignore the one in EXIF; Pillow does, but
+    # a broken block fails it. An item of unknown type is passed over.
+    from PIL import _avif
+
+    decoder = _avif.AvifDecoder(_AVIF_EXIF.sub(rb"\1skip", data), "auto", 1)
+    size, _, mode, _, _, orientation, _ = decoder.get_info()
+    check_size(size[0], size[1], limits)
+    frame = decoder.get_frame(0)[0]
+    del decoder  # and its copy of the picture
+    stored = np.frombuffer(frame, np.uint8).reshape(size[1], size[0], len(mode))
+    return paint_array(stored, orientation, canvas)
+
+
+def _decode_with_pil(
+    data: bytes, kind: str, limits: ImageLimits, header: JpegHeader | None, canvas: Canvas, color: Color
+) -> Pixels:
+    profile = jpeg_profile(data) if header is not None and color == "srgb" else b""
     if header is not None:
         data = header.without_metadata(data)
     elif kind == "AVIF":
-        # AVIF has an orientation of its own and asks readers to ignore the one in EXIF; Pillow does, but
-        # a broken block fails it. An item of unknown type is passed over.
         data = _AVIF_EXIF.sub(rb"\1skip", data)
+    with _open(data, kind) as image:
+        check_size(*image.size, limits)
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            load_tiff(image)
+        else:
+            image.load()
+        exif, xmp = _metadata(image) if header is None else (header.exif, header.xmp)
+        loaded = correct_transparency(image, data) if kind == "PNG" else image
+        if color == "srgb":
+            loaded = to_srgb(loaded, profile or image.info.get("icc_profile"))
+        return paint_image(loaded, read_orientation(exif, xmp), canvas)
+
+
+@contextmanager
+def _named_faults(kind: str, size: int, limits: ImageLimits) -> Iterator[None]:
+    """Turn whatever a decoder raises into an error that names the file's fault."""
     try:
-        with _without_warnings(), _open(data, kind) as image:
-            check_size(*image.size, limits)
-            if isinstance(image, TiffImagePlugin.TiffImageFile):
-                load_tiff(image)
-            else:
-                image.load()
-            exif, xmp = _metadata(image) if header is None else (header.exif, header.xmp)
-            samples = correct_transparency(image, data) if kind == "PNG" else image
-            if color == "srgb":
-                samples = to_srgb(samples, profile or image.info.get("icc_profile"))
-            rgb = _to_rgb(samples)
+        yield
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError(f"at most {limits.max_pixels} pixels are allowed: {error}") from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"broken {kind}: the header of its {len(data)} bytes cannot be read") from error
+        raise ImageError(f"broken {kind}: the header of its {size} bytes cannot be read") from error
     except _DECODER_ERRORS as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if isinstance(error, MemoryError) or _NO_MEMORY.search(reason):
+            raise ImageCostError(
+                f"{kind} needs too much memory, at most {limits.max_memory / 1e6:.0f} MB are allowed"
+            ) from error
         fault = "truncated" if "truncated" in reason.lower() else "broken"
         raise ImageError(f"{fault} {kind}: {reason}") from error
-    transposition = _TRANSPOSITIONS.get(read_orientation(exif, xmp))
-    return rgb if transposition is None else rgb.transpose(transposition)
 
 
 def _open(data: bytes, kind: str) -> ImageFile.ImageFile:
@@ -148,37 +195,6 @@ def _open(data: bytes, kind: str) -> ImageFile.ImageFile:
         if unread is None:
             raise
         raise unread from None
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Mode RGB, transparency composited on white as transformers does since 5.21."""
-    if image.mode == "F":
-        raise ImageError("floating-point pixels, of no defined range; expected 1 to 16 bits per channel")
-    if image.mode.startswith("I"):
-        return _scale_to_8_bit(image).convert("RGB")
-    if image.mode == "La":
-        image = image.convert("LA")
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _scale_to_8_bit(image: Image.Image) -> Image.Image:
-    """Grey of 12 or 16 bits as mode L, scaled to 0 to 255, where Pillow's own conversion clips at 255."""
-    values = np.asarray(image)
-    full, inverted = grey_range(image)
-    lowest, highest = int(values.min()), int(values.max())
-    if lowest < 0 or highest > full:
-        raise ImageError(f"grey values from {lowest} to {highest}, expected 0 to {full}")
-    grey = ((values.astype(np.uint32) * 255 + full // 2) // full).astype(np.uint8)
-    if inverted:
-        np.subtract(255, grey, out=grey)
-    transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        grey[values == transparent] = 255
-    return Image.fromarray(grey)
 
 
 def _metadata(image: Image.Image) -> tuple[bytes, bytes]:
@@ -197,17 +213,6 @@ def _from_hex(text: str) -> bytes:
         return bytes.fromhex(text)
     except ValueError:
         return b""
-
-
-def _orient(pixels: Pixels, orientation: int) -> Pixels:
-    """Turn `[H, W, 3]` as stored upright: contiguous, `[W, H, 3]` for orientations 5 to 8."""
-    if orientation in _SWAPPED_AXES:
-        pixels = pixels.swapaxes(0, 1)
-    if orientation in _MIRRORED_ROWS:
-        pixels = pixels[::-1]
-    if orientation in _MIRRORED_COLUMNS:
-        pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels)
 
 
 class _WarningsOff:

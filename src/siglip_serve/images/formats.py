@@ -20,10 +20,19 @@ __all__ = ["DEFAULT_LIMITS", "ImageLimits", "check_size", "decode_base64", "iden
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """Limits of one image: bytes of the file, and pixels as its header declares them."""
+    """Limits of one image.
+
+    Attributes:
+        max_bytes: of the file.
+        max_pixels: as its header declares them.
+        max_seconds: CPU time that decoding and resizing may take.
+        max_memory: bytes that decoding may need.
+    """
 
     max_bytes: int = 32 * 2**20
     max_pixels: int = 64_000_000
+    max_seconds: float = 2.0
+    max_memory: int = 512_000_000
 
 
 DEFAULT_LIMITS = ImageLimits()

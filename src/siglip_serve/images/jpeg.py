@@ -22,7 +22,10 @@ _MARKER = re.compile(rb"\xff([^\x00\xff])")
 _WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xDA), *range(0xF0, 0xFE)})
 _START_OF_SCAN = 0xDA
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_SEQUENTIAL = (b"\xc0", b"\xc1", b"\xc9")
+_SEQUENTIAL = (0xC0, 0xC1, 0xC9)
+_END_OF_IMAGE = 0xD9
+# In image data restart markers are passed over as well: a file may hold millions of them.
+_MARKER_BETWEEN_SCANS = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
 # APP0 (JFIF) and APP14 (Adobe) say how the colours are coded; no other APPn changes a pixel.
 _METADATA = frozenset({*range(0xE1, 0xEE), 0xEF, 0xFE})
 _MAX_SEGMENTS = 10_000
@@ -53,12 +56,23 @@ _SAMPLINGS: dict[bytes, tuple[Sampling, int, int]] = {
 
 @dataclass(frozen=True)
 class JpegHeader:
-    """Segments before a JPEG's first scan: its metadata, and the parts that decoding needs."""
+    """Segments before a JPEG's first scan: its metadata, and the parts that decoding needs.
+
+    Attributes:
+        exif: EXIF block without its name, empty if there is none.
+        xmp: XMP block, empty if there is none.
+        needed: first byte and end of each segment that is not metadata.
+        scan: first byte of the first scan.
+        frame: marker of the frame, and its content: bits, height, width, components.
+        scans: number of scans, not counted beyond the first where a decoder ends there.
+    """
 
     exif: bytes
     xmp: bytes
     needed: tuple[tuple[int, int], ...]
     scan: int
+    frame: bytes
+    scans: int
 
     def without_metadata(self, data: bytes) -> bytes:
         """The file without metadata, whose parsing by Pillow hostile files make slow or fatal."""
@@ -78,12 +92,12 @@ def read_header(data: bytes) -> JpegHeader:
     frame = b""
     for marker, start, end in _segments(data):
         if marker in _FRAMES:
-            frame = data[start : start + 10]
+            frame = bytes([marker]) + data[start + 4 : end]
         if marker == _START_OF_SCAN:
-            if frame[4:5] == b"\x0c":
+            if frame[1:2] == b"\x0c":
                 raise ImageError("JPEG of 12 bits per sample is not served, expected 8")
-            _check_scans(data, frame, start)
-            return JpegHeader(b"".join(exif), xmp, tuple(needed), start)
+            scans = _count_scans(data, frame, start)
+            return JpegHeader(b"".join(exif), xmp, tuple(needed), start, frame, scans)
         if marker not in _METADATA:
             needed.append((start, end))
         elif marker == _EXIF_OR_XMP:
@@ -111,16 +125,36 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     raise ImageError(f"broken JPEG: more than {_MAX_SEGMENTS} segments before the image data")
 
 
-def _check_scans(data: bytes, frame: bytes, first: int) -> None:
+def _count_scans(data: bytes, frame: bytes, first: int) -> int:
     # Each scan of a progressive JPEG visits every block, even when it says nothing about it: a few
     # kilobytes of empty scans would keep a decoder busy for minutes. A sequential JPEG whose first scan
     # holds all components ends there, and need not be searched.
-    if frame[1:2] in _SEQUENTIAL and frame[9:10] == data[first + 4 : first + 5]:
-        return
-    end = data.find(b"\xff\xd9", first)
-    scans = data.count(b"\xff\xda", first, end if end > 0 else len(data))
+    if frame[0:1] and frame[0] in _SEQUENTIAL and frame[6:7] == data[first + 4 : first + 5]:
+        return 1
+    # Both bytes must be there for a scan to begin, so this many are the most.
+    most = data.count(b"\xff\xda", first)
+    scans = most if most <= _MAX_SCANS else _walk_scans(data, first)
     if scans > _MAX_SCANS:
-        raise ImageError(f"broken JPEG: {scans} scans, expected at most {_MAX_SCANS}")
+        raise ImageError(f"broken JPEG: {scans} or more scans, expected at most {_MAX_SCANS}")
+    return scans
+
+
+def _walk_scans(data: bytes, position: int) -> int:
+    """Count scans as libjpeg meets them: to the end of the image, outside other segments, to one too many."""
+    scans = 0
+    for _ in range(_MAX_SEGMENTS):
+        found = _MARKER_BETWEEN_SCANS.search(data, position)
+        if found is None or found[1][0] == _END_OF_IMAGE:
+            return scans
+        marker, position = found[1][0], found.end()
+        if marker == _START_OF_SCAN:
+            scans += 1
+            if scans > _MAX_SCANS:
+                return scans
+        # Below 0xC0 libjpeg looks for the next marker at once, or gives up.
+        if marker >= _BASELINE and marker not in _WITHOUT_LENGTH:
+            position += max(2, int.from_bytes(data[position : position + 2]))
+    raise ImageError(f"broken JPEG: more than {_MAX_SEGMENTS} segments in the image data")
 
 
 def read_orientation(exif: bytes, xmp: bytes) -> int:

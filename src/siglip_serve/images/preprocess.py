@@ -1,25 +1,25 @@
 """uint8 RGB pixels `[S, S, 3]` from the bytes of an image file, in the size that the checkpoint wants.
 
-The file is checked (`formats`), decoded upright (`decode`) and resized (`resize`). `pil` mode gives the
-pixels of transformers' `SiglipImageProcessorPil` and `CLIPImageProcessorPil`. `fast` mode gives the same
-within two levels in about half the time.
+The file is checked (`formats`, `cost`), decoded upright (`decode`, in a process of its own by `watched` if
+it may be costly) and resized (`resize`). `pil` mode gives the pixels of transformers'
+`SiglipImageProcessorPil` and `CLIPImageProcessorPil`. `fast` mode gives the same within two levels in about
+half the time.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 
-import numpy as np
-
 from siglip_serve.checkpoint.config import ImageConfig
 from siglip_serve.config import Color
 from siglip_serve.errors import SettingsError
-from siglip_serve.images.decode import decode_fast, decode_with_pil
-from siglip_serve.images.formats import DEFAULT_LIMITS, ImageLimits, decode_base64, identify
+from siglip_serve.images.cost import inspect
+from siglip_serve.images.decode import decode_file
+from siglip_serve.images.formats import DEFAULT_LIMITS, ImageLimits, identify
 from siglip_serve.images.resize import Mode, Pixels, fit
+from siglip_serve.images.watched import Watch, WatchedDecoder
 
-# This module is the door of the room: what models need of image files is imported from here.
-__all__ = ["ImageLimits", "Mode", "Pixels", "Preprocessor", "decode_base64"]
+__all__ = ["Preprocessor"]
 
 
 class Preprocessor:
@@ -58,12 +58,13 @@ class Preprocessor:
         self._mode = mode
         self._limits = limits
         self._color = color
+        self._watched = WatchedDecoder(mode, limits, color)
 
     def __call__(self, data: bytes) -> Pixels:
         """Pixels of the file's first frame, upright, on white, fitted to the square whatever its aspect.
 
         Args:
-            data: a whole JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file.
+            data: a whole JPEG, PNG, WebP, GIF, BMP, TIFF, HEIC or AVIF file.
 
         Returns:
             uint8 RGB `[S, S, 3]`, 0 to 255, contiguous.
@@ -71,15 +72,26 @@ class Preprocessor:
         Raises:
             ImageError: not a decodable image.
             ImageTooLargeError: more bytes or pixels than the limits allow.
+            ImageCostError: decoding takes more CPU time or memory than the limits allow.
         """
         return self.resize(self.decode(data))
 
-    def decode(self, data: bytes) -> Pixels:
-        """The file's first frame, upright, on white: uint8 RGB `[H, W, 3]`. Raises as a call does."""
+    def decode(self, data: bytes, watch: Watch | None = None) -> Pixels:
+        """The file's first frame, upright, on white: uint8 RGB `[H, W, 3]`. Raises as a call does.
+
+        Args:
+            data: the file.
+            watch: called with the CPU seconds that another process has spent on the file, if one decodes it.
+        """
         kind = identify(data, self._limits)
-        if self._mode == "pil":
-            return np.array(decode_with_pil(data, kind, self._limits, self._color))
-        return decode_fast(data, kind, self._limits, self._color)
+        file = inspect(data, kind, self._limits)
+        if file.cheap:
+            return decode_file(data, kind, self._mode, self._limits, file.header, color=self._color)
+        return self._watched(data, kind, watch)
+
+    def close(self) -> None:
+        """End the process that decodes costly files. The next such file would start another."""
+        self._watched.close()
 
     def resize(self, pixels: Pixels) -> Pixels:
         """uint8 RGB `[H, W, 3]` -> `[S, S, 3]`, contiguous, whatever the aspect."""

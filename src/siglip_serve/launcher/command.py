@@ -244,7 +244,8 @@ def _gateway_line(server: TritonServer) -> str:
 
 def _unprotected(options: ServeOptions) -> tuple[str, ...]:
     """Say what other hosts can do to a Triton that they reach without a door in front of it."""
-    if not options.direct_http or ip_address(numeric_address(options.host)).is_loopback or not is_embedded():
+    reached = not ip_address(numeric_address(options.host)).is_loopback
+    if not (options.direct_http and reached and is_embedded()):
         return ()
     return (
         f"--direct-http with --host {options.host} lets other hosts reach Triton itself over HTTP. Nothing "

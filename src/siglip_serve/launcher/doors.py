@@ -13,9 +13,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from tempfile import TemporaryDirectory
+from pathlib import Path
 
 from siglip_serve.errors import ServerStartError
+from siglip_serve.launcher.family import STOPPED_TOO_LONG, Stopped, find, kill
 from siglip_serve.launcher.processes import end
 from siglip_serve.machine import available_cores
 
@@ -47,6 +48,7 @@ class Doors:
         self._held = ExitStack()
         self._processes: list[_Process] = []
         self._say: Callable[[str], None] = print
+        self._stopped = Stopped(STOPPED_TOO_LONG)
 
     def take_ports(self) -> dict[str, tuple[str, int]]:
         """Hold the public ports and choose Triton's own, until `stop`.
@@ -70,17 +72,21 @@ class Doors:
         self._own = {kind: self._hold(_LOOPBACK, 0, socket.SO_REUSEADDR) for kind in kinds}
         return {kind: (_LOOPBACK, port) for kind, port in self._own.items()}
 
-    def start(self, run: Run, say: Callable[[str], None]) -> None:
+    def start(self, run: Run, say: Callable[[str], None], launcher: str, folder: Path) -> None:
         """Start all processes, after `take_ports`.
 
         Args:
             run: starts a command.
             say: writes a line for the operator.
+            launcher: address of the `GET /health` that the HTTP door passes on (`launcher.status`).
+            folder: directory of this run, for files of the gateway.
         """
         self._say = say
         for kind, port in self._ports.items():
             count = _process_count()
-            command = self._gateway(port) if kind == GATEWAY else self._door(kind, port, count)
+            command = self._gateway(port, folder) if kind == GATEWAY else self._door(kind, port)
+            if kind == "http":
+                command += ["--max-in-flight", str(_MOST_HTTP // count), "--launcher", launcher]
             self._processes += [_Process(kind, command, run) for _ in range(count)]
 
     def wait_until_open(self, seconds: float) -> None:
@@ -98,7 +104,10 @@ class Doors:
                 time.sleep(0.02)
 
     def watch(self) -> None:
-        """Start processes again that have died."""
+        """Start processes again that have died, and kill those that a signal has stopped for seconds."""
+        for stopped in self._stopped.overdue(seen for process in self._processes for seen in process.seen):
+            self._say(f"door: process {stopped.pid} was stopped for {STOPPED_TOO_LONG:.0f} s; killing it")
+            kill(stopped)
         for process in self._processes:
             if process.is_dead() and time.monotonic() - process.started > _PAUSE:
                 self._say(f"{process.kind} door: process {process.pid} died; starting it again")
@@ -125,16 +134,16 @@ class Doors:
     def _host_of(self, kind: str) -> str:
         return _LOOPBACK if kind == GATEWAY else self._host
 
-    def _door(self, kind: str, port: int, count: int) -> list[str]:
+    def _door(self, kind: str, port: int) -> list[str]:
         command = [sys.executable, "-m", "siglip_gateway.doors", kind]
-        command += ["--listen", f"{self._host}:{port}", "--triton", f"{_LOOPBACK}:{self._own[kind]}"]
-        return [*command, "--max-in-flight", str(_MOST_HTTP // count)] if kind == "http" else command
+        return [*command, "--listen", f"{self._host}:{port}", "--triton", f"{_LOOPBACK}:{self._own[kind]}"]
 
-    def _gateway(self, port: int) -> list[str]:
-        counters = self._held.enter_context(TemporaryDirectory(prefix="siglip-gateway-"))
+    def _gateway(self, port: int, folder: Path) -> list[str]:
+        counters = folder / "counters"
+        counters.mkdir(exist_ok=True)
         command = [sys.executable, "-m", "siglip_gateway", "--triton", self._grpc_url]
         command += ["--host", _LOOPBACK, "--port", str(port), "--no-access-log"]
-        return [*command, "--share-port", "--metrics-folder", counters]
+        return [*command, "--share-port", "--metrics-folder", str(counters)]
 
     def _hold(self, address: str, port: int, option: int) -> int:
         """Bind a port that others may bind as well if they set `option`; return it."""
@@ -155,6 +164,7 @@ class _Process:
     def start(self) -> None:
         self.started = time.monotonic()
         self._process = self._run(self._command)
+        self.seen = find(self._process.pid)
 
     @property
     def pid(self) -> int:

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from siglip_serve.errors import ImageError, ImageTooLargeError, InvalidInputError, SettingsError
-from siglip_serve.images.preprocess import ImageLimits, Pixels
+from siglip_serve.images.formats import ImageLimits
+from siglip_serve.images.resize import Pixels
 
 __all__ = ["COLOR_ORDERS", "ColorOrder", "Region", "cut_box", "jersey_roi", "parse_region", "rgb_frame"]
 

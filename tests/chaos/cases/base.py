@@ -1,4 +1,4 @@
-"""What a case of the fuzzer is made from, and what it is: bytes with a name that makes them again."""
+"""Cases of the fuzzer, which are bytes with a name, and the valid inputs from which they are made."""
 
 from __future__ import annotations
 

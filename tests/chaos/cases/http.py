@@ -103,7 +103,7 @@ def _short_body(rng: random.Random, path: str, headers: dict[str, str], body: by
 
 def _compressed(rng: random.Random, path: str, headers: dict[str, str], body: bytes) -> tuple[str, Sent]:
     zeros = rng.choice((10**6, 3 * 10**7))
-    packed = gzip.compress(body) if chance(rng, 0.7) else _packed_zeros(zeros)
+    packed = gzip.compress(body, mtime=0) if chance(rng, 0.7) else _packed_zeros(zeros)
     if chance(rng, 0.3):
         packed = mutations(packed, rng)
     headers["Content-Encoding"] = rng.choice(("gzip", "deflate", "br", "gzip, gzip", "x"))
@@ -113,7 +113,7 @@ def _compressed(rng: random.Random, path: str, headers: dict[str, str], body: by
 
 @functools.cache
 def _packed_zeros(count: int) -> bytes:
-    return gzip.compress(bytes(count))
+    return gzip.compress(bytes(count), mtime=0)
 
 
 def _chunked(rng: random.Random, path: str, headers: dict[str, str], body: bytes) -> tuple[str, Sent]:

@@ -80,7 +80,9 @@ def parameters(rng: random.Random, world: World) -> tuple[str, Sent]:
     if chance(rng, 0.5):
         message = service_pb2.ModelInferRequest.FromString(grpc_bytes(requests[model]))
         done = [_edit_message(rng, message) for _ in range(rng.choice((1, 1, 2, 4)))]
-        return f"{model}: {'; '.join(done)}", Sent("grpc", bytes(message.SerializeToString()))
+        return f"{model}: {'; '.join(done)}", Sent(
+            "grpc", bytes(message.SerializeToString(deterministic=True))
+        )
     about, data = http_parts(requests[model])
     done = [_edit_json(rng, about) for _ in range(rng.choice((1, 1, 2, 4)))]
     text = json.dumps(about).encode()

@@ -141,12 +141,8 @@ def _with_archive(state: bytes, rng: random.Random) -> bytes:
     if chance(rng, 0.3):
         return _archive(arrays, rng.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)))
     if chance(rng, 0.3):
-        file = io.BytesIO()
-        np.savez(
-            file,
-            **{name: arrays[name].astype(object) if chance(rng, 0.3) else arrays[name] for name in arrays},
-        )
-        return file.getvalue()
+        name = rng.choice(_MEMBERS)
+        return _archive({**arrays, name: arrays[name].astype(object)})
     changed = bytearray(state)
     marks = [
         at for at in range(len(state) - 4) if state[at : at + 2] == b"PK" or state[at : at + 5] == b"shape"
@@ -162,7 +158,7 @@ def _archive(arrays: dict[str, NDArray[Any]], method: int = zipfile.ZIP_STORED) 
     with zipfile.ZipFile(file, "w", method) as archive:
         for name, array in arrays.items():
             member = io.BytesIO()
-            np.save(member, array, allow_pickle=False)
+            np.save(member, array, allow_pickle=array.dtype.hasobject)
             archive.writestr(zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), member.getvalue(), method)
     return file.getvalue()
 

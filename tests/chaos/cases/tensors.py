@@ -139,61 +139,75 @@ def _pixels(rng: random.Random, side: int) -> Tensor:
 
 def _steps(rng: random.Random, world: World) -> Mapping[str, Callable[[], Sequence[Tensor]]]:
     """The tensors of each step, made when they are asked for."""
-    width = world.width if chance(rng, 0.8) else rng.choice((0, 1, world.width + 1, 4096))
-    queries, grid = rng.choice((0, 1, 2, 5)), rng.choice((144, 144, 1, 0, 143))
-
-    def words(name: str) -> Tensor:
-        return of_rows(name, [b"dog"] * queries, [queries])
-
-    def size() -> Tensor:
-        return of_array("IMAGE_SIZE", _integers(rng, (1, 2), np.int32, 500))
-
-    def plan() -> Tensor:
-        return of_array("PLAN", _integers(rng, (6,), np.int32, 4))
-
-    def numbers(name: str, *shape: int) -> Tensor:
-        return of_array(name, _floats(rng, *shape))
-
-    def count() -> Tensor:
-        return of_array("CROP_COUNT", _integers(rng, (1,), np.int32, 50))
-
-    def rows() -> Tensor:
-        return numbers("EMBEDDING", rng.choice((8, 9, 40, 0)), width)
-
-    def maps() -> list[Tensor]:
-        found = [numbers("FOUND_MAPS", 1, queries, grid), numbers("FOUND_UNATTRIBUTED", 1, queries)]
-        found += [numbers("EMBEDDING", 1, width), numbers("PROMPT_VECTORS", 1, queries, width)]
-        return [*found, numbers("PROMPT_EMBEDDING", queries, width), size(), plan()]
-
-    def scores() -> list[Tensor]:
-        templates = of_array("TEMPLATE_COUNT", _integers(rng, (1,), np.int32, 4))
-        return [numbers("IMAGE_EMBEDDING", 2, width), numbers("PROMPT_EMBEDDING", queries, width), templates]
-
-    def overlays() -> list[Tensor]:
-        heat = numbers("HEAT", queries, rng.choice((12, 1, 0)), 12)
-        return [heat, size(), plan(), of_rows("INPUT_IMAGE", [small_photo()])]
-
+    few = _Few(rng, world)
     return {
         "siglip_text_model": lambda: [of_array("INPUT_IDS", _ids(rng))],
         "siglip_vision_model": lambda: [_pixels(rng, world.side)],
-        "siglip_vision_model ": lambda: [
-            _pixels(rng, world.side),
-            numbers("PROMPT_VECTORS", 1, queries, width),
-        ],
+        "siglip_vision_model ": lambda: [_pixels(rng, world.side), few.vectors()],
         "siglip_base_model": lambda: [_pixels(rng, world.team_side)],
-        "label_prompts": lambda: [words("LABELS")],
-        "label_scores": scores,
-        "explain_prompts": lambda: [size(), words("PROMPTS")],
-        "explain_vectors": lambda: [
-            numbers("TEXT_EMBEDDING", queries + rng.choice((0, 1, 14)), width),
-            plan(),
-        ],
-        "explain_maps": maps,
-        "explain_overlays": overlays,
-        "jersey_process": lambda: [of_rows("CROPS", list(world.crops[:queries]), [queries])],
-        "team_fit": lambda: [rows(), count()] if chance(rng, 0.5) else [rows()],
-        "team_predict": lambda: [rows(), count(), of_rows("STATE", [world.state], [1])],
+        "label_prompts": lambda: [few.words("LABELS")],
+        "label_scores": few.scores,
+        "explain_prompts": lambda: [few.size(), few.words("PROMPTS")],
+        "explain_vectors": lambda: [few.texts(), few.plan()],
+        "explain_maps": few.maps,
+        "explain_overlays": few.overlays,
+        "jersey_process": lambda: [of_rows("CROPS", list(world.crops[: few.queries]), [few.queries])],
+        "team_fit": lambda: [few.rows(), few.count()] if chance(rng, 0.5) else [few.rows()],
+        "team_predict": lambda: [few.rows(), few.count(), of_rows("STATE", [world.state], [1])],
     }
+
+
+class _Few:
+    """Tensors of one request, which agree with each other in most sizes."""
+
+    def __init__(self, rng: random.Random, world: World) -> None:
+        self._rng = rng
+        self._width = world.width if chance(rng, 0.8) else rng.choice((0, 1, world.width + 1, 4096))
+        self._patches = rng.choice((144, 144, 1, 0, 143))
+        self.queries = rng.choice((0, 1, 2, 5))
+
+    def words(self, name: str) -> Tensor:
+        return of_rows(name, [b"dog"] * self.queries, [self.queries])
+
+    def size(self) -> Tensor:
+        return of_array("IMAGE_SIZE", _integers(self._rng, (1, 2), np.int32, 500))
+
+    def plan(self) -> Tensor:
+        return of_array("PLAN", _integers(self._rng, (6,), np.int32, 4))
+
+    def count(self) -> Tensor:
+        return of_array("CROP_COUNT", _integers(self._rng, (1,), np.int32, 50))
+
+    def numbers(self, name: str, *shape: int) -> Tensor:
+        return of_array(name, _floats(self._rng, *shape))
+
+    def rows(self) -> Tensor:
+        return self.numbers("EMBEDDING", self._rng.choice((8, 9, 40, 0)), self._width)
+
+    def texts(self) -> Tensor:
+        return self.numbers("TEXT_EMBEDDING", self.queries + self._rng.choice((0, 1, 14)), self._width)
+
+    def vectors(self) -> Tensor:
+        return self.numbers("PROMPT_VECTORS", 1, self.queries, self._width)
+
+    def prompts(self) -> Tensor:
+        return self.numbers("PROMPT_EMBEDDING", self.queries, self._width)
+
+    def maps(self) -> list[Tensor]:
+        found = [self.numbers("FOUND_MAPS", 1, self.queries, self._patches)]
+        found += [
+            self.numbers("FOUND_UNATTRIBUTED", 1, self.queries),
+            self.numbers("EMBEDDING", 1, self._width),
+        ]
+        return [*found, self.vectors(), self.prompts(), self.size(), self.plan()]
+
+    def scores(self) -> list[Tensor]:
+        templates = of_array("TEMPLATE_COUNT", _integers(self._rng, (1,), np.int32, 4))
+        return [self.numbers("IMAGE_EMBEDDING", 2, self._width), self.prompts(), templates]
+
+    def overlays(self) -> list[Tensor]:
+        heat = self.numbers("HEAT", self.queries, self._rng.choice((12, 1, 0)), 12)
+        return [heat, self.size(), self.plan(), of_rows("INPUT_IMAGE", [small_photo()])]
 
 
 def _ids(rng: random.Random) -> Numbers:

@@ -14,8 +14,8 @@ from PIL import Image, ImageOps
 from transformers import CLIPImageProcessorPil
 
 from siglip_serve.checkpoint.config import ImageConfig
-from siglip_serve.images.preprocess import Mode, Preprocessor
-from siglip_serve.images.resize import Resample, fit
+from siglip_serve.images.preprocess import Preprocessor
+from siglip_serve.images.resize import Mode, Resample, fit
 
 # Side of the square, and what the shortest side is resized to before it is cut out.
 SQUARES = [(224, 224), (336, 336), (64, 64), (224, 256), (63, 65)]

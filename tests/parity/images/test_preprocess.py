@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from siglip_serve.checkpoint.config import ImageConfig
-from siglip_serve.images.preprocess import Mode, Preprocessor
+from siglip_serve.images.preprocess import Preprocessor
+from siglip_serve.images.resize import Mode
 
 Resample = Literal["bilinear", "bicubic"]
 CONFIGS: list[tuple[int, Resample]] = [

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from siglip_serve.checkpoint.config import ImageConfig
-from siglip_serve.images.preprocess import Mode
-from siglip_serve.images.resize import fit, shown
+from siglip_serve.images.resize import Mode, fit, shown
 
 
 def cut(size: int, shortest: int | None) -> ImageConfig:

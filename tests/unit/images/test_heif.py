@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 
 from siglip_serve.checkpoint.config import ImageConfig
 from siglip_serve.errors import ImageError, ImageTooLargeError
+from siglip_serve.images.decode import decode_file
 from siglip_serve.images.formats import ImageLimits
 from siglip_serve.images.preprocess import Preprocessor
 from siglip_serve.images.resize import Mode
@@ -114,7 +115,7 @@ def test_refuses_too_many_pixels_before_they_are_decoded(mode: Mode, monkeypatch
 
     monkeypatch.setattr(pillow_heif.HeifImageFile, "load", load)
     with pytest.raises(ImageTooLargeError, match="64x40 pixels, at most 2000 are allowed"):
-        decode(data, mode, ImageLimits(max_pixels=2000))
+        decode_file(data, "HEIC", mode, ImageLimits(max_pixels=2000))
 
 
 def test_names_broken_files() -> None:

@@ -13,7 +13,8 @@ from PIL import Image
 from siglip_serve.checkpoint.config import ImageConfig
 from siglip_serve.errors import ImageTooLargeError, InvalidInputError
 from siglip_serve.images.formats import ImageLimits, decode_base64, plain_jpeg
-from siglip_serve.images.preprocess import Mode, Preprocessor
+from siglip_serve.images.preprocess import Preprocessor
+from siglip_serve.images.resize import Mode
 
 CONFIG = ImageConfig(size=8, resample="bicubic", rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3)
 

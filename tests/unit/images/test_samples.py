@@ -16,7 +16,8 @@ from samples import BLACK_IS_ZERO, CMYK, PALETTE, RGB, WHITE_IS_ZERO, YCBCR, Tif
 
 from siglip_serve.checkpoint.config import ImageConfig
 from siglip_serve.errors import ImageError
-from siglip_serve.images.preprocess import Mode, Preprocessor
+from siglip_serve.images.preprocess import Preprocessor
+from siglip_serve.images.resize import Mode
 
 CONFIG = ImageConfig(size=8, resample="bicubic", rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3)
 CIELAB = 8
@@ -260,18 +261,18 @@ def test_nothing_is_written_to_the_log(tmp_path: Path) -> None:
         "import sys\n"
         "from pathlib import Path\n"
         "from siglip_serve.errors import ImageError\n"
-        "from siglip_serve.images.decode import decode_with_pil\n"
+        "from siglip_serve.images.decode import decode_file\n"
         "from siglip_serve.images.formats import ImageLimits\n"
         "for file in sys.argv[1:]:\n"
         "    try:\n"
-        "        print(decode_with_pil(Path(file).read_bytes(), 'TIFF', ImageLimits()).size)\n"
+        "        print(decode_file(Path(file).read_bytes(), 'TIFF', 'fast', ImageLimits()).shape)\n"
         "    except ImageError as error:\n"
         "        print(error)\n"
     )
     command = [sys.executable, "-c", program, *(str(tmp_path / name) for name in files)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     read, broken, many = done.stdout.splitlines()
-    assert read == "(13, 7)"
+    assert read == "(7, 13, 3)"
     assert broken.startswith("broken TIFF: ")
     assert "TIFF" in many
     assert done.stderr == ""

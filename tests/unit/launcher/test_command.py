@@ -13,7 +13,7 @@ import pytest
 from paths import TINY
 
 from siglip_serve.config import Settings, load_settings
-from siglip_serve.launcher import command
+from siglip_serve.launcher import ServeOptions, command
 from siglip_serve.launcher.command import (
     _announce,
     _command_name,
@@ -34,7 +34,7 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def server(checkpoint: Path | str, models: tuple[str, ...] = ALL, notes: tuple[str, ...] = ()) -> Any:
     return SimpleNamespace(
-        options=SimpleNamespace(checkpoint=str(checkpoint), direct_http=None),
+        options=ServeOptions(Path(), str(checkpoint)),
         models=models,
         notes=notes,
         device="cpu",
@@ -170,6 +170,26 @@ def test_announcement_prints_each_note_in_a_line_of_its_own(capsys: pytest.Captu
         "siglip-serve: ready after 9.9 s on cpu",
     ]
     assert lines[-1] == "Ctrl-C stops it."
+
+
+@pytest.mark.parametrize(
+    ("host", "direct", "embedded", "warns"),
+    [
+        ("0.0.0.0", True, True, True),
+        ("127.0.0.1", True, True, False),
+        ("localhost", True, True, False),
+        ("0.0.0.0", None, True, False),
+        ("0.0.0.0", True, False, False),
+    ],
+)
+def test_warns_of_a_triton_that_other_hosts_reach_without_a_door(
+    host: str, direct: bool | None, embedded: bool, warns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "is_embedded", lambda: embedded)
+    options = ServeOptions(Path(), "checkpoint", host=host, direct_http=direct)
+    notes = " ".join(command._unprotected(options))
+    assert ("gzip" in notes and "nested JSON" in notes) == warns
+    assert bool(notes) == warns
 
 
 def test_announcement_names_the_gateway(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from siglip_serve.errors import ImageError, ImageTooLargeError, InvalidInputError, SettingsError
-from siglip_serve.images.preprocess import ImageLimits
+from siglip_serve.images.formats import ImageLimits
 from siglip_serve.teams.jersey import cut_box, jersey_roi, parse_region, rgb_frame
 
 REGION = parse_region("0.25,0.2,0.75,0.5")

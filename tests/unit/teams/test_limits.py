@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from siglip_serve.errors import ImageTooLargeError, InvalidInputError, SettingsError, StateError
-from siglip_serve.images.preprocess import ImageLimits
+from siglip_serve.images.formats import ImageLimits
 from siglip_serve.teams.clustering import predict
 from siglip_serve.teams.jersey import cut_box, jersey_roi, parse_region, rgb_frame
 from siglip_serve.teams.state import MOST_STATE_BYTES, TeamState

@@ -20,11 +20,11 @@ from PIL import Image
 
 from siglip_serve.checkpoint.config import ImageConfig
 from siglip_serve.errors import SettingsError
+from siglip_serve.images.formats import ImageLimits
 from siglip_serve.images.jpeg import PlainFrame, Sampling, plain_frame
 from siglip_serve.images.nvjpeg import reader as gpu_jpeg
 from siglip_serve.images.nvjpeg.library import Decoder, Picture
 from siglip_serve.images.nvjpeg.reader import GpuJpegReader, lay_out
-from siglip_serve.images.preprocess import ImageLimits
 from siglip_serve.images.resize import Resample, fit
 
 SAMPLINGS: tuple[Sampling, ...] = ("4:4:4", "4:2:2", "4:2:0")
