@@ -186,3 +186,26 @@ def test_the_gateway_is_a_door_of_the_loopback_interface(tmp_path: Path) -> None
     finally:
         doors.stop(10)
     assert [process.returncode for process in processes] == [0] * len(processes)
+
+
+def test_the_gateway_ends_before_the_door_that_it_asks_through() -> None:
+    ended: list[str] = []
+    doors = Doors("127.0.0.1", {})
+
+    class Recorded:
+        def __init__(self, kind: str) -> None:
+            self.kind = kind
+
+        def ask_to_end(self) -> None:
+            ended.append(f"ask {self.kind}")
+
+        def end(self, timeout: float) -> None:
+            assert timeout > 0
+            ended.append(f"end {self.kind}")
+
+    doors._processes = [Recorded(kind) for kind in ("grpc", GATEWAY, "http", GATEWAY)]  # type: ignore[misc]
+    doors.stop(5)
+    assert ended == [
+        *(f"ask {GATEWAY}", f"ask {GATEWAY}", f"end {GATEWAY}", f"end {GATEWAY}"),
+        *("ask grpc", "ask http", "end grpc", "end http"),
+    ]
