@@ -25,6 +25,7 @@ from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
+from siglip_gateway.doors import AWAY, DRAIN
 from siglip_gateway.doors.http_bodies import Body, Held, Memory, patience, read_body
 from siglip_gateway.doors.http_connections import Connections
 from siglip_gateway.doors.json_nesting import refuse_deep_json
@@ -36,8 +37,6 @@ MAX_IN_FLIGHT = 256
 # A request has up to 128 images. At 4 MiB each, photos of 12 to 20 megapixels as cameras write them, this is
 # 512 MiB. Triton needs up to four times as much memory for a body as it has bytes.
 MAX_BODY = 512 * 2**20
-AWAY = "Triton is not running; it is being started again"
-DRAIN = 30.0  # seconds that running requests have to complete after SIGTERM
 
 _ANSWER_TIME = 1800.0  # seconds; Triton itself drops what waits in its queues for ten minutes
 _HEALTH_TIME = 5.0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -47,6 +48,7 @@ class Doors:
         self._own: dict[str, int] = {}
         self._held = ExitStack()
         self._processes: list[_Process] = []
+        self._watched = threading.Lock()  # so that no process is started again while all are being stopped
         self._say: Callable[[str], None] = print
         self._stopped = Stopped(STOPPED_TOO_LONG)
 
@@ -105,14 +107,13 @@ class Doors:
 
     def watch(self) -> None:
         """Start processes again that have died, and kill those that a signal has stopped for seconds."""
-        for stopped in self._stopped.overdue(seen for process in self._processes for seen in process.seen):
-            self._say(f"door: process {stopped.pid} was stopped for {STOPPED_TOO_LONG:.0f} s; killing it")
-            kill(stopped)
-        for process in self._processes:
-            if process.is_dead() and time.monotonic() - process.started > _PAUSE:
-                self._say(f"{process.kind} door: process {process.pid} died; starting it again")
-                with suppress(OSError):  # no process can be started now
-                    process.start()
+        with self._watched:
+            self._kill_stopped()
+            for process in self._processes:
+                if process.is_dead() and time.monotonic() - process.started > _PAUSE:
+                    self._say(f"{process.kind} door: process {process.pid} died; starting it again")
+                    with suppress(OSError):  # no process can be started now
+                        process.start()
 
     def stop(self, timeout: float) -> None:
         """Let calls in flight complete, then end every process.
@@ -120,7 +121,8 @@ class Doors:
         Args:
             timeout: seconds until calls that are still in flight are abandoned.
         """
-        processes, self._processes = self._processes, []
+        with self._watched:
+            processes, self._processes = self._processes, []
         deadline = time.monotonic() + timeout
         # The gateway's calls pass through the gRPC door, so it ends before the doors do.
         first = [process for process in processes if process.kind == GATEWAY]
@@ -130,6 +132,11 @@ class Doors:
             for process in together:
                 process.end(max(deadline - time.monotonic(), 0))
         self._held.close()
+
+    def _kill_stopped(self) -> None:
+        for stopped in self._stopped.overdue(seen for process in self._processes for seen in process.seen):
+            self._say(f"door: process {stopped.pid} was stopped for {STOPPED_TOO_LONG:.0f} s; killing it")
+            kill(stopped)
 
     def _host_of(self, kind: str) -> str:
         return _LOOPBACK if kind == GATEWAY else self._host
