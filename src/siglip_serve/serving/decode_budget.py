@@ -17,7 +17,7 @@ __all__ = ["DecodeBudget"]
 # Photographs of 0.2 to 12 megapixels take 15 to 35 ns per byte, small ones 1 to 2 ms.
 _SECONDS_PER_IMAGE = 0.001
 _SECONDS_PER_BYTE = 40e-9
-_SLOW_IMAGES = 30  # a slow request may take as long as this many of the costliest images
+_SLOW_IMAGES = 15  # a slow request may take as long as this many of the costliest images
 
 
 class DecodeBudget:
