@@ -33,7 +33,7 @@ def options(log: Path, **more: Any) -> ServeOptions:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[TritonServer]:
+def faulty() -> Iterator[TritonServer]:
     with TritonServer(options(Path("/dev/full"))) as running:
         yield running
 
@@ -69,20 +69,20 @@ def answers(server: TritonServer) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("model", [TOWER, DECODER])
 def test_a_model_comes_back_and_leaves_no_shared_memory(
-    server: TritonServer, model: str, number: signal.Signals
+    faulty: TritonServer, model: str, number: signal.Signals
 ) -> None:
-    wait_for(lambda: answers(server))
+    wait_for(lambda: answers(faulty))
     prefix = f"siglip-serve-{os.getpid()}-"
-    before, deaths = set(shared_memory(prefix)), health(server.status_url)["model_deaths"]
-    restarts = health(server.status_url)["restarts"]
-    (process,) = processes_of(server.pid, model)
+    before, deaths = set(shared_memory(prefix)), health(faulty.status_url)["model_deaths"]
+    restarts = health(faulty.status_url)["restarts"]
+    (process,) = processes_of(faulty.pid, model)
     process.send_signal(number)
-    wait_for(lambda: health(server.status_url)["status"] in ("degraded", "restarting"))
-    wait_for(lambda: health(server.status_url)["status"] == "serving")
+    wait_for(lambda: health(faulty.status_url)["status"] in ("degraded", "restarting"))
+    wait_for(lambda: health(faulty.status_url)["status"] == "serving")
     assert not process.is_running()
-    wait_for(lambda: answers(server))
-    if health(server.status_url)["restarts"] == restarts:  # Triton may die as well
-        assert health(server.status_url)["model_deaths"] == deaths + 1
+    wait_for(lambda: answers(faulty))
+    if health(faulty.status_url)["restarts"] == restarts:  # Triton may die as well
+        assert health(faulty.status_url)["model_deaths"] == deaths + 1
     wait_for(lambda: len(shared_memory(prefix)) <= len(before))
 
 
@@ -91,17 +91,17 @@ def shared_memory(prefix: str) -> list[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_tritonserver_comes_back(server: TritonServer, number: signal.Signals) -> None:
-    wait_for(lambda: answers(server))
-    restarts = health(server.status_url)["restarts"]
-    os.kill(server.pid, number)
-    wait_for(lambda: health(server.status_url)["status"] == "restarting")
-    assert health(server.status_url)["code"] == 503
-    wait_for(lambda: health(server.status_url)["status"] == "serving")
-    told = health(server.http_url)  # through the door
+def test_tritonserver_comes_back(faulty: TritonServer, number: signal.Signals) -> None:
+    wait_for(lambda: answers(faulty))
+    restarts = health(faulty.status_url)["restarts"]
+    os.kill(faulty.pid, number)
+    wait_for(lambda: health(faulty.status_url)["status"] == "restarting")
+    assert health(faulty.status_url)["code"] == 503
+    wait_for(lambda: health(faulty.status_url)["status"] == "serving")
+    told = health(faulty.http_url)  # through the door
     assert (told["code"], told["restarts"]) == (200, restarts + 1)
     assert "tritonserver died (signal 9)" in told["last_death"]
-    wait_for(lambda: answers(server))
+    wait_for(lambda: answers(faulty))
 
 
 def starting_processes() -> list[psutil.Process]:

@@ -69,13 +69,19 @@ class ModelProcesses:
         """Find the model of each model process by its process id.
 
         Args:
-            processes: all of the server.
+            processes: all of the server, parents before their children.
         """
-        running = [process for process in processes if not _is_zombie(process)]
-        # A process is asked only once: the system may refuse to tell about one that runs on.
-        known = {process: self._found.get(process) or self._model(process) for process in running}
-        self._found = {process: model for process, model in known.items() if model}
-        return {process.pid: model for process, model in self._found.items()}
+        found: dict[psutil.Process, str] = {}
+        pids: set[int] = set()
+        for process in processes:
+            # A process is asked only once: the system may refuse to tell about one that runs on. A child of a
+            # model process looks like one itself until it runs a program of its own.
+            model = self._found.get(process) or (None if _parent(process) in pids else self._model(process))
+            if model and not _is_zombie(process):
+                found[process] = model
+                pids.add(process.pid)
+        self._found = found
+        return {process.pid: model for process, model in found.items()}
 
     def _model(self, process: psutil.Process) -> str | None:
         try:
@@ -108,6 +114,13 @@ class Stopped:
         stopped = [process for process in processes if _status(process) == psutil.STATUS_STOPPED]
         self._since = {process: self._since.get(process, now) for process in stopped}
         return [process for process, since in self._since.items() if now - since >= self._patience]
+
+
+def _parent(process: psutil.Process) -> int:
+    try:
+        return process.ppid()
+    except psutil.Error:
+        return 0
 
 
 def _is_zombie(process: psutil.Process) -> bool:

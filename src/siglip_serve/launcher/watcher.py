@@ -183,7 +183,8 @@ class Watcher(Repeated):
 
     def _kill_stopped(self, processes: Iterable[psutil.Process]) -> None:
         for process in self._stopped.overdue(processes):
-            what = self._known.get(process.pid, "tritonserver")  # or a program that a model runs
+            other = "tritonserver" if process.pid == self._server.pid else "a program of a model"
+            what = self._known.get(process.pid, other)
             self._say(f"{what}: process {process.pid} was stopped for {STOPPED_TOO_LONG:.0f} s; killing it")
             kill(process)
 

@@ -47,6 +47,21 @@ def test_knows_a_model_process_although_the_system_tells_no_more_about_it(
             child.kill()
 
 
+def test_a_child_of_a_model_process_is_not_one(tmp_path: Path) -> None:
+    """As long as it has not replaced its program, it has the name and the arguments of its parent."""
+    stub = tmp_path / "triton_python_backend_stub"
+    stub.write_bytes(Path("/bin/sh").read_bytes())
+    stub.chmod(0o755)
+    command = [str(stub), "-c", "(sleep 60; :); :", f"/{MODEL}/"]
+    with subprocess.Popen(command, start_new_session=True) as process:
+        while len(family(process.pid)) < 3:
+            time.sleep(0.01)
+        of = family(process.pid)
+        assert of[1].name() == of[0].name()
+        assert ModelProcesses([MODEL])(of) == {process.pid: MODEL}
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def test_notices_what_was_stopped_for_long() -> None:
     with subprocess.Popen(["sleep", "60"]) as process:
         of = [psutil.Process(process.pid)]

@@ -25,7 +25,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def sleeper() -> Iterator[psutil.Process]:
     with subprocess.Popen(["sleep", "60"]) as process:
-        yield psutil.Process(process.pid)
+        found = psutil.Process(process.pid)
+        while found.name() != "sleep" or found.status() != psutil.STATUS_SLEEPING:
+            time.sleep(0.01)
+        yield found
         process.kill()
 
 
