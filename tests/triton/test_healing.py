@@ -21,6 +21,7 @@ from images import encode, photo
 from tritonclient.utils import InferenceServerException
 from wire import ROOT, TINY, GrpcCaller
 
+from siglip_serve.errors import ServerStartError
 from siglip_serve.launcher import ServeOptions, TritonServer
 
 PICTURE = encode(photo(80, 60), "JPEG")
@@ -79,7 +80,7 @@ def test_a_model_comes_back_and_leaves_no_shared_memory(
     process.send_signal(number)
     wait_for(lambda: health(faulty.status_url)["status"] in ("degraded", "restarting"))
     wait_for(lambda: health(faulty.status_url)["status"] == "serving")
-    assert not process.is_running()
+    assert process not in processes_of(faulty.pid, model)
     wait_for(lambda: answers(faulty))
     if health(faulty.status_url)["restarts"] == restarts:  # Triton may die as well
         assert health(faulty.status_url)["model_deaths"] == deaths + 1
@@ -104,10 +105,9 @@ def test_tritonserver_comes_back(faulty: TritonServer, number: signal.Signals) -
     wait_for(lambda: answers(faulty))
 
 
-def starting_processes() -> list[psutil.Process]:
-    servers = [child for child in psutil.Process().children() if child.name() == "tritonserver"]
-    with suppress(psutil.Error):
-        return [process for server in servers for process in processes_of(server.pid, TOWER)]
+def starting_processes(server: TritonServer) -> list[psutil.Process]:
+    with suppress(psutil.Error, ServerStartError):
+        return processes_of(server.pid, TOWER)
     return []
 
 
@@ -119,7 +119,7 @@ def test_a_start_that_hangs_is_tried_again(tmp_path: Path, capsys: pytest.Captur
 
     def stop() -> None:
         while not stopped.is_set():
-            for process in starting_processes():
+            for process in starting_processes(starting):
                 process.suspend()
                 shutil.rmtree(folder)
                 stopped.set()
