@@ -39,7 +39,7 @@ help: ## This list
 
 install: $(SERVER) ## A virtual environment in .venv with all that serving needs
 
-serve: $(SERVER) ## Run the server on 127.0.0.1, HTTP 8000, gRPC 8001, metrics 8002; Ctrl-C stops it
+serve: $(SERVER) ## Run the server on 127.0.0.1, HTTP 8000, gRPC 8001, metrics 8002, gateway 8080; Ctrl-C stops it
 	@exec $(BIN)/siglip-serve serve --checkpoint $(CHECKPOINT) --device $(DEVICE) --host $(HOST) \
 	  --teams-checkpoint $(TEAMS_CHECKPOINT) \
 	  --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT) \

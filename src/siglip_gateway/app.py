@@ -65,6 +65,9 @@ def create_app(
         OSError, ValueError: the file of keys cannot be read, or holds none.
     """
     keys = read_keys(options.api_key_file)
+    if options.access_log:
+        logging.basicConfig(level=logging.WARNING, format="%(message)s")
+        _LOG.setLevel(logging.INFO)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

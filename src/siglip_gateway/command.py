@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -55,9 +55,8 @@ def main(
         )
     # The server ends on this signal in its own time, and then raises it again for this handler.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="siglip-gateway-") as folder:
-        return _run(given, replace(options, metrics_folder=folder if given.workers > 1 else None))
+        return _run(given, options if given.workers == 1 else replace(options, metrics_folder=folder))
 
 
 def _run(given: argparse.Namespace, options: GatewayOptions) -> int:
@@ -70,22 +69,35 @@ def _run(given: argparse.Namespace, options: GatewayOptions) -> int:
         "timeout_graceful_shutdown": 30,
         "server_header": False,
     }
-    print(f"siglip-serve gateway: {address} (Triton at {options.triton})", flush=True)
     try:
+        bound = _bound(given.host, given.port, given.share_port)
+        print(f"siglip-serve gateway: {address} (Triton at {options.triton})", flush=True)
         if given.workers == 1:
-            if not given.no_access_log:
-                logging.getLogger("siglip_gateway.access").setLevel(logging.INFO)
-            uvicorn.run(create_app(options), **settings)
+            uvicorn.Server(uvicorn.Config(create_app(options), **settings)).run([bound])
         else:
+            bound.close()
             os.environ[ENVIRONMENT] = options.to_json()
             uvicorn.run(
                 "siglip_gateway.app:from_environment", factory=True, workers=given.workers, **settings
             )
     except (KeyboardInterrupt, asyncio.CancelledError):
         pass
+    except OSError as error:
+        print(f"siglip-serve gateway: {given.host}:{given.port}: {error.strerror}", file=sys.stderr)
+        return 1
     except SystemExit as error:  # uvicorn has said why, for example a taken port
         return int(error.code or 0)
     return 0
+
+
+def _bound(host: str, port: int, shared: bool) -> socket.socket:
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    bound.bind(address)
+    return bound
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,7 +129,15 @@ def _add_addresses(group: argparse._ArgumentGroup) -> None:
         metavar="URL",
         help="Immich's own machine learning service, for faces and text recognition",
     )
-    group.add_argument("--no-access-log", action="store_true", help="write no line per request to stderr")
+    # For the launcher, which starts several processes on one port.
+    group.add_argument("--share-port", action="store_true", help=argparse.SUPPRESS)
+    group.add_argument("--metrics-folder", default=None, help=argparse.SUPPRESS)
+    group.add_argument(
+        "--no-access-log",
+        dest="access_log",
+        action="store_false",
+        help="write no line per request to stderr",
+    )
     group.add_argument(
         "--no-normalize",
         dest="normalized",

@@ -33,6 +33,7 @@ class GatewayOptions:
         upload_timeout: seconds that a body may take to arrive.
         max_download: bytes of a picture that is fetched from a URL.
         download_timeout: seconds that fetching a picture may take.
+        access_log: write a line per request to standard error.
         metrics_folder: folder in which worker processes share their counters, or None for one process.
     """
 
@@ -53,6 +54,7 @@ class GatewayOptions:
     max_download: int = 32 * 2**20
     download_timeout: float = 10.0
     metrics_folder: str | None = None
+    access_log: bool = False
 
     def to_json(self) -> str:
         """The options as text for `from_json`."""

@@ -7,6 +7,7 @@ Startup fails on a name that is not a setting.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -140,6 +141,20 @@ class Settings:
         default=64_000_000,
         metadata=_option("images", "largest image, in pixels; checked before it is decoded"),
     )
+    max_decode_seconds: float = field(
+        default=2.0, metadata=_option("images", "most CPU time that one image may take, in seconds")
+    )
+    max_decode_megabytes: int = field(
+        default=512, metadata=_option("images", "most memory that decoding one image may need, in MB")
+    )
+    slow_request_seconds: float = field(
+        default=0.5,
+        metadata=_option(
+            "images",
+            "CPU seconds that a request may take beyond what its bytes explain; after that it is slow, and "
+            "one decoder is kept free of slow requests",
+        ),
+    )
     max_text_bytes: int = field(default=65_536, metadata=_option("texts", "largest text or label, in bytes"))
     text_cache_rows: int = field(
         default=32_768,
@@ -234,4 +249,12 @@ def _parse(text: str, kind: Any, source: str) -> Any:
         if not text.isascii() or not text.isdigit():
             raise SettingsError(f"{source}: got {text!r}, expected a whole number >= 0")
         return int(text)
+    if kind is float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not 0 < number < math.inf:
+            raise SettingsError(f"{source}: got {text!r}, expected a number > 0")
+        return number
     return text

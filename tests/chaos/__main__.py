@@ -101,6 +101,14 @@ def _add_others(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("overload, deadlines, soak").add_argument
     add("--overload-seconds", type=float, default=60, help="of each protocol")
     add("--deadline-seconds", type=float, default=60, help="of each kind of impatient caller")
+    add(
+        "--deadline-kinds",
+        nargs="+",
+        type=int,
+        default=[1, 2, 3, 4, 5, 6],
+        metavar="NUMBER",
+        help="of deadlines: 0.5-8, 20, 50, 100 ms, cancelled calls, closed HTTP connections",
+    )
     add("--minutes", type=float, default=30, help="of soak")
 
 

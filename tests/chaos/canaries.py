@@ -11,7 +11,7 @@ from images import encode, photo
 from numpy.typing import NDArray
 from players import CROPS
 
-from tests.chaos.messages import INFER, Infer, grpc_bytes, of_rows, outputs_of
+from tests.chaos.messages import INFER, Infer, grpc_bytes, http_outputs_of, of_rows, outputs_of
 from tests.chaos.server import ChaosError
 from tests.chaos.wires import GrpcWire, Outcome
 
@@ -124,9 +124,10 @@ class Canaries:
         self.messages = dict(messages)
         self._right = {name: dict(outputs) for name, outputs in right.items()}
 
-    def check(self, name: str, body: bytes) -> str:
-        """Compare an answer with the right one; return what is wrong, or ""."""
-        apart = difference(outputs_of(body), self._right[name])
+    def check(self, name: str, body: bytes, via: str = "grpc") -> str:
+        """Compare an answer over `grpc` or `http` with the right one; return what is wrong, or ""."""
+        found = outputs_of(body) if via == "grpc" else http_outputs_of(body)
+        apart = difference(found, self._right[name])
         return "" if apart <= self.tolerance else f"{name}: off by {apart:g}"
 
     async def all_right(self, wire: GrpcWire, limit: float = 20.0) -> str:

@@ -117,7 +117,8 @@ async def run(context: Context) -> None:
         task = asyncio.create_task(send_from_processes(1, quiet + 60, **given, **others))
         await among.ask(site, task)
         context.report.add("deadlines", f"among {_CALLERS} patient callers", f"p99 {among.p99:.0f} ms")
-        for name, via, loop, delays in tqdm(MODES, desc="deadlines", unit="kind"):
+        chosen = [MODES[number - 1] for number in options.deadline_kinds]
+        for name, via, loop, delays in tqdm(chosen, desc="deadlines", unit="kind"):
             address = site.target.grpc if via == "grpc" else site.target.http
             if address:
                 given = {

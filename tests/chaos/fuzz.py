@@ -8,6 +8,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 
 from tqdm import tqdm
 
@@ -103,7 +104,7 @@ class Fuzz:
                 reply = await send(item, grpc, http, tcp)
             finally:
                 self._busy -= 1
-            answered = Answered(item.name, item.kind, Reply(**{**reply.__dict__, "body": b""}))
+            answered = Answered(item.name, item.kind, replace(reply, body=b""))
             self.tally.note(answered)
             self._recent.append(answered)
             self._bar.update()
@@ -136,7 +137,7 @@ class Fuzz:
         self.canaries_sent += 1
         if reply.outcome is Outcome.ANSWERED:
             self.canary_seconds.append(reply.seconds)
-            wrong = self.site.canaries.check(name, reply.body) if via == "grpc" else ""
+            wrong = self.site.canaries.check(name, reply.body, via)
             if wrong:
                 self.wrong += 1
                 under_way = ", ".join(answered.name for answered in list(self._recent)[-20:])

@@ -18,6 +18,7 @@ __all__ = [
     "Tensor",
     "grpc_bytes",
     "http_bytes",
+    "http_outputs_of",
     "http_parts",
     "http_request",
     "of_array",
@@ -133,13 +134,25 @@ def http_bytes(request: Infer) -> bytes:
 def outputs_of(body: bytes) -> dict[str, NDArray[Any]]:
     """Read the outputs of numbers and bytes from a ModelInferResponse."""
     answer = service_pb2.ModelInferResponse.FromString(body)
+    pairs = zip(answer.outputs, answer.raw_output_contents, strict=True)
+    return {output.name: _array(output.datatype, output.shape, data) for output, data in pairs}
+
+
+def http_outputs_of(body: bytes) -> dict[str, NDArray[Any]]:
+    """Read the outputs from the body of an answer over HTTP: JSON, and the tensors behind it."""
+    about, at = json.JSONDecoder().raw_decode(body.decode("latin-1"))
     found: dict[str, NDArray[Any]] = {}
-    for output, data in zip(answer.outputs, answer.raw_output_contents, strict=True):
-        if output.datatype == "BYTES":
-            found[output.name] = np.array(_rows(data), dtype=np.object_)
-        else:
-            found[output.name] = np.frombuffer(data, _DTYPES[output.datatype]).reshape(tuple(output.shape))
+    for output in about["outputs"]:
+        size = output["parameters"]["binary_data_size"]
+        found[output["name"]] = _array(output["datatype"], output["shape"], body[at : at + size])
+        at += size
     return found
+
+
+def _array(datatype: str, shape: Sequence[int], data: bytes) -> NDArray[Any]:
+    if datatype == "BYTES":
+        return np.array(_rows(data), dtype=np.object_)
+    return np.frombuffer(data, _DTYPES[datatype]).reshape(tuple(shape))
 
 
 def _rows(data: bytes) -> list[bytes]:

@@ -54,17 +54,18 @@ def kind_of(words: Sequence[str], parent: str = "") -> str:
     """
     if not words:
         return ""
+    # Until it runs its own program, a new process has the command line of its parent.
+    if parent == TRITON and Path(words[0]).name == TRITON:
+        return ""
+    owner = parent.removesuffix(HELPER)
+    if owner and owner != TRITON and not owner.endswith(" door"):
+        return f"{owner}{HELPER}"
     line, program = " ".join(words), Path(words[0]).name
     if program.startswith(_STUB):
         found = _MODEL.search(line)
-        return found[1] if found else "model process"
-    if program == TRITON:
-        return TRITON
+        return found[1] if found else ""
     door = _DOOR.search(line)
-    if door:
-        return f"{door[1]} door"
-    owner = parent.removesuffix(HELPER)
-    return f"{owner}{HELPER}" if owner and owner != TRITON and not owner.endswith(" door") else ""
+    return TRITON if program == TRITON else f"{door[1]} door" if door else ""
 
 
 def family(launcher: int, known: dict[int, Member] | None = None) -> dict[int, Member]:

@@ -84,7 +84,7 @@ class Report:
             with (self.folder / "findings.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(finding)) + "\n")
         if count <= self._shown and not kind.endswith(", further"):
-            self._print(f"  {part}: {kind}{f' [--case {case}]' if case else ''}: {message[:400]}")
+            self._print(f"  {part}: {kind}{f' [--case {case}]' if case else ''}: {message[:800]}")
 
     @property
     def faults(self) -> int:

@@ -76,7 +76,9 @@ def _some(context: Context, name: str, count: int, freeze: bool, end: float) -> 
             target.start()
             seconds.append(time.monotonic() - begin)
         except ChaosError as error:
-            failures.append(f"start {number} failed after {time.monotonic() - begin:.0f} s: {error}"[:1500])
+            text = str(error)
+            said = text if len(text) < 600 else f"{text[:200]} ... {text[-400:]}"
+            failures.append(f"start {number} failed after {time.monotonic() - begin:.0f} s: {said}")
         finally:
             target.stop()
             if frozen is not None:

@@ -140,6 +140,8 @@ def test_immich_answers_clip_tasks(client: TestClient) -> None:
     answer = predict(client, CLIP_TEXT, text="too long").json()
     assert answer.keys() == {"clip"}
     np.testing.assert_array_equal(np.array(json.loads(answer["clip"]), np.float32), vector("too long"))
+    answer = client.post("/predict", data={"entries": json.dumps(CLIP_TEXT), "text": "ä & b"}).json()
+    np.testing.assert_array_equal(np.array(json.loads(answer["clip"]), np.float32), vector("ä & b"))
     assert client.get("/ping").text == "pong"
 
 

@@ -144,7 +144,7 @@ def gateway_process(triton: str, *arguments: str) -> Iterator[str]:
     """`siglip-serve gateway` in front of a real server, as a process of its own: its URL."""
     port = free_port()
     command = [str(Path(sys.executable).with_name("siglip-serve")), "gateway", "--triton", triton]
-    process = subprocess.Popen([*command, "--port", str(port), "--no-access-log", *arguments])
+    process = subprocess.Popen([*command, "--port", str(port), *arguments])
     try:
         _wait(process, f"http://127.0.0.1:{port}/.well-known/live")
         yield f"http://127.0.0.1:{port}"

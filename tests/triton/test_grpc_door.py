@@ -71,13 +71,13 @@ def test_computes_little_for_callers_whose_deadline_passed(server: TritonServer,
     """Their requests have no timeout of their own."""
     metrics, message = f"{server.address}:{server.metrics_port}", request(LARGE)
     stub.ModelInfer(message, timeout=60)
-    calls = [stub.ModelInfer.future(message, timeout=0.5) for _ in range(100)]
+    calls = [stub.ModelInfer.future(message, timeout=0.2) for _ in range(200)]
     late = sum(call.exception() is not None for call in calls)
     before = decoded(metrics)
     stub.ModelInfer(request(SMALL), timeout=60)
     time.sleep(1)
     assert late > 50  # or this test asks for too little
-    assert decoded(metrics) - before - 1 <= 5
+    assert decoded(metrics) - before - 1 <= late / 10  # some were being decoded
 
 
 def test_streams_are_answered_and_may_be_given_up(server: TritonServer) -> None:

@@ -20,3 +20,6 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return self.model.execute(requests)
+
+    def finalize(self) -> None:
+        self.model.close()

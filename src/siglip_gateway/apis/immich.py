@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
+from urllib.parse import parse_qsl
 
 import aiohttp
 import orjson
@@ -70,7 +71,10 @@ async def _answered(service: Service, request: Request, body: bytes, form: FormD
 
 
 async def _form(request: Request, body: bytes) -> FormData:
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    kind = request.headers.get("content-type", "")
+    if kind.startswith("application/x-www-form-urlencoded"):
+        return FormData(dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True)))
+    if not kind.startswith("multipart/form-data"):
         raise Refusal(422, "expected a form of the type multipart/form-data")
 
     async def stream() -> AsyncGenerator[bytes, None]:

@@ -24,9 +24,10 @@ from typing import Any
 import grpc  # type: ignore[import-untyped]
 from grpc.aio import EOF, AioRpcError, BaseError  # type: ignore[import-untyped]
 
+from siglip_gateway.doors import AWAY, DRAIN
 from siglip_gateway.doors.timeout_parameter import with_timeout
 
-__all__ = ["AWAY", "DRAIN", "GrpcDoor", "open_door", "serve"]
+__all__ = ["GrpcDoor", "open_door", "serve"]
 
 _SERVICE = "/inference.GRPCInferenceService/"
 _INFER, _STREAM = f"{_SERVICE}ModelInfer", f"{_SERVICE}ModelStreamInfer"
@@ -34,8 +35,6 @@ _INFER, _STREAM = f"{_SERVICE}ModelInfer", f"{_SERVICE}ModelStreamInfer"
 # gRPC's own words for a connection that is not there or broke. Triton's messages have none of them.
 _NO_CONNECTION = re.compile("connect|socket|stream removed|goaway|broken pipe|cancelling all", re.IGNORECASE)
 _EXPIRED = "Request timeout expired"  # Triton's words for a request that it dropped from a queue
-AWAY = "Triton is not running; it is being started again"
-DRAIN = 30.0  # seconds that running calls have to complete after SIGTERM
 
 _LARGEST = 512 * 2**20  # bytes of a request: sixteen times the largest image of the default settings
 _SERVER_OPTIONS = (

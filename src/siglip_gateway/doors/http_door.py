@@ -25,6 +25,7 @@ from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
+from siglip_gateway.doors import AWAY, DRAIN
 from siglip_gateway.doors.http_bodies import Body, Held, Memory, patience, read_body
 from siglip_gateway.doors.http_connections import Connections
 from siglip_gateway.doors.json_nesting import refuse_deep_json
@@ -36,8 +37,6 @@ MAX_IN_FLIGHT = 256
 # A request has up to 128 images. At 4 MiB each, photos of 12 to 20 megapixels as cameras write them, this is
 # 512 MiB. Triton needs up to four times as much memory for a body as it has bytes.
 MAX_BODY = 512 * 2**20
-AWAY = "Triton is not running; it is being started again"
-DRAIN = 30.0  # seconds that running requests have to complete after SIGTERM
 
 _ANSWER_TIME = 1800.0  # seconds; Triton itself drops what waits in its queues for ten minutes
 _HEALTH_TIME = 5.0
@@ -49,6 +48,8 @@ _JSON_SIZE = "Inference-Header-Content-Length"
 _OF_A_CONNECTION = frozenset(
     ("connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade")
 )
+# Triton calls JSON of a wrong type, such as a number for `id`, a failure of its own.
+_WRONG_JSON = re.compile(rb"attempt to (access JSON non-|get members for non-object)")
 _OF_A_BODY = frozenset(("content-length", "content-encoding", "expect"))
 
 
@@ -298,8 +299,11 @@ def _passed_back(method: str, answer: aiohttp.ClientResponse, body: bytes) -> we
     dropped = _OF_A_CONNECTION if method == "HEAD" else _OF_A_CONNECTION | {"content-length"}
     headers = _without(answer.headers, dropped)
     headers.setdefault("Server", SERVER)
+    status, reason = answer.status, answer.reason
+    if status == 500 and _WRONG_JSON.search(body):
+        status, reason = 400, None
     return web.Response(
-        status=answer.status, reason=answer.reason, headers=headers, body=None if method == "HEAD" else body
+        status=status, reason=reason, headers=headers, body=None if method == "HEAD" else body
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["Turns", "peers_name", "remove_unused"]
+__all__ = ["Places", "Turns", "peers_name", "remove_unused"]
 
 _FOLDER = Path("/dev/shm")  # Triton's Python backend needs it as well
 _PREFIX = "siglip-serve-turns-"
@@ -92,6 +92,48 @@ class Turns:
                 self._patience = _LITTLE_PATIENCE
                 return False
             time.sleep(_PAUSE)
+
+
+class Places:
+    """A few places that several processes share, of which each process holds one at most.
+
+    The system frees the place of a process that ends, however it ends.
+
+    Args:
+        name: common name of the processes, as of `peers_name`.
+        count: number of places. If it is 0, there is never a free one.
+        folder: folder of the file at which the processes meet.
+
+    Raises:
+        OSError: the file could not be opened, or belongs to another user.
+    """
+
+    def __init__(self, name: str, count: int, folder: Path = _FOLDER) -> None:
+        self._path = folder / f"{_PREFIX}{name}-places"
+        self._file = _open(self._path) if count else None
+        self._count = count
+
+    def take(self) -> bool:
+        """Take a place. Returns False if all are taken."""
+        if self._file is None:
+            return False
+        for place in range(self._count):
+            with suppress(BlockingIOError, PermissionError):
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+                return True
+        return False
+
+    def leave(self) -> None:
+        """Give the place back."""
+        if self._file is not None:
+            fcntl.lockf(self._file, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Leave the other processes. No place can be taken afterwards."""
+        if self._file is not None:
+            _remove_if_unused(self._path, self._file)
+            os.close(self._file)
+            self._file = None
 
 
 def remove_unused(folder: Path = _FOLDER) -> None:

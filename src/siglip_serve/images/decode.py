@@ -16,6 +16,7 @@ import numpy as np
 # Pillow would otherwise import all of its plugins, a second's work, when the first such image comes.
 from PIL import (
     AvifImagePlugin,  # noqa: F401
+    BmpImagePlugin,  # noqa: F401 - registers its own decoder of run lengths first
     Image,
     ImageFile,
     TiffImagePlugin,
@@ -25,6 +26,7 @@ from PIL import (
 
 from siglip_serve.config import Color
 from siglip_serve.errors import ImageCostError, ImageError, ImageTooLargeError
+from siglip_serve.images.bmp import install_bmp_runs
 from siglip_serve.images.color import jpeg_profile, to_srgb
 from siglip_serve.images.formats import ImageLimits, check_size
 from siglip_serve.images.heif import open_heif
@@ -57,6 +59,7 @@ _DECODER_ERRORS = (
 )
 
 silence_tiff()
+install_bmp_runs()
 
 _NO_MEMORY = re.compile(r"(?i)out of memory|cannot allocate memory|insufficient memory")
 _AVIF_EXIF = re.compile(rb"(infe\x02.{7})Exif", re.DOTALL)

@@ -135,12 +135,12 @@ def _count_scans(data: bytes, frame: bytes, first: int) -> int:
     most = data.count(b"\xff\xda", first)
     scans = most if most <= _MAX_SCANS else _walk_scans(data, first)
     if scans > _MAX_SCANS:
-        raise ImageError(f"broken JPEG: {scans} scans, expected at most {_MAX_SCANS}")
+        raise ImageError(f"broken JPEG: {scans} or more scans, expected at most {_MAX_SCANS}")
     return scans
 
 
 def _walk_scans(data: bytes, position: int) -> int:
-    """Count scans as libjpeg meets them: up to the end of the image, and not within other segments."""
+    """Count scans as libjpeg meets them: to the end of the image, outside other segments, to one too many."""
     scans = 0
     for _ in range(_MAX_SEGMENTS):
         found = _MARKER_BETWEEN_SCANS.search(data, position)
@@ -149,6 +149,8 @@ def _walk_scans(data: bytes, position: int) -> int:
         marker, position = found[1][0], found.end()
         if marker == _START_OF_SCAN:
             scans += 1
+            if scans > _MAX_SCANS:
+                return scans
         # Below 0xC0 libjpeg looks for the next marker at once, or gives up.
         if marker >= _BASELINE and marker not in _WITHOUT_LENGTH:
             position += max(2, int.from_bytes(data[position : position + 2]))

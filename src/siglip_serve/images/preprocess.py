@@ -89,6 +89,10 @@ class Preprocessor:
             return decode_file(data, kind, self._mode, self._limits, file.header, color=self._color)
         return self._watched(data, kind, watch)
 
+    def close(self) -> None:
+        """End the process that decodes costly files. The next such file would start another."""
+        self._watched.close()
+
     def resize(self, pixels: Pixels) -> Pixels:
         """uint8 RGB `[H, W, 3]` -> `[S, S, 3]`, contiguous, whatever the aspect."""
         return fit(pixels, self._image, self._mode)

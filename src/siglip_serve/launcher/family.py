@@ -9,9 +9,18 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["ModelProcesses", "Stopped", "family", "mapped_files"]
+__all__ = ["STOPPED_TOO_LONG", "ModelProcesses", "Stopped", "family", "find", "kill", "mapped_files"]
 
+STOPPED_TOO_LONG = 5.0  # seconds
 _STUB = "triton_python_backend_stub"
+
+
+def find(pid: int) -> list[psutil.Process]:
+    """Find the process `pid`; empty if it does not run."""
+    try:
+        return [psutil.Process(pid)]
+    except psutil.Error:
+        return []
 
 
 def family(pid: int) -> list[psutil.Process]:
@@ -21,6 +30,12 @@ def family(pid: int) -> list[psutil.Process]:
         return [server, *server.children(recursive=True)]
     except psutil.Error:
         return []
+
+
+def kill(process: psutil.Process) -> None:
+    """Kill a process that may have ended meanwhile."""
+    with suppress(psutil.Error):
+        process.kill()
 
 
 def mapped_files(processes: Iterable[psutil.Process]) -> set[Path]:
@@ -50,13 +65,13 @@ class ModelProcesses:
         self._models = models
         self._found: dict[psutil.Process, str] = {}
 
-    def __call__(self, pid: int) -> dict[int, str]:
+    def __call__(self, processes: Iterable[psutil.Process]) -> dict[int, str]:
         """Find the model of each model process by its process id.
 
         Args:
-            pid: process id of the server.
+            processes: all of the server.
         """
-        running = [process for process in family(pid)[1:] if not _is_zombie(process)]
+        running = [process for process in processes if not _is_zombie(process)]
         # A process is asked only once: the system may refuse to tell about one that runs on.
         known = {process: self._found.get(process) or self._model(process) for process in running}
         self._found = {process: model for process, model in known.items() if model}

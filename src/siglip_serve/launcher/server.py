@@ -33,7 +33,7 @@ from siglip_serve.checkpoint.files import resolve
 from siglip_serve.config import PREFIX, load_settings
 from siglip_serve.errors import ServerStartError, SettingsError
 from siglip_serve.launcher.checkpoints import check_options, describe_checkpoints
-from siglip_serve.launcher.doors import Doors
+from siglip_serve.launcher.doors import GATEWAY, Doors
 from siglip_serve.launcher.endpoint import Endpoint
 from siglip_serve.launcher.environment import CHECKPOINT, KEEP_MEMORY, choose_device, server_environment
 from siglip_serve.launcher.log import Journal, asked_to_end, open_log, size
@@ -62,6 +62,7 @@ class TritonServer:
     Attributes:
         options: as given.
         http_port, grpc_port, metrics_port: the ports that callers use.
+        gateway_port: the gateway's port on 127.0.0.1, or None without a gateway.
         device: `cpu` or `cuda`.
         models: names of the served models, set by `start`.
         notes: sentences for the operator about the served checkpoints, set by `start`.
@@ -79,7 +80,14 @@ class TritonServer:
         wanted = {"HTTP": options.http_port, "gRPC": options.grpc_port, "metrics": options.metrics_port}
         self.http_port, self.grpc_port, self.metrics_port = free_ports(self._host, wanted)
         public = {"http": self.http_port, "grpc": self.grpc_port}
-        self._doors = Doors(self._host, {kind: public[kind] for kind in _doors_of(options)})
+        self._status = Status()
+        self._status_server = StatusServer(self._status)
+        doors = {kind: public[kind] for kind in _doors_of(options)}
+        self.gateway_port: int | None = None
+        if options.gateway_port is not None:
+            (self.gateway_port,) = free_ports("127.0.0.1", {GATEWAY: options.gateway_port})
+            doors[GATEWAY] = self.gateway_port
+        self._doors = Doors(self._host, doors, self.grpc_url)
         # Triton's own addresses, which are those of callers where there is no door.
         self._triton = {kind: (self._host, port) for kind, port in public.items()}
         self.models: list[str] = []
@@ -92,8 +100,6 @@ class TritonServer:
         # thread starts all processes and lives as long as the server.
         self._spawner = ThreadPoolExecutor(1, "siglip-serve-spawner")
         self._watcher: Watcher | None = None
-        self._status = Status()
-        self._status_server = StatusServer(self._status)
         self._log_start = 0
 
     @property
@@ -263,7 +269,7 @@ class TritonServer:
             environment = {**os.environ, **KEEP_MEMORY}
             return self._spawner.submit(spawn, command, environment, stage.empty, self.log_file).result()
 
-        self._doors.start(run, Journal(self.log_file).say)
+        self._doors.start(run, Journal(self.log_file).say, self.status_url, stage.root)
 
     def _watch(self, process: subprocess.Popen[bytes], stage: Stage, spawn_it: Spawn) -> None:
         actions = Actions(

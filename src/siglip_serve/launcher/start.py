@@ -90,7 +90,7 @@ class Start:
         """Name the models that were loading, from the log, else from the processes."""
         names = loading(self.log_file, self.log_start, self.models)
         if not names and not read(self.log_file, self.log_start):
-            names = sorted(set(ModelProcesses(self.models)(self.process.pid).values()))
+            names = sorted(set(ModelProcesses(self.models)(family(self.process.pid)).values()))
         if not names:
             return "tritonserver"
         return f"model{'s' if len(names) > 1 else ''} {', '.join(names)}"

@@ -88,7 +88,7 @@ class Status:
 
 
 class StatusServer(ThreadingHTTPServer):
-    """Answers `GET /health` on a free port of 127.0.0.1, once it was started.
+    """Answers `GET` and `HEAD /health` on a free port of 127.0.0.1, once it was started.
 
     Its threads end with the process. The answer is the JSON of `Status.describe`, with 200 while the server
     answers and 503 otherwise.
@@ -149,6 +149,12 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = _PATIENCE
 
     def do_GET(self) -> None:
+        self._answer()
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
         if self.path != "/health":
             self.send_error(HTTPStatus.NOT_FOUND)
             return
@@ -158,7 +164,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        if self.command == "GET":
+            self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
         """Write no line per call."""

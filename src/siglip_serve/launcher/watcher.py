@@ -18,7 +18,7 @@ import psutil
 
 from siglip_serve.errors import ServerStartError
 from siglip_serve.launcher.back_off import BackOff
-from siglip_serve.launcher.family import ModelProcesses, Stopped, family
+from siglip_serve.launcher.family import STOPPED_TOO_LONG, ModelProcesses, Stopped, family, kill
 from siglip_serve.launcher.log import Journal
 from siglip_serve.launcher.progress import Progress, call_watched
 from siglip_serve.launcher.status import Status
@@ -27,7 +27,6 @@ __all__ = ["Actions", "Repeated", "Watcher"]
 
 _INTERVAL = 0.25
 _RETRY = 5.0
-_STOPPED_TOO_LONG = 5.0
 # A server that was asked to end closes its ports first. It may complete requests for 30 s.
 _END_WITHOUT_MODELS, _END = 5.0, 45.0
 _TIDY = (2.0, 6.0)  # after a reload; shared memory is removed if it was unused both times
@@ -116,7 +115,7 @@ class Watcher(Repeated):
         self._stalled_after = stalled_after
         self._back_off = BackOff()
         self._back_off.served()
-        self._stopped = Stopped(_STOPPED_TOO_LONG)
+        self._stopped = Stopped(STOPPED_TOO_LONG)
         self._processes = ModelProcesses(models)
         self._also = Repeated("siglip-serve-also", journal, self._call_also)
         self._hung_at_end = False
@@ -148,7 +147,8 @@ class Watcher(Repeated):
     def _begin(self) -> None:
         """Begin with a server whose models are all served."""
         self._replaced = False
-        self._known = self._processes(self._server.pid)  # the dead stay until their model is served again
+        # By process id, the model of each. The dead stay until their model is served again.
+        self._known = self._processes(family(self._server.pid))
         self._retired: set[int] = set()  # other processes of a model that was loaded again; Triton ends them
         self._retry: dict[str, float] = {}  # when to load a model again that could not be loaded
         self._refuses_since: float | None = None
@@ -160,8 +160,9 @@ class Watcher(Repeated):
             if not again:
                 self._also.stop()
             return again
-        self._kill_stopped()
-        present = self._processes(self._server.pid)
+        members = family(self._server.pid)
+        self._kill_stopped(members)
+        present = self._processes(members)
         self._retired &= present.keys()
         self._known |= {pid: model for pid, model in present.items() if pid not in self._retired}
         dead = sorted({self._known[pid] for pid in self._known.keys() - present.keys()})
@@ -180,11 +181,11 @@ class Watcher(Repeated):
             self._actions.tidy()
         return True
 
-    def _kill_stopped(self) -> None:
-        for process in self._stopped.overdue(family(self._server.pid)):
+    def _kill_stopped(self, processes: Iterable[psutil.Process]) -> None:
+        for process in self._stopped.overdue(processes):
             what = self._known.get(process.pid, "tritonserver")  # or a program that a model runs
-            self._say(f"{what}: process {process.pid} was stopped for {_STOPPED_TOO_LONG:.0f} s; killing it")
-            _kill(process)
+            self._say(f"{what}: process {process.pid} was stopped for {STOPPED_TOO_LONG:.0f} s; killing it")
+            kill(process)
 
     def _end_hung(self, present: dict[int, str]) -> None:
         """Kill a server that closed its ports, but does not end."""
@@ -223,7 +224,7 @@ class Watcher(Repeated):
 
         def check() -> None:
             nonlocal progress, hung
-            self._kill_stopped()
+            self._kill_stopped(family(self._server.pid))
             if progress.idle() < self._stalled_after:
                 return
             hung += 1
@@ -234,14 +235,15 @@ class Watcher(Repeated):
                 what, new = "killing tritonserver", family(self._server.pid)[:1]
             self._say(f"model {model} made no progress for {self._stalled_after:.0f} s; {what}")
             for process in new:
-                _kill(process)
+                kill(process)
             progress = Progress(lambda: self._of_model(model))
 
         call_watched(partial(self._actions.load, model), check)
 
     def _of_model(self, model: str) -> list[psutil.Process]:
-        pids = {pid for pid, of in self._processes(self._server.pid).items() if of == model}
-        return [process for process in family(self._server.pid) if process.pid in pids]
+        members = family(self._server.pid)
+        models = self._processes(members)
+        return [process for process in members if models.get(process.pid) == model]
 
     def _start_again(self) -> bool:
         """Start the server again, until that succeeds; False if it ended on request."""
@@ -273,10 +275,3 @@ class Watcher(Repeated):
 
     def _say(self, text: str) -> None:
         self._journal.say(text)
-
-
-def _kill(process: psutil.Process) -> None:
-    try:
-        process.kill()
-    except psutil.Error:
-        return

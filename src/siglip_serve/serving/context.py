@@ -15,12 +15,20 @@ from siglip_serve.checkpoint.config import ModelConfig, load_config, tensor_dims
 from siglip_serve.checkpoint.files import resolve
 from siglip_serve.config import Settings, load_settings
 from siglip_serve.engine.plan import Plan
-from siglip_serve.engine.turns import Turns, peers_name
+from siglip_serve.engine.turns import Places, Turns, peers_name
 from siglip_serve.errors import START_REFUSED, SiglipServeError
 from siglip_serve.machine import available_cores
 from siglip_serve.serving.counters import RefusalCounter
 
-__all__ = ["Context", "engine_plan", "fill_dims", "open_context", "open_turns", "readable_start"]
+__all__ = [
+    "Context",
+    "engine_plan",
+    "fill_dims",
+    "open_context",
+    "open_places",
+    "open_turns",
+    "readable_start",
+]
 
 # torch's OpenMP reads it when torch is first imported, which is later than here. Threads that spin while
 # they wait take the cores from the other model processes: five times the throughput on two cores.
@@ -38,6 +46,7 @@ class Context:
         model: its name in the repository.
         refusals: counts the requests that it refuses.
         shared: the server runs several processes of this model on the device.
+        processes: their number.
     """
 
     settings: Settings
@@ -46,6 +55,7 @@ class Context:
     model: str
     refusals: RefusalCounter
     shared: bool
+    processes: int = 1
 
 
 def open_context(args: Mapping[str, str]) -> Context:
@@ -59,8 +69,8 @@ def open_context(args: Mapping[str, str]) -> Context:
     gpu = args["model_instance_kind"] == "GPU"
     device = f"cuda:{args['model_instance_device_id']}" if gpu else "cpu"
     model = args["model_name"]
-    shared = any(group["count"] > 1 for group in described["instance_group"])
-    return Context(settings, config, device, model, RefusalCounter(model), shared)
+    processes = max(group["count"] for group in described["instance_group"])
+    return Context(settings, config, device, model, RefusalCounter(model), processes > 1, processes)
 
 
 def fill_dims(model: Any) -> Any:
@@ -111,6 +121,15 @@ def open_turns(context: Context) -> Turns:
     except OSError as error:
         pb_utils.Logger.log_warn(f"{context.model}: its processes compute without turns: {error}")
         return Turns("")
+
+
+def open_places(context: Context, count: int) -> Places:
+    """Join the processes of this model on this device in sharing `count` places."""
+    try:
+        return Places(peers_name(context.model, context.device), count)
+    except OSError as error:
+        pb_utils.Logger.log_warn(f"{context.model}: its processes refuse slow requests: {error}")
+        return Places("", 0)
 
 
 @contextmanager

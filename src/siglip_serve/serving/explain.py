@@ -219,7 +219,8 @@ class ExplainOverlays(RequestModel):
         heat = color_scale(maps, plan.normalization, colormap)
         view = _view(self._config, request)
         height, width = plan.height, plan.width
-        pixels = map_rows("INPUT_IMAGE", request.strings("INPUT_IMAGE"), self._images.decoder(request))[0]
+        with self._images.decoder(request) as decode:
+            pixels = map_rows("INPUT_IMAGE", request.strings("INPUT_IMAGE"), decode)[0]
         picture = Image.fromarray(pixels)
         picture = picture.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
         seen = view.seen(height, width)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 from siglip_serve.config import PreprocessMode
 from siglip_serve.images.formats import ImageLimits, decode_base64
 from siglip_serve.images.preprocess import Preprocessor
 from siglip_serve.images.resize import Pixels
-from siglip_serve.serving.context import Context
+from siglip_serve.serving.context import Context, open_places
+from siglip_serve.serving.decode_budget import DecodeBudget
 from siglip_serve.serving.request import Request
 
 __all__ = ["ImageReader"]
@@ -39,14 +41,37 @@ class ImageReader:
             torch.set_num_threads(1)  # the other cores belong to the other instances
         AvifImagePlugin.DEFAULT_MAX_THREADS = 1
         Image.MAX_IMAGE_PIXELS = None  # our own limit stands in its place, at the same point: the header
-        self.limits = ImageLimits(settings.max_image_bytes, settings.max_image_pixels)
+        self.limits = ImageLimits(
+            settings.max_image_bytes,
+            settings.max_image_pixels,
+            settings.max_decode_seconds,
+            settings.max_decode_megabytes * 1_000_000,
+        )
+        self._slow_places = open_places(context, context.processes - 1)
+        self._alone = context.processes == 1
+        self._quick = settings.slow_request_seconds
         self.preprocess = Preprocessor(context.config.image, mode, self.limits, settings.color)
 
     def unpacker(self, request: Request) -> Callable[[bytes], bytes]:
         """Make the function that turns a row of the request into a file, from base64 if it says so."""
         return partial(decode_base64, limits=self.limits) if request.flag("base64_encoded") else bytes
 
-    def decoder(self, request: Request) -> Callable[[bytes], Pixels]:
-        """Make the function that decodes a row of the request into upright pixels [H, W, 3]."""
+    @contextmanager
+    def decoder(self, request: Request) -> Iterator[Callable[[bytes], Pixels]]:
+        """Give the function that decodes a row of the request into upright pixels [H, W, 3].
+
+        It counts CPU time until its next call, so what happens to the pixels in between is counted as well.
+        """
         unpack = self.unpacker(request)
-        return lambda row: self.preprocess.decode(unpack(row))
+        with DecodeBudget(self._slow_places, self._alone, self._quick, self.limits.max_seconds) as budget:
+
+            def decode(row: bytes) -> Pixels:
+                budget.next_image(len(row))
+                return self.preprocess.decode(unpack(row), budget.watch)
+
+            yield decode
+
+    def close(self) -> None:
+        """End what decodes for this reader."""
+        self.preprocess.close()
+        self._slow_places.close()

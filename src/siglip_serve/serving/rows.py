@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from siglip_serve.errors import InvalidInputError
+from siglip_serve.errors import ImageCostError, InvalidInputError
 
 __all__ = ["Row", "RowBuffer", "RowCache", "map_rows"]
 
@@ -22,6 +22,7 @@ def map_rows(name: str, rows: Sequence[Item], function: Callable[[Item], Row]) -
 
     Raises:
         InvalidInputError: names up to five refused rows by their index.
+        ImageCostError: names the first row that costs too much. No row after it is computed.
     """
     done: list[Row] = []
     refused: list[InvalidInputError] = []
@@ -30,6 +31,8 @@ def map_rows(name: str, rows: Sequence[Item], function: Callable[[Item], Row]) -
     for index, row in enumerate(rows):
         try:
             done.append(function(row))
+        except ImageCostError as error:
+            raise error.at(name, index) from error
         except InvalidInputError as error:
             refused.append(error.at(name, index))
     if refused:

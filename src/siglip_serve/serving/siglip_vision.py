@@ -78,6 +78,10 @@ class SiglipVisionProcess(BatchModel[list[bytes], Sequence[_File]]):
         self._count += len(outputs["IMAGE_SIZE"])
         return outputs
 
+    def close(self) -> None:
+        """End what decodes for this model. No request may follow."""
+        self._images.close()
+
     def _gpu_reader(self, context: Context) -> GpuJpegReader:
         with readable_start():
             from siglip_serve.images.nvjpeg.reader import GpuJpegReader
@@ -102,19 +106,20 @@ class SiglipVisionProcess(BatchModel[list[bytes], Sequence[_File]]):
         return [None] * len(files)
 
     def _pixels(self, request: Request, files: Sequence[_File]) -> Outputs:
-        decode = self._images.decoder(request)
         sizes: list[tuple[int, ...]] = []
 
-        def pixels(row: _File) -> Row:
-            file, decoded = row
-            if decoded is not None:
-                sizes.append(decoded.size)
-                return decoded.pixels
-            picture = decode(file)
-            sizes.append(picture.shape[:2])
-            return self._images.preprocess.resize(picture)
+        with self._images.decoder(request) as decode:
 
-        read = map_rows("INPUT_IMAGE", files, pixels)
+            def pixels(row: _File) -> Row:
+                file, decoded = row
+                if decoded is not None:
+                    sizes.append(decoded.size)
+                    return decoded.pixels
+                picture = decode(file)
+                sizes.append(picture.shape[:2])
+                return self._images.preprocess.resize(picture)
+
+            read = map_rows("INPUT_IMAGE", files, pixels)
         return {"PIXEL_VALUES": read, "IMAGE_SIZE": np.array(sizes, dtype=np.int32)}
 
 

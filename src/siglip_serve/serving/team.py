@@ -67,8 +67,8 @@ class JerseyProcess(RequestModel):
                 raise InvalidInputError("BOXES: got them with CROPS, expected FRAME or RAW_FRAME with them")
             _color_order(request, raw=False)
             crops: Sequence[Any] = _bounded("CROPS", request.strings("CROPS"))
-            decode = self._images.decoder(request)
-            pixels = self._stack("CROPS", crops, lambda data: jersey(decode(data)))
+            with self._images.decoder(request) as decode:
+                pixels = self._stack("CROPS", crops, lambda data: jersey(decode(data)))
         else:
             frame = self._frame(request, given[0])
             crops = _bounded("BOXES", request.array("BOXES", [4], np.float32, least=0))
@@ -89,7 +89,8 @@ class JerseyProcess(RequestModel):
             if len(files) != 1:
                 raise InvalidInputError(f"FRAME: got {len(files)} frames, expected one")
             try:
-                return self._images.decoder(request)(files[0])
+                with self._images.decoder(request) as decode:
+                    return decode(files[0])
             except InvalidInputError as error:
                 raise error.at("FRAME", 0) from error
         frame = request.array("RAW_FRAME", request.shape("RAW_FRAME")[1:], np.uint8)
@@ -219,7 +220,7 @@ def _players(roles: NDArray[Any] | None) -> NDArray[np.bool_] | None:
             raise InvalidInputError(
                 f"ROLE[{index}]: got {got!r}, expected player, goalkeeper, referee or nothing (player)"
             )
-    return np.array([role in (b"player", b"") for role in roles])
+    return np.array([role in (b"player", b"") for role in roles], dtype=bool)  # also of no roles
 
 
 def _color_order(request: Request, raw: bool) -> ColorOrder:

@@ -218,7 +218,8 @@ def test_a_client_of_immich(http: httpx.Client, triton: Client) -> None:
     np.testing.assert_array_equal(rows(json.loads(answer["clip"])), triton.embed_image(DOG, True))
     assert (answer["imageWidth"], answer["imageHeight"]) == (400, 300)
     entries = {"clip": {"textual": {"modelName": "ViT-B-16-SigLIP__webli", "options": {"language": "en"}}}}
-    answer = http.post("/predict", data={"entries": json.dumps(entries), "text": "a dog"}).json()
+    form = {"entries": (None, json.dumps(entries)), "text": (None, "a dog")}
+    answer = http.post("/predict", files=form).json()
     np.testing.assert_array_equal(rows(json.loads(answer["clip"])), triton.embed_text("a dog", True))
 
 

@@ -19,7 +19,7 @@ from siglip_serve.teams.state import TeamState
 from tests.chaos.cases import SHARES, case, kind_of_number
 from tests.chaos.cases.base import World
 from tests.chaos.cases.files import operate, pieces_of
-from tests.chaos.messages import Infer, grpc_bytes, http_bytes, of_array, of_rows, outputs_of
+from tests.chaos.messages import Infer, grpc_bytes, http_bytes, http_outputs_of, of_array, of_rows, outputs_of
 
 NUMBERS = 30
 
@@ -147,3 +147,20 @@ def test_outputs_are_read_by_their_types() -> None:
     found = outputs_of(answer.SerializeToString())
     assert found["F"].tolist() == [[1.5, 2]]
     assert found["S"].tolist() == [b"ab", b""]
+
+
+def test_outputs_over_http_are_read_by_their_types() -> None:
+    tensors = [of_array("F", np.array([[1.5, 2]], np.float32)), of_rows("S", [b"ab", b"\xff{"], [2])]
+    outputs = [
+        {
+            "name": t.name,
+            "datatype": t.datatype,
+            "shape": t.shape,
+            "parameters": {"binary_data_size": len(t.data)},
+        }
+        for t in tensors
+    ]
+    body = json.dumps({"outputs": outputs}).encode() + b"".join(tensor.data for tensor in tensors)
+    found = http_outputs_of(body)
+    assert found["F"].tolist() == [[1.5, 2]]
+    assert found["S"].tolist() == [b"ab", b"\xff{"]

@@ -49,6 +49,13 @@ def test_kinds_of_processes() -> None:
     assert kind_of([]) == ""
 
 
+def test_a_process_that_does_not_run_its_own_program_yet_is_not_taken_for_its_parent() -> None:
+    stub = ["/b/triton_python_backend_stub", "/tmp/siglip-serve-1-x/models/siglip_text_model/1/model.py"]
+    assert kind_of(["/x/bin/tritonserver", "--model-repository=/tmp/models/"], TRITON) == ""
+    assert kind_of(stub, "siglip_text_model") == "siglip_text_model helper"
+    assert kind_of(stub[:1], TRITON) == ""
+
+
 def test_processes_that_end_for_one_reason_are_one_death() -> None:
     ended = [
         (10.0, Member(1, "siglip_text_model")),

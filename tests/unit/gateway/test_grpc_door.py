@@ -15,7 +15,8 @@ import pytest
 from recording_triton import METHOD, STREAM, UNLIMITED, RecordingTriton
 from tritonclient.grpc import service_pb2
 
-from siglip_gateway.doors.grpc_door import AWAY, GrpcDoor, open_door
+from siglip_gateway.doors import AWAY
+from siglip_gateway.doors.grpc_door import GrpcDoor, open_door
 
 OTHER = "/inference.GRPCInferenceService/ServerReady"
 SMALL = service_pb2.ModelInferRequest(model_name="embed_image", id="1").SerializeToString()

@@ -305,3 +305,23 @@ def test_closes_connections_that_are_silent(monkeypatch: pytest.MonkeyPatch) -> 
             assert answer.startswith(b"HTTP/1.1 200 ")
 
     asyncio.run(check())
+
+
+@pytest.mark.parametrize(
+    ("message", "status"),
+    [
+        ("Unable to parse 'id': attempt to access JSON non-string as string", 400),
+        ("failed to get request params.: attempt to get members for non-object", 400),
+        ("Failed to process the request(s) for model 'm', message: Stub process is not healthy.", 500),
+    ],
+)
+def test_json_of_a_wrong_type_is_the_fault_of_the_caller(message: str, status: int) -> None:
+    async def fail(_: web.BaseRequest) -> web.Response:
+        return web.json_response({"error": message}, status=500)
+
+    async def check() -> None:
+        async with open_before(fail) as opened:
+            found, body = await exchange(opened.port, request_bytes(b"{}"))
+        assert (found, error_of(body)) == (status, message)
+
+    asyncio.run(check())

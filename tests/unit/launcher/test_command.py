@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +42,7 @@ def server(checkpoint: Path | str, models: tuple[str, ...] = ALL, notes: tuple[s
         http_url="127.0.0.1:8000",
         grpc_url="127.0.0.1:8001",
         metrics_port=8002,
+        gateway_port=None,
         log_file="/log",
     )
 
@@ -188,3 +190,45 @@ def test_warns_of_a_triton_that_other_hosts_reach_without_a_door(
     notes = " ".join(command._unprotected(options))
     assert ("gzip" in notes and "nested JSON" in notes) == warns
     assert bool(notes) == warns
+
+
+def test_announcement_names_the_gateway(capsys: pytest.CaptureFixture[str]) -> None:
+    running = server(TINY)
+    _announce(running, 1, "")
+    assert "gateway" not in capsys.readouterr().out
+    running.gateway_port = 8085
+    _announce(running, 1, "")
+    assert "  gateway  http://127.0.0.1:8085 " in capsys.readouterr().out
+
+
+def test_the_gateway_has_the_next_free_port_if_its_own_is_taken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--checkpoint", "a"]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = int(taken.getsockname()[1])
+        monkeypatch.setattr(command, "_GATEWAY_PORT", port)
+        found = _serve_options(_parser().parse_args(words)).gateway_port
+        assert found is not None
+        assert found > port
+        assert capsys.readouterr().out == (
+            f"siglip-serve: note: port {port} is taken, so the gateway has port {found}\n"
+        )
+        # A port that is asked for is not replaced, and neither are those of the other protocols used.
+        asked = _serve_options(_parser().parse_args([*words, "--gateway-port", str(port)]))
+        assert asked.gateway_port == port
+        other = _serve_options(_parser().parse_args([*words, "--http-port", str(found)])).gateway_port
+        assert other not in (None, port, found)
+
+
+def test_the_gateway_is_left_out_on_request_and_where_it_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--checkpoint", "a"]
+    assert _serve_options(_parser().parse_args([*words, "--no-gateway"])).gateway_port is None
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "fastapi" else object())
+    assert _serve_options(_parser().parse_args(words)).gateway_port is None
+    assert "no gateway, because fastapi is not installed" in capsys.readouterr().out

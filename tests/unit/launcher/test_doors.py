@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
@@ -13,12 +14,15 @@ from pathlib import Path
 import psutil
 import pytest
 from programs import free_port
+from wire import OPENER
 
 from siglip_serve.errors import ServerStartError
 from siglip_serve.launcher import ServeOptions, server
-from siglip_serve.launcher.doors import Doors
+from siglip_serve.launcher.doors import GATEWAY, Doors
+from siglip_serve.launcher.family import Stopped
 from siglip_serve.launcher.ports import free_ports
 
+STATUS = "127.0.0.1:9"  # of a launcher that does not answer
 OPTIONS = ServeOptions(Path("models"), "checkpoint", device="cpu")
 
 
@@ -37,11 +41,11 @@ class Opened:
 
 
 @pytest.fixture
-def opened() -> Iterator[Opened]:
+def opened(tmp_path: Path) -> Iterator[Opened]:
     built = Opened()
     try:
         built.doors.take_ports()
-        built.doors.start(built.run, built.said.append)
+        built.doors.start(built.run, built.said.append, STATUS, tmp_path)
         built.doors.wait_until_open(60)
         yield built
     finally:
@@ -64,7 +68,20 @@ def test_starts_dead_processes_again_on_the_same_port(opened: Opened) -> None:
     assert {int(line.split()[3]) for line in opened.said} == pids
 
 
-def test_waits_before_it_starts_a_process_that_dies_at_once() -> None:
+def test_kills_a_process_that_is_stopped(opened: Opened) -> None:
+    """The watch after that starts it again."""
+    opened.doors._stopped = Stopped(0.1)
+    stopped = opened.processes[0]
+    stopped.send_signal(signal.SIGSTOP)
+    deadline = time.monotonic() + 20
+    while stopped.poll() is None:
+        assert time.monotonic() < deadline
+        opened.doors.watch()
+        time.sleep(0.02)
+    assert opened.said[0] == f"door: process {stopped.pid} was stopped for 5 s; killing it"
+
+
+def test_waits_before_it_starts_a_process_that_dies_at_once(tmp_path: Path) -> None:
     dies = [sys.executable, "-c", "raise SystemExit(1)"]
     started = []
 
@@ -76,7 +93,7 @@ def test_waits_before_it_starts_a_process_that_dies_at_once() -> None:
     doors = Doors("127.0.0.1", {"grpc": free_port()})
     try:
         doors.take_ports()
-        doors.start(run, lambda _: None)
+        doors.start(run, lambda _: None, STATUS, tmp_path)
         begun = len(started)
         with pytest.raises(ServerStartError, match=r"^the grpc door at 127\.0\.0\.1:\d+ did not open$"):
             doors.wait_until_open(60)
@@ -122,10 +139,10 @@ def test_names_a_public_port_that_was_taken_meanwhile() -> None:
         doors.stop(1)
 
 
-def test_without_doors_there_is_nothing_to_do() -> None:
+def test_without_doors_there_is_nothing_to_do(tmp_path: Path) -> None:
     doors = Doors("127.0.0.1", {})
     assert doors.take_ports() == {}
-    doors.start(lambda _: pytest.fail("no process"), pytest.fail)
+    doors.start(lambda _: pytest.fail("no process"), pytest.fail, STATUS, tmp_path)
     doors.wait_until_open(0)
     doors.watch()
     doors.stop(0)
@@ -147,3 +164,48 @@ def test_doors_stand_before_the_triton_of_the_wheel_unless_the_options_differ(
 ) -> None:
     monkeypatch.setattr(server, "is_embedded", lambda: embedded)
     assert server._doors_of(replace(OPTIONS, direct_http=http, direct_grpc=grpc)) == expected
+
+
+def test_the_gateway_is_a_door_of_the_loopback_interface(tmp_path: Path) -> None:
+    port, grpc = free_port(), free_port()
+    doors = Doors("0.0.0.0", {GATEWAY: port}, f"127.0.0.1:{grpc}")
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def run(command: Sequence[str]) -> subprocess.Popen[bytes]:
+        processes.append(subprocess.Popen(command))
+        return processes[-1]
+
+    try:
+        assert doors.take_ports() == {}  # Triton needs no port of its own for it
+        doors.start(run, print, STATUS, tmp_path)
+        doors.wait_until_open(60)
+        with OPENER.open(f"http://127.0.0.1:{port}/.well-known/live", timeout=10) as answer:
+            assert answer.status == 204
+        addresses = {found.laddr for found in psutil.Process(processes[0].pid).net_connections("tcp")}
+        assert addresses == {("127.0.0.1", port)}
+    finally:
+        doors.stop(10)
+    assert [process.returncode for process in processes] == [0] * len(processes)
+
+
+def test_the_gateway_ends_before_the_door_that_it_asks_through() -> None:
+    ended: list[str] = []
+    doors = Doors("127.0.0.1", {})
+
+    class Recorded:
+        def __init__(self, kind: str) -> None:
+            self.kind = kind
+
+        def ask_to_end(self) -> None:
+            ended.append(f"ask {self.kind}")
+
+        def end(self, timeout: float) -> None:
+            assert timeout > 0
+            ended.append(f"end {self.kind}")
+
+    doors._processes = [Recorded(kind) for kind in ("grpc", GATEWAY, "http", GATEWAY)]  # type: ignore[misc]
+    doors.stop(5)
+    assert ended == [
+        *(f"ask {GATEWAY}", f"ask {GATEWAY}", f"end {GATEWAY}", f"end {GATEWAY}"),
+        *("ask grpc", "ask http", "end grpc", "end http"),
+    ]

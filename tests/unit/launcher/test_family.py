@@ -31,19 +31,20 @@ def test_knows_a_model_process_although_the_system_tells_no_more_about_it(
     stub.chmod(0o755)
     with subprocess.Popen([str(stub), "-c", "sleep 60; :", f"/{MODEL}/"]) as process:
         find = ModelProcesses([MODEL])
-        while process.pid not in find(os.getpid()):
+        while process.pid not in find(family(os.getpid())):
             time.sleep(0.01)
 
         def refuse(_: psutil.Process) -> list[str]:
             raise psutil.AccessDenied(process.pid)
 
         monkeypatch.setattr(psutil.Process, "cmdline", refuse)
-        assert find(os.getpid())[process.pid] == MODEL
-        for child in psutil.Process(process.pid).children():
-            child.kill()
-        process.kill()
+        assert find(family(os.getpid()))[process.pid] == MODEL
+        children = psutil.Process(process.pid).children()
+        os.kill(process.pid, signal.SIGKILL)
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie
-        assert process.pid not in find(os.getpid())
+        assert process.pid not in find(family(os.getpid()))
+        for child in children:
+            child.kill()
 
 
 def test_notices_what_was_stopped_for_long() -> None:

@@ -77,6 +77,7 @@ def test_answers_nothing_but_health(server: StatusServer) -> None:
     assert ask(server, "/")[0] == 404
     assert ask(server, "/health/more")[0] == 404
     assert ask(server, method="POST")[0] == 501
+    assert ask(server, method="HEAD") == (503, b"")
 
 
 def test_holds_a_bounded_number_of_connections(server: StatusServer) -> None:

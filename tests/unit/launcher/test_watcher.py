@@ -15,7 +15,7 @@ import pytest
 
 from siglip_serve.errors import ServerStartError
 from siglip_serve.launcher import back_off, watcher
-from siglip_serve.launcher.family import ModelProcesses
+from siglip_serve.launcher.family import ModelProcesses, family
 from siglip_serve.launcher.log import Journal
 from siglip_serve.launcher.status import Status
 from siglip_serve.launcher.watcher import Actions, Repeated, Watcher
@@ -114,7 +114,7 @@ def with_model(make: Make, folder: Path) -> tuple[subprocess.Popen[bytes], int]:
     run = '"$0" -c "sleep 60; :" "$3" & echo $! > "$1"; wait'
     script = f"{run}; while [ ! -e $2 ]; do sleep 0.05; done; {run}; echo ended > $2; sleep 60"
     server = make("sh", "-c", script, str(stub), str(pid_file), str(folder / "second"), f"/{MODEL}/")
-    wait_for(lambda: ModelProcesses([MODEL])(server.pid) and pid_file.read_text().strip())
+    wait_for(lambda: ModelProcesses([MODEL])(family(server.pid)) and pid_file.read_text().strip())
     return server, int(pid_file.read_text())
 
 
@@ -237,7 +237,7 @@ def watching(
 def test_loads_the_model_of_a_stopped_process_again(
     make: Make, tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watcher, "_STOPPED_TOO_LONG", 0.2)
+    monkeypatch.setattr(watcher, "STOPPED_TOO_LONG", 0.2)
     process, pid = with_model(make, tmp_path)
     server = Server()
     with watching(process, server, log) as status:
@@ -252,7 +252,7 @@ def test_loads_the_model_of_a_stopped_process_again(
 
 
 def test_a_stopped_server_is_started_again(make: Make, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watcher, "_STOPPED_TOO_LONG", 0.2)
+    monkeypatch.setattr(watcher, "STOPPED_TOO_LONG", 0.2)
     process = make("sleep", "60")
     with watching(process, Server(LIVES), log):
         os.kill(process.pid, signal.SIGSTOP)
