@@ -16,18 +16,21 @@ import logging
 import re
 import signal
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc  # type: ignore[import-untyped]
 from grpc.aio import EOF, AioRpcError, BaseError  # type: ignore[import-untyped]
 
 from siglip_gateway.doors import AWAY, DRAIN
+from siglip_gateway.doors.admission import Admission, FullError
 from siglip_gateway.doors.timeout_parameter import with_timeout
 
 __all__ = ["GrpcDoor", "open_door", "serve"]
+
+T = TypeVar("T")
 
 _SERVICE = "/inference.GRPCInferenceService/"
 _INFER, _STREAM = f"{_SERVICE}ModelInfer", f"{_SERVICE}ModelStreamInfer"
@@ -63,14 +66,14 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     Args:
         channel: to Triton.
-        max_in_flight: calls that Triton may have at once, those of callers that gave up included. Further
-            ones are refused with UNAVAILABLE.
+        max_in_flight: calls that Triton has at once, and as many that wait for it. Further ones are refused
+            with UNAVAILABLE.
     """
 
     def __init__(self, channel: Any, max_in_flight: int) -> None:
         self._channel = channel
-        self._limit = max_in_flight
-        self._calls: set[asyncio.Task[Any]] = set()  # a task that nothing refers to may be collected
+        self._admission = Admission(max_in_flight, max_in_flight)
+        self._sending: set[asyncio.Task[None]] = set()  # a task that nothing refers to may be collected
 
     def service(self, handler_call_details: Any) -> Any:
         """Choose the handler of a method; ModelStreamInfer is the only one of Triton's that streams."""
@@ -81,55 +84,63 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     @property
     def in_flight(self) -> int:
-        """Work that Triton has not ended; a stream counts twice."""
-        return len(self._calls)
+        """Calls that Triton has not answered; a stream is one."""
+        return self._admission.in_flight
 
     async def drain(self, seconds: float) -> None:
         """Wait until Triton has answered all calls, those of callers that gave up included."""
-        if self._calls:
-            await asyncio.wait(self._calls, timeout=seconds)
+        await self._admission.drain(seconds)
 
     async def _unary(self, method: str, _requests: AsyncIterator[bytes], context: Any) -> bytes:
         request = await context.read()
         if request is EOF:  # gRPC itself would leave this call without a status
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no message")
-        left = await self._admit(context)
-        sent = with_timeout(request, left) if method == _INFER and left is not None else request
-        call = self._channel.unary_unary(method)(sent, metadata=_metadata(context))
-        answer: bytes = await asyncio.shield(self._keep(_answer(call)))
+        await _refuse_late(context)
+
+        async def ask() -> tuple[Any, bytes, bool]:
+            left = context.time_remaining() if method == _INFER else None
+            sent = request if left is None else with_timeout(request, left)
+            call = self._channel.unary_unary(method)(sent, metadata=_metadata(context))
+            return call, await _answer(call), sent is not request
+
+        call, answer, by_deadline = await self._admitted(ask, context)
         await _pass_initial_metadata(call, context)
-        await _pass_status(call, context, by_deadline=sent is not request)
+        await _pass_status(call, context, by_deadline)
         return answer
 
     async def _stream(self, requests: AsyncIterator[bytes], context: Any) -> None:
-        await self._admit(context)
-        call = self._channel.stream_stream(_STREAM)(metadata=_metadata(context))
-        # Both directions run until Triton has ended the stream. A caller that gives up ends `requests`, which
-        # closes the way to Triton in good order.
-        self._keep(_pass_requests(requests, call, context))
-        await asyncio.shield(self._keep(_pass_answers(call, context)))
-        await _pass_status(call, context, by_deadline=False)
+        await _refuse_late(context)
 
-    async def _admit(self, context: Any) -> float | None:
-        """Let a call in; return the seconds that its caller still waits, None without a limit.
+        async def ask() -> Any:
+            call = self._channel.stream_stream(_STREAM)(metadata=_metadata(context))
+            # A caller that gives up ends `requests`, which closes the way to Triton in good order. Its answers
+            # are read to the end.
+            sending = asyncio.create_task(_pass_requests(requests, call, context))
+            self._sending.add(sending)
+            sending.add_done_callback(self._sending.discard)
+            await _pass_answers(call, context)
+            return call
+
+        await _pass_status(await self._admitted(ask, context), context, by_deadline=False)
+
+    async def _admitted(self, ask: Callable[[], Coroutine[Any, Any, T]], context: Any) -> T:
+        """Ask Triton as soon as it has a place for the call.
 
         Raises:
             grpc.aio.AbortError: the call is refused.
         """
-        left: float | None = context.time_remaining()
-        if left is not None and left <= 0:
-            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed on the way")
-        if self.in_flight >= self._limit:
-            reason = f"Exceeds maximum queue size: {self._limit} calls are in flight; try again"
-            await context.abort(grpc.StatusCode.UNAVAILABLE, reason)
-        return left
+        try:
+            return await self._admission.run(ask)
+        except FullError as full:
+            reason = f"Exceeds maximum queue size: {full.count} calls are in progress; try again"
+            return await context.abort(grpc.StatusCode.UNAVAILABLE, reason)
 
-    def _keep(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Run something to its end, whatever happens to the caller."""
-        task = asyncio.create_task(work)
-        self._calls.add(task)
-        task.add_done_callback(self._calls.discard)
-        return task
+
+async def _refuse_late(context: Any) -> None:
+    """Abort a call whose caller has given up already."""
+    left = context.time_remaining()
+    if left is not None and left <= 0:
+        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed on the way")
 
 
 async def _answer(call: Any) -> bytes:

@@ -17,8 +17,9 @@ import contextlib
 import re
 import resource
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
+from typing import Any
 
 import aiohttp
 from aiohttp import web
@@ -26,6 +27,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from siglip_gateway.doors import AWAY, DRAIN
+from siglip_gateway.doors.admission import Admission, FullError
 from siglip_gateway.doors.http_bodies import Body, Held, Memory, patience, read_body
 from siglip_gateway.doors.http_connections import Connections
 from siglip_gateway.doors.json_nesting import refuse_deep_json
@@ -85,10 +87,8 @@ class HttpDoor:
     ) -> None:
         self._session, self._triton, self._launcher = session, f"http://{triton}", launcher
         self._limits = limits
-        self._places = asyncio.Semaphore(limits.in_flight)
-        self._waiting = 0
+        self._admission = Admission(limits.in_flight, limits.waiting)
         self.memory = Memory(2 * limits.body)
-        self._relays: set[asyncio.Task[web.Response]] = set()
         self._stopping = False
         self.connections = Connections(self.answer, limits.connections)
 
@@ -111,7 +111,7 @@ class HttpDoor:
         self.connections.close_idle()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while self.connections.busy or self._relays:
+                while self.connections.busy or self._admission.in_flight:
                     await asyncio.sleep(0.02)
 
     async def _answer(self, request: web.BaseRequest) -> web.Response:
@@ -123,47 +123,38 @@ class HttpDoor:
             return error_answer(refused.status, str(refused), close=refused.close)
 
     async def _admit(self, request: web.BaseRequest) -> web.Response:
-        """Read a request, wait for a place, and have Triton answer it."""
-        self._refuse_overload()  # before the body is read
-        held = self.memory.hold()
+        """Read a request, and have Triton answer it as soon as it has a place."""
         try:
-            target = self._target(request)
-            body = await read_body(request, held, self._limits.body)
-            await refuse_deep_json(_json_of(request, body))
-            await self._wait_for_place()
-        except BaseException:
-            held.release()
-            raise
-        # A task of its own: this one is cancelled when the caller goes away.
-        relay = asyncio.create_task(
-            self._relay(request.method, target, _passed_on(request, body), body, held)
-        )
-        self._relays.add(relay)
-        relay.add_done_callback(self._relays.discard)
-        return await asyncio.shield(relay)
+            self._admission.check()  # before the body is read
+            held = self.memory.hold()
+            handed_over = False
+
+            def relay() -> Coroutine[Any, Any, web.Response]:
+                nonlocal handed_over
+                handed_over = True  # the memory belongs to the call from now on, which may outlast its caller
+                return self._relay(request.method, target, _passed_on(request, body), body, held)
+
+            try:
+                target = self._target(request)
+                body = await read_body(request, held, self._limits.body)
+                await refuse_deep_json(_json_of(request, body))
+                return await self._admission.run(relay)
+            finally:
+                if not handed_over:
+                    held.release()
+        except FullError as full:
+            reason = f"the server is too busy: {full.count} requests are in progress; try again"
+            raise RefusedError(503, reason) from full
 
     def _target(self, request: web.BaseRequest) -> URL:
         if not request.raw_path.startswith("/"):
             raise RefusedError(400, f"{request.method} {request.raw_path[:100]}: expected a path", close=True)
         return URL(self._triton + request.raw_path, encoded=True)
 
-    def _refuse_overload(self) -> None:
-        if self._waiting >= self._limits.waiting and self._places.locked():
-            count = self._limits.in_flight + self._waiting
-            raise RefusedError(503, f"the server is too busy: {count} requests are in progress; try again")
-
-    async def _wait_for_place(self) -> None:
-        self._refuse_overload()
-        self._waiting += 1
-        try:
-            await self._places.acquire()
-        finally:
-            self._waiting -= 1
-
     async def _relay(
         self, method: str, target: URL, headers: CIMultiDict[str], body: Body, held: Held
     ) -> web.Response:
-        """Send a request to Triton and read the whole answer; give back the place and the memory."""
+        """Send a request to Triton and read the whole answer; give back the memory."""
         try:
             data = body.parts[0] if len(body.parts) == 1 else _stream(body) if body.parts else None
             async with self._session.request(
@@ -181,7 +172,6 @@ class HttpDoor:
                 502, f"Triton broke the connection: {error or type(error).__name__}"
             ) from error
         finally:
-            self._places.release()
             held.release()
 
     async def _health(self, method: str) -> web.Response:

@@ -163,8 +163,8 @@ def test_neither_early_deadlines_nor_cancels_reach_triton() -> None:
 
         built.triton.gate.clear()
         await asyncio.gather(*(give_up() for _ in range(8)))
-        begun = len(built.triton.messages)
-        assert begun > 30
+        # Triton gets few calls of callers that gave up; the others never reach it.
+        assert 8 < len(built.triton.messages) < 24
         built.triton.gate.set()
         await built.forgotten()
         assert (built.triton.cancelled, built.triton.answered) == (0, len(built.triton.messages))
@@ -179,10 +179,13 @@ def test_refuses_what_exceeds_the_limit_and_counts_forgotten_calls() -> None:
         built.triton.gate.clear()
         for _ in range(2):
             assert (await refusal(built.ask(timeout=0.2)))[0] is grpc.StatusCode.DEADLINE_EXCEEDED
+        waiting = [asyncio.ensure_future(built.ask()) for _ in range(2)]
+        await asyncio.sleep(0.2)
         code, message = await refusal(built.ask(timeout=5))
-        assert (code, "queue size: 2 calls are in flight" in message) == (grpc.StatusCode.UNAVAILABLE, True)
+        assert (code, "queue size: 4 calls are in progress" in message) == (grpc.StatusCode.UNAVAILABLE, True)
         assert len(built.triton.messages) == 2
         built.triton.gate.set()
+        assert await asyncio.gather(*waiting) == [SMALL, SMALL]
         await built.forgotten()
         assert await built.ask() == SMALL
 

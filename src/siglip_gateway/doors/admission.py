@@ -1,0 +1,128 @@
+"""Admission of calls to Triton, which works for few callers that gave up.
+
+A call that Triton has cannot be taken back: cancelling it may end the server, so it is computed for no
+caller. Callers that give up again and again would fill Triton with such calls. While it has as many of them
+as allowed, further calls wait here, in order. A call whose caller gives up here costs Triton nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+__all__ = ["Admission", "FullError"]
+
+T = TypeVar("T")
+
+# Enough for a few callers that lose their patience at any time, and the work of a tenth of a second on a CPU.
+_MOST_FORGOTTEN = 12
+_WIDEN = 2  # calls that are let in for each that ends, so that after a wait the number grows again
+
+
+class FullError(Exception):
+    """As many calls are in flight and wait as allowed.
+
+    Attributes:
+        count: of these calls.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__(f"{count} calls are in progress")
+        self.count = count
+
+
+class Admission:
+    """Bounds the calls that Triton has, and those of callers that gave up among them.
+
+    Args:
+        in_flight: calls that Triton has at once.
+        waiting: calls that wait for one of these places.
+        forgotten: calls of callers that gave up, from which on other calls wait.
+    """
+
+    def __init__(self, in_flight: int, waiting: int, forgotten: int = _MOST_FORGOTTEN) -> None:
+        self._most, self._most_waiting, self._most_forgotten = in_flight, waiting, forgotten
+        self._admitted = 0
+        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._tasks: set[asyncio.Task[Any]] = set()  # a task that nothing refers to may be collected
+        self._forgotten: set[asyncio.Task[Any]] = set()
+
+    @property
+    def in_flight(self) -> int:
+        """Calls that Triton has, those of callers that gave up included."""
+        return self._admitted
+
+    @property
+    def forgotten(self) -> int:
+        """Calls of callers that gave up, which Triton still has."""
+        return len(self._forgotten)
+
+    def check(self) -> None:
+        """Check that another call may wait.
+
+        Raises:
+            FullError: too many wait.
+        """
+        if len(self._waiters) >= self._most_waiting and not self._may_pass():
+            raise FullError(self._admitted + len(self._waiters))
+
+    async def run(self, start: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Wait for a place, then run a call to its end, whatever happens to the caller.
+
+        Args:
+            start: called once there is a place; makes the coroutine of the call.
+
+        Raises:
+            FullError: too many wait.
+        """
+        self.check()
+        await self._enter()
+        task = asyncio.create_task(start())
+        self._tasks.add(task)
+        task.add_done_callback(self._leave)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not task.done():
+                self._forgotten.add(task)
+            raise
+
+    async def drain(self, seconds: float) -> None:
+        """Wait until Triton has answered all calls, those of callers that gave up included."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=seconds)
+
+    def _may_pass(self) -> bool:
+        return self._admitted < self._most and len(self._forgotten) < self._most_forgotten
+
+    async def _enter(self) -> None:
+        if self._may_pass() and not self._waiters:
+            self._admitted += 1
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():  # it was let in at the last moment
+                self._admitted -= 1
+                self._let_in()
+            else:
+                self._waiters.remove(turn)
+            raise
+
+    def _leave(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if task in self._forgotten and not task.cancelled():
+            task.exception()  # nothing else asks for it
+        self._forgotten.discard(task)
+        self._admitted -= 1
+        self._let_in()
+
+    def _let_in(self) -> None:
+        for _ in range(_WIDEN):
+            if self._waiters and self._may_pass():
+                self._admitted += 1
+                self._waiters.popleft().set_result(None)

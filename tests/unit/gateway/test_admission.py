@@ -1,0 +1,176 @@
+"""Admission of calls: their number, their order, and the calls of callers that gave up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import pytest
+
+from siglip_gateway.doors.admission import Admission, FullError
+
+
+class Work:
+    """Calls that run until they are told to end, each with its name."""
+
+    def __init__(self, admission: Admission) -> None:
+        self.admission = admission
+        self.started: list[str] = []
+        self._ends: dict[str, asyncio.Future[str]] = {}
+
+    def call(self, name: str) -> asyncio.Task[str]:
+        """Have a caller ask for a call."""
+        return asyncio.create_task(self.admission.run(partial(self._run, name)))
+
+    async def _run(self, name: str) -> str:
+        self.started.append(name)
+        self._ends[name] = asyncio.get_running_loop().create_future()
+        return await self._ends[name]
+
+    async def end(self, name: str, error: Exception | None = None) -> None:
+        """End a call, and let all that follows from it happen."""
+        if error is None:
+            self._ends[name].set_result(name)
+        else:
+            self._ends[name].set_exception(error)
+        await settle()
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+async def give_up(caller: asyncio.Task[str]) -> None:
+    caller.cancel()
+    with suppress(asyncio.CancelledError):
+        await caller
+    await settle()
+
+
+def check(test: Callable[[Work], Awaitable[Any]], **limits: int) -> None:
+    async def run() -> None:
+        await test(Work(Admission(**({"in_flight": 100, "waiting": 100} | limits))))
+
+    asyncio.run(run())
+
+
+def test_calls_wait_in_order_for_a_place() -> None:
+    async def test(work: Work) -> None:
+        callers = [work.call(name) for name in "abcde"]
+        await settle()
+        assert work.started == ["a", "b"]
+        await work.end("b")
+        assert work.started == ["a", "b", "c"]
+        for name in "acde":
+            await work.end(name)
+        assert [await caller for caller in callers] == list("abcde")
+        assert work.admission.in_flight == 0
+
+    check(test, in_flight=2)
+
+
+def test_what_exceeds_the_waiting_is_refused() -> None:
+    async def test(work: Work) -> None:
+        callers = [work.call(name) for name in "abc"]
+        await settle()
+        with pytest.raises(FullError, match="3 calls"):
+            await work.call("d")
+        with pytest.raises(FullError):
+            work.admission.check()
+        await work.end("a")
+        await work.end("b")
+        await work.end("c")
+        assert [await caller for caller in callers] == list("abc")
+        work.admission.check()
+
+    check(test, in_flight=1, waiting=2)
+
+
+def test_a_caller_that_gives_up_while_it_waits_costs_nothing() -> None:
+    async def test(work: Work) -> None:
+        first, second, third = (work.call(name) for name in "abc")
+        await settle()
+        await give_up(second)
+        await work.end("a")
+        assert work.started == ["a", "c"]
+        await work.end("c")
+        assert (await first, await third) == ("a", "c")
+
+    check(test, in_flight=1)
+
+
+@pytest.mark.parametrize("steps", range(6))
+def test_a_caller_that_gives_up_as_it_is_let_in_passes_its_place_on(steps: int) -> None:
+    """Whatever step of the event loop it gives up in."""
+
+    async def test(work: Work) -> None:
+        first, second, third = (work.call(name) for name in "abc")
+        await settle()
+        work._ends["a"].set_result("a")
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        await give_up(second)
+        if "b" in work.started:
+            await work.end("b")
+        assert work.started[-1] == "c"
+        await work.end("c")
+        assert (await first, await third) == ("a", "c")
+        assert work.admission.in_flight == 0
+
+    check(test, in_flight=1)
+
+
+def test_further_calls_wait_while_many_are_forgotten() -> None:
+    async def test(work: Work) -> None:
+        impatient = [work.call(name) for name in "ab"]
+        await settle()
+        for caller in impatient:
+            await give_up(caller)
+        assert (work.admission.forgotten, work.admission.in_flight) == (2, 2)
+        patient = [work.call(name) for name in "cdef"]
+        await settle()
+        assert work.started == ["a", "b"]
+        await work.end("a")
+        assert work.started == ["a", "b", "c", "d"]  # two for one, so that the number grows again
+        await work.end("c")
+        assert work.started == ["a", "b", "c", "d", "e", "f"]
+        for name in "bdef":
+            await work.end(name)
+        assert [await caller for caller in patient] == list("cdef")
+        assert (work.admission.forgotten, work.admission.in_flight) == (0, 0)
+
+    check(test, forgotten=2)
+
+
+def test_a_forgotten_call_that_fails_is_not_reported(caplog: pytest.LogCaptureFixture) -> None:
+    async def test(work: Work) -> None:
+        caller = work.call("a")
+        await settle()
+        await give_up(caller)
+        await work.end("a", ValueError("of nobody"))
+        failing = work.call("b")
+        await settle()
+        await work.end("b", ValueError("of its caller"))
+        with pytest.raises(ValueError, match="of its caller"):
+            await failing
+
+    check(test)
+    assert caplog.records == []
+
+
+def test_the_end_waits_for_forgotten_calls() -> None:
+    async def test(work: Work) -> None:
+        caller = work.call("a")
+        await settle()
+        await give_up(caller)
+        await work.admission.drain(0.01)
+        assert work.admission.in_flight == 1
+        asyncio.get_running_loop().call_later(0.05, work._ends["a"].set_result, "a")
+        await work.admission.drain(10)
+        assert work.admission.in_flight == 0
+
+    check(test)
