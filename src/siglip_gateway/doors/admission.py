@@ -106,10 +106,10 @@ class Admission:
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # it was let in at the last moment
+            if not turn.cancelled():  # it was let in at the last moment
                 self._admitted -= 1
                 self._let_in()
-            else:
+            elif turn in self._waiters:
                 self._waiters.remove(turn)
             raise
 
@@ -123,6 +123,8 @@ class Admission:
 
     def _let_in(self) -> None:
         for _ in range(_WIDEN):
+            while self._waiters and self._waiters[0].cancelled():
+                self._waiters.popleft()
             if self._waiters and self._may_pass():
                 self._admitted += 1
                 self._waiters.popleft().set_result(None)

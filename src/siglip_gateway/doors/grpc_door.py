@@ -113,8 +113,8 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
 
         async def ask() -> Any:
             call = self._channel.stream_stream(_STREAM)(metadata=_metadata(context))
-            # A caller that gives up ends `requests`, which closes the way to Triton in good order. Its answers
-            # are read to the end.
+            # A caller that gives up ends `requests`, which closes the way to Triton in good order. Triton's
+            # answers are read to the end.
             sending = asyncio.create_task(_pass_requests(requests, call, context))
             self._sending.add(sending)
             sending.add_done_callback(self._sending.discard)
