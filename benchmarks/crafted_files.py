@@ -94,7 +94,7 @@ def _jpeg_scans(rng: random.Random) -> bytes:
 
 
 def _jpeg_dense(rng: random.Random) -> bytes:
-    """As many coefficients as fit."""
+    """Fill the picture with coefficients."""
     side = rng.choice([2000, 3000, 4000])
     image = _noise(rng, side, side)
     return _encode(
