@@ -18,7 +18,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 _SHARED_SERVERS = {"server", "exact_server", "sharing_server", "front"}
-_OWN_SERVERS = ("test_clip.py", "test_gpu_jpeg.py", "test_launcher.py", "test_turns.py")
+_OWN_SERVERS = (
+    "test_clip.py",
+    "test_costly_images.py",
+    "test_gpu_jpeg.py",
+    "test_launcher.py",
+    "test_turns.py",
+)
 
 
 @pytest.hookimpl(optionalhook=True)
