@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 __all__ = ["KINDS", "craft"]
 
 Recipe = Callable[[random.Random], bytes]
 
+ImageFile.MAXBLOCK = 2**26  # Pillow fails to write a JPEG of noise with less
 _MOST_BYTES = 32 * 2**20
 _PIXELS = 64_000_000
 _DAMAGED = 0.25  # part of the files
@@ -94,7 +95,7 @@ def _jpeg_scans(rng: random.Random) -> bytes:
 
 
 def _jpeg_dense(rng: random.Random) -> bytes:
-    """As many coefficients as fit."""
+    """Fill the picture with coefficients."""
     side = rng.choice([2000, 3000, 4000])
     image = _noise(rng, side, side)
     return _encode(

@@ -31,7 +31,7 @@ _INTERVAL = 0.005  # seconds between two looks at the memory
 
 @dataclass(frozen=True)
 class Cost:
-    """What one file has cost: CPU seconds of all processes, megabytes of the larger one, and the outcome."""
+    """CPU seconds of all processes for one file, megabytes of the largest process, and the outcome."""
 
     seconds: float
     megabytes: float

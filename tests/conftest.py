@@ -20,6 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 _SHARED_SERVERS = {"server", "exact_server", "sharing_server", "front", "gateway_url"}
 _OWN_SERVERS = (
     "test_clip.py",
+    "test_costly_images.py",
     "test_gpu_jpeg.py",
     "test_healing.py",
     "test_launcher.py",

@@ -126,14 +126,14 @@ class Places:
     def leave(self) -> None:
         """Give the place back."""
         if self._file is not None:
-            fcntl.lockf(self._file, fcntl.LOCK_UN)
+            fcntl.lockf(self._file, fcntl.LOCK_UN, self._count)
 
     def close(self) -> None:
         """Leave the other processes. No place can be taken afterwards."""
-        if self._file is not None:
-            _remove_if_unused(self._path, self._file)
-            os.close(self._file)
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            _remove_if_unused(self._path, file)
+            os.close(file)
 
 
 def remove_unused(folder: Path = _FOLDER) -> None:

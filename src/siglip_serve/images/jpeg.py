@@ -149,7 +149,7 @@ def _walk_scans(data: bytes, position: int) -> int:
         marker, position = found[1][0], found.end()
         if marker == _START_OF_SCAN:
             scans += 1
-            if scans > _MAX_SCANS:
+            if scans == _MAX_SCANS + 1:
                 return scans
         # Below 0xC0 libjpeg looks for the next marker at once, or gives up.
         if marker >= _BASELINE and marker not in _WITHOUT_LENGTH:

@@ -29,7 +29,7 @@ def is_cheap(data: bytes, kind: str) -> bool:
 
 
 def with_scans(count: int, before: bytes = b"") -> bytes:
-    """A progressive file with so many scans, the repeated ones behind other bytes."""
+    """A progressive file with `count` scans, of which the repeated ones stand behind other bytes."""
     return PROGRESSIVE[:-2] + before + SCAN * (count - OWN_SCANS) + b"\xff\xd9"
 
 
