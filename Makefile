@@ -25,7 +25,7 @@ DEV := $(VENV)/.dev
 PARALLEL := -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-unit lint validate bench load mutants tools format clean
+.PHONY: help install serve test test-unit lint validate bench load mutants chaos tools format clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,7 +39,7 @@ help: ## This list
 
 install: $(SERVER) ## A virtual environment in .venv with all that serving needs
 
-serve: $(SERVER) ## Run the server on 127.0.0.1, HTTP 8000, gRPC 8001, metrics 8002; Ctrl-C stops it
+serve: $(SERVER) ## Run the server on 127.0.0.1, HTTP 8000, gRPC 8001, metrics 8002, gateway 8080; Ctrl-C stops it
 	@exec $(BIN)/siglip-serve serve --checkpoint $(CHECKPOINT) --device $(DEVICE) --host $(HOST) \
 	  --teams-checkpoint $(TEAMS_CHECKPOINT) \
 	  --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT) \
@@ -80,6 +80,9 @@ load: $(SERVER) ## Load on a running server; a table and a curve go to build/loa
 
 mutants: $(DEV) ## Plant known faults in a copy of the code and say which tests notice them; ARGS chooses
 	$(BIN)/python tests/mutants.py $(ARGS)
+
+chaos: $(SERVER) ## Attack a server of its own for hours, and print a table; ARGS chooses, as in ARGS="--only fuzz --cases 3000"
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 tools: ## nginx and Prometheus for the tests of docker/, from Debian's packages into .tools, without root
 	mkdir -p .tools/lists/partial .tools/archives/partial

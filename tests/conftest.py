@@ -17,12 +17,13 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
-_SHARED_SERVERS = {"server", "exact_server", "sharing_server", "front"}
+_SHARED_SERVERS = {"server", "exact_server", "sharing_server", "front", "gateway_url"}
 _OWN_SERVERS = (
     "test_clip.py",
     "test_costly_images.py",
     "test_gpu_jpeg.py",
     "test_launcher.py",
+    "test_restarts.py",
     "test_turns.py",
 )
 

@@ -34,7 +34,7 @@ from queue import SimpleQueue
 
 ROOT = Path(__file__).resolve().parents[1]
 FAULTS = ROOT / "tests" / "faults"
-_SERVER_TESTS = ("tests/triton", "tests/gateway")
+_SERVER_TESTS = ("tests/triton",)
 _LONGEST = 900  # seconds for the tests of one fault; a fault that hangs them is noticed
 _NO_SUCH_TESTS = (4, 5)  # pytest's exit codes for a wrong command line, and for no test at all
 _SUMMARY = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.MULTILINE)

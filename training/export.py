@@ -22,11 +22,11 @@ __all__ = ["export", "export_vision", "main"]
 PAD = "</s>"
 # The server and its clients show a checkpoint's note after its name.
 NOTE = (
-    "knows drawings only; for photographs name Google's checkpoint: "
+    "knows drawings only; for photographs serve one of Google's checkpoints: "
     "make serve CHECKPOINT=google/siglip-so400m-patch14-384"
 )
 NOTE_OF_JERSEYS = (
-    "knows drawn jerseys only; for photographs of players name Google's checkpoint: "
+    "knows drawn jerseys only; for photographs of players serve one of Google's checkpoints: "
     "make serve TEAMS_CHECKPOINT=google/siglip-base-patch16-224"
 )
 COMMON = {"attention_dropout": 0.0, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-06}

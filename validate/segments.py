@@ -61,7 +61,7 @@ class Segments:
             import h5py
         except ImportError as error:
             raise DatasetError(
-                "h5py is needed to read the file: pip install 'siglip-serve[segmentation]'"
+                "h5py is needed: `.venv/bin/pip install -e '.[segmentation]'` in the checkout"
             ) from error
         try:
             self._file: Any = h5py.File(path, "r")

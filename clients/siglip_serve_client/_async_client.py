@@ -16,8 +16,15 @@ from numpy.typing import ArrayLike, NDArray
 from siglip_serve_client._operations.concurrency import Turns
 from siglip_serve_client._operations.encoding import ColorOrder, ImageLike, refuse_one_image
 from siglip_serve_client._operations.explain import ExplainOptions, Explanation, ask_explanation
-from siglip_serve_client._operations.images import ask_embedding, ask_probabilities, label_tensors
+from siglip_serve_client._operations.images import (
+    ask_embedding,
+    ask_embeddings,
+    ask_probabilities,
+    label_flags,
+    label_tensors,
+)
 from siglip_serve_client._operations.link import Link, Outcome, Progress
+from siglip_serve_client._operations.retries import RESTART_WAIT, PersistentTransport
 from siglip_serve_client._operations.server import ask_description, ask_health
 from siglip_serve_client._operations.shared_memory import Regions
 from siglip_serve_client._operations.teams import TeamFit, TeamImages, Teams, ask_fit, ask_teams, hint_inputs
@@ -45,9 +52,11 @@ class AsyncClient:
         shared_memory: bool = False,
         api_key: str | None = None,
         ca_file: Path | str | None = None,
+        restart_wait: float = RESTART_WAIT,
     ) -> None:
         self.concurrency = concurrency
-        transport = connect(Endpoint.parse(url, api_key, ca_file), concurrency)
+        sender = connect(Endpoint.parse(url, api_key, ca_file), concurrency)
+        transport = PersistentTransport(sender, restart_wait)
         self._link = Link(transport, timeout, Regions(transport) if shared_memory else None)
 
     async def __aenter__(self) -> Self:
@@ -80,6 +89,12 @@ class AsyncClient:
         refuse_one_image("images", images)
         link = self._link
         return self._each(images, lambda image: ask_embedding(link, image, normalized, color_order), progress)
+
+    async def embed_image_batch(
+        self, images: Sequence[bytes], normalized: bool = False, *, base64_encoded: bool = False
+    ) -> NDArray[np.float32]:
+        """Embed image files in one request: [N, D] float32. Otherwise as `Client.embed_image_batch`."""
+        return await ask_embeddings(self._link, images, normalized, base64_encoded)
 
     async def embed_text(
         self, text: str, normalized: bool = False, *, truncation: bool = False
@@ -117,11 +132,12 @@ class AsyncClient:
         *,
         templates: Sequence[str] | None = None,
         softmax: bool = False,
+        truncation: bool = False,
         color_order: ColorOrder | None = None,
     ) -> NDArray[np.float32]:
         """Score labels for one image: [L] float32. Arguments and errors as in `Client.classify`."""
-        tensors = label_tensors(labels, templates)
-        return await ask_probabilities(self._link, image, tensors, softmax, color_order)
+        tensors, flags = label_tensors(labels, templates), label_flags(softmax, truncation)
+        return await ask_probabilities(self._link, image, tensors, flags, color_order)
 
     def classify_images(
         self,
@@ -130,15 +146,16 @@ class AsyncClient:
         *,
         templates: Sequence[str] | None = None,
         softmax: bool = False,
+        truncation: bool = False,
         color_order: ColorOrder | None = None,
         progress: Progress | None = None,
     ) -> AsyncIterator[Outcome]:
         """Score labels for images, which may come asynchronously. Otherwise as `Client.classify_images`."""
-        tensors = label_tensors(labels, templates)
+        tensors, flags = label_tensors(labels, templates), label_flags(softmax, truncation)
         refuse_one_image("images", images)
         link = self._link
         return self._each(
-            images, lambda image: ask_probabilities(link, image, tensors, softmax, color_order), progress
+            images, lambda image: ask_probabilities(link, image, tensors, flags, color_order), progress
         )
 
     async def explain(

@@ -17,8 +17,15 @@ from numpy.typing import ArrayLike, NDArray
 from siglip_serve_client._operations.concurrency import Turns
 from siglip_serve_client._operations.encoding import ColorOrder, ImageLike, refuse_one_image
 from siglip_serve_client._operations.explain import ExplainOptions, Explanation, ask_explanation
-from siglip_serve_client._operations.images import ask_embedding, ask_probabilities, label_tensors
+from siglip_serve_client._operations.images import (
+    ask_embedding,
+    ask_embeddings,
+    ask_probabilities,
+    label_flags,
+    label_tensors,
+)
 from siglip_serve_client._operations.link import Link, Outcome, Progress
+from siglip_serve_client._operations.retries import RESTART_WAIT, PersistentTransport
 from siglip_serve_client._operations.server import ask_description, ask_health
 from siglip_serve_client._operations.shared_memory import Regions
 from siglip_serve_client._operations.teams import TeamFit, TeamImages, Teams, ask_fit, ask_teams, hint_inputs
@@ -41,12 +48,14 @@ class Client:
     Args:
         url: `host:port` of the gRPC endpoint, or a URL of the scheme grpc, grpcs, http or https.
         concurrency: requests in flight of one iteration. The server batches requests that arrive together.
-        timeout: seconds for one request, with the few repetitions when the server is too busy. The server
-            drops a request that still waits shortly before.
+        timeout: seconds for one request, with its repetitions when the server is too busy or is being
+            started again. The server drops a request that still waits shortly before.
         shared_memory: hand raw frames over through /dev/shm. The server must run on this machine, as the
             same user, and with `--shared-memory`.
         api_key: key for a proxy in front of the server; sent as `authorization: Bearer ...`.
         ca_file: PEM file of the certificates to trust with grpcs and https, instead of the system's.
+        restart_wait: seconds to wait for a server that answered before and was lost, within each request's
+            `timeout`. 0 raises UnreachableError at once, as for a server that never answered.
 
     Raises:
         ValueError: the URL has another form.
@@ -61,10 +70,12 @@ class Client:
         shared_memory: bool = False,
         api_key: str | None = None,
         ca_file: Path | str | None = None,
+        restart_wait: float = RESTART_WAIT,
     ) -> None:
         self.concurrency = concurrency
         # No limit of connections: each iteration has its own limit, and each of the caller's threads waits.
-        transport = connect(Endpoint.parse(url, api_key, ca_file), 0)
+        sender = connect(Endpoint.parse(url, api_key, ca_file), 0)
+        transport = PersistentTransport(sender, restart_wait)
         self._link = Link(transport, timeout, Regions(transport) if shared_memory else None)
         # A client that is not closed, as in short scripts, is closed when it is collected.
         weakref.finalize(self, BackgroundLoop.close_later, self._link).atexit = False
@@ -119,6 +130,24 @@ class Client:
             iter(images), lambda image: ask_embedding(link, image, normalized, color_order), progress
         )
 
+    def embed_image_batch(
+        self, images: Sequence[bytes], normalized: bool = False, *, base64_encoded: bool = False
+    ) -> NDArray[np.float32]:
+        """The embeddings [N, D] float32 of image files in one request, or [0, 0] for none.
+
+        One bad image fails the whole request. `embed_images` sends one request per image instead.
+
+        Args:
+            images: image files, at most 128.
+            normalized: scale each embedding to length 1.
+            base64_encoded: the files are base64 text.
+
+        Raises:
+            InvalidInputError: an image is refused. The message names its index.
+            ClientError, TypeError: as for `embed_image`.
+        """
+        return self._run(ask_embeddings(self._link, images, normalized, base64_encoded))
+
     def embed_text(
         self, text: str, normalized: bool = False, *, truncation: bool = False
     ) -> NDArray[np.float32]:
@@ -163,6 +192,7 @@ class Client:
         *,
         templates: Sequence[str] | None = None,
         softmax: bool = False,
+        truncation: bool = False,
         color_order: ColorOrder | None = None,
     ) -> NDArray[np.float32]:
         """The probabilities [L] float32 of the labels of one image.
@@ -172,12 +202,13 @@ class Client:
             templates: texts with `{}` for the label, averaged, or the bare label if None.
             softmax: the labels compete and sum to 1, as they always do for CLIP. Otherwise each label has a
                 probability of its own.
+            truncation: cut a label that has too many tokens, instead of refusing it.
 
         Raises:
             ClientError, OSError, TypeError, ValueError: as for `embed_image`.
         """
-        tensors = label_tensors(labels, templates)
-        return self._run(ask_probabilities(self._link, image, tensors, softmax, color_order))
+        tensors, flags = label_tensors(labels, templates), label_flags(softmax, truncation)
+        return self._run(ask_probabilities(self._link, image, tensors, flags, color_order))
 
     def classify_images(
         self,
@@ -186,16 +217,17 @@ class Client:
         *,
         templates: Sequence[str] | None = None,
         softmax: bool = False,
+        truncation: bool = False,
         color_order: ColorOrder | None = None,
         progress: Progress | None = None,
     ) -> Iterator[Outcome]:
         """The probabilities [L] float32 for each of many images, in order. Errors as in `embed_images`."""
-        tensors = label_tensors(labels, templates)
+        tensors, flags = label_tensors(labels, templates), label_flags(softmax, truncation)
         refuse_one_image("images", images)
         link = self._link
         return self._each(
             iter(images),
-            lambda image: ask_probabilities(link, image, tensors, softmax, color_order),
+            lambda image: ask_probabilities(link, image, tensors, flags, color_order),
             progress,
         )
 
@@ -212,7 +244,8 @@ class Client:
                 prompt. `mode=` "relative" (to the background) or "absolute". `normalize=` of the heatmaps,
                 "none", "prompt" or "joint". `size=`, height and width of the heatmaps. Without it the image's
                 own, at most 512 on its longer side. `overlays=True` for pictures, with `colormap=` "bwr",
-                "jet", "viridis" or "cividis" and `opacity=` 0 to 1. `color_order=` as for `embed_image`.
+                "jet", "viridis" or "cividis" and `opacity=` 0 to 1. `truncation=True` cuts a prompt with too
+                many tokens, instead of refusing it. `color_order=` as for `embed_image`.
 
         Raises:
             InvalidInputError: the server refuses an input. The message names the prompt.
@@ -271,8 +304,9 @@ class Client:
             model: a model with a checkpoint. `siglip_base_model` looks at the jerseys of teams.
 
         Returns:
-            `checkpoint_name`, `checkpoint_revision`, `dtype`, `preprocess`, and `checkpoint_note`: the limits
-            of the checkpoint, as in "knows drawings only". Values that the server does not give are "".
+            `checkpoint_name`, `checkpoint_revision`, `dtype`, `preprocess`, `color`, and `checkpoint_note`:
+            the limits of the checkpoint, as in "knows drawings only". Values that the server does not give
+            are "".
 
         Raises:
             ClientError: as for `embed_image`.

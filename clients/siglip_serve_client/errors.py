@@ -4,9 +4,11 @@ ClientError
 ├── InvalidInputError    the server refused the input (INVALID_ARGUMENT). The message says which row and why
 ├── UnavailableError     the server cannot serve the request now, and a retry may help
 │   ├── DeadlineError    the server did not answer in time
+│   ├── RestartingError  the server ended, or is being started, before it answered
 │   └── UnreachableError no server answers at the address, or the port is one of another protocol
 ├── AccessError          the server, or a proxy in front of it, does not let this caller in
 ├── ServerError          the server failed (any other status)
+│   └── ModelDiedError   a process of the server died before it answered
 └── SharedMemoryError    a frame cannot reach the server through shared memory. The message says why
 """
 
@@ -17,6 +19,8 @@ __all__ = [
     "ClientError",
     "DeadlineError",
     "InvalidInputError",
+    "ModelDiedError",
+    "RestartingError",
     "ServerError",
     "SharedMemoryError",
     "UnavailableError",
@@ -44,12 +48,20 @@ class DeadlineError(UnavailableError):
     """The server did not answer in time. A request that runs there is finished, a waiting one is dropped."""
 
 
+class RestartingError(UnavailableError):
+    """The server ended, broke the connection, or is being started, before it answered."""
+
+
 class UnreachableError(UnavailableError):
     """No server answers at the address, or its port is one of another protocol."""
 
 
 class ServerError(ClientError):
     """The server failed."""
+
+
+class ModelDiedError(ServerError):
+    """A model's process died before it answered. The server starts it again."""
 
 
 class SharedMemoryError(ClientError):

@@ -1,1 +1,1 @@
-"""What stands between callers and Triton. It needs neither torch nor `siglip_serve`."""
+"""Programs between callers and Triton. They need neither torch nor `siglip_serve`."""

@@ -21,6 +21,7 @@ __all__ = [
     "PREFIX",
     "Backend",
     "CheckpointUse",
+    "Color",
     "Dtype",
     "PreprocessMode",
     "Settings",
@@ -36,6 +37,7 @@ _SERVICE_LINKS = re.compile(rf"{PREFIX}(SERVICE_HOST|SERVICE_PORT.*|PORT|PORT_\d
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float8", "int8"]
 Backend = Literal["auto", "torch", "openvino", "fused"]
 PreprocessMode = Literal["fast", "pil", "gpu"]
+Color = Literal["stored", "srgb"]
 TeamReducer = Literal["pca", "none", "umap"]
 CheckpointUse = Literal["main", "teams"]
 Switch = Literal["on", "off"]
@@ -118,6 +120,12 @@ class Settings:
         metadata=_option(
             "images",
             "fast: libjpeg-turbo; pil: the same pixels as the reference; gpu: JPEG decoded on the GPU",
+        ),
+    )
+    color: Color = field(
+        default="stored",
+        metadata=_option(
+            "images", "stored: ICC profiles are ignored, as in training; srgb: they are applied"
         ),
     )
     decoders: int = field(
@@ -205,8 +213,8 @@ def load_settings(
         parameters: the `parameters` of the model's configuration, as name -> string value.
 
     Raises:
-        SettingsError: a name is unknown, a value is not of the setting's type or range, or
-            `checkpoint` is not set.
+        SettingsError: a name is unknown, a value is not of the setting's type or range, two values exclude
+            each other, or `checkpoint` is not set.
     """
     environment = os.environ if environment is None else environment
     given = {
@@ -226,7 +234,10 @@ def load_settings(
         raise SettingsError(
             f"setting {missing[0]!r} is not given (environment variable {PREFIX}{missing[0].upper()})"
         )
-    return Settings(**values)
+    settings = Settings(**values)
+    if settings.color == "srgb" and settings.preprocess == "gpu":
+        raise SettingsError("color srgb: preprocess gpu applies no ICC profiles; take preprocess fast or pil")
+    return settings
 
 
 def _parse(text: str, kind: Any, source: str) -> Any:

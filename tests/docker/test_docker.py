@@ -91,7 +91,7 @@ def test_the_base_is_a_recent_triton_without_a_registry() -> None:
     (argument,) = (one for one in arguments_of("ARG") if one.startswith("TRITON_IMAGE"))
     match = re.fullmatch(r"TRITON_IMAGE=tritonserver:(\d\d)\.(\d\d)-py3", argument)
     assert match
-    assert (int(match[1]), int(match[2])) >= (26, 5)
+    assert (int(match[1]), int(match[2])) >= (26, 11)
     assert arguments_of("FROM") == ["${TRITON_IMAGE}"]
     for file in [DOCKERFILE, COMPOSE_FILE, ENVIRONMENT_FILE]:
         assert not re.search(r"\b[a-z0-9-]+\.(io|com|org|dev)\b", file)

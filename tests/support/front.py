@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from paths import ROOT
 from programs import PROGRAM_PATH, free_port, program
-from wire import ROOT
 
 __all__ = ["FRONT", "Front", "run_front"]
 
@@ -54,8 +54,14 @@ class Front:
 
 
 @contextmanager
-def run_front(http_url: str, grpc_url: str, folder: Path) -> Iterator[Front]:
-    """Run the front before a server; the test is skipped where nginx or openssl is missing."""
+def run_front(http_url: str, grpc_url: str, folder: Path, **settings: str) -> Iterator[Front]:
+    """Run the front before a server; the test is skipped where nginx or openssl is missing.
+
+    Args:
+        http_url, grpc_url: the server's, host:port.
+        folder: for keys, certificates and the log.
+        **settings: of the front, as `FRONT_RATE="1"`.
+    """
     for name in ("nginx", "openssl"):
         program(name)
     subprocess.run(["sh", FRONT / "make_certificate.sh", folder], check=True, capture_output=True)
@@ -74,6 +80,7 @@ def run_front(http_url: str, grpc_url: str, folder: Path) -> Iterator[Front]:
         "FRONT_CERTIFICATE": str(folder / "certificate.pem"),
         "FRONT_CERTIFICATE_KEY": str(folder / "certificate_key.pem"),
         "FRONT_WORKERS": "1",
+        **settings,
     }
     checked = subprocess.run(
         ["sh", FRONT / "start.sh", "check"], env=environment, capture_output=True, text=True, check=False

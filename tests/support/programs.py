@@ -8,8 +8,7 @@ import socket
 import sys
 from pathlib import Path
 
-import pytest
-from wire import ROOT
+from paths import ROOT
 
 __all__ = ["PROGRAM_PATH", "free_port", "program"]
 
@@ -29,6 +28,8 @@ def program(name: str) -> str:
     """Find the path of a program; the test is skipped where it is missing."""
     found = shutil.which(name, path=PROGRAM_PATH)
     if found is None:
+        import pytest  # here, because programs that are no tests use this module too
+
         pytest.skip(f"{name} is not installed: install it, or run `make tools`")
     return found
 

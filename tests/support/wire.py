@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ __all__ = [
     "TINY",
     "GrpcCaller",
     "HttpCaller",
+    "decoded",
     "post",
     "post_image",
     "raw_embedding",
@@ -71,6 +73,14 @@ class HttpCaller(_Caller):
     def __init__(self, url: str) -> None:
         self.module = triton_http
         self.client = triton_http.InferenceServerClient(url)
+
+
+def decoded(metrics_url: str) -> int:
+    """Read how many images a server has decoded since its start; `metrics_url` is host:port."""
+    with OPENER.open(f"http://{metrics_url}/metrics", timeout=30) as answer:
+        text = answer.read().decode()
+    counts = re.findall(r"^siglip_serve_images_total\{[^}]*\} (\S+)$", text, re.MULTILINE)
+    return round(sum(map(float, counts)))
 
 
 def post(url: str, data: bytes, headers: Mapping[str, str]) -> tuple[int, bytes]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from front import Front, run_front
+from gateways import gateway_process
 from wire import JERSEY, ROOT, TINY
 
 from siglip_serve.launcher import ServeOptions, TritonServer
@@ -61,6 +62,13 @@ def front(server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """A reverse proxy with TLS and keys before `server`."""
     with run_front(server.http_url, server.grpc_url, tmp_path_factory.mktemp("front")) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def gateway_url(server: TritonServer) -> Iterator[str]:
+    """The URL of a gateway in front of `server`, with all options at their defaults."""
+    with gateway_process(server.grpc_url) as url:
+        yield url
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -26,16 +27,23 @@ SHOWN = [
     for page in RUNNABLE
     for number, (block, shown) in enumerate(_SHOWN.findall(page.read_text(encoding="utf-8")))
 ]
+_GATEWAY = "http://127.0.0.1:8080"
+# Clients that the extra `dev` does not bring. Their blocks run where they are installed.
+_OPTIONAL = ("langchain_openai", "llama_index", "litellm")
 _ROUNDING = 0.003  # the server of a reader computes in bfloat16 where the processor has it
 
 
 @pytest.mark.parametrize("page", RUNNABLE, ids=name)
-def test_blocks_run_one_after_the_other(page: Path, server: TritonServer, tmp_path: Path) -> None:
+def test_blocks_run_one_after_the_other(
+    page: Path, server: TritonServer, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     _lay_out(tmp_path)
     before = _entries(tmp_path)
     for language, block in blocks(page):
-        if language in ("bash", "python"):
-            _run(language, _for_server(block, server), tmp_path)
+        if language not in ("bash", "python") or not _installed(block):
+            continue
+        gateway = request.getfixturevalue("gateway_url") if _GATEWAY in block else ""
+        _run(language, _for_server(block.replace(_GATEWAY, gateway), server), tmp_path)
     # Results go where git ignores them.
     assert _entries(tmp_path) - before <= {"build"}
 
@@ -57,6 +65,12 @@ def _values(line: str) -> list[str | float]:
     """Words and numbers of a line, as a table's and as a CSV file's."""
     words = re.split(r"[,\s]+", line.strip())
     return [float(word) if re.fullmatch(r"-?\d+\.\d+", word) else word for word in words]
+
+
+def _installed(block: str) -> bool:
+    return all(
+        find_spec(name) for name in _OPTIONAL if re.search(rf"^(from|import) {name}\b", block, re.MULTILINE)
+    )
 
 
 def _lay_out(folder: Path) -> None:

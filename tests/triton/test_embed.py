@@ -108,6 +108,7 @@ def test_metadata_names_the_checkpoints_dimensions(server: TritonServer) -> None
         "checkpoint_revision": "local",
         "dtype": "float32",
         "preprocess": "fast",
+        "color": "stored",
     }
     assert {name: parameters[name].string_value for name in expected} == expected
 

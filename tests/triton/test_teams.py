@@ -233,6 +233,7 @@ MALFORMED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "RAW_FRAME: ",
     ),
     "seven crops": ({"CROPS": strings(CROPS[:7])}, {}, "7 usable crops of players, expected at least 8"),
+    "no crops and no roles": ({"CROPS": strings([]), "ROLE": strings([])}, {}, "0 usable crops of players"),
     "one team": ({"CROPS": strings(CROPS), "K": np.array([1], np.int32)}, {}, "K: got 1, expected 2 to 8"),
     "short tracks": ({"CROPS": strings(CROPS), "TRACK_ID": np.arange(5)}, {}, "TRACK_ID: got int64 [5]"),
     "an unknown role": ({"CROPS": strings(CROPS), "ROLE": strings([b"fan"] * 12)}, {}, "ROLE[0]: got 'fan'"),

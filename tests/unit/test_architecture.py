@@ -16,6 +16,7 @@ from paths import MODELS, ROOT
 
 SOURCE = ROOT / "src" / "siglip_serve"
 CLIENT = ROOT / "clients" / "siglip_serve_client"
+GATEWAY = ROOT / "src" / "siglip_gateway"
 
 # A room imports only from rooms of a lower floor, and from itself.
 FLOORS = [
@@ -30,6 +31,8 @@ FLOORS = [
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Models whose prefix is not the name of their file in serving/.
 PROGRAMS = ("locustfile.py", "perf_data.py")
+# The launcher starts them as programs of their own.
+DOORS, GATEWAY_PROGRAM = GATEWAY / "doors" / "__main__.py", GATEWAY / "__main__.py"
 EXCEPTIONS = {"siglip_base_model": "siglip_vision.SiglipVisionModel", "jersey_process": "team.JerseyProcess"}
 
 
@@ -76,7 +79,7 @@ def test_rooms_import_only_from_lower_floors() -> None:
                 assert FLOOR[theirs] < FLOOR[own], f"{module} imports {other}"
 
 
-@pytest.mark.parametrize("package", [SOURCE, CLIENT], ids=lambda folder: folder.name)
+@pytest.mark.parametrize("package", [SOURCE, CLIENT, GATEWAY], ids=lambda folder: folder.name)
 def test_modules_do_not_import_each_other_in_a_circle(package: Path) -> None:
     known = modules(package)
     graph = {module: set(imports(file, known)) - {module} for module, file in known.items()}
@@ -93,8 +96,9 @@ def test_only_serving_knows_triton() -> None:
 
 
 def test_importing_the_launcher_and_light_modules_loads_no_torch() -> None:
-    light = ["config", "machine", "checkpoint.config", "checkpoint.files", "images.preprocess"]
-    light += ["texts.tokenizer", "engine", "engine.plan", "engine.buckets", "engine.turns"]
+    light = ["config", "machine", "checkpoint.config", "checkpoint.files", "checkpoint.scale"]
+    light += ["images.preprocess", "texts.tokenizer"]
+    light += ["engine", "engine.plan", "engine.buckets", "engine.turns"]
     light += ["launcher", "launcher.command"]
     code = (
         "import sys, importlib\n"
@@ -114,12 +118,31 @@ def test_clients_and_validation_know_the_server_only_by_wire() -> None:
         assert set(imports(file, known)) <= {"siglip_serve.launcher.command"}, file
 
 
+def test_the_gateway_stands_on_the_client_alone() -> None:
+    for file in GATEWAY.rglob("*.py"):
+        assert not set(imports(file, modules(SOURCE))), file
+    for file in SOURCE.rglob("*.py"):
+        assert not set(imports(file, modules(GATEWAY))), file
+    for file in CLIENT.rglob("*.py"):  # the command `siglip-serve gateway` starts it
+        assert set(imports(file, modules(GATEWAY))) <= {"siglip_gateway.command"}, file
+    code = (
+        "import sys, importlib\n"
+        "for name in sys.argv[1:]: importlib.import_module(name)\n"
+        "sys.exit(bool({'siglip_serve', 'torch', 'numpy'} & sys.modules.keys()))"
+    )
+    doors = [module for module in modules(GATEWAY) if module.startswith("siglip_gateway.doors")]
+    subprocess.run([sys.executable, "-c", code, *doors], check=True)
+    code = code.replace(", 'numpy'", "")
+    subprocess.run([sys.executable, "-c", code, *modules(GATEWAY).keys() - set(doors)], check=True)
+
+
 def test_every_module_is_reached_from_a_model_the_launcher_or_a_command() -> None:
-    known = modules(SOURCE) | modules(CLIENT)
+    known = modules(SOURCE) | modules(CLIENT) | modules(GATEWAY)
     scripts = (
         CLIENT / "commands" / "bench"
     )  # started as programs of their own, by locust and perf_analyzer.sh
-    left = [*MODELS.glob("*/1/model.py"), ROOT / "pyproject.toml", *map(scripts.joinpath, PROGRAMS)]
+    left = [*MODELS.glob("*/1/model.py"), ROOT / "pyproject.toml", *map(scripts.joinpath, PROGRAMS), DOORS]
+    left.append(GATEWAY_PROGRAM)
     reached: set[str] = set()
     while left:
         file = left.pop()
@@ -129,7 +152,10 @@ def test_every_module_is_reached_from_a_model_the_launcher_or_a_command() -> Non
         left += [known[module] for module in found - reached]
         reached |= found
     programs = {f"{CLIENT.name}.commands.bench.{name.removesuffix('.py')}" for name in PROGRAMS}
-    assert known.keys() - reached == programs
+    assert known.keys() - reached == programs | {
+        "siglip_gateway.__main__",
+        "siglip_gateway.doors.__main__",
+    }
 
 
 def _entry_points(known: Mapping[str, Path]) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import tomllib
 from pathlib import Path
@@ -66,3 +67,33 @@ def test_the_server_brings_parquet() -> None:
     extras = PROJECT["optional-dependencies"]
     assert "siglip-serve[parquet]" in extras["server"]
     assert any(requirement.startswith("pyarrow") for requirement in extras["parquet"])
+
+
+SOURCES = [file for room in ("src", "clients", "validate") for file in sorted((ROOT / room).rglob("*.py"))]
+
+
+def test_hints_install_extras_that_exist() -> None:
+    """The package is on no index, so a hint names the checkout, or lets `install_hint` find a way."""
+    extras = PROJECT["optional-dependencies"]
+    named = set()
+    for file in SOURCES:
+        # Adjacent parts of one message are joined.
+        text = re.sub(r'"\s*f?"', "", file.read_text(encoding="utf-8"))
+        assert "siglip-serve[" not in text, file
+        found = re.findall(r"pip install ([^`]*)`", text)
+        for words in found:
+            match = re.fullmatch(r"-e '\.\[(\w+)\]'", words)
+            assert match, f"{file}: pip install {words}"
+            assert f".venv/bin/pip install {words}` in the checkout" in text
+            named.add(match[1])
+        named |= set(re.findall(r"install_hint\('(\w+)'\)", text))
+    assert {"int8", "load", "parquet", "segmentation", "server", "umap"} <= named <= set(extras)
+
+
+def test_hints_name_targets_of_make_that_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = set()
+    for file in SOURCES:
+        named |= set(re.findall(r"`make ([a-z-]+)[ `]", file.read_text(encoding="utf-8")))
+    assert "serve" in named
+    assert named <= targets

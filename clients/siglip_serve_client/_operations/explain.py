@@ -14,7 +14,7 @@ from PIL import Image
 from siglip_serve_client._operations.encoding import ColorOrder, ImageLike
 from siglip_serve_client._operations.images import ask_image
 from siglip_serve_client._operations.link import Link
-from siglip_serve_client._operations.requests import Call, Tensor, output, strings, utf8
+from siglip_serve_client._operations.requests import Call, Tensor, output, refuse_unknown, strings, utf8
 
 __all__ = ["COLORMAPS", "MODES", "NORMALIZATIONS", "ExplainOptions", "Explanation", "ask_explanation"]
 
@@ -38,6 +38,7 @@ class ExplainOptions(TypedDict, total=False):
     overlays: bool
     colormap: Colormap
     opacity: float
+    truncation: bool
     color_order: ColorOrder
 
 
@@ -67,13 +68,12 @@ async def ask_explanation(
     link: Link, image: ImageLike, prompts: Sequence[str], options: ExplainOptions
 ) -> Explanation:
     """The heatmaps of prompts. See `Client.explain`."""
-    unknown = options.keys() - ExplainOptions.__annotations__.keys()
-    if unknown:
-        raise TypeError(f"explain() has no argument {min(unknown)!r}")
+    refuse_unknown("explain", options, ExplainOptions.__annotations__)
     outputs = ["HEATMAPS", "SCORES", "UNATTRIBUTED", "PATCH_MAPS"]
     if options.get("overlays"):
         outputs.append("OVERLAY")
-    call = Call("explain_image", _inputs(prompts, options), {}, link.timeout, outputs)
+    parameters: dict[str, str | bool] = {"truncation": True} if options.get("truncation") else {}
+    call = Call("explain_image", _inputs(prompts, options), parameters, link.timeout, outputs)
     answer = await ask_image(link, call, image, options.get("color_order"))
     files = output(answer, "OVERLAY") if options.get("overlays") else ()
     return Explanation(

@@ -6,7 +6,8 @@ loop in a thread. One image takes the same road as each of many.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,8 +17,20 @@ from numpy.typing import NDArray
 
 from siglip_serve_client.errors import ServerError
 
-__all__ = ["Answer", "Call", "Tensor", "Transport", "output", "refuse_single", "strings", "utf8"]
+__all__ = [
+    "CONTROL_TIMEOUT",
+    "Answer",
+    "Call",
+    "Tensor",
+    "Transport",
+    "output",
+    "refuse_single",
+    "refuse_unknown",
+    "strings",
+    "utf8",
+]
 
+CONTROL_TIMEOUT = 30.0  # seconds for registering a region of shared memory
 _GRACE = 0.25  # seconds that the server's refusal has to arrive, or a quarter of a shorter timeout
 _LONGEST = 1e9  # seconds: some limit for a timeout without end
 
@@ -131,6 +144,24 @@ def refuse_single(argument: str, values: object, what: str) -> None:
     """
     if isinstance(values, str | bytes | bytearray | memoryview | Path):
         raise TypeError(f"{argument}: one {type(values).__name__}, expected several {what}")
+
+
+def refuse_unknown(function: str, given: Collection[str], known: Collection[str]) -> None:
+    """Check the names of keyword arguments that a method hands on.
+
+    Args:
+        function: name of the method in messages.
+        given: as the caller wrote them.
+        known: those that the method has.
+
+    Raises:
+        TypeError: a name is not known. The message has the nearest one.
+    """
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TypeError(f"{function}() has no argument {unknown[0]!r}{hint}")
 
 
 def utf8(argument: str, texts: Sequence[str], first: int = 0) -> list[bytes]:

@@ -13,7 +13,7 @@ from siglip_serve_client.errors import ServerError
 
 __all__ = ["ask_description", "ask_health"]
 
-_DESCRIBED = ("checkpoint_name", "checkpoint_revision", "dtype", "preprocess", "checkpoint_note")
+_DESCRIBED = ("checkpoint_name", "checkpoint_revision", "dtype", "preprocess", "color", "checkpoint_note")
 
 
 async def ask_health(link: Link) -> int:

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from tritonclient.utils import shared_memory
 
 from siglip_serve_client._operations.requests import Answer, Call, Tensor, Transport
-from siglip_serve_client._operations.retries import ask
 from siglip_serve_client.errors import (
     AccessError,
     ClientError,
@@ -29,6 +28,7 @@ __all__ = ["Regions"]
 
 # What Triton answers with where it knows no region of the name.
 _UNKNOWN = "Unable to find shared memory region"
+_RESTARTS = 3  # of the server, that one request survives
 
 
 @dataclass(eq=False)
@@ -64,13 +64,14 @@ class Regions:
         Raises:
             SharedMemoryError: there is no room for a region, or the server cannot or may not read it.
         """
-        try:
-            return await self._ask(call, name, datatype, tuple(shape), parts)
-        except ClientError as error:
-            if _UNKNOWN not in str(error):
-                raise
-        # The server was restarted, and knows none of the earlier regions.
-        await self.clear()
+        for _ in range(_RESTARTS):
+            try:
+                return await self._ask(call, name, datatype, tuple(shape), parts)
+            except ClientError as error:
+                if _UNKNOWN not in str(error):
+                    raise
+            # The server was started again, and knows none of the earlier regions.
+            await self.clear()
         return await self._ask(call, name, datatype, tuple(shape), parts)
 
     async def clear(self) -> None:
@@ -95,10 +96,10 @@ class Regions:
             shared_memory.set_shared_memory_region(region.handle, list(parts))
             tensor = Tensor(name, datatype, shape, region=region.name, size=size)
             inputs = [tensor, *call.inputs]
-            answer = await ask(self._transport, replace(call, inputs=inputs))
+            answer = await self._transport.infer(replace(call, inputs=inputs))
             answered = True
-        except InvalidInputError:
-            answered = True
+        except InvalidInputError as error:
+            answered = _UNKNOWN not in str(error)  # or the region is of no use to other requests
             raise
         finally:
             # The server is not asked here: the operation may have been cancelled.

@@ -20,10 +20,10 @@ from siglip_serve_client._operations.requests import (
     Tensor,
     output,
     refuse_single,
+    refuse_unknown,
     strings,
     utf8,
 )
-from siglip_serve_client._operations.retries import ask
 
 __all__ = ["TeamFit", "TeamImages", "Teams", "ask_fit", "ask_teams", "hint_inputs"]
 
@@ -36,7 +36,7 @@ class Teams:
         labels: int32 [N], the team, from 0; -1 is not assigned.
         margin: float32 [N], from 0 (half-way between two teams) to 1 (at a team's centre).
         outlier_score: float32 [N]; 1 is typical, larger is less like any team.
-        coordinates: float32 [N, 2], a projection to plot.
+        coordinates: float32 [N, 2], to plot: the place along the line between the teams, and across it.
         region_fallback: bool [N], True where the jersey region was empty and the whole crop was used.
     """
 
@@ -84,6 +84,7 @@ class _Request:
 
 async def ask_fit(link: Link, images: TeamImages, hints: Sequence[Tensor]) -> TeamFit:
     """A fit of teams. See `Client.fit_teams`."""
+    refuse_unknown("fit_teams", images, TeamImages.__annotations__)
     request = await asyncio.to_thread(partial(_request, **images))
     answer = await _infer(link, "fit_teams", request, hints)
     return TeamFit(
@@ -95,6 +96,7 @@ async def ask_fit(link: Link, images: TeamImages, hints: Sequence[Tensor]) -> Te
 
 async def ask_teams(link: Link, images: TeamImages, state: bytes) -> Teams:
     """The teams of players. See `Client.classify_teams`."""
+    refuse_unknown("classify_teams", images, TeamImages.__annotations__)
     stated = strings("STATE", "state", [state])
     request = await asyncio.to_thread(partial(_request, **images))
     answer = await _infer(link, "classify_teams", request, [stated])
@@ -151,11 +153,11 @@ def _request(
 async def _infer(link: Link, model: str, request: _Request, others: Sequence[Tensor]) -> Answer:
     call = Call(model, [*request.inputs, *others], request.parameters, link.timeout)
     if request.raw is None:
-        return await ask(link.transport, call)
+        return await link.transport.infer(call)
     if link.regions is not None:
         return await link.regions.ask(call, "RAW_FRAME", "UINT8", request.raw.shape, [request.raw])
     frame = _tensor("RAW_FRAME", request.raw, "UINT8")
-    return await ask(link.transport, replace(call, inputs=[frame, *call.inputs]))
+    return await link.transport.infer(replace(call, inputs=[frame, *call.inputs]))
 
 
 def _said_of_crops(answer: Answer) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from siglip_serve_client._operations.link import Link
 from siglip_serve_client._operations.requests import Call, output, refuse_single, strings, utf8
-from siglip_serve_client._operations.retries import ask
 from siglip_serve_client.errors import InvalidInputError
 
 __all__ = ["ask_text_embeddings", "text_chunks"]
@@ -28,7 +27,7 @@ async def ask_text_embeddings(
     parameters: dict[str, str | bool] = {name: True for name, wanted in flags.items() if wanted}
     tensor = strings("INPUT_TEXT", "texts", utf8("texts", texts, first), columns=True)
     try:
-        answer = await ask(link.transport, Call("embed_text", [tensor], parameters, link.timeout))
+        answer = await link.transport.infer(Call("embed_text", [tensor], parameters, link.timeout))
     except InvalidInputError as error:
         shifted = re.sub(
             r"INPUT_TEXT\[(\d+)\]", lambda found: f"INPUT_TEXT[{first + int(found[1])}]", str(error)

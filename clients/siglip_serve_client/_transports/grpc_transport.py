@@ -9,7 +9,7 @@ from typing import Any
 
 from tritonclient.utils import InferenceServerException
 
-from siglip_serve_client._operations.requests import Answer, Call, Tensor
+from siglip_serve_client._operations.requests import CONTROL_TIMEOUT, Answer, Call, Tensor
 from siglip_serve_client._transports.endpoint import Endpoint
 from siglip_serve_client._transports.status import error_of
 from siglip_serve_client._transports.wrong_port import not_grpc
@@ -17,8 +17,15 @@ from siglip_serve_client.errors import UnavailableError, UnreachableError
 
 __all__ = ["GrpcTransport"]
 
-_CONTROL_TIMEOUT = 30.0  # seconds for registering a region
 _BROKEN = re.compile("connect|socket|closed|goaway", re.IGNORECASE)
+# Messages of any size, and pauses between two attempts to connect that suit a server that is started again
+# within seconds. The default of gRPC reaches two minutes.
+_CHANNEL = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+)
 
 
 class GrpcTransport:
@@ -54,14 +61,14 @@ class GrpcTransport:
         """Let the server know a region of shared memory."""
         async with self._connected() as client:
             await client.register_system_shared_memory(
-                name, name, size, headers=self._headers, client_timeout=_CONTROL_TIMEOUT
+                name, name, size, headers=self._headers, client_timeout=CONTROL_TIMEOUT
             )
 
     async def withdraw(self, name: str) -> None:
         """Let the server forget a region."""
         async with self._connected() as client:
             await client.unregister_system_shared_memory(
-                name, headers=self._headers, client_timeout=_CONTROL_TIMEOUT
+                name, headers=self._headers, client_timeout=CONTROL_TIMEOUT
             )
 
     async def close(self) -> None:
@@ -79,7 +86,7 @@ class GrpcTransport:
             endpoint = self._endpoint
             roots = str(endpoint.ca_file) if endpoint.ca_file else None
             self._client = triton.InferenceServerClient(
-                endpoint.address, ssl=endpoint.tls, root_certificates=roots
+                endpoint.address, ssl=endpoint.tls, root_certificates=roots, channel_args=list(_CHANNEL)
             )
         try:
             yield self._client

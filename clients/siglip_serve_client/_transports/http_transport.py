@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from siglip_serve_client._operations.requests import Answer, Call
+from siglip_serve_client._operations.requests import CONTROL_TIMEOUT, Answer, Call
 from siglip_serve_client._transports.endpoint import Endpoint
 from siglip_serve_client._transports.http_messages import (
     HttpAnswer,
@@ -18,14 +18,12 @@ from siglip_serve_client._transports.http_messages import (
 )
 from siglip_serve_client._transports.status import check_status, is_triton
 from siglip_serve_client._transports.wrong_port import not_http
-from siglip_serve_client.errors import DeadlineError, UnavailableError, UnreachableError
+from siglip_serve_client.errors import DeadlineError, RestartingError, UnavailableError, UnreachableError
 
 if TYPE_CHECKING:
     import aiohttp
 
 __all__ = ["HttpTransport"]
-
-_CONTROL_TIMEOUT = 30.0  # seconds for registering a region
 
 
 class HttpTransport:
@@ -49,11 +47,11 @@ class HttpTransport:
 
     async def register(self, name: str, size: int) -> None:
         """Let the server know a region of shared memory."""
-        await self._send(register_request(name, size), _CONTROL_TIMEOUT)
+        await self._send(register_request(name, size), CONTROL_TIMEOUT)
 
     async def withdraw(self, name: str) -> None:
         """Let the server forget a region."""
-        await self._send(withdraw_request(name), _CONTROL_TIMEOUT)
+        await self._send(withdraw_request(name), CONTROL_TIMEOUT)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -96,7 +94,9 @@ class HttpTransport:
         except (aiohttp.ClientError, OSError) as error:  # the connection broke: the server may be restarting
             if reason := await not_http(self._endpoint):
                 raise UnreachableError(reason) from error
-            raise UnavailableError(f"{address} broke the connection: {error}") from error
+            # An answer that is not HTTP came from another program.
+            kind = UnavailableError if isinstance(error, aiohttp.ClientResponseError) else RestartingError
+            raise kind(f"{address} broke the connection: {error}") from error
         if not is_triton(answer.status, body) and (reason := await not_http(self._endpoint)):
             raise UnreachableError(reason)
         check_status(answer.status, body, address)

@@ -11,6 +11,8 @@ from siglip_serve_client.errors import (
     ClientError,
     DeadlineError,
     InvalidInputError,
+    ModelDiedError,
+    RestartingError,
     ServerError,
     UnavailableError,
     UnreachableError,
@@ -22,6 +24,20 @@ __all__ = ["check_status", "error_of", "is_triton"]
 _PREFIX = re.compile(r"^(\[request id: \S+\] |in ensemble '[^']*', )+")
 # Triton says so of a request that waited in a queue for longer than its timeout.
 _EXPIRED = "Request timeout expired"
+# Triton says so of requests that a dead model process had, or that came for it.
+_DIED = "is not healthy"
+# Triton says so while it ends or a model is loaded, and a door in front of Triton while there is none.
+_STARTING = re.compile(
+    "Server is stopping|has no available versions|is not at ready state|not running|does not answer|"
+    "http2 header with status: 50[23]"
+)
+# gRPC says so of a channel that had a server, and lost it.
+_BROKEN = re.compile(
+    "Connection reset|Broken pipe|[Ss]tream removed|RST_STREAM|GOAWAY|recvmsg|sendmsg|keepalive|ping timeout|"
+    "(Socket|Transport|Connection) clos(ed|ing)"
+)
+# gRPC says so where no server answers.
+_ABSENT = re.compile("connect|DNS resolution", re.IGNORECASE)
 _STATUS: Mapping[str, type[ClientError]] = {
     "INVALID_ARGUMENT": InvalidInputError,
     "RESOURCE_EXHAUSTED": InvalidInputError,
@@ -33,10 +49,13 @@ _STATUS: Mapping[str, type[ClientError]] = {
     "403": AccessError,
     "UNAVAILABLE": UnavailableError,
     "429": UnavailableError,
-    "502": UnavailableError,
+    "502": RestartingError,
     "503": UnavailableError,
     "504": UnavailableError,
 }
+
+# Statuses that gRPC itself gives to a call whose connection broke.
+_LOST = {"UNAVAILABLE", "INTERNAL", "UNKNOWN"}
 
 
 def error_of(status: str, message: str, address: str) -> ClientError:
@@ -48,7 +67,13 @@ def error_of(status: str, message: str, address: str) -> ClientError:
         return DeadlineError(f"{address} did not answer in time: {message}")
     if status == "UNAVAILABLE" and "restricted" in message:
         return AccessError(message)
-    if status == "UNAVAILABLE" and "connect" in message.lower() and "Connection reset" not in message:
+    if status in {"INTERNAL", "500"} and _DIED in message:
+        return ModelDiedError(f"{status}: {message}")
+    if status == "CANCELLED" or (status in _LOST and _BROKEN.search(message)):
+        return RestartingError(f"{address} broke the connection: {message}")
+    if status in {"UNAVAILABLE", "503"} and _STARTING.search(message):
+        return RestartingError(message)
+    if status == "UNAVAILABLE" and _ABSENT.search(message):
         return UnreachableError(f"no server answers at {address}")
     kind = _STATUS.get(status)
     return kind(message) if kind else ServerError(f"{status or 'no status'}: {message}")

@@ -45,6 +45,11 @@ def add_classify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="store_true",
         help="labels compete and sum to 1, as CLIP's always do; else each has its own probability",
     )
+    add(
+        "--truncation",
+        action="store_true",
+        help="cut labels that have too many tokens; else they are refused",
+    )
     add("--format", choices=["table", "csv"], help="default: table on a terminal, else csv")
     add_connection(parser)
     parser.set_defaults(run=_classify)
@@ -60,7 +65,11 @@ def _classify(options: argparse.Namespace) -> int:
             for item in sources:
                 try:
                     scores = client.classify(
-                        item.read(), options.labels, templates=options.templates, softmax=options.softmax
+                        item.read(),
+                        options.labels,
+                        templates=options.templates,
+                        softmax=options.softmax,
+                        truncation=options.truncation,
                     )
                 except (InvalidInputError, OSError) as error:
                     print(f"{item.key}: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The command `siglip-serve`: serve, embed, classify, explain, teams, bench, health."""
+"""The command `siglip-serve`: serve, gateway, embed, classify, explain, teams, bench, health."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 from siglip_serve_client.commands.bench.command import add_bench
 from siglip_serve_client.commands.classify import add_classify
@@ -22,6 +22,8 @@ from siglip_serve_client.errors import ClientError, UnreachableError
 
 __all__ = ["main"]
 
+_Refuse: TypeAlias = Callable[[argparse.ArgumentParser, Sequence[str]], NoReturn]
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return the exit status. Without arguments print the help.
@@ -34,8 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words:
         parser.print_help()
         return 0
-    if words[0] == "serve":
-        return _serve(words[1:])
+    if words[0] in _ELSEWHERE:
+        imported, extra, _ = _ELSEWHERE[words[0]]
+        try:
+            run = imported()
+        except ModuleNotFoundError as error:
+            print(f"siglip-serve: {error}; `{install_hint(extra)}` adds it", file=sys.stderr)
+            return 1
+        return run(words[1:], _refuse)
     options, unknown = parser.parse_known_args(words)
     if unknown:
         _refuse(commands.choices[options.command], unknown)
@@ -58,7 +66,8 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction[argpa
     )
     parser.add_argument("--version", action="version", version=f"siglip-serve {version('siglip-serve')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("serve", help="run the server")  # its options belong to the server, see _serve
+    for name, (_, _, text) in _ELSEWHERE.items():
+        commands.add_parser(name, help=text)
     add_embed(commands)
     add_classify(commands)
     add_explain(commands)
@@ -76,10 +85,21 @@ def _refuse(command: argparse.ArgumentParser, unknown: Sequence[str]) -> NoRetur
     command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
 
 
-def _serve(arguments: Sequence[str]) -> int:
-    try:
-        from siglip_serve.launcher import command as serve_command
-    except ModuleNotFoundError as error:
-        print(f"siglip-serve: {error}; `{install_hint('server')}` adds it", file=sys.stderr)
-        return 1
-    return serve_command.main(arguments)
+def _serve() -> Callable[[Sequence[str], _Refuse], int]:
+    from siglip_serve.launcher import command
+
+    return command.main
+
+
+def _gateway() -> Callable[[Sequence[str], _Refuse], int]:
+    from siglip_gateway import command
+
+    return command.main
+
+
+# Commands of packages that may not be installed: how to import each, the extra that brings it, and its help.
+# Their options belong to those packages.
+_ELSEWHERE = {
+    "serve": (_serve, "server", "run the server"),
+    "gateway": (_gateway, "gateway", "serve the APIs of OpenAI, Cohere, Weaviate and Immich"),
+}

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from siglip_serve_client._client import Client
+from siglip_serve_client._operations.retries import RESTART_WAIT
 from siglip_serve_client._transports.endpoint import Endpoint
 
 __all__ = ["API_KEY", "above_zero", "add_connection", "connected", "endpoint", "positive"]
@@ -41,14 +42,26 @@ def endpoint(url: str, ca_file: Path | str | None) -> Endpoint:
         raise SystemExit(f"siglip-serve: {error}") from error
 
 
-def connected(options: argparse.Namespace, concurrency: int = 16, timeout: float = 120.0) -> Client:
+def connected(
+    options: argparse.Namespace,
+    concurrency: int = 16,
+    timeout: float = 120.0,
+    restart_wait: float = RESTART_WAIT,
+) -> Client:
     """A client for the server of these options.
 
     Raises:
         SystemExit: the URL is malformed, or the file does not exist, with a message.
     """
     where = endpoint(options.url, options.ca_file)
-    return Client(options.url, concurrency, timeout, api_key=where.api_key, ca_file=where.ca_file)
+    return Client(
+        options.url,
+        concurrency,
+        timeout,
+        api_key=where.api_key,
+        ca_file=where.ca_file,
+        restart_wait=restart_wait,
+    )
 
 
 def positive(text: str) -> int:

@@ -12,7 +12,7 @@ from siglip_serve.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["fingerprint", "load_tensors", "read_json", "resolve"]
+__all__ = ["fingerprint", "load_tensors", "read_json", "resolve", "weight_files"]
 
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt"]
 _NOT_OURS = ["open_clip*"]  # a second copy of the weights in another layout
@@ -87,7 +87,7 @@ def load_tensors(path: Path, *prefixes: str) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError, safe_open
 
     tensors: dict[str, torch.Tensor] = {}
-    for file in _weight_files(path):
+    for file in weight_files(path):
         try:
             with safe_open(file, framework="pt") as weights:
                 for name in weights.keys():  # noqa: SIM118 - not a mapping
@@ -105,7 +105,7 @@ def fingerprint(path: Path) -> str:
         CheckpointError: there is no weight file.
     """
     found = hashlib.sha256()
-    for file in _weight_files(path):
+    for file in weight_files(path):
         size = file.stat().st_size
         found.update(f"{file.name} {size} ".encode())
         with file.open("rb") as weights:
@@ -115,7 +115,12 @@ def fingerprint(path: Path) -> str:
     return found.hexdigest()[:16]
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
+    """List the safetensors files of a checkpoint.
+
+    Raises:
+        CheckpointError: there are none, or one is missing.
+    """
     index = path / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(read_json(index).get("weight_map", {}).values()))

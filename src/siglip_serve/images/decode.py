@@ -24,9 +24,12 @@ from PIL import (
     WebPImagePlugin,  # noqa: F401
 )
 
+from siglip_serve.config import Color
 from siglip_serve.errors import ImageCostError, ImageError, ImageTooLargeError
 from siglip_serve.images.bmp import install_bmp_runs
+from siglip_serve.images.color import jpeg_profile, to_srgb
 from siglip_serve.images.formats import ImageLimits, check_size
+from siglip_serve.images.heif import open_heif
 from siglip_serve.images.jpeg import JpegHeader, read_header, read_orientation
 from siglip_serve.images.paint import TURNED, Canvas, orient, paint_array, paint_image
 from siglip_serve.images.png import correct_transparency
@@ -69,6 +72,7 @@ def decode_file(
     limits: ImageLimits,
     header: JpegHeader | None = None,
     canvas: Canvas = np.empty,
+    color: Color = "stored",
 ) -> Pixels:
     """uint8 RGB `[H, W, 3]`, upright, contiguous, of the first frame.
 
@@ -81,6 +85,7 @@ def decode_file(
         limits: on its pixels.
         header: of a JPEG, if it has been read.
         canvas: makes the memory of the result.
+        color: `srgb` converts the samples by the file's ICC profile.
 
     Raises:
         ImageError: not a decodable image.
@@ -91,13 +96,15 @@ def decode_file(
         header = read_header(data)
     with _named_faults(kind, len(data), limits), _without_warnings():
         pixels = None
-        if header is not None and mode == "fast":
+        if color == "srgb" and (kind != "JPEG" or jpeg_profile(data)):
+            pass  # Pillow gives the profile
+        elif header is not None and mode == "fast":
             pixels = _decode_jpeg(data, header, limits, canvas)
         elif kind == "WebP":
             pixels = decode_webp(data, limits, canvas)
         elif kind == "AVIF":
             pixels = _decode_avif(data, limits, canvas)
-        return _decode_with_pil(data, kind, limits, header, canvas) if pixels is None else pixels
+        return _decode_with_pil(data, kind, limits, header, canvas, color) if pixels is None else pixels
 
 
 def _decode_jpeg(data: bytes, header: JpegHeader, limits: ImageLimits, canvas: Canvas) -> Pixels | None:
@@ -136,10 +143,13 @@ def _decode_avif(data: bytes, limits: ImageLimits, canvas: Canvas) -> Pixels:
 
 
 def _decode_with_pil(
-    data: bytes, kind: str, limits: ImageLimits, header: JpegHeader | None, canvas: Canvas
+    data: bytes, kind: str, limits: ImageLimits, header: JpegHeader | None, canvas: Canvas, color: Color
 ) -> Pixels:
+    profile = jpeg_profile(data) if header is not None and color == "srgb" else b""
     if header is not None:
         data = header.without_metadata(data)
+    elif kind == "AVIF":
+        data = _AVIF_EXIF.sub(rb"\1skip", data)
     with _open(data, kind) as image:
         check_size(*image.size, limits)
         if isinstance(image, TiffImagePlugin.TiffImageFile):
@@ -148,6 +158,8 @@ def _decode_with_pil(
             image.load()
         exif, xmp = _metadata(image) if header is None else (header.exif, header.xmp)
         loaded = correct_transparency(image, data) if kind == "PNG" else image
+        if color == "srgb":
+            loaded = to_srgb(loaded, profile or image.info.get("icc_profile"))
         return paint_image(loaded, read_orientation(exif, xmp), canvas)
 
 
@@ -171,6 +183,8 @@ def _named_faults(kind: str, size: int, limits: ImageLimits) -> Iterator[None]:
 
 
 def _open(data: bytes, kind: str) -> ImageFile.ImageFile:
+    if kind == "HEIC":
+        return open_heif(data)
     try:
         return Image.open(io.BytesIO(data), formats=(kind,))
     except (UnidentifiedImageError, KeyError):  # KeyError: a compression that Pillow does not know

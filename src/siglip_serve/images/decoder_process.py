@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image
+from PIL import AvifImagePlugin, Image
 
 from siglip_serve.errors import InvalidInputError
 from siglip_serve.images.decode import decode_file
 from siglip_serve.images.formats import ImageLimits
-from siglip_serve.images.resize import Mode, Pixels
+from siglip_serve.images.resize import Pixels
 
 __all__ = ["main"]
 
@@ -54,6 +54,7 @@ def main(descriptor: int) -> None:
     """Answer requests until the other end of the socket is closed."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     Image.MAX_IMAGE_PIXELS = None  # our own limit stands in its place, at the same point: the header
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     base = _virtual_memory()
     with socket.socket(fileno=descriptor) as channel, channel.makefile("rb") as source:
         _reply(channel, {"ready": True}, -1)
@@ -63,7 +64,7 @@ def main(descriptor: int) -> None:
             data = source.read(request["size"])
             sheet = _Sheet()
             begin = time.process_time()
-            answer = _decode(data, request["kind"], request["mode"], limits, sheet)
+            answer = _decode(data, request, limits, sheet)
             answer["seconds"] = time.process_time() - begin
             _reply(channel, answer, sheet.file if "shape" in answer else -1)
             sheet.close()
@@ -76,9 +77,10 @@ def _read_line(source: IO[bytes]) -> dict[str, Any]:
     return dict(json.loads(line)) if line.endswith(b"\n") else {}
 
 
-def _decode(data: bytes, kind: str, mode: Mode, limits: ImageLimits, sheet: _Sheet) -> dict[str, Any]:
+def _decode(data: bytes, request: dict[str, Any], limits: ImageLimits, sheet: _Sheet) -> dict[str, Any]:
+    kind, mode, color = request["kind"], request["mode"], request["color"]
     try:
-        shape = decode_file(data, kind, mode, limits, canvas=sheet).shape
+        shape = decode_file(data, kind, mode, limits, canvas=sheet, color=color).shape
     except InvalidInputError as error:
         return {"error": type(error).__name__, "message": str(error)}
     return {"shape": shape}

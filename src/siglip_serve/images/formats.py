@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from PIL import features
 
 from siglip_serve.errors import ImageError, ImageTooLargeError, InvalidInputError
+from siglip_serve.images.heif import HEIF_HINT, HEIF_INSTALLED
 from siglip_serve.images.jpeg import PlainFrame, plain_frame
 
 __all__ = ["DEFAULT_LIMITS", "ImageLimits", "check_size", "decode_base64", "identify", "plain_jpeg"]
@@ -44,21 +45,24 @@ _SIGNATURES = {
     "GIF": re.compile(rb"GIF8[79]a"),
     "BMP": re.compile(rb"BM"),
     "TIFF": re.compile(rb"II[*+]\0|MM\0[*+]|II\0\*|MM\*\0"),
-    "AVIF": re.compile(rb".{4}ftyp(?:avif|avis|mif1|msf1)", re.DOTALL),
+    "HEIC": re.compile(
+        rb".{4}ftyp(?:hei[cxms]|hev[cxms]|(?:mif1|msf1).{4}(?:.{4})*?(?:hei[cxms]|hev[cxms]))", re.DOTALL
+    ),
+    "AVIF": re.compile(rb".{4}ftyp(?:avif|avis|mif1|msf1)", re.DOTALL),  # after HEIC, which may begin so
 }
 if not features.check("avif"):
     del _SIGNATURES["AVIF"]
 # Formats of images that users do send, to be named when they are refused.
 _NOT_SERVED = {
-    "HEIC": re.compile(
-        rb".{4}ftyp(?:hei[cxms]|hev[cxms]|(?:mif1|msf1).{4}(?:.{4})*?(?:hei[cxms]|hev[cxms]))", re.DOTALL
-    ),
     "JPEG XL": re.compile(rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n"),
     "JPEG 2000": re.compile(rb"\xff\x4f\xff\x51|\0\0\0\x0cjP {2}\r\n\x87\n"),
     "JPEG XR": re.compile(rb"II\xbc[\0\1]"),
     "JPEG-LS": re.compile(rb"\xff\xd8\xff\xf7"),
     "PDF": re.compile(rb"%PDF-"),
 }
+_HINTS = {"HEIC": f"; {HEIF_HINT}"}
+if not HEIF_INSTALLED:
+    _NOT_SERVED["HEIC"] = _SIGNATURES.pop("HEIC")
 _EXPECTED = f"{', '.join(list(_SIGNATURES)[:-1])} or {list(_SIGNATURES)[-1]}"
 
 _MAX_SIDE = 65_535
@@ -79,7 +83,8 @@ def identify(data: bytes, limits: ImageLimits) -> str:
     head = data[:_HEAD]
     for kind, signature in _NOT_SERVED.items():
         if signature.match(head):
-            raise ImageError(f"not a decodable image: {kind} is not served; expected {_EXPECTED}")
+            hint = _HINTS.get(kind, "")
+            raise ImageError(f"not a decodable image: {kind} is not served; expected {_EXPECTED}{hint}")
     for kind, signature in _SIGNATURES.items():
         if signature.match(head):
             return kind

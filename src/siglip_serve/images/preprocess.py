@@ -1,9 +1,9 @@
 """uint8 RGB pixels `[S, S, 3]` from the bytes of an image file, in the size that the checkpoint wants.
 
 The file is checked (`formats`, `cost`), decoded upright (`decode`, in a process of its own by `watched` if
-it may be costly) and resized (`resize`). `pil` mode gives the
-pixels of transformers' `SiglipImageProcessorPil` and `CLIPImageProcessorPil`. `fast` mode gives the same
-within two levels in about half the time.
+it may be costly) and resized (`resize`). `pil` mode gives the pixels of transformers'
+`SiglipImageProcessorPil` and `CLIPImageProcessorPil`. `fast` mode gives the same within two levels in about
+half the time.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from siglip_serve.checkpoint.config import ImageConfig
+from siglip_serve.config import Color
 from siglip_serve.errors import SettingsError
 from siglip_serve.images.cost import inspect
 from siglip_serve.images.decode import decode_file
@@ -26,6 +27,12 @@ class Preprocessor:
 
     Safe to call from several threads. `fast` mode needs torch and simplejpeg, `pil` mode neither.
 
+    Args:
+        image: the checkpoint's preprocessing.
+        mode: of decoding and resizing.
+        limits: of one image.
+        color: `stored` takes samples as they are, `srgb` converts them by the file's ICC profile.
+
     Attributes:
         size: S, the side of the pixels.
 
@@ -33,7 +40,13 @@ class Preprocessor:
         SettingsError: `mode` is neither `fast` nor `pil`.
     """
 
-    def __init__(self, image: ImageConfig, mode: Mode = "fast", limits: ImageLimits = DEFAULT_LIMITS) -> None:
+    def __init__(
+        self,
+        image: ImageConfig,
+        mode: Mode = "fast",
+        limits: ImageLimits = DEFAULT_LIMITS,
+        color: Color = "stored",
+    ) -> None:
         if mode not in ("fast", "pil"):
             raise SettingsError(f"preprocessing mode is {mode!r}, expected 'fast' or 'pil'")
         if mode == "fast":
@@ -44,13 +57,14 @@ class Preprocessor:
         self._image = image
         self._mode = mode
         self._limits = limits
-        self._watched = WatchedDecoder(mode, limits)
+        self._color = color
+        self._watched = WatchedDecoder(mode, limits, color)
 
     def __call__(self, data: bytes) -> Pixels:
         """Pixels of the file's first frame, upright, on white, fitted to the square whatever its aspect.
 
         Args:
-            data: a whole JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file.
+            data: a whole JPEG, PNG, WebP, GIF, BMP, TIFF, HEIC or AVIF file.
 
         Returns:
             uint8 RGB `[S, S, 3]`, 0 to 255, contiguous.
@@ -72,7 +86,7 @@ class Preprocessor:
         kind = identify(data, self._limits)
         file = inspect(data, kind, self._limits)
         if file.cheap:
-            return decode_file(data, kind, self._mode, self._limits, file.header)
+            return decode_file(data, kind, self._mode, self._limits, file.header, color=self._color)
         return self._watched(data, kind, watch)
 
     def close(self) -> None:

@@ -80,6 +80,7 @@ def _describe(named: str, path: Path, settings: Settings, device: str) -> Served
         "checkpoint_revision": path.name if hub else "local",
         "dtype": dtype,
         "preprocess": settings.preprocess,
+        "color": settings.color,
     }
     notes = []
     if config.note:

@@ -9,26 +9,47 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
+from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from siglip_serve.config import PREFIX, Settings
-from siglip_serve.errors import SettingsError, SiglipServeError
+from siglip_serve.errors import ServerStartError, SettingsError, SiglipServeError
+from siglip_serve.launcher.doors import GATEWAY
 from siglip_serve.launcher.options import ServeOptions
+from siglip_serve.launcher.ports import free_ports, numeric_address
 from siglip_serve.launcher.server import TritonServer
+from siglip_serve.launcher.tritonserver import is_embedded
 
 __all__ = ["main"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_GATEWAY_PORT = 8080
+_GATEWAY_PORTS = 100  # that are tried where the first is taken
+_GATEWAY_PACKAGES = ("fastapi", "uvicorn", "orjson", "python_multipart", "siglip_serve_client")
 _SAMPLES = "samples"  # folder of images in a checkpoint, each named after what it shows
 _IMAGE_TYPES = {".jpg", ".jpeg", ".png"}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until Ctrl-C, SIGTERM or the end of the server, and return the exit status."""
-    options = _parser().parse_args(arguments)
+def main(
+    arguments: Sequence[str] | None = None,
+    refuse: Callable[[argparse.ArgumentParser, Sequence[str]], NoReturn] | None = None,
+) -> int:
+    """Serve until Ctrl-C, SIGTERM or the end of the server, and return the exit status.
+
+    Args:
+        arguments: the words after `serve`, or those of this process if None.
+        refuse: ends the process because of options that the parser does not know, or None for argparse's way.
+    """
+    parser = _parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown and refuse is not None:
+        refuse(parser, unknown)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     for number in _SIGNALS:
         signal.signal(number, _interrupt)
     try:
@@ -112,6 +133,23 @@ def _add_addresses(group: argparse._ArgumentGroup) -> None:
             metavar="PORT",
             help="0: a free one (default: %(default)s)",
         )
+    for name, protocol in (("grpc", "gRPC"), ("http", "HTTP")):
+        add(
+            f"--direct-{name}",
+            action=argparse.BooleanOptionalAction,
+            default=None,
+            help=f"callers speak {protocol} with Triton itself instead of with a door in front of it "
+            "(default: only where Triton is not that of the wheel)",
+        )
+    add(
+        "--gateway-port",
+        type=int,
+        default=None,
+        metavar="PORT",
+        help="port on 127.0.0.1 of the gateway, for the APIs of OpenAI, Cohere, Weaviate and Immich; "
+        f"0: a free one (default: {_GATEWAY_PORT}, or the next one that is free)",
+    )
+    add("--no-gateway", action="store_true", help="run no gateway")
     add(
         "--shared-memory",
         action="store_true",
@@ -151,26 +189,68 @@ def _serve_options(options: argparse.Namespace) -> ServeOptions:
     if not checkpoint:
         raise SettingsError(f"name a checkpoint with --checkpoint or the variable {PREFIX}CHECKPOINT")
     settings = {setting.name for setting in fields(Settings)} - {"checkpoint"}
-    own = {option.name for option in fields(ServeOptions)} - {"checkpoint"}
+    own = {option.name for option in fields(ServeOptions)} - {"checkpoint", "gateway_port"}
     return ServeOptions(
+        gateway_port=_gateway_port(options),
         checkpoint=checkpoint,
         settings={name: given[name] for name in sorted(settings & given.keys())},
         **{name: given[name] for name in own & given.keys()},
     )
 
 
+def _gateway_port(options: argparse.Namespace) -> int | None:
+    """The gateway's port, or None without a gateway. A default port that is taken is replaced."""
+    if options.no_gateway:
+        return None
+    if missing := [name for name in _GATEWAY_PACKAGES if find_spec(name) is None]:
+        print(f"siglip-serve: note: no gateway, because {missing[0]} is not installed (extra gateway)")
+        return None
+    if options.gateway_port is not None:
+        return int(options.gateway_port)
+    others = {options.http_port, options.grpc_port, options.metrics_port}
+    for port in range(_GATEWAY_PORT, _GATEWAY_PORT + _GATEWAY_PORTS):
+        try:
+            free_ports("127.0.0.1", {GATEWAY: port})
+        except ServerStartError:
+            continue
+        if port in others:
+            continue
+        if port != _GATEWAY_PORT:
+            print(f"siglip-serve: note: port {_GATEWAY_PORT} is taken, so the gateway has port {port}")
+        return port
+    return 0
+
+
 def _announce(server: TritonServer, seconds: float, sample: str) -> None:
-    for note in server.notes:
+    for note in (*server.notes, *_unprotected(server.options)):
         print(f"siglip-serve: note: {note}")
     print(
         f"""siglip-serve: ready after {seconds:.1f} s on {server.device}
   HTTP     http://{server.http_url}
   gRPC     {server.grpc_url}
-  metrics  http://{server.address}:{server.metrics_port}/metrics
+{_gateway_line(server)}  metrics  http://{server.address}:{server.metrics_port}/metrics
   log      {server.log_file}
   models   {", ".join(server.models)}
 {_example(server, sample)}Ctrl-C stops it.""",
         flush=True,
+    )
+
+
+def _gateway_line(server: TritonServer) -> str:
+    if server.gateway_port is None:
+        return ""
+    return f"  gateway  http://127.0.0.1:{server.gateway_port} (APIs of OpenAI, Cohere and others)\n"
+
+
+def _unprotected(options: ServeOptions) -> tuple[str, ...]:
+    """Say what other hosts can do to a Triton that they reach without a door in front of it."""
+    reached = not ip_address(numeric_address(options.host)).is_loopback
+    if not (options.direct_http and reached and is_embedded()):
+        return ()
+    return (
+        f"--direct-http with --host {options.host} lets other hosts reach Triton itself over HTTP. Nothing "
+        "limits their bodies or what gzip inflates to, deeply nested JSON ends the server, and under "
+        "overload requests stay without an answer.",
     )
 
 

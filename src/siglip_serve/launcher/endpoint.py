@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import io
 import secrets
+import socket
 import urllib.request
 from collections.abc import Mapping, Sequence
 from urllib.error import HTTPError
@@ -42,6 +43,17 @@ class Endpoint:
         except (OSError, http.client.HTTPException):
             return False
         return True
+
+    def refuses(self) -> bool:
+        """Find out if nothing listens on the port."""
+        host, _, port = self._url.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+        return False
 
     def embed_image(self) -> None:
         """Make one real inference with the model `embed_image`.

@@ -24,7 +24,12 @@ class ServeOptions:
         settings: further settings by name (`siglip_serve.config.Settings`), as strings.
         shared_memory: let clients on this machine pass tensors through system shared memory.
         log_file: file of the server's log; default: `~/.local/state/siglip-serve/<HTTP port>.log`.
-        start_timeout: seconds until a start counts as failed.
+        direct_grpc, direct_http: True gives callers Triton's own port, False a door in front of it; None puts
+            doors in front of the Triton of the `nvidia-pytriton` wheel only, because later ones need none.
+        gateway_port: port of the gateway on 127.0.0.1; None runs none, 0 chooses a free one.
+        start_timeout: seconds until an attempt to start counts as failed.
+        stalled_after: seconds without progress until an attempt to start or to load a model counts as failed.
+            CPU time, reading from a disk and lines of the log are progress.
     """
 
     model_repository: Path
@@ -38,4 +43,8 @@ class ServeOptions:
     shared_memory: bool = False
     settings: Mapping[str, str] = field(default_factory=dict)
     log_file: Path | None = None
+    direct_grpc: bool | None = None
+    direct_http: bool | None = None
+    gateway_port: int | None = None
     start_timeout: float = 600.0
+    stalled_after: float = 15.0

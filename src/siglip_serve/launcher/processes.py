@@ -11,8 +11,11 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import psutil
+
+from siglip_serve.launcher.log import read
 
 __all__ = ["end", "spawn"]
 
@@ -27,7 +30,7 @@ def spawn(
     setpriv = shutil.which("setpriv")
     if setpriv:
         command = [setpriv, "--pdeathsig", "TERM", "--", *command]
-    with log_file.open("ab") as log:  # to append: the watcher writes to it as well
+    with _output(log_file) as log:
         process = subprocess.Popen(
             command,
             env=environment,
@@ -41,25 +44,35 @@ def spawn(
     return process
 
 
+def _output(log_file: Path) -> IO[bytes]:
+    """Open the log to append, because the watcher writes to it as well; the null device if that fails."""
+    try:
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        return log_file.open("ab")
+    except OSError:  # a server without a log is better than none
+        return Path(os.devnull).open("ab")
+
+
 def end(server: subprocess.Popen[bytes], timeout: float, log_file: Path | None) -> None:
     """Ask a server to stop, which lets running requests complete, and kill what is left after `timeout`.
 
     Args:
         server: process of `tritonserver`.
-        timeout: seconds.
+        timeout: seconds; 0 kills at once.
         log_file: the server's log, if one of its model processes was replaced. Triton never unloads a model
             whose process died and waits until its own timeout. Such a server is killed as soon as its log
             says that the last request has completed.
     """
     try:
         family = psutil.Process(server.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
+    except psutil.Error:
         family = []
-    server.terminate()
+    if timeout > 0:
+        server.terminate()
     deadline = time.monotonic() + timeout
     while server.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-        if log_file and "All models are stopped" in log_file.read_text(encoding="utf-8", errors="replace"):
+        if log_file and "All models are stopped" in read(log_file):
             psutil.wait_procs(family, timeout=5)
             break
     if server.poll() is None:

@@ -7,6 +7,11 @@ Triton never restarts a model process that died. The launcher watches the proces
 again. A killed model process sometimes takes the server down with it, by an exception of the Python backend
 that nothing catches. The launcher then starts the server again, on the same ports.
 
+On a busy machine Triton may give a model process up while it starts, and then wait for its end without end.
+The launcher notices that nothing is done any more, and starts the server again.
+
+The ports that callers use may be those of doors in front of Triton, which keep from it what ends it.
+
 Loading a model again needs Triton's explicit model control, whose endpoints are closed to callers without a
 key that is made at startup. The key is in the server's command line, so other users of the machine can read
 it from the process list unless /proc is mounted with hidepid.
@@ -16,10 +21,9 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -29,29 +33,27 @@ from siglip_serve.checkpoint.files import resolve
 from siglip_serve.config import PREFIX, load_settings
 from siglip_serve.errors import ServerStartError, SettingsError
 from siglip_serve.launcher.checkpoints import check_options, describe_checkpoints
+from siglip_serve.launcher.doors import GATEWAY, Doors
 from siglip_serve.launcher.endpoint import Endpoint
-from siglip_serve.launcher.log import cause, open_log, tail
+from siglip_serve.launcher.environment import CHECKPOINT, KEEP_MEMORY, choose_device, server_environment
+from siglip_serve.launcher.log import Journal, asked_to_end, open_log, size
 from siglip_serve.launcher.options import ServeOptions
 from siglip_serve.launcher.ports import free_ports, numeric_address
 from siglip_serve.launcher.processes import end, spawn
 from siglip_serve.launcher.stage import Stage
-from siglip_serve.launcher.tritonserver import library_path, server_command
-from siglip_serve.launcher.watcher import Watcher
-from siglip_serve.machine import gpu_capabilities
+from siglip_serve.launcher.start import Start, UnluckyStartError
+from siglip_serve.launcher.status import Status, StatusServer
+from siglip_serve.launcher.tritonserver import is_embedded, server_command, server_options
+from siglip_serve.launcher.watcher import Actions, Watcher
 
 __all__ = ["TritonServer"]
 
+_DOORS_OPEN = 60.0  # seconds for the doors to open once Triton serves; they were started together
+_LAST_SECONDS = 2.0  # that Triton has to end at least, when the doors took the time of a stop
 _CLOSED_APIS = ("model-repository", "shared-memory", "logging", "trace")
-# Each request allocates tensors of some 100 kB. By default glibc returns such memory to the kernel at once,
-# which then has to clear it again page by page.
-_KEEP_MEMORY = {
-    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
-    "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20),
-    "MALLOC_TOP_PAD_": str(4 * 2**20),
-}
-_CHECKPOINTS = (f"{PREFIX}CHECKPOINT", f"{PREFIX}TEAMS_CHECKPOINT")
-_FOLDERS = (f"{PREFIX}CACHE", f"{PREFIX}CALIBRATION")
-_FORWARDED_HEADERS = "(?i)^(normalized|base64_encoded|color_order|embed_model|truncation)$"
+Spawn = Callable[[], subprocess.Popen[bytes]]
+
+_ATTEMPTS = 3  # of the first start
 
 
 class TritonServer:
@@ -59,7 +61,8 @@ class TritonServer:
 
     Attributes:
         options: as given.
-        http_port, grpc_port, metrics_port: the ports that are served.
+        http_port, grpc_port, metrics_port: the ports that callers use.
+        gateway_port: the gateway's port on 127.0.0.1, or None without a gateway.
         device: `cpu` or `cuda`.
         models: names of the served models, set by `start`.
         notes: sentences for the operator about the served checkpoints, set by `start`.
@@ -76,10 +79,20 @@ class TritonServer:
         self._host = numeric_address(options.host)
         wanted = {"HTTP": options.http_port, "gRPC": options.grpc_port, "metrics": options.metrics_port}
         self.http_port, self.grpc_port, self.metrics_port = free_ports(self._host, wanted)
-        self._endpoint = Endpoint(self.http_url)
+        public = {"http": self.http_port, "grpc": self.grpc_port}
+        self._status = Status()
+        self._status_server = StatusServer(self._status)
+        doors = {kind: public[kind] for kind in _doors_of(options)}
+        self.gateway_port: int | None = None
+        if options.gateway_port is not None:
+            (self.gateway_port,) = free_ports("127.0.0.1", {GATEWAY: options.gateway_port})
+            doors[GATEWAY] = self.gateway_port
+        self._doors = Doors(self._host, doors, self.grpc_url)
+        # Triton's own addresses, which are those of callers where there is no door.
+        self._triton = {kind: (self._host, port) for kind, port in public.items()}
         self.models: list[str] = []
         self.notes: tuple[str, ...] = ()
-        self.device, self._weakest_gpu = _device(options.device)
+        self.device, self._weakest_gpu = choose_device(options.device)
         self._stage: Stage | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._changing = threading.Lock()  # held while the process is started again or stopped
@@ -87,6 +100,7 @@ class TritonServer:
         # thread starts all processes and lives as long as the server.
         self._spawner = ThreadPoolExecutor(1, "siglip-serve-spawner")
         self._watcher: Watcher | None = None
+        self._log_start = 0
 
     @property
     def address(self) -> str:
@@ -102,6 +116,11 @@ class TritonServer:
     def grpc_url(self) -> str:
         """Address of the gRPC endpoint, `host:port`."""
         return f"{self.address}:{self.grpc_port}"
+
+    @property
+    def status_url(self) -> str:
+        """Address of the launcher's own `GET /health`, `host:port` on this machine (`launcher.status`)."""
+        return self._status_server.url
 
     @property
     def pid(self) -> int:
@@ -142,17 +161,19 @@ class TritonServer:
         variants = ["decode_on_gpu"] if settings.preprocess == "gpu" else []
         self._stage = stage = Stage(self.options.model_repository, self.device, *variants)
         try:
+            self._status_server.start()
+            self._triton |= self._doors.take_ports()
+            address, port = self._triton["http"]
+            self._endpoint = Endpoint(f"{'127.0.0.1' if address == '0.0.0.0' else address}:{port}")
             self.models = stage.fill(checkpoints, settings.decoders, self.options.models)
             self.notes = stage.notes
             self.log_file = open_log(self.options.log_file, self.http_port)
-            environment = _environment(given, directories)
-            start = partial(spawn, self._command(stage), environment, stage.empty, self.log_file)
-            self._process = self._spawner.submit(start).result()
-            self._wait_until_served()
-            self._watcher = Watcher(
-                self._process, self.models, self._load, lambda: self._restart(stage, start), self.log_file
-            )
-            self._watcher.start()
+            environment = server_environment(given, directories)
+            spawn_it = partial(spawn, self._command(stage), environment, stage.empty, self.log_file)
+            self._start_doors(stage)
+            process = self._start_first(stage, spawn_it)
+            self._doors.wait_until_open(_DOORS_OPEN)
+            self._watch(process, stage, spawn_it)
         except BaseException:
             self.stop(timeout=2)  # no client is connected yet
             raise
@@ -163,85 +184,119 @@ class TritonServer:
         Args:
             timeout: seconds until requests that are still running are abandoned.
         """
+        self._status.stopping()
         watcher, self._watcher = self._watcher, None
         if watcher is not None:
             watcher.stop()
         with self._changing:
             process, self._process = self._process, None
-        stage, self._stage = self._stage, None
+            stage, self._stage = self._stage, None
+        deadline = time.monotonic() + timeout
         try:
+            self._doors.stop(timeout)
             if process is not None:
                 replaced = watcher is not None and watcher.replaced
-                end(process, timeout, self.log_file if replaced else None)
+                left = max(deadline - time.monotonic(), _LAST_SECONDS)
+                end(process, left, self.log_file if replaced else None)
         finally:
             self._spawner.shutdown()
+            self._status_server.close()
             if stage is not None:
                 stage.remove()
 
     def wait(self) -> int:
-        """Block until the server has ended on request or has died too often, and return its exit status.
+        """Block until the server has ended on request, and return its exit status.
+
+        A server that dies is started again. One that was asked to end, but had to be killed, gives 0.
 
         Raises:
             ServerStartError: the server is not running.
         """
         if self._process is None or self._watcher is None:
             raise ServerStartError("the server is not running")
-        self._watcher.join()
-        return self._process.wait()
+        watcher = self._watcher
+        watcher.join()
+        return 0 if watcher.hung_at_end else self._process.wait()
 
-    def _restart(self, stage: Stage, start: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
-        """Replace a server that died, and return the new process."""
+    def _start_first(self, stage: Stage, spawn_it: Spawn) -> subprocess.Popen[bytes]:
+        """Start the server, in several attempts if it hangs, and return its process."""
+        journal = Journal(self.log_file)
+        attempt = 0
+        while True:
+            attempt += 1
+            self._status.attempt("starting")
+            try:
+                process = self._start_once(stage, spawn_it)
+            except UnluckyStartError as error:
+                reason = str(error).partition("\n")[0]
+                self._status.failed(reason)
+                if attempt == _ATTEMPTS:
+                    raise ServerStartError(f"gave up after {_ATTEMPTS} attempts: {error}") from error
+                again = f"starting tritonserver again (attempt {attempt + 1} of {_ATTEMPTS})"
+                journal.say(f"{reason}; {again}")
+            else:
+                self._status.served()
+                return process
+
+    def _start_once(self, stage: Stage, spawn_it: Spawn) -> subprocess.Popen[bytes]:
+        """Start the server in place of one that died, and return its process."""
         with self._changing:
-            if self._process is None:
+            if self._stage is None:
                 raise ServerStartError("the server was stopped")
-            end(self._process, 0, None)  # its model processes may still run
-            stage.remove_shared_memory()
-            self._process = process = self._spawner.submit(start).result()
-        self._wait_until_served()
+            if self._process is not None:
+                end(self._process, 0, None)  # its model processes may still run
+                stage.remove_shared_memory()
+            self._log_start = size(self.log_file)
+            self._process = process = self._spawner.submit(spawn_it).result()
+        start = Start(
+            process,
+            self._endpoint,
+            self.models,
+            self.log_file,
+            self._log_start,
+            self.options.start_timeout,
+            self.options.stalled_after,
+        )
+        try:
+            start.wait_until_served(lambda: self._process is process)
+        except ServerStartError:
+            process.kill()
+            raise
         return process
 
-    def _wait_until_served(self) -> None:
-        deadline = time.monotonic() + self.options.start_timeout
-        while not self._endpoint.is_ready():
-            if self._process is None or self._process.poll() is not None:
-                raise ServerStartError(cause(self.log_file))
-            if time.monotonic() > deadline:
-                seconds = f"{self.options.start_timeout:.0f} s"
-                raise ServerStartError(f"not ready after {seconds}\n{tail(self.log_file)}")
-            time.sleep(0.05)
-        if "embed_image" in self.models:
-            try:
-                self._endpoint.embed_image()
-            except ServerStartError as error:
-                raise ServerStartError(f"{error}\n{tail(self.log_file)}") from error
+    def _start_doors(self, stage: Stage) -> None:
+        def run(command: Sequence[str]) -> subprocess.Popen[bytes]:
+            environment = {**os.environ, **KEEP_MEMORY}
+            return self._spawner.submit(spawn, command, environment, stage.empty, self.log_file).result()
+
+        self._doors.start(run, Journal(self.log_file).say, self.status_url, stage.root)
+
+    def _watch(self, process: subprocess.Popen[bytes], stage: Stage, spawn_it: Spawn) -> None:
+        actions = Actions(
+            load=self._load,
+            restart=lambda: self._start_once(stage, spawn_it),
+            refuses=self._endpoint.refuses,
+            asked_to_end=lambda: asked_to_end(self.log_file, self._log_start),
+            tidy=lambda: stage.remove_unused_memory(self.pid),
+            also=self._doors.watch,
+        )
+        journal = Journal(self.log_file)
+        self._watcher = Watcher(
+            process, self.models, actions, journal, self._status, self.options.stalled_after
+        )
+        self._watcher.start()
 
     def _command(self, stage: Stage) -> list[str]:
         apis = [api for api in _CLOSED_APIS if api != "shared-memory" or not self.options.shared_memory]
-        closed = self._endpoint.closed(apis)
-        return [
-            *server_command(stage.backends),
-            f"--model-repository={stage.models}",
-            "--model-control-mode=explicit",
-            "--load-model=*",
-            "--disable-auto-complete-config",  # the staged ones are complete; it starts each model twice
-            f"--http-address={self._host}",
-            f"--http-port={self.http_port}",
-            f"--grpc-address={self._host}",
-            f"--grpc-port={self.grpc_port}",
-            f"--metrics-address={self._host}",
-            f"--metrics-port={self.metrics_port}",
-            f"--allow-gpu-metrics={'true' if self.device == 'cuda' else 'false'}",
-            f"--http-restricted-api={closed}",
-            f"--grpc-restricted-protocol={closed}",
-            f"--http-header-forward-pattern={_FORWARDED_HEADERS}",
-            f"--backend-config=python,shm-region-prefix-name={stage.shm_prefix}",
-            "--exit-timeout-secs=30",
-        ]
+        addresses = {**self._triton, "metrics": (self._host, self.metrics_port)}
+        options = server_options(stage.models, addresses, self._endpoint.closed(apis), stage.shm_prefix)
+        gpu_metrics = f"--allow-gpu-metrics={'true' if self.device == 'cuda' else 'false'}"
+        return [*server_command(stage.backends), *options, gpu_metrics]
 
     def _given(self) -> dict[str, str]:
         """Merge the environment with the settings of this server, which win."""
         given = {f"{PREFIX}{name.upper()}": value for name, value in self.options.settings.items()}
-        return {**os.environ, **given, _CHECKPOINTS[0]: self.options.checkpoint}
+        return {**os.environ, **given, CHECKPOINT: self.options.checkpoint}
 
     def _load(self, model: str) -> None:
         if self._stage is not None:
@@ -249,25 +304,7 @@ class TritonServer:
         self._endpoint.load(model)
 
 
-def _environment(given: Mapping[str, str], directories: Mapping[str, Path]) -> dict[str, str]:
-    """Make the server's environment, with absolute paths because the models run in another directory."""
-    environment = {**_KEEP_MEMORY, **given}
-    for name in _CHECKPOINTS:
-        if environment.get(name):
-            environment[name] = str(directories[environment[name]])
-    for name in _FOLDERS:
-        if environment.get(name):
-            environment[name] = str(Path(environment[name]).absolute())
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-    environment["PYTHONUNBUFFERED"] = "1"
-    return environment | library_path(environment)
-
-
-def _device(device: str) -> tuple[str, str | None]:
-    """Choose `cpu` or `cuda`, and for `cuda` find the GPU of the lowest compute capability."""
-    capabilities = () if device == "cpu" else gpu_capabilities()
-    if device == "cuda" and not capabilities:
-        raise ServerStartError("device cuda: the NVIDIA driver on this machine shows no GPU")
-    if not capabilities:
-        return "cpu", None
-    return "cuda", f"cuda:{capabilities.index(min(capabilities))}"
+def _doors_of(options: ServeOptions) -> list[str]:
+    """Choose the protocols that callers speak with a door."""
+    direct = {"http": options.direct_http, "grpc": options.direct_grpc}
+    return [kind for kind, wanted in direct.items() if (is_embedded() if wanted is None else not wanted)]

@@ -19,6 +19,7 @@ from siglip_serve.engine.turns import remove_unused
 from siglip_serve.errors import ServerStartError
 from siglip_serve.launcher.checkpoints import ServedCheckpoint
 from siglip_serve.launcher.configurations import Config, checkpoint_use, fit, read_config, with_steps
+from siglip_serve.launcher.family import family, mapped_files
 
 __all__ = ["Stage"]
 
@@ -62,6 +63,7 @@ class Stage:
         self.empty = self.root / "cwd"
         self.backends = self.root / "backends"
         self.shm_prefix = f"{self.root.name}-"
+        self._unused: set[Path] = set()
 
     def fill(
         self, checkpoints: Mapping[CheckpointUse, ServedCheckpoint], decoders: int, wanted: Sequence[str] = ()
@@ -106,6 +108,21 @@ class Stage:
     def remove_shared_memory(self) -> None:
         """Delete the shared memory of a server that died."""
         _remove_shared_memory(self.root.name)
+
+    def remove_unused_memory(self, server: int) -> None:
+        """Delete the shared memory that no model process maps, now and when this was last called.
+
+        The server maps new memory before it starts the model process, so one look does not suffice. It also
+        keeps the memory of dead ones mapped.
+
+        Args:
+            server: process id of `tritonserver`, which runs and loads no model now.
+        """
+        files = set(_SHM.glob(f"{self.root.name}*"))
+        unused = files - mapped_files(family(server)[1:]) if files else files
+        for file in unused & self._unused:
+            file.unlink(missing_ok=True)
+        self._unused = unused
 
     def remove(self) -> None:
         """Delete the directory, and the shared memory of killed model processes."""

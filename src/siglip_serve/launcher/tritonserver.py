@@ -12,7 +12,14 @@ from pathlib import Path
 
 from siglip_serve.errors import ServerStartError
 
-__all__ = ["library_path", "server_command"]
+__all__ = ["is_embedded", "library_path", "server_command", "server_options"]
+
+_FORWARDED_HEADERS = "(?i)^(normalized|base64_encoded|color_order|embed_model|truncation)$"
+
+
+def is_embedded() -> bool:
+    """Find out if the server is that of the `nvidia-pytriton` wheel: Triton 24.10."""
+    return _pytriton() is not None
 
 
 def server_command(backends: Path) -> list[str]:
@@ -35,6 +42,32 @@ def server_command(backends: Path) -> list[str]:
         return [installed]
     _link_backend(package / "tritonserver", backends)
     return [str(package / "tritonserver/bin/tritonserver"), f"--backend-directory={backends}"]
+
+
+def server_options(
+    models: Path, addresses: Mapping[str, tuple[str, int]], closed: str, shm_prefix: str
+) -> list[str]:
+    """Write the options of a server.
+
+    Args:
+        models: the staged model repository.
+        addresses: address and port of `http`, `grpc` and `metrics`.
+        closed: APIs that need a key, and the key (`endpoint.Endpoint.closed`).
+        shm_prefix: prefix of the shared-memory files that the Python backend makes.
+    """
+    return [
+        f"--model-repository={models}",
+        "--model-control-mode=explicit",
+        "--load-model=*",
+        "--disable-auto-complete-config",  # the staged ones are complete; it starts each model twice
+        *(f"--{kind}-address={address}" for kind, (address, _) in addresses.items()),
+        *(f"--{kind}-port={port}" for kind, (_, port) in addresses.items()),
+        f"--http-restricted-api={closed}",
+        f"--grpc-restricted-protocol={closed}",
+        f"--http-header-forward-pattern={_FORWARDED_HEADERS}",
+        f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
+        "--exit-timeout-secs=30",
+    ]
 
 
 def library_path(environment: Mapping[str, str]) -> dict[str, str]:

@@ -50,7 +50,7 @@ class ImageReader:
         self._slow_places = open_places(context, context.processes - 1)
         self._alone = context.processes == 1
         self._quick = settings.slow_request_seconds
-        self.preprocess = Preprocessor(context.config.image, mode, self.limits)
+        self.preprocess = Preprocessor(context.config.image, mode, self.limits, settings.color)
 
     def unpacker(self, request: Request) -> Callable[[bytes], bytes]:
         """Make the function that turns a row of the request into a file, from base64 if it says so."""

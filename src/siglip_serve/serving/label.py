@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from siglip_serve.checkpoint.config import tensor_dims
+from siglip_serve.checkpoint.scale import load_scale
 from siglip_serve.embeddings import zero_shot
 from siglip_serve.errors import InvalidInputError, ParameterError
 from siglip_serve.serving.context import Context, readable_start
@@ -59,8 +60,6 @@ class LabelScores(RequestModel):
     """
 
     def __init__(self, context: Context) -> None:
-        from siglip_serve.towers.load import load_scale
-
         super().__init__(context)
         with readable_start():
             self._scale, self._bias = load_scale(context.config.path)

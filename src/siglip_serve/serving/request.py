@@ -33,14 +33,17 @@ class Request:
         request: Triton's own `InferenceRequest`.
 
     Raises:
-        ParameterError: a parameter is unknown.
+        ParameterError: a parameter is unknown, or not UTF-8.
     """
 
     __slots__ = ("_parameters", "_request")
 
     def __init__(self, request: Any) -> None:
         self._request = request
-        text = request.parameters() or ""
+        try:
+            text = request.parameters() or ""
+        except UnicodeDecodeError as error:
+            raise ParameterError(f"a parameter's name or value is not UTF-8 ({error.reason})") from error
         read = _read_parameters if len(text) <= _LONGEST_REMEMBERED else _read_parameters.__wrapped__
         self._parameters = read(text)
 
@@ -60,7 +63,7 @@ class Request:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of an input that was sent."""
-        return tuple(pb_utils.get_input_tensor_by_name(self._request, name).shape())
+        return tuple(self._tensor(name).shape())
 
     def optional(self, name: str, rows: int, dtype: Any) -> NDArray[Any] | None:
         """Return an optional input of `dtype` and shape [rows], or None if it was not sent."""
@@ -76,7 +79,7 @@ class Request:
 
     def array(self, name: str, shape: Sequence[int], dtype: Any, least: int = 1) -> NDArray[Any]:
         """Return an input of `dtype` and shape [n, *shape], with n at least `least`."""
-        array: NDArray[Any] = pb_utils.get_input_tensor_by_name(self._request, name).as_numpy()
+        array: NDArray[Any] = self._tensor(name).as_numpy()
         if array.shape[1:] != tuple(shape) or array.dtype != dtype:
             raise InvalidInputError(
                 f"{name}: got {array.dtype} {list(array.shape)}, "
@@ -134,6 +137,16 @@ class Request:
     def has_parameter(self, name: str) -> bool:
         """Tell if a parameter was sent."""
         return name in self._parameters
+
+    def _tensor(self, name: str) -> Any:
+        """Return a required input.
+
+        Triton only counts the inputs, so an optional one may stand for a required one that is missing.
+        """
+        tensor = pb_utils.get_input_tensor_by_name(self._request, name)
+        if tensor is None:
+            raise InvalidInputError(f"{name}: missing")
+        return tensor
 
     def wanted(self) -> list[str]:
         """Return the names of the outputs that the caller asked for."""

@@ -220,7 +220,7 @@ def _players(roles: NDArray[Any] | None) -> NDArray[np.bool_] | None:
             raise InvalidInputError(
                 f"ROLE[{index}]: got {got!r}, expected player, goalkeeper, referee or nothing (player)"
             )
-    return np.array([role in (b"player", b"") for role in roles])
+    return np.array([role in (b"player", b"") for role in roles], dtype=bool)  # also of no roles
 
 
 def _color_order(request: Request, raw: bool) -> ColorOrder:

@@ -19,12 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from siglip_serve.checkpoint.config import ClipTextConfig, ClipVisionConfig, load_config
-from siglip_serve.checkpoint.files import load_tensors
 from siglip_serve.errors import CheckpointError
 from siglip_serve.towers.siglip import Encoder, TextEmbeddings
-from siglip_serve.towers.weights import load_strictly
+from siglip_serve.towers.weights import load_strictly, without_values
 
-__all__ = ["ClipTextTower", "ClipVisionTower", "load_scale", "load_text", "load_vision"]
+__all__ = ["ClipTextTower", "ClipVisionTower", "load_text", "load_vision"]
 
 # Early configurations give this id for the end token, whatever the id in their vocabulary is.
 _NO_END_TOKEN = 2
@@ -138,7 +137,7 @@ def load_vision(path: Path) -> ClipVisionTower:
     config = load_config(path).vision
     if not isinstance(config, ClipVisionConfig):
         raise CheckpointError(f"{path / 'config.json'}: model_type is not 'clip'")
-    with torch.device("meta"):
+    with without_values():
         tower = ClipVisionTower(config)
     load_strictly(tower, path, {"vision_model.": "", "visual_projection.": "projection."})
     return tower
@@ -153,20 +152,7 @@ def load_text(path: Path) -> ClipTextTower:
     config = load_config(path).text
     if not isinstance(config, ClipTextConfig):
         raise CheckpointError(f"{path / 'config.json'}: model_type is not 'clip'")
-    with torch.device("meta"):
+    with without_values():
         tower = ClipTextTower(config)
     load_strictly(tower, path, {"text_model.": "", "text_projection.": "projection."})
     return tower
-
-
-def load_scale(path: Path) -> float:
-    """Load `logit_scale`: probabilities are the softmax over labels of exp(scale) * cosine.
-
-    Raises:
-        CheckpointError: the checkpoint has not exactly one value of it, or other logit tensors.
-    """
-    tensors = load_tensors(path, "logit_")
-    if list(tensors) != ["logit_scale"] or tensors["logit_scale"].numel() != 1:
-        shapes = {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}
-        raise CheckpointError(f"{path}: expected one logit_scale and no other logit tensor, got {shapes}")
-    return float(tensors["logit_scale"])

@@ -9,7 +9,7 @@ from siglip_serve.towers import clip, siglip
 from siglip_serve.towers.clip import ClipTextTower, ClipVisionTower
 from siglip_serve.towers.siglip import TextTower, VisionTower
 
-__all__ = ["AnyTextTower", "AnyVisionTower", "load_scale", "load_text", "load_vision"]
+__all__ = ["AnyTextTower", "AnyVisionTower", "load_text", "load_vision"]
 
 AnyVisionTower = VisionTower | ClipVisionTower
 AnyTextTower = TextTower | ClipTextTower
@@ -32,15 +32,6 @@ def load_text(path: Path) -> AnyTextTower:
         CheckpointError: there is no text tower, or as for `load_vision`.
     """
     return clip.load_text(path) if _is_clip(path) else siglip.load_text(path)
-
-
-def load_scale(path: Path) -> tuple[float, float | None]:
-    """Load `(logit_scale, logit_bias)`. CLIP has no bias, so the second is None.
-
-    Raises:
-        CheckpointError: the checkpoint lacks one of those that its family has, or has others.
-    """
-    return (clip.load_scale(path), None) if _is_clip(path) else siglip.load_scale(path)
 
 
 def _is_clip(path: Path) -> bool:

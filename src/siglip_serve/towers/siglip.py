@@ -24,9 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from siglip_serve.checkpoint.config import TextConfig, VisionConfig, load_config
-from siglip_serve.checkpoint.files import load_tensors
-from siglip_serve.errors import CheckpointError
-from siglip_serve.towers.weights import load_strictly
+from siglip_serve.towers.weights import load_strictly, without_values
 
 __all__ = [
     "AttentionPooling",
@@ -34,7 +32,6 @@ __all__ = [
     "TextTower",
     "TowerTrace",
     "VisionTower",
-    "load_scale",
     "load_text",
     "load_vision",
     "trace_blocks",
@@ -310,7 +307,7 @@ def load_vision(path: Path) -> VisionTower:
             and mis-shaped tensors are listed, up to 20.
     """
     config = load_config(path).vision
-    with torch.device("meta"):
+    with without_values():
         tower = VisionTower(config)
     load_strictly(tower, path, {"vision_model.": ""})
     return tower
@@ -323,24 +320,10 @@ def load_text(path: Path) -> TextTower:
         CheckpointError: there is no text tower, or as for `load_vision`.
     """
     config = load_config(path).text
-    with torch.device("meta"):
+    with without_values():
         tower = TextTower(config)
     load_strictly(tower, path, {"text_model.": ""})
     return tower
-
-
-def load_scale(path: Path) -> tuple[float, float]:
-    """Load `(logit_scale, logit_bias)`: the probability of a pair is sigmoid(exp(scale) * cosine + bias).
-
-    Raises:
-        CheckpointError: the checkpoint has not exactly one value of each, or no text tower.
-    """
-    _ = load_config(path).text
-    tensors = load_tensors(path, "logit_")
-    if sorted(tensors) != ["logit_bias", "logit_scale"] or any(t.numel() != 1 for t in tensors.values()):
-        shapes = {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}
-        raise CheckpointError(f"{path}: expected one logit_scale and one logit_bias, got {shapes}")
-    return float(tensors["logit_scale"]), float(tensors["logit_bias"])
 
 
 def _fuse_qkv(_module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:

@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from siglip_serve.checkpoint.files import load_tensors
 from siglip_serve.errors import CheckpointError
 
-__all__ = ["load_strictly"]
+__all__ = ["load_strictly", "without_values"]
 
 _SHOWN = 20
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Make modules on the meta device, without initial values.
+
+    torch would import its compiler for the initial values of an embedding there, which takes a second.
+    """
+    with torch.device("meta"), _NoValues():
+        yield
+
+
+class _NoValues(TorchFunctionMode):
+    """Leaves out every function of `torch.nn.init`."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], _: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def load_strictly(tower: nn.Module, path: Path, prefixes: Mapping[str, str]) -> None:

@@ -11,8 +11,9 @@ from random_checkpoints import random_clip, save_clip
 from transformers import CLIPModel
 
 from siglip_serve.checkpoint.config import ClipTextConfig
+from siglip_serve.checkpoint.scale import load_scale
 from siglip_serve.towers.clip import ClipTextTower, ClipVisionTower
-from siglip_serve.towers.load import load_scale, load_text, load_vision
+from siglip_serve.towers.load import load_text, load_vision
 
 GEOMETRIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "patch16-224": ({"image_size": 224, "patch_size": 16}, {}),

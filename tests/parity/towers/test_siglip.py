@@ -11,7 +11,8 @@ from paths import ROOT
 from random_checkpoints import random_model, save_checkpoint
 from transformers import SiglipModel, SiglipVisionModel
 
-from siglip_serve.towers.siglip import load_scale, load_text, load_vision
+from siglip_serve.checkpoint.scale import load_scale
+from siglip_serve.towers.siglip import load_text, load_vision
 
 TINY = ROOT / "checkpoints" / "siglip-tiny"
 JERSEY = TINY.with_name("siglip-tiny-jersey")

@@ -129,6 +129,12 @@ def test_any_number_of_texts(run: Run) -> None:
     with pytest.raises(InvalidInputError, match=r"INPUT_TEXT\[599\]: the text has \d+ tokens"):
         run("embed_texts", [*texts[:599], long, *texts[600:]])
     assert np.isfinite(run("embed_text", long, truncation=True)).all()
+    with pytest.raises(InvalidInputError, match="set truncation"):
+        run("classify", PICTURES[0], [long, "cat"])
+    assert run("classify", PICTURES[0], [long, "cat"], truncation=True).shape == (2,)
+    with pytest.raises(InvalidInputError, match="set truncation"):
+        run("explain", PICTURES[0], [long, "cat"])
+    assert run("explain", PICTURES[0], [long, "cat"], truncation=True).scores.shape == (2,)
     with pytest.raises(TypeError, match="several texts"):
         run("embed_texts", "one text")
     with pytest.raises(TypeError, match=r"texts\[1\]: int"):
@@ -233,7 +239,7 @@ def test_health(run: Run) -> None:
 def test_a_server_describes_its_checkpoint(run: Run) -> None:
     described = run("describe")
     assert set(described) == {
-        *("checkpoint_name", "checkpoint_revision", "dtype", "preprocess", "checkpoint_note")
+        *("checkpoint_name", "checkpoint_revision", "dtype", "preprocess", "color", "checkpoint_note")
     }
     assert (described["checkpoint_name"], described["dtype"]) == ("siglip-tiny", "float32")
     assert run("describe", "siglip_base_model")["checkpoint_name"] == "siglip-tiny-jersey"

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
 
 import pytest
 from images import encode, photo
 from siglip_serve_client import AsyncClient, Client, DeadlineError
-from wire import OPENER
+from wire import decoded
 
 from siglip_serve.launcher import TritonServer
 
 REQUESTS = 200
 PICTURE = encode(photo(2400, 1600), "JPEG")
-
-
-def decoded(server: TritonServer) -> int:
-    """Images that the server has decoded since its start."""
-    with OPENER.open(f"http://{server.address}:{server.metrics_port}/metrics", timeout=30) as answer:
-        text = answer.read().decode()
-    counts = re.findall(r"^siglip_serve_images_total\{[^}]*\} (\S+)$", text, re.MULTILINE)
-    return round(sum(map(float, counts)))
 
 
 async def give_up(url: str, timeout: float) -> list[object]:
@@ -36,10 +27,11 @@ async def give_up(url: str, timeout: float) -> list[object]:
 @pytest.mark.parametrize("scheme", ["grpc", "http"])
 def test_drops_the_requests_of_callers_that_gave_up(server: TritonServer, scheme: str) -> None:
     address = server.grpc_url if scheme == "grpc" else server.http_url
+    metrics = f"{server.address}:{server.metrics_port}"
     with Client(f"{scheme}://{address}") as client:
         client.embed_image(PICTURE)
         outcomes = asyncio.run(give_up(f"{scheme}://{address}", timeout=0.3))
-        before = decoded(server)
+        before = decoded(metrics)
         begin = time.monotonic()
         client.embed_image(PICTURE)
         waited = time.monotonic() - begin
@@ -47,7 +39,7 @@ def test_drops_the_requests_of_callers_that_gave_up(server: TritonServer, scheme
     late = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
     assert {type(outcome) for outcome in late} == {DeadlineError}
     assert len(late) > REQUESTS / 2  # or this test asks for too little
-    for_no_one = decoded(server) - before - 1
+    for_no_one = decoded(metrics) - before - 1
     # Some were being decoded. Over HTTP some arrived after their callers had gone.
     assert for_no_one <= REQUESTS / 5
     assert waited < 5

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from paths import JERSEY, TINY
 from random_checkpoints import random_model, save_checkpoint
 from safetensors.torch import load_file, save_file
@@ -14,8 +17,9 @@ from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipVisionConf
 
 from siglip_serve.checkpoint.config import load_config, tensor_dims
 from siglip_serve.checkpoint.files import fingerprint, resolve
+from siglip_serve.checkpoint.scale import load_scale
 from siglip_serve.errors import CheckpointError
-from siglip_serve.towers.siglip import load_scale, load_text, load_vision
+from siglip_serve.towers.siglip import load_text, load_vision
 
 
 @pytest.fixture
@@ -157,6 +161,36 @@ def test_refuses_a_checkpoint_without_its_scale(checkpoint: Path) -> None:
     save_file(tensors, checkpoint / "model.safetensors")
     with pytest.raises(CheckpointError, match="expected one logit_scale and one logit_bias"):
         load_scale(checkpoint)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_reads_the_scale_of_any_float(dtype: torch.dtype, checkpoint: Path) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    for name in ("logit_scale", "logit_bias"):
+        tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, checkpoint / "model.safetensors")
+    assert load_scale(checkpoint) == (tensors["logit_scale"].item(), tensors["logit_bias"].item())
+
+
+def test_refuses_a_scale_that_is_not_readable(checkpoint: Path) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["logit_bias"] = tensors["logit_bias"].to(torch.int8)
+    save_file(tensors, checkpoint / "model.safetensors")
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        load_scale(checkpoint)
+    (checkpoint / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        load_scale(checkpoint)
+
+
+def test_loading_towers_does_not_import_torchs_compiler() -> None:
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from siglip_serve.towers.load import load_text, load_vision\n"
+        "load_vision(Path(sys.argv[1])); load_text(Path(sys.argv[1]))\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(TINY)], check=True)
 
 
 def test_finds_a_directory_and_refuses_other_names(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,14 @@ def test_the_note_is_no_part_of_an_embedding_files_identity(
     assert capsys.readouterr().err.count("note: the server runs tiny, which knows drawings only") == 1
     with np.load(tmp_path / "out.npz") as written:
         identity = json.loads(str(written["identity"]))
-    assert set(identity) == {"normalized", "checkpoint_name", "checkpoint_revision", "dtype", "preprocess"}
+    assert set(identity) == {
+        "normalized",
+        "checkpoint_name",
+        "checkpoint_revision",
+        "dtype",
+        "preprocess",
+        "color",
+    }
 
 
 def test_the_bundled_checkpoint_says_what_it_knows_and_how_to_start_another() -> None:
@@ -193,3 +200,25 @@ def test_misspelt_option_is_named_with_the_usage_of_its_command(
     said = capsys.readouterr().err
     assert message in said
     assert said.startswith("usage: siglip-serve classify")
+
+
+@pytest.mark.parametrize(
+    ("words", "nearest"), [(["--checkpont", "x"], "--checkpoint"), (["--dytpe=int8"], "--dtype")]
+)
+def test_serve_names_the_nearest_option(
+    words: list[str], nearest: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["serve", *words])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("usage: siglip-serve serve")
+    assert said.endswith(f"unrecognized arguments: {' '.join(words)}; did you mean {nearest}?\n")
+
+
+def test_teams_without_a_readable_crop_asks_no_server(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["teams", "nosuch", "--url", "127.0.0.1:9"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "siglip-serve: nosuch: No such file or directory",
+        "siglip-serve: no crop could be read",
+    ]

@@ -96,3 +96,35 @@ def test_an_array_of_images_is_several() -> None:
     with Client(NOBODY, timeout=1) as client:
         outcomes = list(client.embed_images(frames, color_order="RGB"))
     assert [type(outcome).__name__ for outcome in outcomes] == ["UnreachableError"] * 2
+
+
+MISSPELT: list[tuple[Callable[[Any], Any], str]] = [
+    (
+        lambda client: client.explain(b"x", ["a"], sise=(3, 3)),
+        "explain() has no argument 'sise'; did you mean 'size'?",
+    ),
+    (
+        lambda client: client.fit_teams(crop=[b"x"]),
+        "fit_teams() has no argument 'crop'; did you mean 'crops'?",
+    ),
+    (
+        lambda client: client.classify_teams(state=b"x", crops=[], colour_order="RGB"),
+        "classify_teams() has no argument 'colour_order'; did you mean 'color_order'?",
+    ),
+    (lambda client: client.fit_teams(crops=[], zzz=1), "fit_teams() has no argument 'zzz'"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), MISSPELT)
+def test_names_a_misspelt_keyword(call: Callable[[Any], Any], message: str) -> None:
+    with Client(NOBODY) as client, pytest.raises(TypeError) as refused:
+        call(client)
+    assert str(refused.value) == message
+
+    async def run() -> None:
+        async with AsyncClient(NOBODY) as asynchronous:
+            await call(asynchronous)
+
+    with pytest.raises(TypeError) as refused:
+        asyncio.run(run())
+    assert str(refused.value) == message

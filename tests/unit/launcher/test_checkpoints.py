@@ -30,8 +30,11 @@ def test_describes_a_local_checkpoint_and_its_note() -> None:
         "checkpoint_revision": "local",
         "dtype": "float32",
         "preprocess": "fast",
+        "color": "stored",
     }
-    assert note.startswith("knows drawings only; for photographs name Google's checkpoint: make serve CHECK")
+    assert note.startswith(
+        "knows drawings only; for photographs serve one of Google's checkpoints: make serve CHECK"
+    )
     assert described["main"].notes == (f"siglip-tiny {note}",)
     assert described["main"].dims["EMBEDDING"] == [128]
 
@@ -42,7 +45,7 @@ def test_teams_have_the_checkpoint_of_their_own() -> None:
     assert described["main"].parameters["checkpoint_name"] == "siglip-tiny"
     assert described["teams"].parameters["checkpoint_name"] == "siglip-tiny-jersey"
     (note,) = described["teams"].notes
-    assert note.startswith("siglip-tiny-jersey knows drawn jerseys only; for photographs of players name")
+    assert note.startswith("siglip-tiny-jersey knows drawn jerseys only; for photographs of players serve")
 
 
 def test_names_a_checkpoint_of_the_hub_as_the_operator_did(tmp_path: Path) -> None:

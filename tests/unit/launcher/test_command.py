@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 from paths import TINY
 
 from siglip_serve.config import Settings, load_settings
-from siglip_serve.launcher import command
+from siglip_serve.launcher import ServeOptions, command
 from siglip_serve.launcher.command import (
     _announce,
     _command_name,
@@ -33,7 +34,7 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def server(checkpoint: Path | str, models: tuple[str, ...] = ALL, notes: tuple[str, ...] = ()) -> Any:
     return SimpleNamespace(
-        options=SimpleNamespace(checkpoint=str(checkpoint)),
+        options=ServeOptions(Path(), str(checkpoint)),
         models=models,
         notes=notes,
         device="cpu",
@@ -41,6 +42,7 @@ def server(checkpoint: Path | str, models: tuple[str, ...] = ALL, notes: tuple[s
         http_url="127.0.0.1:8000",
         grpc_url="127.0.0.1:8001",
         metrics_port=8002,
+        gateway_port=None,
         log_file="/log",
     )
 
@@ -168,3 +170,65 @@ def test_announcement_prints_each_note_in_a_line_of_its_own(capsys: pytest.Captu
         "siglip-serve: ready after 9.9 s on cpu",
     ]
     assert lines[-1] == "Ctrl-C stops it."
+
+
+@pytest.mark.parametrize(
+    ("host", "direct", "embedded", "warns"),
+    [
+        ("0.0.0.0", True, True, True),
+        ("127.0.0.1", True, True, False),
+        ("localhost", True, True, False),
+        ("0.0.0.0", None, True, False),
+        ("0.0.0.0", True, False, False),
+    ],
+)
+def test_warns_of_a_triton_that_other_hosts_reach_without_a_door(
+    host: str, direct: bool | None, embedded: bool, warns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "is_embedded", lambda: embedded)
+    options = ServeOptions(Path(), "checkpoint", host=host, direct_http=direct)
+    notes = " ".join(command._unprotected(options))
+    assert ("gzip" in notes and "nested JSON" in notes) == warns
+    assert bool(notes) == warns
+
+
+def test_announcement_names_the_gateway(capsys: pytest.CaptureFixture[str]) -> None:
+    running = server(TINY)
+    _announce(running, 1, "")
+    assert "gateway" not in capsys.readouterr().out
+    running.gateway_port = 8085
+    _announce(running, 1, "")
+    assert "  gateway  http://127.0.0.1:8085 " in capsys.readouterr().out
+
+
+def test_the_gateway_has_the_next_free_port_if_its_own_is_taken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--checkpoint", "a"]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = int(taken.getsockname()[1])
+        monkeypatch.setattr(command, "_GATEWAY_PORT", port)
+        found = _serve_options(_parser().parse_args(words)).gateway_port
+        assert found is not None
+        assert found > port
+        assert capsys.readouterr().out == (
+            f"siglip-serve: note: port {port} is taken, so the gateway has port {found}\n"
+        )
+        # A port that is asked for is not replaced, and neither are those of the other protocols used.
+        asked = _serve_options(_parser().parse_args([*words, "--gateway-port", str(port)]))
+        assert asked.gateway_port == port
+        other = _serve_options(_parser().parse_args([*words, "--http-port", str(found)])).gateway_port
+        assert other not in (None, port, found)
+
+
+def test_the_gateway_is_left_out_on_request_and_where_it_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--checkpoint", "a"]
+    assert _serve_options(_parser().parse_args([*words, "--no-gateway"])).gateway_port is None
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "fastapi" else object())
+    assert _serve_options(_parser().parse_args(words)).gateway_port is None
+    assert "no gateway, because fastapi is not installed" in capsys.readouterr().out

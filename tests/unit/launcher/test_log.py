@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from siglip_serve.errors import ServerStartError
-from siglip_serve.launcher.log import cause, open_log, tail
+from siglip_serve.launcher.log import Journal, asked_to_end, cause, loading, open_log, read, tail
 
 OF_A_MODEL = (
     "E1128 model.cc:1] failed to load 'a': TritonModelException: siglip-serve cannot start: mis-shaped:"
@@ -66,3 +67,58 @@ def test_refuses_a_log_file_that_cannot_be_written(tmp_path: Path) -> None:
         ServerStartError, match=r"^log file .*/file/log: .*; choose another one with --log-file$"
     ):
         open_log(tmp_path / "file" / "log", 8000)
+
+
+def test_a_log_that_is_a_device_reads_as_empty() -> None:
+    """Such a one has no end."""
+    device = Path("/dev/full")
+    assert read(device) == ""
+    assert cause(device) == "tritonserver ended during startup\nthe last lines of /dev/full:"
+
+
+def test_reads_the_end_of_a_large_log(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("siglip_serve.launcher.log._MOST_BYTES", 4)
+    log.write_text("0123456789")
+    assert read(log) == "6789"
+    assert read(log, 8) == "89"
+    assert read(log / "nowhere") == ""
+
+
+def test_names_the_models_that_are_loading(log: Path) -> None:
+    begun = 'TRITONBACKEND_ModelInstanceInitialize: {}_0_1 (CPU device 0)"\n'
+    log.write_text(begun.format("a") + begun.format("b_c"))
+    start = log.stat().st_size
+    with log.open("a") as file:
+        file.write(begun.format("b") + begun.format("b_c") + "successfully loaded 'b'\n")
+    assert loading(log, start, ["a", "b", "b_c"]) == ["b_c"]
+
+
+def test_finds_out_that_a_server_was_asked_to_end(log: Path) -> None:
+    log.write_text("I1128 ready\nSignal (15) received.\n")
+    assert asked_to_end(log, 0)
+    assert not asked_to_end(log, log.stat().st_size)
+
+
+def test_journal_writes_to_the_log_and_to_standard_error(
+    log: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal = Journal(log)
+    journal.say("one")
+    journal.say("two")
+    assert log.read_text() == capsys.readouterr().err == "siglip-serve: one\nsiglip-serve: two\n"
+
+
+@pytest.mark.parametrize("unwritable", ["/dev/full", "/proc/nowhere/log"])
+def test_journal_survives_a_full_disk_and_no_standard_error(
+    unwritable: str, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Journal(Path(unwritable)).say("lost")
+    full = Path("/dev/full").open("w", encoding="utf-8")  # noqa: SIM115 - closed below, which fails
+    closed = (log.parent / "closed").open("w", encoding="utf-8")
+    closed.close()
+    for stream in (None, closed, full):
+        monkeypatch.setattr(sys, "stderr", stream)
+        Journal(log).say("kept")
+    with pytest.raises(OSError, match="No space left"):
+        full.close()
+    assert log.read_text() == "siglip-serve: kept\n" * 3

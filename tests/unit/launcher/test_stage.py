@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -92,3 +94,35 @@ def test_sweeps_what_a_killed_run_left(
     assert fresh.exists()
     assert foreign.exists()
     assert running.root.exists()
+
+
+def test_removes_shared_memory_that_no_model_process_maps(
+    tmp_path: Path, make_stage: Callable[..., Stage]
+) -> None:
+    """The server maps that of dead processes as well, and that of new ones before they start."""
+    stage = make_stage()
+    used, unused = (Path("/dev/shm") / f"{stage.shm_prefix}{name}" for name in ("used", "unused"))
+    script = tmp_path / "server.py"
+    script.write_text(
+        "import mmap, subprocess, sys\n"
+        "files = [open(name, 'r+b') for name in sys.argv[1:]]\n"
+        "held = [mmap.mmap(file.fileno(), 0) for file in files]\n"
+        "print('ready', flush=True)\n"
+        "if len(files) == 2: subprocess.run([sys.executable, *sys.argv[:2]])\n"
+        "else: input()\n"
+    )
+    for file in (used, unused):
+        file.write_bytes(b"\0" * 4096)
+    command = [sys.executable, str(script), str(used), str(unused)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        assert [server.stdout.readline(), server.stdout.readline()] == ["ready\n"] * 2
+        stage.remove_unused_memory(server.pid)
+        assert unused.exists()  # it may belong to a process that is being started
+        stage.remove_unused_memory(server.pid)
+        assert not unused.exists()
+        assert used.exists()
+        server.stdin.write("\n")
+    stage.remove()
+    assert not used.exists()

@@ -70,3 +70,17 @@ def test_refuses_another_truncation(given: object, requests: Any) -> None:
 def test_other_flags_are_booleans_only(given: object, requests: Any) -> None:
     with pytest.raises(ParameterError, match=r"expected true or false$"):
         requests.Request(Sent(normalized=given)).flag("normalized")
+
+
+class Undecodable:
+    """A request of Triton whose parameters are not UTF-8."""
+
+    def parameters(self) -> str:
+        return b"{\x80".decode()
+
+
+def test_refuses_parameters_that_are_not_utf8(requests: Any) -> None:
+    with pytest.raises(
+        ParameterError, match=r"^a parameter's name or value is not UTF-8 \(invalid start byte"
+    ):
+        requests.Request(Undecodable())

@@ -83,3 +83,12 @@ def test_an_error_is_of_its_own_request(model: Any) -> None:
     assert "PATCH_MAPS: only of requests with the input PROMPT_VECTORS" in maps.error.text
     assert "PIXEL_VALUES: 2 images with vectors, expected one" in two.error.text
     assert {error.error.code for error in (unknown, maps, two)} == {0}
+
+
+def test_a_missing_input_is_refused_and_its_neighbours_are_answered(model: Any) -> None:
+    """Triton counts inputs only: PROMPT_VECTORS may come in place of PIXEL_VALUES."""
+    alone = request([1], 2)
+    del alone.inputs["PIXEL_VALUES"]
+    first, second, third = model.execute([request([0]), alone, request([2])])
+    assert (second.error.text, second.error.code) == ("PIXEL_VALUES: missing", 0)
+    assert first.arrays["EMBEDDING"].shape == third.arrays["EMBEDDING"].shape == (1, VISION.embedding_size)

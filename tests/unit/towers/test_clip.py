@@ -10,8 +10,9 @@ from clip_checkpoints import SIDE, make_clip
 from safetensors.torch import load_file, save_file
 
 from siglip_serve.checkpoint.config import ModelConfig, load_config
+from siglip_serve.checkpoint.scale import load_scale
 from siglip_serve.errors import CheckpointError
-from siglip_serve.towers.load import load_scale, load_text, load_vision
+from siglip_serve.towers.load import load_text, load_vision
 
 ACTIVATIONS = ["quick_gelu", "gelu", "gelu_pytorch_tanh"]
 

@@ -27,6 +27,7 @@ __all__ = ["add_embed"]
 
 _ATTEMPTS = 3  # per image, if the server fails but is healthy
 _FLUSH_SECONDS = 30.0
+_QUIET_WAIT = 1.0  # seconds for a lost server before the command says that it waits
 
 
 def add_embed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -78,7 +79,8 @@ def _embed(options: argparse.Namespace) -> int:
         sources = Sources(given, options.column, all_files=options.all_files, output=options.output)
         check_output(options.output)
         total = sources.count()
-        with connected(options, options.concurrency) as client:
+        quiet = min(_QUIET_WAIT, options.wait)
+        with connected(options, options.concurrency, restart_wait=quiet) as client:
             described = client.describe()
             show_note(described)
             described.pop("checkpoint_note")

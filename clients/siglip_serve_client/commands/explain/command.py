@@ -57,6 +57,9 @@ def add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     add("--size", type=positive, nargs=2, metavar=("HEIGHT", "WIDTH"), help=size)
     add("--colormap", choices=COLORMAPS, default=COLORMAPS[0], help="default: %(default)s")
     add("--opacity", type=float, default=0.5, help="of the maps, 0 to 1 (default: %(default)s)")
+    add(
+        "--truncation", action="store_true", help="cut texts that have too many tokens; else they are refused"
+    )
     add_connection(parser)
     parser.set_defaults(run=_explain)
 
@@ -107,6 +110,7 @@ def _asked(options: argparse.Namespace) -> ExplainOptions:
         overlays=True,
         colormap=options.colormap,
         opacity=options.opacity,
+        truncation=options.truncation,
     )
     if options.template:
         asked["templates"] = options.template

@@ -73,7 +73,7 @@ class _Players:
     def leave_out(self, refused: Mapping[int, str]) -> None:
         """Name crops on standard error, each with the reason, and continue without them."""
         for row, why in refused.items():
-            print(f"{self.names[row]}: {why}", file=sys.stderr)
+            print(f"siglip-serve: {self.names[row]}: {why}", file=sys.stderr)
         for row in sorted(refused, reverse=True):
             del self.names[row], self.tracks[row], self.crops[row]
         self.failed += len(refused)
@@ -194,6 +194,8 @@ def _from_crops(options: argparse.Namespace) -> _Players:
     players.leave_out(unreadable)
     if options.track_from_name and not any(players.tracks):
         raise MisuseError(f"--track-from-name: {options.track_from_name.pattern!r} is found in no path")
+    if not players.crops:
+        raise MisuseError("no crop could be read")
     return players
 
 

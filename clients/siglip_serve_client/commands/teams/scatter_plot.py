@@ -163,6 +163,9 @@ class _Canvas:
 def scatter_plot(players: Labelled, title: str) -> Image.Image:
     """Draw the players' COORDINATES, a shape and a colour per team. Outliers have a ring.
 
+    The axes are distances between embeddings of unit length, in two directions: the line on which the teams'
+    centres differ most, and the direction across it in which the players do.
+
     The axes are as long as the players that are no outliers need. Points beyond them are drawn at the
     border with an arrow, and counted in the legend. Rows whose coordinates are not finite are left out. The
     legend counts all.
@@ -210,8 +213,8 @@ def _axes(canvas: _Canvas, scale: _Scale, title: str) -> None:
         canvas.line((left, y, right, y), GRID)
         canvas.text((left - 8, y), f"{value:.3g}", 13, FAINT, "rm")
     canvas.line((left, top, right, top, right, bottom, left, bottom, left, top), FAINT, 1.2)
-    canvas.text(((left + right) / 2, bottom + 46), "between the teams", 15, INK, "mm")
-    canvas.upright_text((24, (top + bottom) / 2), "across", 15, INK)
+    canvas.text(((left + right) / 2, bottom + 46), "place along the line between the teams", 15, INK, "mm")
+    canvas.upright_text((24, (top + bottom) / 2), "distance across that line", 15, INK)
 
 
 def _legend(canvas: _Canvas, players: Labelled, beyond: int) -> None:

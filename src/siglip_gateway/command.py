@@ -1,0 +1,212 @@
+"""`siglip-serve gateway`: run the gateway in front of a running Triton."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import Any, NoReturn
+
+import uvicorn
+
+from siglip_gateway.app import create_app
+from siglip_gateway.options import ENVIRONMENT, GatewayOptions, read_keys
+
+__all__ = ["main"]
+
+_DEFAULTS = GatewayOptions()
+
+
+def main(
+    arguments: Sequence[str] | None = None,
+    refuse: Callable[[argparse.ArgumentParser, Sequence[str]], NoReturn] | None = None,
+) -> int:
+    """Run the gateway until Ctrl-C or SIGTERM, and return the exit status.
+
+    Args:
+        arguments: the words after the command's name, or those of this process if None.
+        refuse: ends the process because of options that the parser does not know, or None for argparse's way.
+    """
+    parser = _parser()
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown and refuse is not None:
+        refuse(parser, unknown)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    try:
+        read_keys(given.api_key_file)
+    except (OSError, ValueError) as error:
+        print(f"siglip-serve gateway: --api-key-file: {error}", file=sys.stderr)
+        return 1
+    known = {field.name for field in fields(GatewayOptions)} & vars(given).keys()
+    values = {name: getattr(given, name) for name in known}
+    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    options = GatewayOptions(**{**values, **lists})
+    if not options.api_key_file and given.host not in {"127.0.0.1", "::1", "localhost"}:
+        print(
+            f"siglip-serve gateway: {given.host} is open to the network and no --api-key-file is set",
+            file=sys.stderr,
+        )
+    # The server ends on this signal in its own time, and then raises it again for this handler.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    with tempfile.TemporaryDirectory(prefix="siglip-gateway-") as folder:
+        return _run(given, options if given.workers == 1 else replace(options, metrics_folder=folder))
+
+
+def _run(given: argparse.Namespace, options: GatewayOptions) -> int:
+    address = f"http://{f'[{given.host}]' if ':' in given.host else given.host}:{given.port}"
+    settings: dict[str, Any] = {
+        "host": given.host,
+        "port": given.port,
+        "access_log": False,
+        "log_level": "warning",
+        "timeout_graceful_shutdown": 30,
+        "server_header": False,
+    }
+    try:
+        bound = _bound(given.host, given.port, given.share_port)
+        print(f"siglip-serve gateway: {address} (Triton at {options.triton})", flush=True)
+        if given.workers == 1:
+            uvicorn.Server(uvicorn.Config(create_app(options), **settings)).run([bound])
+        else:
+            bound.close()
+            os.environ[ENVIRONMENT] = options.to_json()
+            uvicorn.run(
+                "siglip_gateway.app:from_environment", factory=True, workers=given.workers, **settings
+            )
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        pass
+    except OSError as error:
+        print(f"siglip-serve gateway: {given.host}:{given.port}: {error.strerror}", file=sys.stderr)
+        return 1
+    except SystemExit as error:  # uvicorn has said why, for example a taken port
+        return int(error.code or 0)
+    return 0
+
+
+def _bound(host: str, port: int, shared: bool) -> socket.socket:
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    bound.bind(address)
+    return bound
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="siglip-serve gateway",
+        description="Serve the APIs of OpenAI, Cohere, Weaviate and Immich in front of a running Triton "
+        "(`siglip-serve serve`).",
+    )
+    _add_addresses(parser.add_argument_group("addresses"))
+    _add_access(parser.add_argument_group("access"))
+    _add_limits(parser.add_argument_group("limits"))
+    return parser
+
+
+def _add_addresses(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--triton",
+        default=_DEFAULTS.triton,
+        metavar="HOST:PORT",
+        help="Triton's gRPC endpoint (default: %(default)s)",
+    )
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    group.add_argument("--port", type=int, default=8080, help="port to listen on (default: %(default)s)")
+    group.add_argument(
+        "--workers", type=_positive, default=1, help="processes that share the port (default: %(default)s)"
+    )
+    group.add_argument(
+        "--immich-upstream",
+        metavar="URL",
+        help="Immich's own machine learning service, for faces and text recognition",
+    )
+    # For the launcher, which starts several processes on one port.
+    group.add_argument("--share-port", action="store_true", help=argparse.SUPPRESS)
+    group.add_argument("--metrics-folder", default=None, help=argparse.SUPPRESS)
+    group.add_argument(
+        "--no-access-log",
+        dest="access_log",
+        action="store_false",
+        help="write no line per request to stderr",
+    )
+    group.add_argument(
+        "--no-normalize",
+        dest="normalized",
+        action="store_false",
+        help="answer vectors as the towers compute them, instead of vectors of length 1",
+    )
+
+
+def _add_access(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        help="keys that callers must send, one per line; without it every caller is let in",
+    )
+    group.add_argument(
+        "--url-host",
+        dest="url_hosts",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="host from which pictures may be fetched: HOST, HOST:PORT or *.DOMAIN; may be repeated "
+        "(default: no URL is fetched)",
+    )
+    group.add_argument(
+        "--cors-origin",
+        dest="cors_origins",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="origin of web pages that may call the gateway; may be repeated (default: none)",
+    )
+
+
+def _add_limits(group: argparse._ArgumentGroup) -> None:
+    numbers = {
+        "max-body": "bytes of a request",
+        "max-inputs": "texts and pictures of a request",
+        "max-pictures": "pictures of a request",
+        "max-text": "characters of a text",
+        "max-running": "requests that are worked on at a time, per worker",
+        "max-waiting": "requests that wait, per worker; more are refused with 429",
+        "max-download": "bytes of a picture from a URL",
+    }
+    for name, text in numbers.items():
+        default = getattr(_DEFAULTS, name.replace("-", "_"))
+        group.add_argument(
+            f"--{name}", type=_positive, default=default, help=f"{text} (default: %(default)s)"
+        )
+    seconds = {
+        "timeout": "seconds that a request may wait, and that Triton may take",
+        "upload-timeout": "seconds that a body may take to arrive",
+        "download-timeout": "seconds that fetching a picture may take",
+    }
+    for name, text in seconds.items():
+        default = getattr(_DEFAULTS, name.replace("-", "_"))
+        group.add_argument(f"--{name}", type=_seconds, default=default, help=f"{text} (default: %(default)s)")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < 86_400:
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text!r}")
+    return number

@@ -1,0 +1,245 @@
+"""The gRPC door: it passes calls to Triton and keeps from it that their callers gave up.
+
+A deadline that expires early, or a cancelled call, ends the server of Triton 24.10 with a segmentation fault
+in its gRPC handler. Behind the door each call runs in a task of its own, without a deadline, until Triton has
+answered. A caller that gives up leaves this task alone. So that Triton computes nothing for such a caller,
+the time that it still waits becomes the request parameter `timeout`, after which Triton drops the request
+from its queues.
+
+Requests and answers pass through as bytes. Metadata, status codes and messages stay as they are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import signal
+import time
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import Any
+
+import grpc  # type: ignore[import-untyped]
+from grpc.aio import EOF, AioRpcError, BaseError  # type: ignore[import-untyped]
+
+from siglip_gateway.doors import AWAY, DRAIN
+from siglip_gateway.doors.timeout_parameter import with_timeout
+
+__all__ = ["GrpcDoor", "open_door", "serve"]
+
+_SERVICE = "/inference.GRPCInferenceService/"
+_INFER, _STREAM = f"{_SERVICE}ModelInfer", f"{_SERVICE}ModelStreamInfer"
+
+# gRPC's own words for a connection that is not there or broke. Triton's messages have none of them.
+_NO_CONNECTION = re.compile("connect|socket|stream removed|goaway|broken pipe|cancelling all", re.IGNORECASE)
+_EXPIRED = "Request timeout expired"  # Triton's words for a request that it dropped from a queue
+
+_LARGEST = 512 * 2**20  # bytes of a request: sixteen times the largest image of the default settings
+_SERVER_OPTIONS = (
+    ("grpc.max_receive_message_length", _LARGEST),
+    ("grpc.max_send_message_length", -1),  # of what Triton answers, the caller chooses what it takes
+    ("grpc.so_reuseport", 1),
+    # Connections of hosts that vanished are closed, and callers may ping as often as every 10 s.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+)
+_CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 100),  # Triton is on this machine and back within seconds
+    ("grpc.max_reconnect_backoff_ms", 500),
+    ("grpc.enable_retries", 0),  # the caller decides what is sent again
+    ("grpc.enable_http_proxy", 0),  # a proxy of the environment is not meant for this machine
+)
+
+
+class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """A handler of every method, which asks Triton.
+
+    Args:
+        channel: to Triton.
+        max_in_flight: calls that Triton may have at once, those of callers that gave up included. Further
+            ones are refused with UNAVAILABLE.
+    """
+
+    def __init__(self, channel: Any, max_in_flight: int) -> None:
+        self._channel = channel
+        self._limit = max_in_flight
+        self._calls: set[asyncio.Task[Any]] = set()  # a task that nothing refers to may be collected
+
+    def service(self, handler_call_details: Any) -> Any:
+        """Choose the handler of a method; ModelStreamInfer is the only one of Triton's that streams."""
+        method = handler_call_details.method
+        if method == _STREAM:
+            return grpc.stream_stream_rpc_method_handler(self._stream)
+        return grpc.stream_unary_rpc_method_handler(partial(self._unary, method))
+
+    @property
+    def in_flight(self) -> int:
+        """Work that Triton has not ended; a stream counts twice."""
+        return len(self._calls)
+
+    async def drain(self, seconds: float) -> None:
+        """Wait until Triton has answered all calls, those of callers that gave up included."""
+        if self._calls:
+            await asyncio.wait(self._calls, timeout=seconds)
+
+    async def _unary(self, method: str, _requests: AsyncIterator[bytes], context: Any) -> bytes:
+        request = await context.read()
+        if request is EOF:  # gRPC itself would leave this call without a status
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no message")
+        left = await self._admit(context)
+        sent = with_timeout(request, left) if method == _INFER and left is not None else request
+        call = self._channel.unary_unary(method)(sent, metadata=_metadata(context))
+        answer: bytes = await asyncio.shield(self._keep(_answer(call)))
+        await _pass_initial_metadata(call, context)
+        await _pass_status(call, context, by_deadline=sent is not request)
+        return answer
+
+    async def _stream(self, requests: AsyncIterator[bytes], context: Any) -> None:
+        await self._admit(context)
+        call = self._channel.stream_stream(_STREAM)(metadata=_metadata(context))
+        # Both directions run until Triton has ended the stream. A caller that gives up ends `requests`, which
+        # closes the way to Triton in good order.
+        self._keep(_pass_requests(requests, call, context))
+        await asyncio.shield(self._keep(_pass_answers(call, context)))
+        await _pass_status(call, context, by_deadline=False)
+
+    async def _admit(self, context: Any) -> float | None:
+        """Let a call in; return the seconds that its caller still waits, None without a limit.
+
+        Raises:
+            grpc.aio.AbortError: the call is refused.
+        """
+        left: float | None = context.time_remaining()
+        if left is not None and left <= 0:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed on the way")
+        if self.in_flight >= self._limit:
+            reason = f"Exceeds maximum queue size: {self._limit} calls are in flight; try again"
+            await context.abort(grpc.StatusCode.UNAVAILABLE, reason)
+        return left
+
+    def _keep(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Run something to its end, whatever happens to the caller."""
+        task = asyncio.create_task(work)
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+        return task
+
+
+async def _answer(call: Any) -> bytes:
+    """Wait for Triton's answer; empty where the status of `call` is an error."""
+    try:
+        return bytes(await call)
+    except AioRpcError:  # the call keeps its status, for the caller if it is still there
+        return b""
+
+
+async def _pass_requests(requests: AsyncIterator[bytes], call: Any, context: Any) -> None:
+    with suppress(AioRpcError, BaseError, asyncio.InvalidStateError):  # Triton has ended the stream
+        async for request in requests:
+            left = context.time_remaining()
+            await call.write(request if left is None else with_timeout(request, left))
+    await call.done_writing()
+
+
+async def _pass_answers(call: Any, context: Any) -> None:
+    with suppress(AioRpcError):  # the call keeps its status
+        answer = await call.read()
+        with suppress(BaseError):
+            await _pass_initial_metadata(call, context)
+        while answer is not EOF:
+            with suppress(BaseError):  # a caller that has gone does not end the reading
+                await context.write(answer)
+            answer = await call.read()
+
+
+async def _pass_initial_metadata(call: Any, context: Any) -> None:
+    metadata = tuple(await call.initial_metadata())
+    if metadata:
+        await context.send_initial_metadata(metadata)
+
+
+async def _pass_status(call: Any, context: Any, by_deadline: bool) -> None:
+    """Give the caller the trailing metadata and the status of Triton's answer.
+
+    Args:
+        call: to Triton, complete.
+        context: of the caller.
+        by_deadline: the request's timeout was made from the caller's deadline.
+
+    Raises:
+        grpc.aio.AbortError: the status is an error.
+    """
+    code, trailing = await call.code(), tuple(await call.trailing_metadata())
+    if code is grpc.StatusCode.OK:
+        context.set_trailing_metadata(trailing)
+        return
+    details = await call.details()
+    if by_deadline and _EXPIRED in details:
+        code = grpc.StatusCode.DEADLINE_EXCEEDED
+    if code is grpc.StatusCode.UNAVAILABLE and _NO_CONNECTION.search(details):
+        details = AWAY
+    await context.abort(code, details, trailing)
+
+
+def _metadata(context: Any) -> tuple[tuple[str, str | bytes], ...]:
+    """The caller's metadata without what gRPC itself sets for each connection."""
+    return tuple(
+        (key, value)
+        for key, value in context.invocation_metadata() or ()
+        if key != "user-agent" and not key.startswith("grpc-")
+    )
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Keep out of the log that an answer could not be sent, because its caller had gone."""
+    return not (record.exc_info and isinstance(record.exc_info[1], grpc.aio.InternalError))
+
+
+@asynccontextmanager
+async def open_door(listen: str, triton: str, max_in_flight: int) -> AsyncIterator[tuple[GrpcDoor, Any, int]]:
+    """Listen at `listen`; yield the door, its running `grpc.aio.Server` and its port.
+
+    Raises:
+        OSError: the address cannot be bound.
+    """
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
+    async with grpc.aio.insecure_channel(triton, options=_CHANNEL_OPTIONS) as channel:
+        door = GrpcDoor(channel, max_in_flight)
+        server = grpc.aio.server(handlers=[door], options=_SERVER_OPTIONS)
+        try:
+            port = server.add_insecure_port(listen)
+        except RuntimeError as error:
+            raise OSError(f"{listen} cannot be bound") from error
+        await server.start()
+        try:
+            yield door, server, port
+        finally:
+            await server.stop(0)
+
+
+async def serve(listen: str, triton: str, max_in_flight: int) -> None:
+    """Serve until SIGTERM or SIGINT; running calls then complete within `DRAIN` seconds.
+
+    Args:
+        listen: `host:port`, which other processes of this user may share.
+        triton: `host:port` of Triton's gRPC.
+        max_in_flight: see `GrpcDoor`.
+
+    Raises:
+        OSError: the address cannot be bound.
+    """
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    async with open_door(listen, triton, max_in_flight) as (door, server, _):
+        await stop.wait()
+        end = time.monotonic() + DRAIN
+        await server.stop(DRAIN)
+        await door.drain(max(end - time.monotonic(), 0))

@@ -1,0 +1,164 @@
+"""A gateway in this process, with a stand-in for Triton whose vectors tell what was embedded."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import io
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from programs import free_port
+from siglip_serve_client.errors import InvalidInputError
+from starlette.testclient import TestClient
+from wire import OPENER
+
+from siglip_gateway.app import create_app
+from siglip_gateway.options import GatewayOptions
+from siglip_gateway.urls import UrlReader
+
+__all__ = ["PNG", "URI", "WIDTH", "StandIn", "encoded", "gateway", "gateway_process", "vector"]
+
+WIDTH = 16
+
+
+def _png(color: tuple[int, int, int] = (200, 30, 60)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (5, 4), color).save(file, "PNG")
+    return file.getvalue()
+
+
+PNG = _png()
+URI = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
+
+
+def encoded(data: bytes) -> str:
+    """The bytes as base64 text."""
+    return base64.b64encode(data).decode()
+
+
+def vector(content: str | bytes) -> NDArray[np.float32]:
+    """The vector [WIDTH] float32 of length 1 that the stand-in gives to a text or an image file."""
+    digest = hashlib.sha256(content.encode() if isinstance(content, str) else content).digest()
+    values = np.frombuffer(digest[:WIDTH], np.int8).astype(np.float32) + 0.5
+    scaled: NDArray[np.float32] = values / np.linalg.norm(values)
+    return scaled.astype(np.float32)
+
+
+@dataclass
+class StandIn:
+    """Answers as Triton does: it refuses the text `too long`, and files that are not images.
+
+    Attributes:
+        calls: what was asked, in order.
+        error: raised instead of an answer.
+        gate: awaited before an answer, if it is set.
+        finished: how many answers were completed.
+    """
+
+    calls: list[Any] = field(default_factory=list)
+    error: Exception | None = None
+    gate: asyncio.Event | None = None
+    finished: int = 0
+
+    async def embed_image_batch(
+        self, images: Sequence[bytes], normalized: bool = False, *, base64_encoded: bool = False
+    ) -> NDArray[np.float32]:
+        """The vectors of image files."""
+        self.calls.append(("images", len(images), normalized, base64_encoded))
+        await self._wait()
+        files = [base64.b64decode(image, validate=True) for image in images] if base64_encoded else images
+        bad = [index for index, data in enumerate(files) if data[:4] not in (b"\x89PNG", b"\xff\xd8\xff\xe0")]
+        if bad:
+            raise InvalidInputError("; ".join(f"INPUT_IMAGE[{index}]: not an image" for index in bad))
+        self.finished += 1
+        return np.stack([vector(data) for data in files]) * (1 if normalized else 2)
+
+    async def embed_texts(
+        self, texts: Sequence[str], normalized: bool = False, *, truncation: bool = False
+    ) -> NDArray[np.float32]:
+        """The vectors of texts."""
+        self.calls.append(("texts", len(texts), normalized, truncation))
+        await self._wait()
+        for index, text in enumerate(texts):
+            if text == "too long" and not truncation:
+                raise InvalidInputError(f"INPUT_TEXT[{index}]: the text has 301 tokens and 64 fit")
+        self.finished += 1
+        return np.stack([vector(text) for text in texts]) * (1 if normalized else 2)
+
+    async def classify(
+        self,
+        image: bytes,
+        labels: Sequence[str],
+        *,
+        templates: Sequence[str] | None = None,
+        softmax: bool = False,
+    ) -> NDArray[np.float32]:
+        """Equal probabilities."""
+        self.calls.append(("classify", image, list(labels), templates, softmax))
+        await self._wait()
+        return np.full(len(labels), 1 / len(labels), np.float32)
+
+    async def describe(self) -> dict[str, str]:
+        """A checkpoint's name."""
+        return {"checkpoint_name": "stand-in", "checkpoint_note": "for tests"}
+
+    async def check_health(self) -> int:
+        """The width of vectors."""
+        self.calls.append(("health",))
+        await self._wait()
+        return WIDTH
+
+    async def close(self) -> None:
+        """Close nothing."""
+
+    async def _wait(self) -> None:
+        if self.gate is not None:
+            await self.gate.wait()
+        if self.error is not None:
+            raise self.error
+
+
+@contextmanager
+def gateway(
+    stand_in: StandIn | None = None, urls: UrlReader | None = None, **options: Any
+) -> Iterator[TestClient]:
+    """A gateway with these options, and a client of it."""
+    app = create_app(GatewayOptions(**options), stand_in or StandIn(), urls)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        yield client
+
+
+@contextmanager
+def gateway_process(triton: str, *arguments: str) -> Iterator[str]:
+    """`siglip-serve gateway` in front of a real server, as a process of its own: its URL."""
+    port = free_port()
+    command = [str(Path(sys.executable).with_name("siglip-serve")), "gateway", "--triton", triton]
+    process = subprocess.Popen([*command, "--port", str(port), *arguments])
+    try:
+        _wait(process, f"http://127.0.0.1:{port}/.well-known/live")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        assert process.wait(40) == 0
+
+
+def _wait(process: subprocess.Popen[bytes], url: str) -> None:
+    for _ in range(300):
+        assert process.poll() is None, "the gateway ended"
+        try:
+            with OPENER.open(url, timeout=5):
+                return
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError(f"no answer from {url}")
