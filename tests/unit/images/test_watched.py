@@ -91,9 +91,7 @@ def test_counts_the_time_that_the_resize_will_take(
     decoder: WatchedDecoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(watched._RESIZE, "pil", 0.5 / (60 * 40))
-    with pytest.raises(
-        ImageCostError, match=r"GIF of 60x40 pixels takes 0\.5 s of CPU time, at most 0\.4"
-    ):
+    with pytest.raises(ImageCostError, match=r"GIF of 60x40 pixels takes 0\.5 s of CPU time, at most 0\.4"):
         decoder(GIF, "GIF")
     monkeypatch.undo()
     assert decoder(GIF, "GIF").shape == (40, 60, 3)
