@@ -118,6 +118,12 @@ class TritonServer:
         return f"{self.address}:{self.grpc_port}"
 
     @property
+    def triton_urls(self) -> dict[str, str]:
+        """Triton's own `host:port` of `http` and `grpc`, which are others than the above behind a door."""
+        own = self._triton.items()
+        return {kind: f"{self.address if host == self._host else host}:{port}" for kind, (host, port) in own}
+
+    @property
     def status_url(self) -> str:
         """Address of the launcher's own `GET /health`, `host:port` on this machine (`launcher.status`)."""
         return self._status_server.url
