@@ -22,7 +22,7 @@ _WIDEN = 2  # calls that are let in for each that ends, so that after a wait the
 
 
 class FullError(Exception):
-    """As many calls are in flight and wait as allowed.
+    """No further call may wait.
 
     Attributes:
         count: of these calls.

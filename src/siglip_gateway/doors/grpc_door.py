@@ -37,6 +37,7 @@ _INFER, _STREAM = f"{_SERVICE}ModelInfer", f"{_SERVICE}ModelStreamInfer"
 
 # gRPC's own words for a connection that is not there or broke. Triton's messages have none of them.
 _NO_CONNECTION = re.compile("connect|socket|stream removed|goaway|broken pipe|cancelling all", re.IGNORECASE)
+_NOT_A_MESSAGE = "Unable to parse request"  # gRPC's words for bytes that are no message of the method
 _EXPIRED = "Request timeout expired"  # Triton's words for a request that it dropped from a queue
 
 _LARGEST = 512 * 2**20  # bytes of a request: sixteen times the largest image of the default settings
@@ -194,6 +195,8 @@ async def _pass_status(call: Any, context: Any, by_deadline: bool) -> None:
     details = await call.details()
     if by_deadline and _EXPIRED in details:
         code = grpc.StatusCode.DEADLINE_EXCEEDED
+    if code is grpc.StatusCode.INTERNAL and details == _NOT_A_MESSAGE:
+        code = grpc.StatusCode.INVALID_ARGUMENT
     if code is grpc.StatusCode.UNAVAILABLE and _NO_CONNECTION.search(details):
         details = AWAY
     await context.abort(code, details, trailing)

@@ -50,8 +50,11 @@ _JSON_SIZE = "Inference-Header-Content-Length"
 _OF_A_CONNECTION = frozenset(
     ("connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade")
 )
-# Triton calls JSON of a wrong type, such as a number for `id`, a failure of its own.
-_WRONG_JSON = re.compile(rb"attempt to (access JSON non-|get members for non-object)")
+# Triton calls JSON that it cannot use, such as a number for `id`, a failure of its own.
+_WRONG_JSON = re.compile(
+    rb"failed to parse the request JSON"
+    rb"|attempt to (access JSON non-|access non-existing|get members for non-object)"
+)
 _OF_A_BODY = frozenset(("content-length", "content-encoding", "expect"))
 
 

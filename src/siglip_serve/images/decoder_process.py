@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image
+from PIL import AvifImagePlugin, Image
 
 from siglip_serve.errors import InvalidInputError
 from siglip_serve.images.decode import decode_file
@@ -54,6 +54,7 @@ def main(descriptor: int) -> None:
     """Answer requests until the other end of the socket is closed."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     Image.MAX_IMAGE_PIXELS = None  # our own limit stands in its place, at the same point: the header
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     base = _virtual_memory()
     with socket.socket(fileno=descriptor) as channel, channel.makefile("rb") as source:
         _reply(channel, {"ready": True}, -1)

@@ -36,7 +36,9 @@ __all__ = ["Watch", "WatchedDecoder"]
 Watch = Callable[[float, bool], None]
 
 _INTERVAL = 0.02  # seconds between two looks at the process
-_DECODING = 0.85  # part of the CPU time of an image; the rest is for its resize
+_DECODING = 0.8  # part of the CPU time of an image; the rest is for the start of the next process
+# Seconds per pixel that the image then takes in the caller's process.
+_RESIZE = {"fast": 3e-9, "pil": 11e-9}
 _PATIENCE = 10.0  # seconds, and as many times the CPU time: a process that takes longer is stuck
 _START = 60.0  # seconds in which the process is ready, on a busy machine
 _LONGEST_LINE = 65_536
@@ -167,6 +169,7 @@ class _Process:
         if "error" in answer:
             raise _AnsweredError(getattr(errors, answer["error"])(answer["message"]))
         pixels = _pixels(answer["shape"], files)
+        _check_time(kind, pixels, answer["seconds"] + pixels[..., 0].size * _RESIZE[how["mode"]], limits)
         if watch is not None:
             watch(float(answer["seconds"]), True)
         return pixels
@@ -208,6 +211,13 @@ class _Process:
                 os.close(file)
             raise _DeadError
         return json.loads(line), files
+
+
+def _check_time(kind: str, pixels: Pixels, seconds: float, limits: ImageLimits) -> None:
+    height, width, _ = pixels.shape
+    if seconds > limits.max_seconds:
+        message = f"{kind} of {width}x{height} pixels takes {seconds:.1f} s of CPU time"
+        raise _AnsweredError(ImageCostError(f"{message}, at most {limits.max_seconds:g} are allowed"))
 
 
 def _pixels(shape: tuple[int, int, int], files: list[int]) -> Pixels:

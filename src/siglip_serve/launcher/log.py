@@ -97,8 +97,11 @@ def is_refused(log_file: Path, start: int) -> bool:
 
 
 def asked_to_end(log_file: Path, start: int) -> bool:
-    """Find out if the server got a signal to end since byte `start` of the log."""
-    return bool(re.search(r"^Signal \(\d+\) received", read(log_file, start), re.MULTILINE))
+    """Find out if the server got SIGINT or SIGTERM since byte `start` of the log.
+
+    It also logs the signals of its crashes.
+    """
+    return bool(re.search(r"^Signal \((2|15)\) received", read(log_file, start), re.MULTILINE))
 
 
 def cause(log_file: Path) -> str:

@@ -108,6 +108,7 @@ class Stage:
     def remove_shared_memory(self) -> None:
         """Delete the shared memory of a server that died."""
         _remove_shared_memory(self.root.name)
+        remove_unused()
 
     def remove_unused_memory(self, server: int) -> None:
         """Delete the shared memory that no model process maps, now and when this was last called.

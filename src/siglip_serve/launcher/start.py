@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from siglip_serve.errors import ServerStartError
 from siglip_serve.launcher.endpoint import Endpoint
@@ -77,14 +78,19 @@ class Start:
             raise ServerStartError("the server was stopped")
         status = self.process.poll()
         if status is not None:
-            unlucky = status < 0 or _UNLUCKY.search(read(self.log_file, self.log_start))
-            refused = is_refused(self.log_file, self.log_start)
-            kind = UnluckyStartError if unlucky and not refused else ServerStartError
-            raise kind(cause(self.log_file))
+            self._raise_cause(status)
         if time.monotonic() > deadline:
             raise ServerStartError(f"not ready after {self.timeout:.0f} s\n{tail(self.log_file)}")
         if progress.idle() >= self.stalled_after:
             raise UnluckyStartError(f"{self._hanging()} made no progress for {self.stalled_after:.0f} s")
+
+    def _raise_cause(self, status: int) -> NoReturn:
+        reason = cause(self.log_file)
+        unlucky = status < 0 or _UNLUCKY.search(read(self.log_file, self.log_start))
+        if not unlucky or is_refused(self.log_file, self.log_start):
+            raise ServerStartError(reason)
+        names = loading(self.log_file, self.log_start, self.models)
+        raise UnluckyStartError(f"{', '.join(names)} did not load: {reason}" if names else reason)
 
     def _hanging(self) -> str:
         """Name the models that were loading, from the log, else from the processes."""

@@ -102,18 +102,20 @@ class StatusServer(ThreadingHTTPServer):
     request_queue_size = _MOST_CALLS
 
     def __init__(self, status: Status) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(("127.0.0.1", 0), _Handler, bind_and_activate=False)
         self.status = status
         self._free = threading.BoundedSemaphore(_MOST_CALLS)
         self._thread = threading.Thread(target=self.serve_forever, name="siglip-serve-status", daemon=True)
 
     @property
     def url(self) -> str:
-        """Address of the server, `host:port`."""
+        """Address of the server, `host:port`, once it was started."""
         return f"127.0.0.1:{self.server_port}"
 
     def start(self) -> None:
-        """Answer from now on."""
+        """Take a port, and answer from now on."""
+        self.server_bind()
+        self.server_activate()
         self._thread.start()
 
     def close(self) -> None:

@@ -121,6 +121,18 @@ def test_passes_every_status(code: grpc.StatusCode) -> None:
     with_house(test)
 
 
+@pytest.mark.parametrize(
+    ("message", "code"), [("Unable to parse request", "INVALID_ARGUMENT"), ("Unable to parse", "INTERNAL")]
+)
+def test_bytes_that_are_no_message_are_the_fault_of_the_caller(message: str, code: str) -> None:
+    async def test(built: House) -> None:
+        built.triton.refusal = grpc.StatusCode.INTERNAL, message
+        found, told = await refusal(built.ask())
+        assert (found.name, told) == (code, message)
+
+    with_house(test)
+
+
 def test_a_deadline_becomes_the_timeout_of_a_request_and_of_nothing_else() -> None:
     async def test(built: House) -> None:
         await built.ask(timeout=5)

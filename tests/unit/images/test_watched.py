@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from siglip_serve.errors import ImageCostError, ImageError, UnavailableError
+from siglip_serve.images import watched
 from siglip_serve.images.decode import decode_file
 from siglip_serve.images.formats import ImageLimits
 from siglip_serve.images.watched import WatchedDecoder
@@ -70,7 +71,7 @@ def test_ends_a_decode_that_takes_too_long_and_reads_the_next_file(decoder: Watc
     decoder(GIF, "GIF")
     before = child().pid
     begin = time.process_time()
-    with pytest.raises(ImageCostError, match=r"BMP takes more than 0\.34 s of CPU time to decode"):
+    with pytest.raises(ImageCostError, match=r"BMP takes more than 0\.32 s of CPU time to decode"):
         decoder(ENDLESS, "BMP")
     assert time.process_time() - begin < 1
     assert decoder(GIF, "GIF").shape == (40, 60, 3)
@@ -84,6 +85,16 @@ def test_refuses_what_needs_too_much_memory_and_reads_the_next_file() -> None:
         decoder(large, "PNG")
     assert decoder(GIF, "GIF").shape == (40, 60, 3)
     decoder.close()
+
+
+def test_counts_the_time_that_the_resize_will_take(
+    decoder: WatchedDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(watched._RESIZE, "pil", 0.5 / (60 * 40))
+    with pytest.raises(ImageCostError, match=r"GIF of 60x40 pixels takes 0\.5 s of CPU time, at most 0\.4"):
+        decoder(GIF, "GIF")
+    monkeypatch.undo()
+    assert decoder(GIF, "GIF").shape == (40, 60, 3)
 
 
 def test_passes_on_why_a_file_is_refused(decoder: WatchedDecoder) -> None:

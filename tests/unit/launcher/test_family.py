@@ -48,7 +48,7 @@ def test_knows_a_model_process_although_the_system_tells_no_more_about_it(
 
 
 def test_a_child_of_a_model_process_is_not_one(tmp_path: Path) -> None:
-    """As long as it has not replaced its program, it has the name and the arguments of its parent."""
+    """Until it replaces its program, it has the name and the arguments of its parent."""
     stub = tmp_path / "triton_python_backend_stub"
     stub.write_bytes(Path("/bin/sh").read_bytes())
     stub.chmod(0o755)

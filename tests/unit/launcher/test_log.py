@@ -94,6 +94,8 @@ def test_names_the_models_that_are_loading(log: Path) -> None:
 
 
 def test_finds_out_that_a_server_was_asked_to_end(log: Path) -> None:
+    log.write_text("I1128 ready\nSignal (6) received.\nSignal (11) received.\n")
+    assert not asked_to_end(log, 0)
     log.write_text("I1128 ready\nSignal (15) received.\n")
     assert asked_to_end(log, 0)
     assert not asked_to_end(log, log.stat().st_size)

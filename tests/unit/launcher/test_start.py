@@ -107,6 +107,14 @@ def test_tells_bad_luck_from_a_lasting_reason(
     refused(ending, kind)
 
 
+def test_names_the_model_that_did_not_load(start: Callable[..., Start], log: Path) -> None:
+    ending = start("sleep 0.2; exit 1")
+    with log.open("a") as file:
+        file.write(BEGUN.format("siglip_vision_model") + "E1 failed: Stub process is not healthy.\n")
+    expected = "siglip_vision_model did not load: tritonserver ended during startup"
+    assert refused(ending, UnluckyStartError).startswith(expected)
+
+
 def test_ends_when_it_takes_too_long_or_is_not_wanted(start: Callable[..., Start]) -> None:
     assert refused(start("exec sleep 60", timeout=0.1), ServerStartError).startswith("not ready after 0 s")
     with pytest.raises(ServerStartError, match="the server was stopped"):
