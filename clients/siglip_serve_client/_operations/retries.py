@@ -30,7 +30,7 @@ RESTART_WAIT = 120.0  # seconds that clients wait for a lost server, unless told
 # Seconds of the pauses after which a busy server is asked again; each pause is drawn from half of it to all.
 _BACK_OFF = (0.2, 0.6, 2.0, 6.0)
 # The same for a server that is being started again. It is asked until it answers, so the last one repeats.
-_RESTART_BACK_OFF = (0.2, 0.6, 1.2, 2.0)
+_RESTART_BACK_OFF = (0.2, 0.4, 0.7, 1.0)
 # Seconds for an address that accepted a connection and closed it, but never answered: it may be another
 # program's.
 _UNPROVEN_WAIT = 30.0
