@@ -36,9 +36,9 @@ __all__ = ["Watch", "WatchedDecoder"]
 Watch = Callable[[float, bool], None]
 
 _INTERVAL = 0.02  # seconds between two looks at the process
-_DECODING = 0.8  # part of the CPU time of an image; the rest is for the start of the next process
+_DECODING = 0.75  # part of the CPU time of an image; the rest is for the start of the next process
 # Seconds per pixel that the image then takes in the caller's process.
-_RESIZE = {"fast": 3e-9, "pil": 11e-9}
+_RESIZE = {"fast": 3e-9, "pil": 13e-9}
 _PATIENCE = 10.0  # seconds, and as many times the CPU time: a process that takes longer is stuck
 _START = 60.0  # seconds in which the process is ready, on a busy machine
 _LONGEST_LINE = 65_536

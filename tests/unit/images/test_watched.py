@@ -71,7 +71,7 @@ def test_ends_a_decode_that_takes_too_long_and_reads_the_next_file(decoder: Watc
     decoder(GIF, "GIF")
     before = child().pid
     begin = time.process_time()
-    with pytest.raises(ImageCostError, match=r"BMP takes more than 0\.32 s of CPU time to decode"):
+    with pytest.raises(ImageCostError, match=r"BMP takes more than 0\.3 s of CPU time to decode"):
         decoder(ENDLESS, "BMP")
     assert time.process_time() - begin < 1
     assert decoder(GIF, "GIF").shape == (40, 60, 3)
