@@ -94,15 +94,16 @@ def decode_file(
     """
     if kind == "JPEG" and header is None:
         header = read_header(data)
+    applied = color == "srgb" and (kind != "JPEG" or bool(jpeg_profile(data)))  # Pillow gives the profile
+    if header is not None and mode == "fast" and not applied:
+        pixels = _decode_jpeg(data, header, limits, canvas)
+        if pixels is not None:
+            return pixels
     with _named_faults(kind, len(data), limits), _without_warnings():
         pixels = None
-        if color == "srgb" and (kind != "JPEG" or jpeg_profile(data)):
-            pass  # Pillow gives the profile
-        elif header is not None and mode == "fast":
-            pixels = _decode_jpeg(data, header, limits, canvas)
-        elif kind == "WebP":
+        if kind == "WebP" and not applied:
             pixels = decode_webp(data, limits, canvas)
-        elif kind == "AVIF":
+        elif kind == "AVIF" and not applied:
             pixels = _decode_avif(data, limits, canvas)
         return _decode_with_pil(data, kind, limits, header, canvas, color) if pixels is None else pixels
 
@@ -113,17 +114,20 @@ def _decode_jpeg(data: bytes, header: JpegHeader, limits: ImageLimits, canvas: C
 
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
+    except (ValueError, LookupError):  # LookupError: a sampling that it has no name for
         return None
     check_size(int(width), int(height), limits)
     if colorspace not in ("YCbCr", "RGB", "Gray"):
         return None
     orientation = read_orientation(header.exif, header.xmp)
     upright = orientation not in TURNED
-    pixels = (canvas if upright else np.empty)((int(height), int(width), 3), dtype=np.uint8)
     try:
-        simplejpeg.decode_jpeg(data, "RGB", buffer=pixels)
-    except ValueError:
+        if not upright or canvas is np.empty:
+            pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB")
+        else:
+            pixels = canvas((int(height), int(width), 3), dtype=np.uint8)
+            simplejpeg.decode_jpeg(data, "RGB", buffer=pixels)
+    except (ValueError, LookupError, MemoryError, OSError):  # Pillow names the fault
         return None
     return pixels if upright else orient(pixels, orientation, canvas)
 

@@ -233,6 +233,13 @@ def test_a_jpeg_with_faults_that_pillow_forgives_is_accepted(mode: Mode) -> None
     np.testing.assert_allclose(preprocessor(mode)(faulty), expected, atol=2)
 
 
+def test_a_jpeg_of_unusual_sampling_is_left_to_pillow() -> None:
+    data = images.encode(images.photo(90, 60), "JPEG", subsampling="4:2:0")
+    brightness = data.index(b"\xff\xc0") + 11
+    file = data[:brightness] + b"\x14" + data[brightness + 1 :]  # 1 by 4, for which simplejpeg has no name
+    np.testing.assert_allclose(preprocessor("fast")(file), preprocessor("pil")(file), atol=2)
+
+
 @every_mode
 @pytest.mark.parametrize("name", ["jpeg segments", "jpeg scans", "png text", "jpeg exif pieces", "jpeg fill"])
 def test_reads_or_refuses_time_bombs_quickly(mode: Mode, name: str) -> None:

@@ -43,10 +43,10 @@ def decoder() -> Iterator[WatchedDecoder]:
     made.close()
 
 
-def child() -> psutil.Process:
+def child(decoder: WatchedDecoder) -> psutil.Process:
     """The process that decodes."""
-    (found,) = psutil.Process().children()
-    return found
+    assert decoder._process is not None
+    return psutil.Process(decoder._process._process.pid)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "PNG", "WEBP", "BMP"])
@@ -69,13 +69,13 @@ def test_pixels_stay_when_the_next_file_is_decoded(decoder: WatchedDecoder) -> N
 
 def test_ends_a_decode_that_takes_too_long_and_reads_the_next_file(decoder: WatchedDecoder) -> None:
     decoder(GIF, "GIF")
-    before = child().pid
+    before = child(decoder).pid
     begin = time.process_time()
     with pytest.raises(ImageCostError, match=r"BMP takes more than 0\.3 s of CPU time to decode"):
         decoder(ENDLESS, "BMP")
     assert time.process_time() - begin < 1
     assert decoder(GIF, "GIF").shape == (40, 60, 3)
-    assert child().pid != before
+    assert child(decoder).pid != before
 
 
 def test_refuses_what_needs_too_much_memory_and_reads_the_next_file() -> None:
@@ -107,7 +107,7 @@ def test_passes_on_why_a_file_is_refused(decoder: WatchedDecoder) -> None:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 def test_replaces_a_process_that_died(decoder: WatchedDecoder, number: signal.Signals) -> None:
     expected = decoder(GIF, "GIF")
-    os.kill(child().pid, number)
+    os.kill(child(decoder).pid, number)
     np.testing.assert_array_equal(decoder(GIF, "GIF"), expected)
 
 
@@ -139,13 +139,13 @@ def test_threads_share_a_process(decoder: WatchedDecoder) -> None:
         results = list(pool.map(lambda data: decoder(data, "GIF"), files))
     for data, pixels in zip(files, results, strict=True):
         np.testing.assert_array_equal(pixels, decode_file(data, "GIF", "pil", LIMITS))
-    assert child().is_running()
+    assert child(decoder).is_running()
 
 
 def test_the_process_ends_with_its_decoder() -> None:
     decoder = WatchedDecoder("pil", LIMITS)
     decoder(GIF, "GIF")
-    process = child()
+    process = child(decoder)
     del decoder
     psutil.wait_procs([process], timeout=10)
     assert not process.is_running()
