@@ -81,7 +81,7 @@ class TritonServer:
         self.http_port, self.grpc_port, self.metrics_port = free_ports(self._host, wanted)
         public = {"http": self.http_port, "grpc": self.grpc_port}
         self._status = Status()
-        self._status_server = StatusServer(self._status)
+        self._status_server: StatusServer | None = None
         doors = {kind: public[kind] for kind in _doors_of(options)}
         self.gateway_port: int | None = None
         if options.gateway_port is not None:
@@ -125,7 +125,13 @@ class TritonServer:
 
     @property
     def status_url(self) -> str:
-        """Address of the launcher's own `GET /health`, `host:port` on this machine (`launcher.status`)."""
+        """Address of the launcher's own `GET /health`, `host:port` on this machine (`launcher.status`).
+
+        Raises:
+            ServerStartError: the server is not running.
+        """
+        if self._status_server is None:
+            raise ServerStartError("the server is not running")
         return self._status_server.url
 
     @property
@@ -167,6 +173,7 @@ class TritonServer:
         variants = ["decode_on_gpu"] if settings.preprocess == "gpu" else []
         self._stage = stage = Stage(self.options.model_repository, self.device, *variants)
         try:
+            self._status_server = StatusServer(self._status)
             self._status_server.start()
             self._triton |= self._doors.take_ports()
             address, port = self._triton["http"]
@@ -206,7 +213,8 @@ class TritonServer:
                 end(process, left, self.log_file if replaced else None)
         finally:
             self._spawner.shutdown()
-            self._status_server.close()
+            if self._status_server is not None:
+                self._status_server.close()
             if stage is not None:
                 stage.remove()
 

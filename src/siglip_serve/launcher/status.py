@@ -102,20 +102,18 @@ class StatusServer(ThreadingHTTPServer):
     request_queue_size = _MOST_CALLS
 
     def __init__(self, status: Status) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler, bind_and_activate=False)
+        super().__init__(("127.0.0.1", 0), _Handler)
         self.status = status
         self._free = threading.BoundedSemaphore(_MOST_CALLS)
         self._thread = threading.Thread(target=self.serve_forever, name="siglip-serve-status", daemon=True)
 
     @property
     def url(self) -> str:
-        """Address of the server, `host:port`, once it was started."""
+        """Address of the server, `host:port`."""
         return f"127.0.0.1:{self.server_port}"
 
     def start(self) -> None:
-        """Take a port, and answer from now on."""
-        self.server_bind()
-        self.server_activate()
+        """Answer from now on."""
         self._thread.start()
 
     def close(self) -> None:
