@@ -246,6 +246,15 @@ _SPEED: Mapping[str, Table | Summary] = {
             Column("mean difference", Cell("{mean_abs_diff:.4f}", {"mode": "fast"})),
         ),
     ),
+    "decode-bombs": Table(
+        Source("decode_bombs.csv", {}),
+        (Key("format", "format"), Key("files", "files"), Key("refused for their cost", "cost_refused")),
+        (
+            Column("most CPU time, s", Cell("{max_cpu_seconds:.2f}", {})),
+            Column("bytes of that file", Cell("{worst_bytes:,.0f}", {})),
+            Column("most memory, MB", Cell("{max_megabytes:.0f}", {})),
+        ),
+    ),
     "gpu-jpeg": Table(
         Source("gpu_jpeg.csv", {}),
         (Key("processes", "processes"), Key("files read", "answers")),
