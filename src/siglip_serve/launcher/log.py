@@ -96,11 +96,16 @@ def is_refused(log_file: Path, start: int) -> bool:
     return START_REFUSED in read(log_file, start)
 
 
-def asked_to_end(log_file: Path, start: int) -> bool:
+def asked_to_end(log_file: Path, start: int) -> bool | None:
     """Find out if the server got SIGINT or SIGTERM since byte `start` of the log.
 
     It also logs the signals of its crashes.
+
+    Returns:
+        None where the log cannot tell, because it is a device or is gone.
     """
+    if not log_file.is_file():
+        return None
     return bool(re.search(r"^Signal \((2|15)\) received", read(log_file, start), re.MULTILINE))
 
 

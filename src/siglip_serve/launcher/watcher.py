@@ -44,7 +44,7 @@ class Actions:
         load: loads a model again; raises OSError or http.client.HTTPException when that fails.
         restart: starts the server again and returns its process; raises ServerStartError or OSError.
         refuses: tells if nothing listens on the server's port.
-        asked_to_end: tells if the server, which has ended, had been asked to.
+        asked_to_end: tells if the server, which has ended, had been asked to; None where that is not known.
         tidy: removes the shared memory that was unused this time and the last time.
         also: called as often as the server is looked at, in a thread of its own.
     """
@@ -52,7 +52,7 @@ class Actions:
     load: Callable[[str], None]
     restart: Callable[[], subprocess.Popen[bytes]]
     refuses: Callable[[], bool]
-    asked_to_end: Callable[[], bool]
+    asked_to_end: Callable[[], bool | None]
     tidy: Callable[[], None] = _nothing
     also: Callable[[], None] = _nothing
 
@@ -249,9 +249,13 @@ class Watcher(Repeated):
     def _start_again(self) -> bool:
         """Start the server again, until that succeeds; False if it ended on request."""
         status = self._server.returncode
-        if self._hung_at_end or not status or self._actions.asked_to_end():
+        asked = self._hung_at_end or self._actions.asked_to_end()
+        # The status alone proves nothing: Python reports 0 for a process whose status it could not get.
+        if asked or (asked is None and not status):
+            self._say("tritonserver ended on request")
             return False
-        how = f"tritonserver died ({f'signal {-status}' if status < 0 else f'status {status}'})"
+        signaled = status is not None and status < 0
+        how = f"tritonserver died ({f'signal {-status}' if signaled else f'status {status}'})"
         self._status.died(how)
         begin = time.monotonic()
         while not self._stopping.is_set():

@@ -98,7 +98,9 @@ def test_finds_out_that_a_server_was_asked_to_end(log: Path) -> None:
     assert not asked_to_end(log, 0)
     log.write_text("I1128 ready\nSignal (15) received.\n")
     assert asked_to_end(log, 0)
-    assert not asked_to_end(log, log.stat().st_size)
+    assert asked_to_end(log, log.stat().st_size) is False
+    assert asked_to_end(Path("/dev/full"), 0) is None
+    assert asked_to_end(log.with_name("gone"), 0) is None
 
 
 def test_journal_writes_to_the_log_and_to_standard_error(

@@ -67,6 +67,7 @@ class Server:
         self.failures = 0
         self.hanging: subprocess.Popen[bytes] | None = None
         self.second: Path | None = None
+        self.asked: Callable[[], bool | None] = lambda: None  # the log cannot tell
 
     def restart(self) -> subprocess.Popen[bytes]:
         if not self.left:
@@ -90,7 +91,7 @@ class Server:
             raise OSError("the model process died")
 
     def actions(self, **more: Callable[[], None]) -> Actions:
-        return Actions(self.load, self.restart, lambda: self.refusing, lambda: False, **more)
+        return Actions(self.load, self.restart, lambda: self.refusing, self.asked, **more)
 
 
 def watch(server: Server, log: Path, status: Status | None = None) -> list[str]:
@@ -123,6 +124,14 @@ def wait_for(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_server_that_ends_without_being_asked_is_started_again_whatever_its_status(log: Path) -> None:
+    server = Server(ENDS, ENDS, ENDS)
+    server.asked = lambda: not server.left
+    lines = watch(server, log)
+    assert sum(line.startswith("siglip-serve: tritonserver died (status 0); starting") for line in lines) == 2
+    assert lines[-1] == "siglip-serve: tritonserver ended on request"
 
 
 def test_starts_a_server_again_however_often_it_dies(log: Path) -> None:
@@ -161,12 +170,12 @@ def test_tells_why_it_cannot_start_the_server(log: Path) -> None:
 
 def test_leaves_a_server_alone_that_ended_on_request(log: Path) -> None:
     server = Server(ENDS, ENDS)
-    assert watch(server, log) == []
+    assert watch(server, log) == ["siglip-serve: tritonserver ended on request"]
     assert server.left == [ENDS]
 
 
 def test_names_the_status_of_a_server_that_failed(log: Path) -> None:
-    first, second = watch(Server("exit 3", ENDS), log)
+    first, second, _ = watch(Server("exit 3", ENDS), log)
     assert first == "siglip-serve: tritonserver died (status 3); starting it again"
     assert second.startswith("siglip-serve: tritonserver: served again after 0.")
 
