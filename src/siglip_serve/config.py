@@ -148,7 +148,7 @@ class Settings:
         default=512, metadata=_option("images", "most memory that decoding one image may need, in MB")
     )
     slow_request_seconds: float = field(
-        default=0.5,
+        default=0.4,
         metadata=_option(
             "images",
             "CPU seconds that a request may take beyond what its bytes explain; after that it is slow, and "

@@ -46,6 +46,13 @@ def test_reads_the_process_environment_by_default(monkeypatch: pytest.MonkeyPatc
             "model parameter 'dtype': got 'int4', expected one of auto, f",
         ),
         ({}, {"checkpoint": "a", "tower": "team"}, "'tower': got 'team', expected one of main, teams"),
+        (
+            {},
+            {"checkpoint": "a", "max_decode_seconds": "0"},
+            "'max_decode_seconds': got '0', expected a number > 0",
+        ),
+        ({}, {"checkpoint": "a", "max_decode_seconds": "inf"}, "got 'inf', expected a number > 0"),
+        ({}, {"checkpoint": "a", "slow_request_seconds": "1s"}, "got '1s', expected a number > 0"),
         ({}, {"checkpoint": "a", "max_image_bytes": "32MB"}, f"'max_image_bytes': got '32MB', {WHOLE}"),
         ({}, {"checkpoint": "a", "max_rows": ""}, f"model parameter 'max_rows': got '', {WHOLE}"),
         ({}, {"checkpoint": "a", "max_rows": "-1"}, f"model parameter 'max_rows': got '-1', {WHOLE}"),

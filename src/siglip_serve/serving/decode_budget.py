@@ -7,6 +7,7 @@ One decoder of a model is always kept free of slow requests.
 
 from __future__ import annotations
 
+import math
 import time
 
 from siglip_serve.engine.turns import Places
@@ -18,6 +19,9 @@ __all__ = ["DecodeBudget"]
 _SECONDS_PER_IMAGE = 0.001
 _SECONDS_PER_BYTE = 40e-9
 _SLOW_IMAGES = 15  # a slow request may take as long as this many of the costliest images
+# A picture that takes longer for its bytes is all but blank, or made to cost. A request may bring few such.
+_SECONDS_PER_BLANK_BYTE = 3e-6
+_BLANK_IMAGES = 0.75
 
 
 class DecodeBudget:
@@ -35,10 +39,13 @@ class DecodeBudget:
         self._alone = alone
         self._quick = quick
         self._most = image if alone else _SLOW_IMAGES * image
+        self._most_blank = _BLANK_IMAGES * image
         self._spent = 0.0
+        self._blank = 0.0  # part of it for pictures that are all but blank
         self._begin = time.thread_time()
         self._elsewhere = 0.0  # seconds of another process for the current image
-        self._explained = 0.0
+        self._explained = math.inf  # before the first image
+        self._size = 0
         self._slow = False
 
     def __enter__(self) -> DecodeBudget:
@@ -55,11 +62,14 @@ class DecodeBudget:
             ImageCostError: the request has taken more time than any may.
             UnavailableError: it is slow, and no more decoders may work on slow requests.
         """
-        self._spent += self._current()
+        current = self._current()
+        self._spent += current
+        self._blank += self._blank_part(current)
         self._begin = time.thread_time()
         self._elsewhere = 0.0
+        self._size = size
         self._explained = _SECONDS_PER_IMAGE + size * _SECONDS_PER_BYTE
-        self._check(self._spent)
+        self._check(0.0)
 
     def watch(self, seconds: float, done: bool) -> None:
         """Note that another process has spent `seconds` on the current image.
@@ -68,18 +78,26 @@ class DecodeBudget:
         """
         self._elsewhere = seconds
         if not done:
-            self._check(self._spent + self._current())
+            self._check(self._current())
 
     def _current(self) -> float:
         return max(0.0, time.thread_time() - self._begin + self._elsewhere - self._explained)
 
-    def _check(self, seconds: float) -> None:
-        if seconds <= min(self._quick, self._most) or (self._slow and seconds <= self._most):
+    def _blank_part(self, current: float) -> float:
+        return current if current > self._size * _SECONDS_PER_BLANK_BYTE else 0.0
+
+    def _check(self, current: float) -> None:
+        """Refuse the request if it has taken too long, `current` seconds for the current image included."""
+        seconds, blank = self._spent + current, self._blank + self._blank_part(current)
+        most, over = self._most, seconds > self._most
+        if blank > self._most_blank and self._blank:  # the image alone has a limit of its own
+            seconds, most, over = blank, self._most_blank, True
+        if not over and (seconds <= self._quick or self._slow):
             return
         taken = f"decoding has taken {seconds:.1f} s of CPU time more than the bytes of this request explain"
-        if seconds > self._most:
+        if over:
             raise ImageCostError(
-                f"{taken}, at most {self._most:g} s are allowed; send fewer such images in one request"
+                f"{taken}, at most {most:g} s are allowed; send fewer such images in one request"
             )
         self._slow = self._alone or self._places.take()
         if not self._slow:

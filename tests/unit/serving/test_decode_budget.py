@@ -91,11 +91,27 @@ def test_a_slow_request_without_a_place_is_told_to_come_again(serving: Any) -> N
 def test_a_slow_request_with_a_place_continues_up_to_its_end(serving: Any, one_place: Places) -> None:
     with budget(serving, one_place) as made:
         for _ in range(19):
-            spend(made, 1.5)
-        made.next_image(0)
+            spend(made, 1.54, 1_000_000)
+        made.next_image(1_000_000)
         made.watch(1.0, False)
         with pytest.raises(ImageCostError, match="at most 30 s are allowed; send fewer"):
             made.watch(2.0, False)
+
+
+def test_a_request_brings_few_pictures_that_are_all_but_blank(serving: Any, one_place: Places) -> None:
+    with budget(serving, one_place) as made:
+        for _ in range(3):
+            spend(made, 0.4, 5_000)
+        made.next_image(5_000)
+        made.watch(0.2, False)
+        with pytest.raises(ImageCostError, match=r"has taken 1\.6 s .* at most 1\.5 s are allowed"):
+            made.watch(0.4, False)
+
+
+def test_one_blank_picture_has_only_the_limit_of_an_image(serving: Any, one_place: Places) -> None:
+    with budget(serving, one_place) as made:
+        made.next_image(100)
+        made.watch(1.9, False)
 
 
 def test_gives_its_place_back(serving: Any, tmp_path: Path) -> None:
@@ -123,7 +139,7 @@ def test_gives_its_place_back(serving: Any, tmp_path: Path) -> None:
 
 def test_a_model_of_one_process_serves_as_much_as_one_image_may_take(serving: Any) -> None:
     with budget(serving, no_place(), alone=True) as made:
-        spend(made, 1.9)
+        spend(made, 1.94, 1_000_000)
         made.next_image(0)
         with pytest.raises(ImageCostError, match="at most 2 s are allowed"):
             made.watch(0.2, False)
