@@ -52,7 +52,7 @@ _OF_A_CONNECTION = frozenset(
 )
 # Triton calls JSON that it cannot use, such as a number for `id`, a failure of its own.
 _WRONG_JSON = re.compile(
-    rb"failed to parse the request JSON"
+    rb"failed to parse the request JSON|Shape does not match true shape of"
     rb"|attempt to (access JSON non-|access non-existing|get members for non-object)"
 )
 _OF_A_BODY = frozenset(("content-length", "content-encoding", "expect"))

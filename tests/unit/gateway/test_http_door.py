@@ -313,6 +313,7 @@ def test_closes_connections_that_are_silent(monkeypatch: pytest.MonkeyPatch) -> 
         ("Unable to parse 'id': attempt to access JSON non-string as string", 400),
         ("failed to parse the request JSON buffer: Missing a name for object member. at 1", 400),
         ("attempt to access non-existing object member 'inputs'", 400),
+        ("Unable to parse 'data': Shape does not match true shape of 'data' field", 400),
         ("failed to get request params.: attempt to get members for non-object", 400),
         ("Failed to process the request(s) for model 'm', message: Stub process is not healthy.", 500),
     ],
