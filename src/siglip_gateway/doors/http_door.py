@@ -50,12 +50,12 @@ _JSON_SIZE = "Inference-Header-Content-Length"
 _OF_A_CONNECTION = frozenset(
     ("connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade")
 )
+_OF_A_BODY = frozenset(("content-length", "content-encoding", "expect"))
 # Triton calls JSON that it cannot use, such as a number for `id`, a failure of its own.
 _WRONG_JSON = re.compile(
     rb"failed to parse the request JSON|Shape does not match true shape of"
     rb"|attempt to (access JSON non-|access non-existing|get members for non-object)"
 )
-_OF_A_BODY = frozenset(("content-length", "content-encoding", "expect"))
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Limits:
     """
 
     in_flight: int = MAX_IN_FLIGHT
-    waiting: int = 768
+    waiting: int = 3 * MAX_IN_FLIGHT
     body: int = MAX_BODY
     connections: int = 4096
 
