@@ -9,8 +9,9 @@ The last entry of a name wins, so an entry at the end of the message replaces on
 
 from __future__ import annotations
 
-__all__ = ["with_timeout"]
+__all__ = ["model_of", "with_timeout"]
 
+_MODEL = b"\x0a"  # tag of the model's name: field 1, a length follows
 _PARAMETERS = 4 << 3 | 2  # tag of an entry: field 4, a length follows
 _NAME = b"\x0a\x07timeout\x12"  # in the entry: field 1, 7 bytes; then the tag of field 2, the value
 _INT64 = 2 << 3  # tag in the value: field 2, a varint follows
@@ -44,6 +45,14 @@ def with_timeout(message: bytes, seconds: float) -> bytes:
     value = bytes([_INT64]) + _write_varint(microseconds)
     entry = _NAME + bytes([len(value)]) + value
     return message + bytes([_PARAMETERS, len(entry)]) + entry
+
+
+def model_of(message: bytes) -> bytes:
+    """Read the model's name, if it is the first field and has 1 to 127 bytes, as every client writes it."""
+    if message[:1] != _MODEL:
+        return b""
+    size = message[1:2]
+    return message[2 : 2 + size[0]] if size and size[0] < 0x80 else b""
 
 
 def _own_timeout(message: bytes) -> int | None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tritonclient.grpc import service_pb2
 
-from siglip_gateway.doors.timeout_parameter import with_timeout
+from siglip_gateway.doors.timeout_parameter import model_of, with_timeout
 
 SECOND = 1_000_000
 WAIT = 750_000  # in a queue, of a caller who waits for a second
@@ -98,3 +98,19 @@ def test_reads_fields_of_every_wire_type_that_it_does_not_know() -> None:
 def test_gives_up_on_a_message_of_a_million_fields() -> None:
     many = b"\x3a\x00" * 1_000_000
     assert with_timeout(many, 1.0) is many
+
+
+@pytest.mark.parametrize(
+    ("message", "name"),
+    [
+        (request().SerializeToString(), b"embed_image"),
+        (service_pb2.ModelInferRequest(model_name="n" * 127).SerializeToString(), b"n" * 127),
+        (service_pb2.ModelInferRequest(model_name="n" * 128).SerializeToString(), b""),
+        (service_pb2.ModelInferRequest(id="7").SerializeToString(), b""),
+        (b"", b""),
+        (b"\x0a", b""),
+        (b"\x0a\x05ab", b"ab"),
+    ],
+)
+def test_reads_the_name_of_the_model(message: bytes, name: bytes) -> None:
+    assert model_of(message) == name
