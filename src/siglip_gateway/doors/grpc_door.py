@@ -6,7 +6,8 @@ answered. A caller that gives up leaves this task alone. So that Triton computes
 the time that it still waits becomes the request parameter `timeout`, after which Triton drops the request
 from its queues.
 
-Requests and answers pass through as bytes. Metadata, status codes and messages stay as they are.
+A request whose strings are not as long as they say is refused here. Triton would refuse other requests with
+it. All others pass through as bytes, and so do answers. Metadata, status codes and messages stay as they are.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from grpc.aio import EOF, AioRpcError, BaseError  # type: ignore[import-untyped]
 
 from siglip_gateway.doors import AWAY, DRAIN
 from siglip_gateway.doors.admission import Admissions, FullError
-from siglip_gateway.doors.timeout_parameter import model_of, with_timeout
+from siglip_gateway.doors.grpc_tensors import check_request, model_of
+from siglip_gateway.doors.length_prefixes import PrefixError
+from siglip_gateway.doors.protobuf_fields import Field
+from siglip_gateway.doors.timeout_parameter import with_timeout
 
 __all__ = ["MAX_WAITING", "GrpcDoor", "open_door", "serve"]
 
@@ -107,15 +111,16 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
         if request is EOF:  # gRPC itself would leave this call without a status
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no message")
         await _refuse_late(context)
+        fields = await _checked(request, context) if method == _INFER else []
 
         async def ask() -> tuple[Any, bytes, bool]:
             left = context.time_remaining() if method == _INFER else None
-            sent = request if left is None else with_timeout(request, left)
+            sent = request if left is None else with_timeout(request, fields, left)
             call = self._channel.unary_unary(method)(sent, metadata=_metadata(context))
             return call, await _answer(call), sent is not request
 
         if method == _INFER:
-            admitted = self._inferences.run(model_of(request), ask)
+            admitted = self._inferences.run(model_of(request, fields), ask)
         else:
             admitted = self._others.run(b"", ask)
         call, answer, by_deadline = await _or_refuse(admitted, context)
@@ -126,17 +131,21 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
     async def _stream(self, requests: AsyncIterator[bytes], context: Any) -> None:
         await _refuse_late(context)
 
+        refused: list[str] = []
+
         async def ask() -> Any:
             call = self._channel.stream_stream(_STREAM)(metadata=_metadata(context))
             # A caller that gives up ends `requests`, which closes the way to Triton in good order. Triton's
             # answers are read to the end.
-            sending = asyncio.create_task(_pass_requests(requests, call, context))
+            sending = asyncio.create_task(_pass_requests(requests, call, context, refused))
             self._sending.add(sending)
             sending.add_done_callback(self._sending.discard)
             await _pass_answers(call, context)
             return call
 
         call = await _or_refuse(self._others.run(b"", ask), context)
+        if refused:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, refused[0])
         await _pass_status(call, context, by_deadline=False)
 
 
@@ -160,6 +169,22 @@ async def _refuse_late(context: Any) -> None:
         await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed on the way")
 
 
+async def _checked(request: bytes, context: Any) -> list[Field]:
+    """Find the fields of a request.
+
+    Raises:
+        grpc.aio.AbortError: it is refused.
+    """
+    try:
+        return check_request(request)
+    except (IndexError, ValueError) as error:
+        return await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _refusal(error))
+
+
+def _refusal(error: Exception) -> str:
+    return str(error) if isinstance(error, PrefixError) else f"{_NOT_A_MESSAGE}: {error}"
+
+
 async def _answer(call: Any) -> bytes:
     """Wait for Triton's answer; empty where the status of `call` is an error."""
     try:
@@ -168,11 +193,17 @@ async def _answer(call: Any) -> bytes:
         return b""
 
 
-async def _pass_requests(requests: AsyncIterator[bytes], call: Any, context: Any) -> None:
+async def _pass_requests(requests: AsyncIterator[bytes], call: Any, context: Any, refused: list[str]) -> None:
+    """Pass on the requests of a stream, up to one that is refused, whose error is put into `refused`."""
     with suppress(AioRpcError, BaseError, asyncio.InvalidStateError):  # Triton has ended the stream
         async for request in requests:
+            try:
+                fields = check_request(request)
+            except (IndexError, ValueError) as error:
+                refused.append(_refusal(error))
+                break
             left = context.time_remaining()
-            await call.write(request if left is None else with_timeout(request, left))
+            await call.write(request if left is None else with_timeout(request, fields, left))
     await call.done_writing()
 
 
