@@ -20,6 +20,7 @@ from starlette.responses import Response
 from siglip_gateway.apis import cohere, immich, openai, own, weaviate
 from siglip_gateway.backend import Backend, TritonClient
 from siglip_gateway.options import ENVIRONMENT, GatewayOptions, read_keys
+from siglip_gateway.page.routes import add_page, is_page
 from siglip_gateway.refusals import Refusal
 from siglip_gateway.service import Dialect, Handler, Service, guarded, refused
 from siglip_gateway.urls import UrlReader
@@ -96,6 +97,7 @@ def create_app(
             tags=[dialect.name],
             openapi_extra=_body_of(path) if method == "POST" else None,
         )
+    add_page(app)
     if options.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(options.cors_origins), allow_methods=["*"], allow_headers=["*"]
@@ -165,7 +167,8 @@ def _account(scope: Scope, status: int, size: int, seconds: float) -> None:
     path = scope["path"]
     dialect = _DIALECTS.get(path)
     # An unknown path counts as `other`, so that callers cannot make new series.
-    scope["app"].state.service.counters.request(dialect.name if dialect else "other", status, seconds)
+    name = dialect.name if dialect else "page" if is_page(path) else "other"
+    scope["app"].state.service.counters.request(name, status, seconds)
     if _LOG.isEnabledFor(logging.INFO):
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
