@@ -2,8 +2,8 @@
 
 from siglip_serve_client._async_client import AsyncClient
 from siglip_serve_client._client import Client
-from siglip_serve_client._operations.explain import Explanation
-from siglip_serve_client._operations.teams import TeamFit, Teams
+from siglip_serve_client._operations.explain import ExplainOptions, Explanation
+from siglip_serve_client._operations.teams import TeamFit, TeamImages, Teams
 from siglip_serve_client.errors import (
     AccessError,
     ClientError,
@@ -24,6 +24,7 @@ __all__ = [
     "Client",
     "ClientError",
     "DeadlineError",
+    "ExplainOptions",
     "Explanation",
     "InvalidInputError",
     "ModelDiedError",
@@ -31,6 +32,7 @@ __all__ = [
     "ServerError",
     "SharedMemoryError",
     "TeamFit",
+    "TeamImages",
     "TeamTracker",
     "Teams",
     "UnavailableError",

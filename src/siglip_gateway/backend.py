@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
+from siglip_serve_client import ExplainOptions, Explanation
 from siglip_serve_client.errors import DeadlineError, InvalidInputError, ServerError
 
 from siglip_gateway.inputs import File, Picture, Resolved, Text
 from siglip_gateway.pictures import file_of
+from siglip_gateway.places import placed
 
 __all__ = ["Backend", "Checkpoint", "TritonClient"]
 
@@ -52,6 +54,11 @@ class TritonClient(Protocol):
         softmax: bool = False,
     ) -> NDArray[np.float32]:
         """Score labels for one image."""
+
+    async def explain(
+        self, image: bytes, prompts: Sequence[str], **options: Unpack[ExplainOptions]
+    ) -> Explanation:
+        """Map the scores of prompts to places in an image."""
 
     async def describe(self) -> dict[str, str]:
         """The checkpoint of the server."""
@@ -135,6 +142,26 @@ class Backend:
             return await found
         except InvalidInputError as error:
             raise InvalidInputError(_PLACE.sub(picture.where, str(error))) from error
+
+    async def explain(
+        self,
+        picture: Picture | File,
+        prompts: Sequence[str],
+        options: ExplainOptions,
+        fields: Mapping[str, str],
+    ) -> Explanation:
+        """Heatmaps of prompts over a picture.
+
+        Args:
+            fields: the caller's name of each of Triton's inputs, for messages.
+
+        Raises:
+            ClientError: as for `embed`.
+        """
+        try:
+            return await self._client.explain(file_of(picture), prompts, **options)
+        except InvalidInputError as error:
+            raise placed(error, fields) from error
 
     async def checkpoint(self) -> Checkpoint:
         """The checkpoint of Triton. It is asked for anew now and then, as Triton may be restarted."""

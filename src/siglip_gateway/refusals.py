@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from siglip_serve_client.errors import (
     AccessError,
     ClientError,
@@ -12,6 +14,9 @@ from siglip_serve_client.errors import (
 )
 
 __all__ = ["Refusal", "refusal_of"]
+
+# Messages about an input begin with its place in the caller's request, such as `input[3]: `.
+_PLACE = re.compile(r"([a-z_]+(?:\[\d+\]|\.[a-z_]+)*): ")
 
 
 class Refusal(Exception):  # noqa: N818  (it is an answer)
@@ -43,7 +48,8 @@ def refusal_of(error: ClientError) -> Refusal:
     """The answer to an error of Triton or of the way to it."""
     message = str(error)
     if isinstance(error, InvalidInputError):
-        return Refusal(400, message, code="invalid_input")
+        place = _PLACE.match(message)
+        return Refusal(400, message, param=place[1] if place else None, code="invalid_input")
     if isinstance(error, DeadlineError):
         return Refusal(504, message, code="timeout", retry_after=1)
     if isinstance(error, UnreachableError):

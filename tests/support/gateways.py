@@ -13,12 +13,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from programs import free_port
+from siglip_serve_client import ExplainOptions, Explanation
 from siglip_serve_client.errors import InvalidInputError
 from starlette.testclient import TestClient
 from wire import OPENER
@@ -108,6 +109,26 @@ class StandIn:
         self.calls.append(("classify", image, list(labels), templates, softmax))
         await self._wait()
         return np.full(len(labels), 1 / len(labels), np.float32)
+
+    async def explain(
+        self, image: bytes, prompts: Sequence[str], **options: Unpack[ExplainOptions]
+    ) -> Explanation:
+        """Maps of one patch per number of a prompt's vector."""
+        self.calls.append(("explain", image, list(prompts), options))
+        await self._wait()
+        if image[:4] != PNG[:4]:
+            raise InvalidInputError("INPUT_IMAGE[0]: not an image")
+        for index, prompt in enumerate(prompts):
+            if not prompt:
+                raise InvalidInputError(f"PROMPTS[{index}]: the text is empty")
+        vectors = np.stack([vector(prompt) for prompt in prompts])
+        patches = vectors.reshape(-1, 4, 4)
+        height, width = options.get("size", (6, 8))
+        tall = np.resize(vectors, (len(prompts), height, width))
+        files = (PNG,) * len(prompts) if options.get("overlays") else ()
+        return Explanation(
+            tuple(prompts), tall, patches.sum((1, 2)), patches, vectors[:, 0], overlay_files=files
+        )
 
     async def describe(self) -> dict[str, str]:
         """A checkpoint's name."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from siglip_gateway.refusals import Refusal
 
-__all__ = ["boolean", "chosen", "listed", "texts_of", "whole", "wrong"]
+__all__ = ["boolean", "chosen", "listed", "number", "texts_of", "whole", "wrong"]
 
 _NAMES = {
     "dict": "an object",
@@ -77,6 +77,24 @@ def whole(body: Mapping[str, Any], name: str) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
         raise wrong(name, value, "a whole number")
     return value
+
+
+def number(body: Mapping[str, Any], name: str, least: float, most: float) -> float | None:
+    """A number between two others, or None where it is missing or null.
+
+    Raises:
+        Refusal: 400, another type, or beyond the limits.
+    """
+    value = body.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise wrong(name, value, f"a number from {least:g} to {most:g}")
+    if not least <= value <= most:
+        raise Refusal(
+            400, f"{name}: {value}, expected {least:g} to {most:g}", param=name, code="invalid_value"
+        )
+    return float(value)
 
 
 def chosen(value: object, name: str, choices: Sequence[str]) -> str:

@@ -35,12 +35,18 @@ SEEDS: dict[str, list[Any]] = {
     ],
     "/vectorize": [{"texts": ["a"], "images": [URI]}],
     "/classify": [{"image": URI, "labels": ["a", "b"], "templates": ["{}"], "softmax": True}],
+    "/explain": [
+        {"image": URI, "prompts": ["a", "b"], "templates": ["{}"], "background": ["c"], "size": [3, 4]},
+        {"image": URI, "prompts": ["a"], "mode": "absolute", "normalize": "none", "opacity": 0.5},
+        {"image": URI, "prompts": ["a"], "colormap": "jet", "overlays": True, "encoding_format": "base64"},
+    ],
 }
 FIELDS = {
     "/v1/embeddings": {"error"},
     "/v2/embed": {"id", "message"},
     "/vectorize": {"error"},
     "/classify": {"error"},
+    "/explain": {"error"},
 }
 STRANGE: list[Any] = [
     *(None, True, 0, -1, 1.5, 2**53, "", "\x00", "data:", URI[:30], "https://", "ü" * 50, "=" * 9, "A"),
