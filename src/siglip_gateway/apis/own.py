@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from siglip_gateway.apis.fields import boolean, texts_of
-from siglip_gateway.apis.openai import OPENAI
+from siglip_gateway.apis.openai import error_object
 from siglip_gateway.inputs import Text
 from siglip_gateway.pictures import picture_of
 from siglip_gateway.refusals import Refusal, refusal_of
@@ -15,7 +15,7 @@ from siglip_gateway.service import Dialect, Service, json_object, json_response
 
 __all__ = ["OWN", "classify", "health", "metrics"]
 
-OWN = Dialect("own", OPENAI.error)
+OWN = Dialect("own", error_object)
 
 
 async def classify(service: Service, _request: Request, body: bytes) -> Response:

@@ -37,7 +37,7 @@ SEEDS: dict[str, list[Any]] = {
     "/classify": [{"image": URI, "labels": ["a", "b"], "templates": ["{}"], "softmax": True}],
 }
 FIELDS = {
-    "/v1/embeddings": {"error"},
+    "/v1/embeddings": {"error", "detail"},
     "/v2/embed": {"id", "message"},
     "/vectorize": {"error"},
     "/classify": {"error"},
