@@ -21,11 +21,12 @@ BIN := $(VENV)/bin
 PIP = $(BIN)/pip install --disable-pip-version-check $$(test -t 2 || echo --quiet)
 SERVER := $(VENV)/.server
 DEV := $(VENV)/.dev
+GATEWAY_CLIENTS := $(VENV)/.gateway-clients
 # Two processes; tests that share a server stay in one of them. ARGS="-n 0" runs all in one process.
 PARALLEL := -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-unit lint validate bench load mutants chaos tools format clean
+.PHONY: help install serve test test-unit test-gateway lint validate bench load mutants chaos tools format clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +51,9 @@ test: $(DEV) ## All tests: the library alone, against transformers, against real
 
 test-unit: $(DEV) ## The tests that need no server
 	$(BIN)/python -m pytest $(PARALLEL) tests/unit $(ARGS)
+
+test-gateway: $(GATEWAY_CLIENTS) ## The clients of OpenAI, Cohere, LangChain, LlamaIndex, LiteLLM, Weaviate, Immich before the gateway
+	$(BIN)/python -m pytest -n 0 -rs tests/unit/gateway tests/triton/gateway $(ARGS)
 
 lint: $(DEV) ## Style and types
 	$(BIN)/ruff check .
@@ -122,4 +126,11 @@ $(SERVER): pyproject.toml $(VENV)/bin/python
 $(DEV): $(SERVER)
 	@echo "Installing the tools of tests and validation into $(VENV): 1.6 GB more, some minutes ..."
 	@$(PIP) -e '.[server,validate,dev]'
+	@touch $@
+
+# All at once, so that the clients cannot move the pins of the server.
+$(GATEWAY_CLIENTS): $(DEV)
+	@echo "Installing LangChain, LlamaIndex and LiteLLM into $(VENV): 370 MB more ..."
+	@$(PIP) -e '.[server,validate,dev,gateway-clients]'
+	$(BIN)/pip check
 	@touch $@

@@ -23,7 +23,15 @@ from siglip_gateway.pictures import looks_like_a_picture, picture_of
 from siglip_gateway.refusals import Refusal
 from siglip_gateway.service import Dialect, Service, json_object, json_response
 
-__all__ = ["OPENAI", "EmbeddingsRequest", "embeddings", "models", "parse", "part_of_content"]
+__all__ = [
+    "OPENAI",
+    "EmbeddingsRequest",
+    "embeddings",
+    "error_object",
+    "models",
+    "parse",
+    "part_of_content",
+]
 
 _FORMATS = ("float", "base64", *COMPACT)
 # Names of the field that says how vectors are written: OpenAI's, LlamaIndex's, Jina's.
@@ -32,9 +40,15 @@ _PICTURE_FIELDS = ("image", "bytes", "url", "image_url")
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 429: "rate_limit_error"}
 
 
-def _error(refusal: Refusal) -> Mapping[str, Any]:
+def error_object(refusal: Refusal) -> Mapping[str, Any]:
+    """An error in OpenAI's form."""
     kind = _TYPES.get(refusal.status, "invalid_request_error" if refusal.status < 500 else "server_error")
     return {"error": {"message": refusal.message, "type": kind, "param": refusal.param, "code": refusal.code}}
+
+
+def _error(refusal: Refusal) -> Mapping[str, Any]:
+    # Jina's clients look for the message in `detail`, and those of OpenAI at nothing but `error`.
+    return {**error_object(refusal), "detail": refusal.message}
 
 
 OPENAI = Dialect("openai", _error)

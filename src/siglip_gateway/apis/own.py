@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from siglip_gateway.apis.fields import boolean, texts_of
-from siglip_gateway.apis.openai import OPENAI
+from siglip_gateway.apis.openai import error_object
 from siglip_gateway.inputs import Input, Text
 from siglip_gateway.pictures import file_of, picture_of
 from siglip_gateway.refusals import Refusal, refusal_of
@@ -22,7 +22,7 @@ _DRAWINGS_ONLY = re.compile(r"^[^;]*\bdraw(n|ings)\b[^;]*\bonly\b")
 
 _FIELDS = {"INPUT_IMAGE[0]": "image", "LABELS": "labels", "TEMPLATE": "templates"}
 
-OWN = Dialect("own", OPENAI.error)
+OWN = Dialect("own", error_object)
 
 
 async def classify(service: Service, _request: Request, body: bytes) -> Response:

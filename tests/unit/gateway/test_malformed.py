@@ -47,7 +47,7 @@ SEEDS: dict[str, list[Any]] = {
     ],
 }
 FIELDS = {
-    "/v1/embeddings": {"error"},
+    "/v1/embeddings": {"error", "detail"},
     "/v2/embed": {"id", "message"},
     "/vectorize": {"error"},
     "/classify": {"error"},

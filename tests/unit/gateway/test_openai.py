@@ -206,6 +206,7 @@ def test_errors_of_triton_name_the_inputs_of_the_caller() -> None:
     assert pictures.json()["error"]["message"] == "input[2]: not an image; input[3]: not an image"
     assert text.json()["error"]["message"].startswith("input[2]: the text has 301 tokens")
     assert text.json()["error"].keys() == {"message", "type", "param", "code"}
+    assert text.json()["detail"] == text.json()["error"]["message"]  # for Jina's clients
 
 
 def test_many_inputs_are_spread_over_requests() -> None:
