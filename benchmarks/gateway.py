@@ -5,7 +5,8 @@
 The ways are `triton` (KServe's JSON with base64 at Triton's own HTTP port), `door` (the same at the public
 port), `gateway` (OpenAI's API with data URIs) and every `--peer`, a running server of another project. A row
 has the medians over the rounds, and those of the ratio to `triton` within a round. CPU time is in
-milliseconds per picture or text. `largest_difference` is that of any value of the vectors from Triton's.
+milliseconds per picture or text. `largest_difference` is that of any value of the vectors from Triton's, and
+`cosine_to_transformers` the smallest cosine of texts to those of transformers, padded as SigLIP was trained.
 """
 
 from __future__ import annotations
@@ -106,11 +107,13 @@ def main() -> None:
 
 def _compare(options: argparse.Namespace, ways: Sequence[Way], batch: int, concurrency: int) -> None:
     """Measure all ways with the same inputs and write their rows."""
-    given = _texts(options.pictures) if options.input == "text" else pictures(options)
+    texts = _texts(options.pictures)
+    given: Sequence[str] | Sequence[bytes] = texts if options.input == "text" else pictures(options)
     bodies = {way.name: _bodies(way.form, given, batch) for way in ways}
     model = "embed_text" if options.input == "text" else "embed_image"
     targets = {way.name: way.target(model) for way in ways}
     expected = {name: first_answers(targets[name], bodies[name]) for name in targets}
+    reference = _transformers(options.checkpoint, texts) if options.input == "text" else None
     rounds: list[dict[str, Result]] = []
     for turn in range(options.rounds):
         found = {}
@@ -139,6 +142,7 @@ def _compare(options: argparse.Namespace, ways: Sequence[Way], batch: int, concu
             **_measured(way, [found[way.name] for found in rounds], batch),
             **_ratios(way, rounds),
             **_fidelity(expected[way.name], expected["triton"], batch),
+            "cosine_to_transformers": _closeness(expected[way.name], reference, batch),
         }
         _print(row)
         rows.append(row)
@@ -205,6 +209,29 @@ def _fidelity(found: NDArray[np.float32], triton: NDArray[np.float32], batch: in
         "largest_difference": f"{np.abs(scaled - own).max():.3g}",
         "cosine_min": f"{cosine(rows, own).min():.6f}",
     }
+
+
+def _closeness(found: NDArray[np.float32], reference: NDArray[np.float32] | None, batch: int) -> str:
+    """The smallest cosine of vectors to those of transformers, which are in the order of the inputs."""
+    if reference is None:
+        return ""
+    rows = found.reshape(len(found), batch, -1)
+    order = [[(first + n) % len(reference) for n in range(batch)] for first in range(len(rows))]
+    return f"{cosine(rows, reference[order]).min():.6f}"
+
+
+def _transformers(checkpoint: Path, texts: Sequence[str]) -> NDArray[np.float32]:
+    """The vectors [N, D] of texts as transformers compute them, in float32 and padded to the full length."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModel.from_pretrained(checkpoint).eval()
+    length = model.config.text_config.max_position_embeddings
+    ids = tokenizer(list(texts), padding="max_length", max_length=length, return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        found: NDArray[np.float32] = model.text_model(input_ids=ids).pooler_output.numpy()
+    return found
 
 
 def _bodies(form: JsonForm, given: Sequence[Any], batch: int) -> list[bytes]:
@@ -285,6 +312,7 @@ def _print(row: Mapping[str, str]) -> None:
         f"{row['label']} {row['input']} x{row['batch']} {row['concurrency']} in flight, {row['way']}: "
         f"{row['per_second']}/s, p50 {row['p50_ms']} p99 {row['p99_ms']} ms, ratio {row['ratio'] or '-'}, "
         f"errors {row['errors']}, checked {row['checked']}, difference {row['largest_difference']}, "
+        f"to transformers {row['cosine_to_transformers'] or '-'}, "
         f"busy {row['busy_cores']}, {row['memory_mb']} MB\n    CPU ms: {cpu}",
         flush=True,
     )

@@ -84,3 +84,12 @@ def test_vectors_of_a_peer_are_scaled_before_they_are_compared() -> None:
     assert float(scaled["largest_difference"]) < 1e-6
     swapped = gateway._fidelity(unit[::-1].reshape(1, -1), unit.reshape(1, -1), batch=2)
     assert float(swapped["cosine_min"]) < 0.5
+
+
+def test_texts_are_compared_with_the_reference_of_their_place() -> None:
+    reference = np.eye(3, dtype=np.float32)
+    # Two requests of two texts: the first and the second, the second and the third.
+    found = np.stack([reference[[0, 1]].ravel(), reference[[1, 2]].ravel()])
+    assert float(gateway._closeness(found, reference, batch=2)) == 1
+    assert float(gateway._closeness(found[::-1], reference, batch=2)) == 0
+    assert gateway._closeness(found, None, batch=2) == ""
