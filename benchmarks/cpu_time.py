@@ -60,5 +60,7 @@ def _what(command: list[str], name: str) -> str:
         if model := re.search(r"/([^/]+)/\d+/model\.py$", argument):
             return model[1]
     if "-m" in command[:-1]:
-        return command[command.index("-m") + 1]
+        module, *words = command[command.index("-m") + 1 :]
+        # The doors are one module. Its first word is the protocol.
+        return f"{module} {words[0]}" if words and module.endswith(".doors") else module
     return name

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 __all__ = [
     "Answer",
     "Client",
+    "HttpClient",
+    "JsonForm",
     "Kind",
     "Target",
     "TritonHttpClient",
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 Kind = Literal["grpc", "tritonclient", "triton_http", "http"]
+JsonForm = Literal["openai", "weaviate", "triton_json"]  # of `json_clients`, whose requests are complete
 Answer = tuple[int, str, Any]  # the request's number; its error status, "" if there is none; its body
 
 _METHOD = "/inference.GRPCInferenceService/ModelInfer"
@@ -43,10 +46,10 @@ class Target:
 
     Attributes:
         url: host:port.
-        where: for Triton the name of the model, for another server the path.
+        where: for Triton the name of the model, for another server and for JSON the path.
     """
 
-    kind: Kind
+    kind: Kind | JsonForm
     url: str
     where: str
 
@@ -68,12 +71,15 @@ class Client(Protocol):
 
 
 def connect(target: Target, pictures: Sequence[bytes]) -> Client:
-    """A client of the target's kind."""
-    kinds: dict[Kind, Callable[[Target, Sequence[bytes]], Client]] = {
+    """A client of the target's kind. For one of JSON, `pictures` are the bodies of requests."""
+    from benchmarks.json_clients import JSON_CLIENTS
+
+    kinds: dict[Kind | JsonForm, Callable[[Target, Sequence[bytes]], Client]] = {
         "grpc": GrpcClient,
         "tritonclient": TritonClient,
         "triton_http": TritonHttpClient,
         "http": HttpClient,
+        **JSON_CLIENTS,
     }
     return kinds[target.kind](target, pictures)
 
@@ -273,7 +279,7 @@ class HttpClient:
 
     def _read(self, connection: _Connection) -> list[Answer]:
         try:
-            data = connection.socket.recv(65536)
+            data = connection.socket.recv(2**18)
         except OSError as error:
             self._drop(connection, error)
             return []

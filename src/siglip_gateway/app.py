@@ -76,7 +76,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         speaker = client or AsyncClient(options.triton, timeout=options.timeout)
         reader = urls or UrlReader(options.url_hosts, options.max_download, options.download_timeout)
-        app.state.service = Service(options, Backend(speaker), keys, reader)
+        app.state.service = Service(options, Backend(speaker, options.timeout), keys, reader)
         try:
             yield
         finally:

@@ -8,7 +8,8 @@ import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, Unpack
+from functools import partial
+from typing import Any, Protocol, TypeAlias, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,15 +24,19 @@ from siglip_serve_client.errors import (
 
 from siglip_gateway.inputs import File, Picture, Resolved, Text
 from siglip_gateway.places import placed
+from siglip_gateway.together import Together
 
 __all__ = ["Backend", "Checkpoint", "Health", "TritonClient"]
 
 T = TypeVar("T")
+Send: TypeAlias = Callable[[Sequence[Any]], Coroutine[Any, Any, NDArray[np.float32]]]
 
 _TEXTS = 256  # per request to Triton
 _PICTURES = (
     32  # per request to Triton: enough that the request costs little, few enough to share the decoders
 )
+# Single inputs that share a request. Each decoder takes one request at a time, so pictures stay spread.
+_SHARED_TEXTS, _SHARED_PICTURES = 32, 8
 _KNOWN = 30.0  # seconds after which the checkpoint is asked for again
 _HEALTHY = 1.0  # seconds for which a health check stays true
 _PATIENCE = 10.0  # seconds for a health check
@@ -117,10 +122,16 @@ class Health:
 
 
 class Backend:
-    """Asks Triton. Nothing that was sent is cancelled, and no request of a caller ends another."""
+    """Asks Triton. Nothing that was sent is cancelled, and no request of a caller ends another.
 
-    def __init__(self, client: TritonClient) -> None:
-        self._client = client
+    Args:
+        client: speaks to Triton.
+        patience: seconds that a single input waits while Triton is busy with others.
+    """
+
+    def __init__(self, client: TritonClient, patience: float = 60.0) -> None:
+        self._client, self._patience = client, patience
+        self._shared: dict[tuple[type, bool, bool], Together[Any]] = {}
         self._checkpoint: tuple[float, Checkpoint] | None = None
         self._described: dict[str, tuple[float, Mapping[str, str]]] = {}
         self._health: tuple[float, asyncio.Task[Health]] | None = None
@@ -142,29 +153,38 @@ class Backend:
             InvalidInputError: an input is refused. The message names its place in the caller's request.
             ClientError: Triton does not serve now.
         """
+        if len(inputs) == 1:
+            kind, value = _kind_of(inputs[0]), _content(inputs[0])
+            shared = self._together(kind, normalized, truncation)
+            _, vectors = await _named(inputs, [0], lambda _rows: shared.embed(value))
+            return vectors
+        jobs = []
+        for kind in (Text, Picture, File):
+            send = self._sender(kind, normalized, truncation)
+            rows = [row for row, item in enumerate(inputs) if _kind_of(item) is kind]
+            jobs += [(send, chunk) for chunk in _chunks(rows, _TEXTS if kind is Text else _PICTURES)]
+
+        def asked(send: Send, rows: Sequence[int]) -> Coroutine[Any, Any, NDArray[np.float32]]:
+            return send([_content(inputs[row]) for row in rows])
+
+        parts = await _all([_named(inputs, rows, partial(asked, send)) for send, rows in jobs])
+        return _in_place(len(inputs), parts)
+
+    def _sender(self, kind: type, normalized: bool, truncation: bool) -> Send:
+        """The method of the client that embeds inputs of one kind in one request."""
         client = self._client
-        texts = [row for row, item in enumerate(inputs) if isinstance(item, Text)]
-        encoded = [row for row, item in enumerate(inputs) if isinstance(item, Picture)]
-        files = [row for row, item in enumerate(inputs) if isinstance(item, File)]
+        if kind is Text:
+            return lambda texts: client.embed_texts(texts, normalized, truncation=truncation)
+        encoded = kind is Picture
+        return lambda files: client.embed_image_batch(files, normalized, base64_encoded=encoded)
 
-        def of_texts(rows: Sequence[int]) -> Awaitable[NDArray[np.float32]]:
-            chosen = [item.text for row in rows if isinstance(item := inputs[row], Text)]
-            return client.embed_texts(chosen, normalized, truncation=truncation)
-
-        def of_pictures(rows: Sequence[int]) -> Awaitable[NDArray[np.float32]]:
-            chosen = [item.base64 for row in rows if isinstance(item := inputs[row], Picture)]
-            return client.embed_image_batch(chosen, normalized, base64_encoded=True)
-
-        def of_files(rows: Sequence[int]) -> Awaitable[NDArray[np.float32]]:
-            chosen = [item.data for row in rows if isinstance(item := inputs[row], File)]
-            return client.embed_image_batch(chosen, normalized)
-
-        jobs = [(of_texts, rows) for rows in _chunks(texts, _TEXTS)]
-        jobs += [(of_pictures, rows) for rows in _chunks(encoded, _PICTURES)]
-        jobs += [(of_files, rows) for rows in _chunks(files, _PICTURES)]
-        return _in_place(
-            len(inputs), await _all([_named(inputs, rows, operation) for operation, rows in jobs])
-        )
+    def _together(self, kind: type, normalized: bool, truncation: bool) -> Together[Any]:
+        """Where single inputs wait for others with the same parameters."""
+        key = (kind, normalized, truncation and kind is Text)
+        if key not in self._shared:
+            most = _SHARED_TEXTS if kind is Text else _SHARED_PICTURES
+            self._shared[key] = Together(self._sender(*key), most, self._patience)
+        return self._shared[key]
 
     async def ask(self, operation: Callable[[TritonClient], Awaitable[T]], fields: Mapping[str, str]) -> T:
         """The result of an operation of Triton's client.
@@ -279,6 +299,16 @@ def _consume(task: asyncio.Future[Any]) -> None:
         task.exception()
 
 
+def _kind_of(item: Resolved) -> type[Text | Picture | File]:
+    return type(item)
+
+
+def _content(item: Resolved) -> str | bytes:
+    if isinstance(item, Text):
+        return item.text
+    return item.base64 if isinstance(item, Picture) else item.data
+
+
 def _chunks(rows: Sequence[int], most: int) -> list[Sequence[int]]:
     return [rows[start : start + most] for start in range(0, len(rows), most)]
 
@@ -286,7 +316,7 @@ def _chunks(rows: Sequence[int], most: int) -> list[Sequence[int]]:
 async def _named(
     inputs: Sequence[Resolved],
     rows: Sequence[int],
-    operation: Callable[[Sequence[int]], Awaitable[NDArray[np.float32]]],
+    operation: Callable[[Sequence[int]], Coroutine[Any, Any, NDArray[np.float32]]],
 ) -> tuple[Sequence[int], NDArray[np.float32]]:
     """The vectors of some rows. An error names the inputs as the caller knows them."""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import binascii
 import random
 import struct
 import subprocess
@@ -330,6 +331,21 @@ def test_decodes_base64() -> None:
 def test_refuses_text_that_is_not_base64(text: bytes, message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         decode_base64(text)
+
+
+def test_takes_the_base64_that_python_takes_strictly() -> None:
+    draw = random.Random(7)
+    for _ in range(20_000):
+        text = bytes(draw.choice(b"ABab01+/=-_!\x00\xff") for _ in range(draw.randrange(1, 13)))
+        try:
+            expected: bytes | None = binascii.a2b_base64(text, strict_mode=True)
+        except binascii.Error:
+            expected = None
+        try:
+            found: bytes | None = decode_base64(text)
+        except InvalidInputError:
+            found = None
+        assert found == expected, text
 
 
 def test_refuses_base64_of_more_bytes_than_the_limit() -> None:
