@@ -70,6 +70,7 @@ class Checkpoint:
     name: str
     width: int
     note: str = ""
+    revision: str = ""
 
 
 class Backend:
@@ -145,6 +146,7 @@ class Backend:
                 description.get("checkpoint_name", ""),
                 await self.healthy(),
                 description.get("checkpoint_note", ""),
+                description.get("checkpoint_revision", ""),
             )
             self._checkpoint = now, found
         return self._checkpoint[1]

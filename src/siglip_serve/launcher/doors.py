@@ -39,12 +39,16 @@ class Doors:
         host: IPv4 address that callers use.
         ports: public port by the kind of the door, `grpc`, `http` or `gateway`.
         grpc_url: Triton's public gRPC address, `host:port`, for the gateway.
+        projection: file of a projection for the gateway.
     """
 
-    def __init__(self, host: str, ports: Mapping[str, int], grpc_url: str = "") -> None:
+    def __init__(
+        self, host: str, ports: Mapping[str, int], grpc_url: str = "", projection: Path | None = None
+    ) -> None:
         self._host = host
         self._ports = ports
         self._grpc_url = grpc_url
+        self._projection = projection
         self._own: dict[str, int] = {}
         self._held = ExitStack()
         self._processes: list[_Process] = []
@@ -150,6 +154,8 @@ class Doors:
         counters.mkdir(exist_ok=True)
         command = [sys.executable, "-m", "siglip_gateway", "--triton", self._grpc_url]
         command += ["--host", _LOOPBACK, "--port", str(port), "--no-access-log"]
+        if self._projection is not None:
+            command += ["--projection", str(self._projection.absolute())]
         return [*command, "--share-port", "--metrics-folder", str(counters)]
 
     def _hold(self, address: str, port: int, option: int) -> int:

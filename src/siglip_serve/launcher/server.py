@@ -87,7 +87,7 @@ class TritonServer:
         if options.gateway_port is not None:
             (self.gateway_port,) = free_ports("127.0.0.1", {GATEWAY: options.gateway_port})
             doors[GATEWAY] = self.gateway_port
-        self._doors = Doors(self._host, doors, self.grpc_url)
+        self._doors = Doors(self._host, doors, self.grpc_url, options.gateway_projection)
         # Triton's own addresses, which are those of callers where there is no door.
         self._triton = {kind: (self._host, port) for kind, port in public.items()}
         self.models: list[str] = []
