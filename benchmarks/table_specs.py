@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from benchmarks.table_parts import Cell, Column, Key, Source, Summary, Table
+from benchmarks.vector_tables import VECTORS
 
 __all__ = ["FIGURES", "TABLES"]
 
@@ -441,7 +442,7 @@ _TEAMS: Mapping[str, Table | Summary] = {
     ),
 }
 
-TABLES: Mapping[str, Table | Summary] = {**_SPEED, **_CLIENTS, **_QUALITY, **_TEAMS}
+TABLES: Mapping[str, Table | Summary] = {**_SPEED, **_CLIENTS, **_QUALITY, **VECTORS, **_TEAMS}
 
 FIGURES: Mapping[str, tuple[Source, Cell]] = {
     "peer-gpu": (

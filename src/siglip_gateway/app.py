@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 from fastapi import FastAPI
 from siglip_serve_client import AsyncClient
+from siglip_serve_client.projection import read_projection
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -19,6 +20,7 @@ from starlette.responses import Response
 
 from siglip_gateway.apis import cohere, explain, immich, openai, own, teams, weaviate
 from siglip_gateway.backend import Backend, TritonClient
+from siglip_gateway.dimensions import Dimensions
 from siglip_gateway.options import ENVIRONMENT, GatewayOptions, read_keys
 from siglip_gateway.page.routes import add_page, is_page
 from siglip_gateway.refusals import Refusal
@@ -65,9 +67,10 @@ def create_app(
         urls: fetches pictures, or None for one that follows `options.url_hosts`.
 
     Raises:
-        OSError, ValueError: the file of keys cannot be read, or holds none.
+        OSError, ValueError: the file of keys cannot be read, or holds none. The same for the projection.
     """
     keys = read_keys(options.api_key_file)
+    dimensions = Dimensions(read_projection(options.projection) if options.projection else None)
     if options.access_log:
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
         _LOG.setLevel(logging.INFO)
@@ -76,7 +79,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         speaker = client or AsyncClient(options.triton, timeout=options.timeout)
         reader = urls or UrlReader(options.url_hosts, options.max_download, options.download_timeout)
-        app.state.service = Service(options, Backend(speaker, options.timeout), keys, reader)
+        app.state.service = Service(options, Backend(speaker, options.timeout), keys, reader, dimensions)
         try:
             yield
         finally:

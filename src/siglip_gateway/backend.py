@@ -104,6 +104,7 @@ class Checkpoint:
     name: str
     width: int
     note: str = ""
+    revision: str = ""
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,10 @@ class Backend:
             if not health.width:
                 raise next(iter(health.failed.values()))
             found = Checkpoint(
-                description.get("checkpoint_name", ""), health.width, description.get("checkpoint_note", "")
+                description.get("checkpoint_name", ""),
+                health.width,
+                description.get("checkpoint_note", ""),
+                description.get("checkpoint_revision", ""),
             )
             self._checkpoint = now, found
         return self._checkpoint[1]

@@ -10,17 +10,25 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields, replace
+from multiprocessing import get_context
 from typing import Any, NoReturn
 
 import uvicorn
+from siglip_serve_client import AsyncClient
+from siglip_serve_client.errors import ClientError
+from siglip_serve_client.projection import read_projection
 
 from siglip_gateway.app import create_app
+from siglip_gateway.backend import Backend, Checkpoint
+from siglip_gateway.dimensions import mismatch
 from siglip_gateway.options import ENVIRONMENT, GatewayOptions, read_keys
 
 __all__ = ["main"]
 
 _DEFAULTS = GatewayOptions()
+_PATIENCE = 10.0  # seconds for Triton's answer before the start
 
 
 def main(
@@ -39,10 +47,8 @@ def main(
         refuse(parser, unknown)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    try:
-        read_keys(given.api_key_file)
-    except (OSError, ValueError) as error:
-        print(f"siglip-serve gateway: --api-key-file: {error}", file=sys.stderr)
+    if problem := _problem(given):
+        print(f"siglip-serve gateway: {problem}", file=sys.stderr)
         return 1
     known = {field.name for field in fields(GatewayOptions)} & vars(given).keys()
     values = {name: getattr(given, name) for name in known}
@@ -57,6 +63,42 @@ def main(
     signal.signal(signal.SIGTERM, lambda *_: None)
     with tempfile.TemporaryDirectory(prefix="siglip-gateway-") as folder:
         return _run(given, options if given.workers == 1 else replace(options, metrics_folder=folder))
+
+
+def _problem(given: argparse.Namespace) -> str:
+    """Say what is wrong with the files of the options, or "" if nothing is."""
+    try:
+        read_keys(given.api_key_file)
+    except (OSError, ValueError) as error:
+        return f"--api-key-file: {error}"
+    if given.projection is None:
+        return ""
+    try:
+        projection = read_projection(given.projection)
+    except (OSError, ValueError) as error:
+        return f"--projection: {error}"
+    if given.share_port:  # the launcher starts Triton at the same time, so the first request checks
+        return ""
+    # A process of its own asks: gRPC wants one event loop per process, and this one's belongs to uvicorn.
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        served = pool.submit(_served, given.triton).result()
+    problem = "" if served is None else mismatch(projection, served)
+    return f"--projection {given.projection}: {problem}" if problem else ""
+
+
+def _served(triton: str) -> Checkpoint | None:
+    """The checkpoint of Triton, or None if it does not answer now. The first request then asks again."""
+
+    async def ask() -> Checkpoint | None:
+        backend = Backend(AsyncClient(triton, timeout=_PATIENCE, restart_wait=0))
+        try:
+            return await backend.checkpoint()
+        except ClientError:
+            return None
+        finally:
+            await backend.close()
+
+    return asyncio.run(ask())
 
 
 def _run(given: argparse.Namespace, options: GatewayOptions) -> int:
@@ -143,6 +185,11 @@ def _add_addresses(group: argparse._ArgumentGroup) -> None:
         dest="normalized",
         action="store_false",
         help="answer vectors as the towers compute them, instead of vectors of length 1",
+    )
+    group.add_argument(
+        "--projection",
+        metavar="FILE",
+        help="file of `siglip-serve fit-projection`, for requests with fewer dimensions",
     )
 
 

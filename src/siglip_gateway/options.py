@@ -23,6 +23,7 @@ class GatewayOptions:
         immich_upstream: URL of Immich's own machine learning service, for tasks other than CLIP.
         cors_origins: origins of pages that may call the gateway.
         normalized: vectors have the length 1, unless a request says otherwise.
+        projection: file of `siglip-serve fit-projection`, for requests with fewer dimensions.
         max_body: bytes of a request.
         max_inputs: texts and pictures of a request.
         max_pictures: pictures of a request.
@@ -44,6 +45,7 @@ class GatewayOptions:
     immich_upstream: str | None = None
     cors_origins: tuple[str, ...] = ()
     normalized: bool = True
+    projection: str | None = None
     max_body: int = 64 * 2**20
     max_inputs: int = 2048
     max_pictures: int = 256

@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from siglip_gateway.backend import Backend
 from siglip_gateway.counters import Counters
+from siglip_gateway.dimensions import Dimensions
 from siglip_gateway.inputs import Input, Link, Resolved, Text
 from siglip_gateway.options import GatewayOptions
 from siglip_gateway.protection import Keys, Turns, read_body
@@ -28,9 +29,14 @@ class Service:
     """A gateway's parts, one of each per worker process."""
 
     def __init__(
-        self, options: GatewayOptions, backend: Backend, keys: Sequence[str], urls: UrlReader
+        self,
+        options: GatewayOptions,
+        backend: Backend,
+        keys: Sequence[str],
+        urls: UrlReader,
+        dimensions: Dimensions,
     ) -> None:
-        self.options, self.backend, self.urls = options, backend, urls
+        self.options, self.backend, self.urls, self.dimensions = options, backend, urls, dimensions
         self.keys = Keys(keys)
         self.turns = Turns(options.max_running, options.max_waiting, options.timeout)
         self.counters = Counters(options.metrics_folder)
@@ -42,12 +48,18 @@ class Service:
         await self.backend.close()
 
     async def embed(
-        self, inputs: Sequence[Input], *, normalized: bool | None = None, truncation: bool = False
+        self,
+        inputs: Sequence[Input],
+        *,
+        normalized: bool | None = None,
+        truncation: bool = False,
+        dimensions: int | None = None,
     ) -> NDArray[np.float32]:
         """The vectors [N, D] float32 of inputs, in their order.
 
         Args:
             normalized: scale each to length 1, or None as the gateway's options say.
+            dimensions: their width, which has passed `Dimensions.check`, or None for that of the checkpoint.
 
         Raises:
             Refusal: too many inputs, a text that is too long, or a URL that cannot be read.
@@ -58,7 +70,7 @@ class Service:
         vectors = await self.backend.embed(resolved, scaled, truncation)
         texts = sum(isinstance(item, Text) for item in inputs)
         self.counters.inputs(texts, len(inputs) - texts)
-        return vectors
+        return self.dimensions.cut(vectors, dimensions, scaled)
 
     async def resolve(self, inputs: Sequence[Input], *, most_pictures: int | None = None) -> list[Resolved]:
         """Inputs within the limits, with all URLs fetched.

@@ -1,4 +1,4 @@
-"""The command `siglip-serve`: serve, gateway, embed, classify, explain, teams, bench, health."""
+"""The command `siglip-serve`: serve, gateway, embed, fit-projection, classify, explain, teams and others."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from siglip_serve_client.commands.bench.command import add_bench
 from siglip_serve_client.commands.classify import add_classify
 from siglip_serve_client.commands.embed.command import add_embed
 from siglip_serve_client.commands.explain.command import add_explain
+from siglip_serve_client.commands.fit_projection import add_fit_projection
 from siglip_serve_client.commands.health import add_health
 from siglip_serve_client.commands.install_hint import install_hint
 from siglip_serve_client.commands.options import add_connection
@@ -69,6 +70,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction[argpa
     for name, (_, _, text) in _ELSEWHERE.items():
         commands.add_parser(name, help=text)
     add_embed(commands)
+    add_fit_projection(commands)
     add_classify(commands)
     add_explain(commands)
     add_connection(add_teams(commands))

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from siglip_serve_client.compact import COMPACT, as_base64, compact
 from starlette.requests import Request
 from starlette.responses import Response
 
 from siglip_gateway.apis.fields import chosen, listed, texts_of, whole, wrong
 from siglip_gateway.apis.openai import part_of_content
-from siglip_gateway.compact import COMPACT, as_base64, compact
 from siglip_gateway.inputs import Input, Text
 from siglip_gateway.pictures import picture_of, read_header
 from siglip_gateway.refusals import Refusal
@@ -44,14 +44,9 @@ async def embed(service: Service, _request: Request, body: bytes) -> Response:
     inputs = inputs_of(asked)
     width = whole(asked, "output_dimension")
     checkpoint = await service.backend.checkpoint()
-    if width not in (None, checkpoint.width):
-        raise Refusal(
-            400,
-            f"output_dimension: {width}, but vectors of {checkpoint.name} have {checkpoint.width} "
-            "dimensions and cannot be shortened",
-        )
+    service.dimensions.check(width, "output_dimension", checkpoint)
     resolved = await service.resolve(inputs)
-    vectors = await service.embed(resolved, truncation=cut == "END")
+    vectors = await service.embed(resolved, truncation=cut == "END", dimensions=width)
     pictures = [item for item in resolved if not isinstance(item, Text)]
     return json_response(
         {

@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from siglip_serve_client.compact import COMPACT, ENDIANNESS, FLOATS, as_base64, compact
 from starlette.requests import Request
 from starlette.responses import Response
 
 from siglip_gateway.apis.fields import boolean, chosen, whole, wrong
-from siglip_gateway.compact import COMPACT, as_base64, compact
 from siglip_gateway.inputs import Input, Text
 from siglip_gateway.pictures import looks_like_a_picture, picture_of
 from siglip_gateway.refusals import Refusal
@@ -33,7 +33,7 @@ __all__ = [
     "part_of_content",
 ]
 
-_FORMATS = ("float", "base64", *COMPACT)
+_FORMATS = ("float", "base64", "float16", *COMPACT)
 # Names of the field that says how vectors are written: OpenAI's, LlamaIndex's, Jina's.
 _FORMAT_FIELDS = ("encoding_format", "encoding_type", "embedding_type")
 _PICTURE_FIELDS = ("image", "bytes", "url", "image_url")
@@ -60,9 +60,10 @@ class EmbeddingsRequest:
 
     Attributes:
         encoding: how vectors are written: float, base64, int8, uint8, binary or ubinary.
+        dtype, endianness: values and order of bytes of base64, as `as_base64` takes them.
         normalized: scale vectors to length 1, or None as the gateway's options say.
         truncation: cut texts that are too long.
-        dimensions: the width that the caller expects, or None.
+        dimensions: the width that the caller asks for, or None.
     """
 
     inputs: list[Input]
@@ -70,25 +71,25 @@ class EmbeddingsRequest:
     normalized: bool | None = None
     truncation: bool = False
     dimensions: int | None = None
+    dtype: str = "float32"
+    endianness: str = "little"
 
 
 async def embeddings(service: Service, _request: Request, body: bytes) -> Response:
     """Answer `POST /v1/embeddings`."""
     asked = parse(json_object(body))
     checkpoint = await service.backend.checkpoint()
-    if asked.dimensions not in (None, checkpoint.width):
-        raise Refusal(
-            400,
-            f"dimensions: {asked.dimensions}, but vectors of {checkpoint.name} have {checkpoint.width} "
-            "dimensions and cannot be shortened",
-            param="dimensions",
-            code="invalid_value",
-        )
-    vectors = await service.embed(asked.inputs, normalized=asked.normalized, truncation=asked.truncation)
+    service.dimensions.check(asked.dimensions, "dimensions", checkpoint)
+    vectors = await service.embed(
+        asked.inputs,
+        normalized=asked.normalized,
+        truncation=asked.truncation,
+        dimensions=asked.dimensions,
+    )
     if asked.encoding == "float":
         rows: Any = vectors
     elif asked.encoding == "base64":
-        rows = as_base64(vectors)
+        rows = as_base64(vectors, asked.dtype, asked.endianness)
     else:
         rows = compact(vectors, asked.encoding)
     texts = sum(isinstance(item, Text) for item in asked.inputs)
@@ -121,6 +122,7 @@ async def models(service: Service, _request: Request, _body: bytes) -> Response:
         "created": 0,
         "owned_by": "siglip-serve",
         "dimensions": checkpoint.width,
+        "projected_dimensions": service.dimensions.most,
         "note": checkpoint.note or None,
     }
     return json_response({"object": "list", "data": [entry]})
@@ -134,16 +136,46 @@ def parse(body: Mapping[str, Any]) -> EmbeddingsRequest:
     """
     if ("input" in body) == ("messages" in body):
         raise Refusal(400, "expected either input or messages", param="input", code="missing_input")
-    encoding = "float"
-    for name in _FORMAT_FIELDS:
-        if body.get(name) is not None:
-            encoding = chosen(body[name], name, _FORMATS)
+    encoding, dtype, endianness = _encoding(body)
     inputs = _inputs(body) if "input" in body else list(_of_messages(body["messages"]))
     if not inputs:
         raise Refusal(400, "there is nothing to embed: the input is empty", param="input", code="empty_input")
     return EmbeddingsRequest(
-        inputs, encoding, boolean(body, "normalized"), _truncation(body), whole(body, "dimensions")
+        inputs,
+        encoding,
+        boolean(body, "normalized"),
+        _truncation(body),
+        whole(body, "dimensions"),
+        dtype,
+        endianness,
     )
+
+
+def _encoding(body: Mapping[str, Any]) -> tuple[str, str, str]:
+    """How vectors are written: the format, and the values and the order of bytes of base64.
+
+    `embed_dtype` and `endianness` are vLLM's, and change base64 alone there too. The format float16 is base64
+    of float16.
+    """
+    encoding, field = "float", "encoding_format"
+    for name in _FORMAT_FIELDS:
+        if body.get(name) is not None:
+            encoding, field = chosen(body[name], name, _FORMATS), name
+    dtype, endianness = body.get("embed_dtype"), body.get("endianness")
+    if dtype is not None:
+        chosen(dtype, "embed_dtype", FLOATS)
+    if endianness is not None:
+        chosen(endianness, "endianness", ENDIANNESS)
+    if encoding != "float16":
+        return encoding, dtype or "float32", endianness or "little"
+    if dtype not in (None, "float16"):
+        raise Refusal(
+            400,
+            f"embed_dtype: {dtype!r}, but {field} is 'float16'",
+            param="embed_dtype",
+            code="invalid_value",
+        )
+    return "base64", "float16", endianness or "little"
 
 
 def _inputs(body: Mapping[str, Any]) -> list[Input]:

@@ -141,15 +141,7 @@ def _add_addresses(group: argparse._ArgumentGroup) -> None:
             help=f"callers speak {protocol} with Triton itself instead of with a door in front of it "
             "(default: only where Triton is not that of the wheel)",
         )
-    add(
-        "--gateway-port",
-        type=int,
-        default=None,
-        metavar="PORT",
-        help="port on 127.0.0.1 of the gateway, for the APIs of OpenAI, Cohere, Weaviate and Immich; "
-        f"0: a free one (default: {_GATEWAY_PORT}, or the next one that is free)",
-    )
-    add("--no-gateway", action="store_true", help="run no gateway")
+    _add_gateway(group)
     add(
         "--shared-memory",
         action="store_true",
@@ -167,6 +159,26 @@ def _add_addresses(group: argparse._ArgumentGroup) -> None:
         default="",
         metavar="FILE",
         help=f"image of the printed command to try (default: the first in {_SAMPLES}/ of the checkpoint)",
+    )
+
+
+def _add_gateway(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--gateway-port",
+        type=int,
+        default=None,
+        metavar="PORT",
+        help="port on 127.0.0.1 of the gateway, for the APIs of OpenAI, Cohere, Weaviate and Immich; "
+        f"0: a free one (default: {_GATEWAY_PORT}, or the next one that is free)",
+    )
+    add("--no-gateway", action="store_true", help="run no gateway")
+    add(
+        "--gateway-projection",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="file of `siglip-serve fit-projection`, for requests to the gateway with fewer dimensions",
     )
 
 

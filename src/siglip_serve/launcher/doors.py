@@ -41,13 +41,21 @@ class Doors:
         host: IPv4 address that callers use.
         ports: public port by the kind of the door, `grpc`, `http` or `gateway`.
         grpc_url: Triton's public gRPC address, `host:port`, for the gateway.
+        gateway: further options of the gateway.
         device: `cpu` or `cuda`, on which the models run.
     """
 
-    def __init__(self, host: str, ports: Mapping[str, int], grpc_url: str = "", device: str = "cpu") -> None:
+    def __init__(
+        self,
+        host: str,
+        ports: Mapping[str, int],
+        grpc_url: str = "",
+        gateway: Sequence[str] = (),
+        device: str = "cpu",
+    ) -> None:
         self._host = host
         self._ports = ports
-        self._grpc_url, self._device = grpc_url, device
+        self._grpc_url, self._gateway_options, self._device = grpc_url, gateway, device
         self._own: dict[str, int] = {}
         self._held = ExitStack()
         self._processes: list[_Process] = []
@@ -155,7 +163,7 @@ class Doors:
         counters.mkdir(exist_ok=True)
         command = [sys.executable, "-m", "siglip_gateway", "--triton", self._grpc_url]
         command += ["--host", _LOOPBACK, "--port", str(port), "--no-access-log"]
-        return [*command, "--share-port", "--metrics-folder", str(counters)]
+        return [*command, "--share-port", "--metrics-folder", str(counters), *self._gateway_options]
 
     def _hold(self, address: str, port: int, option: int) -> int:
         """Bind a port that others may bind as well if they set `option`; return it."""

@@ -88,7 +88,10 @@ class TritonServer:
             (self.gateway_port,) = free_ports("127.0.0.1", {GATEWAY: options.gateway_port})
             doors[GATEWAY] = self.gateway_port
         self.device, self._weakest_gpu = choose_device(options.device)
-        self._doors = Doors(self._host, doors, self.grpc_url, self.device)
+        further = (
+            ["--projection", str(options.gateway_projection.absolute())] if options.gateway_projection else []
+        )
+        self._doors = Doors(self._host, doors, self.grpc_url, further, self.device)
         # Triton's own addresses, which are those of callers where there is no door.
         self._triton = {kind: (self._host, port) for kind, port in public.items()}
         self.models: list[str] = []

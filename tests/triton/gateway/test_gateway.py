@@ -23,10 +23,10 @@ from images import encode, photo
 from numpy.typing import NDArray
 from programs import free_port
 from siglip_serve_client import Client
+from siglip_serve_client.compact import COMPACT, compact
 from transformers import AutoTokenizer, SiglipModel
 from wire import TINY, GrpcCaller
 
-from siglip_gateway.compact import COMPACT, compact
 from siglip_serve.launcher import TritonServer
 
 DOG = (TINY / "samples" / "dog.jpg").read_bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -28,8 +29,8 @@ def test_without_arguments_it_prints_its_help_and_exits_with_0() -> None:
     done = subprocess.run([PROGRAM], capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: siglip-serve")
-    for command in ("serve", "embed", "classify", "explain", "teams", "bench", "health"):
-        assert f"\n    {command} " in done.stdout
+    for command in ("serve", "embed", "fit-projection", "classify", "explain", "teams", "bench", "health"):
+        assert re.search(rf"\n    {command}\s", done.stdout)
 
 
 def test_it_prints_its_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,8 @@ from wire import ROOT
 NAME = "siglip_serve_client"
 PACKAGE = ROOT / "clients" / NAME
 LAYERS = [
-    {"errors"},
+    {"errors", "compact"},
+    {"projection"},
     {"_operations"},
     {"_transports"},
     {"_async_client", "_client", "team_tracker"},

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 from gateways import PNG, URI, WIDTH, StandIn, encoded, gateway, vector
+from siglip_serve_client.compact import COMPACT, compact
 from siglip_serve_client.errors import DeadlineError, ServerError, UnavailableError, UnreachableError
 from starlette.testclient import TestClient
 
 from siglip_gateway.apis.cohere import inputs_of
-from siglip_gateway.compact import COMPACT, compact
 from siglip_gateway.inputs import Text
 from siglip_gateway.refusals import Refusal
 

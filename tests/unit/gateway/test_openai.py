@@ -121,6 +121,14 @@ REFUSED: list[tuple[dict[str, Any], str, str | None]] = [
     ({"input": [{"video": "x"}]}, "an object with video", "input[0]"),
     ({"input": ["a"], "modality": "audio"}, "modality: 'audio'", "modality"),
     ({"input": "a", "encoding_format": "float8"}, "encoding_format: 'float8'", "encoding_format"),
+    ({"input": "a", "embed_dtype": "bfloat16"}, "expected one of float32, float16", "embed_dtype"),
+    ({"input": "a", "embed_dtype": 16}, "embed_dtype: 16, expected one of", "embed_dtype"),
+    ({"input": "a", "endianness": "middle"}, "expected one of native, big, little", "endianness"),
+    (
+        {"input": "a", "encoding_format": "float16", "embed_dtype": "float32"},
+        "embed_dtype: 'float32', but encoding_format is 'float16'",
+        "embed_dtype",
+    ),
     ({"input": "a", "dimensions": "5"}, "dimensions: a text, expected a whole number", "dimensions"),
     ({"input": "a", "normalized": 1}, "normalized: a number", "normalized"),
     ({"input": "a", "truncate_prompt_tokens": 8}, "expected -1", "truncate_prompt_tokens"),
@@ -170,6 +178,32 @@ def test_base64_answers_are_little_endian_float32() -> None:
         answer = client.post("/v1/embeddings", json={"input": "a", "encoding_format": "base64"}).json()
     found = np.frombuffer(base64.b64decode(answer["data"][0]["embedding"]), "<f4")
     np.testing.assert_array_equal(found, vector("a"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({"encoding_format": "float16"}, "<f2"),
+        ({"encoding_type": "float16", "embed_dtype": "float16"}, "<f2"),
+        ({"encoding_format": "base64", "embed_dtype": "float16"}, "<f2"),
+        ({"encoding_format": "base64", "embed_dtype": "float16", "endianness": "big"}, ">f2"),
+        ({"encoding_format": "float16", "endianness": "native"}, "=f2"),
+        ({"encoding_format": "base64", "embed_dtype": "float32", "endianness": "big"}, ">f4"),
+        ({"encoding_format": "base64", "endianness": "little"}, "<f4"),
+    ],
+)
+def test_base64_has_the_values_and_bytes_that_vllm_names(fields: dict[str, Any], kind: str) -> None:
+    with gateway() as client:
+        answer = client.post("/v1/embeddings", json={"input": ["a", URI], **fields}).json()
+    found = [np.frombuffer(base64.b64decode(entry["embedding"]), kind) for entry in answer["data"]]
+    np.testing.assert_array_equal(found, np.stack([vector("a"), vector(PNG)]).astype(kind))
+
+
+def test_other_formats_ignore_the_fields_of_base64() -> None:
+    with gateway() as client:
+        body = {"input": "a", "embed_dtype": "float16", "endianness": "big"}
+        answer = client.post("/v1/embeddings", json=body).json()
+    np.testing.assert_array_equal(np.array(answer["data"][0]["embedding"], np.float32), vector("a"))
 
 
 @pytest.mark.parametrize(("kind", "size"), [("int8", 16), ("uint8", 16), ("binary", 2), ("ubinary", 2)])

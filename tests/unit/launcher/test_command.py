@@ -57,12 +57,14 @@ def test_gives_the_server_every_option_and_leaves_the_rest_to_the_environment() 
         "1",
         "--shared-memory",
     ]
+    words += ["--gateway-projection", "p.npz"]
     words += ["--max-rows", "5", "--dtype", "float32", "--teams-checkpoint", "b", "--log-file", "/log"]
     options = _serve_options(_parser().parse_args(words))
     assert options.checkpoint == "a"
     assert options.models == ("embed_image", "fit_teams")
     assert (options.http_port, options.grpc_port, options.metrics_port) == (1, 8001, 8002)
     assert (options.host, options.device, options.shared_memory) == ("127.0.0.1", "auto", True)
+    assert options.gateway_projection == Path("p.npz")
     assert (options.log_file, options.model_repository) == (Path("/log"), Path("model_repository"))
     assert options.settings == {"dtype": "float32", "max_rows": "5", "teams_checkpoint": "b"}
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from siglip_serve_client.commands.install_hint import install_hint
 
-__all__ = ["OutputError", "Store", "check_output"]
+__all__ = ["OutputError", "Store", "check_output", "replacing"]
 
 _FORMATS = (".parquet", ".npz")
 
@@ -124,7 +124,7 @@ class Store:
             for name in ("paths", "sha256", "failed", "errors")
         }
         path = self.folder / f"part-{self._parts:06}.npz"
-        with _replacing(path) as file:
+        with replacing(path) as file:
             np.savez(file, embeddings=embeddings, **texts)
         self._parts += 1
 
@@ -132,13 +132,13 @@ class Store:
         """Join the parts into the output, and remove them."""
         self.flush()
         if self.failures:
-            with _replacing(self.side_file) as file:
+            with replacing(self.side_file) as file:
                 file.write(_failed_csv(self._loaded()))
         else:
             self.side_file.unlink(missing_ok=True)
         if self.rows:
             write = _write_parquet if self.output.suffix == ".parquet" else _write_npz
-            with _replacing(self.output) as file:
+            with replacing(self.output) as file:
                 write(file, self._loaded(), self.identity)
         shutil.rmtree(self.folder)
 
@@ -157,7 +157,7 @@ class Store:
     def _check_identity(self) -> None:
         file = self.folder / "identity.json"
         if not file.exists():
-            with _replacing(file) as new:
+            with replacing(file) as new:
                 new.write(json.dumps(self.identity, indent=1).encode())
         kept = json.loads(file.read_bytes())
         changed = [
@@ -196,7 +196,7 @@ def check_output(output: Path) -> None:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Any]:
+def replacing(path: Path) -> Iterator[Any]:
     """A binary file that gets its name when it is complete and safe on disk."""
     new = path.with_name(f".{path.name}.new")
     try:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
+import struct
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-
-from siglip_gateway.compact import as_base64, compact, unit, value_range
+from siglip_serve_client.compact import as_base64, compact, unit, value_range
 
 
 @pytest.fixture(params=[8, 64, 100, 768])
@@ -51,6 +51,28 @@ def test_signed_bytes_are_those_of_sentence_transformers(vectors: NDArray[np.flo
         np.testing.assert_array_equal(levels, [int((value - -most) / step - 128) for value in inside])
 
 
+@pytest.mark.parametrize("kind", ["int8", "uint8"])
+def test_levels_count_the_steps_that_a_value_has_passed(vectors: NDArray[np.float32], kind: str) -> None:
+    """`quantize_embeddings` cuts (value - start) / step to a whole number, for int8 after subtracting 128."""
+    width = vectors.shape[1]
+    start, stop = np.full(width, -value_range(width)), np.full(width, value_range(width))
+    step = (stop - start) / 255
+    zero = 128 if kind == "int8" else 0  # the step that becomes level 0
+    above, below = np.arange(1, 256 - zero), np.arange(1, zero + 1)
+    for row, levels in zip(unit(vectors).astype(np.float64), compact(vectors, kind), strict=True):
+        passed_up = row[:, None] >= start[:, None] + (zero + above) * step[:, None]
+        passed_down = row[:, None] <= start[:, None] + (zero - below) * step[:, None]
+        np.testing.assert_array_equal(levels, passed_up.sum(1) - passed_down.sum(1))
+
+
+def test_bits_of_whole_bytes_are_those_of_the_flat_array(vectors: NDArray[np.float32]) -> None:
+    """`quantize_embeddings` packs all rows as one. That gives rows only if the width is a multiple of 8."""
+    if vectors.shape[1] % 8 == 0:
+        flat = [sum(bit << (7 - at) for at, bit in enumerate(byte)) for byte in (vectors > 0).reshape(-1, 8)]
+        assert compact(vectors, "ubinary").ravel().tolist() == flat
+        assert compact(vectors, "binary").ravel().tolist() == [byte - 128 for byte in flat]
+
+
 def test_bytes_do_not_depend_on_the_length_or_on_the_neighbours(vectors: NDArray[np.float32]) -> None:
     np.testing.assert_array_equal(compact(vectors * np.float32(4), "int8"), compact(vectors, "int8"))
     np.testing.assert_array_equal(compact(vectors[:1], "int8"), compact(vectors, "int8")[:1])
@@ -77,6 +99,21 @@ def test_base64_holds_the_values() -> None:
     vectors = np.array([[1.5, -2], [0, 3e-9]], np.float32)
     found = [np.frombuffer(base64.b64decode(text), "<f4") for text in as_base64(vectors)]
     np.testing.assert_array_equal(found, vectors)
+
+
+@pytest.mark.parametrize(("endianness", "order"), [("little", "<"), ("big", ">"), ("native", "=")])
+@pytest.mark.parametrize(("dtype", "code"), [("float32", "f"), ("float16", "e")])
+def test_base64_has_the_asked_values_and_order(dtype: str, code: str, endianness: str, order: str) -> None:
+    vectors = np.array([[1.5, -2, 0.1], [0, 0.3333, 6e-5]], np.float32)
+    for row, text in zip(vectors, as_base64(vectors, dtype, endianness), strict=True):
+        assert base64.b64decode(text) == struct.pack(f"{order}3{code}", *row.tolist())
+
+
+@pytest.mark.parametrize("wrong", [{"dtype": "bfloat16"}, {"endianness": "middle"}])
+def test_other_values_and_orders_of_base64_are_refused(wrong: dict[str, str]) -> None:
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"{name}: '{value}', expected one of"):
+        as_base64(np.ones((1, 8), np.float32), **wrong)
 
 
 def test_other_kinds_are_refused() -> None:

@@ -1,4 +1,7 @@
-"""Small vectors: int8, uint8, and one bit per value, computed from float32 as the embedding APIs define them.
+"""Small vectors: float16, int8, uint8, and one bit per value, as the embedding APIs define them.
+
+The gateway writes its answers with these functions. They also shrink vectors that are stored already, such as
+an output of `siglip-serve embed`, so that both compare. They need NumPy alone.
 
 `binary` and `ubinary` are those of Cohere and sentence-transformers: one bit per value, 1 above zero, eight
 values per byte, the first value in the highest bit. `ubinary` bytes are 0 to 255, and those of `binary` are
@@ -19,10 +22,14 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["COMPACT", "as_base64", "compact", "unit", "value_range"]
+__all__ = ["COMPACT", "ENDIANNESS", "FLOATS", "as_base64", "compact", "unit", "value_range"]
 
 COMPACT = ("int8", "uint8", "binary", "ubinary")
+FLOATS = ("float32", "float16")  # of base64 text
+ENDIANNESS = ("native", "big", "little")  # vLLM's words
 _SPREAD = 8.0
+_CODES = {"float32": "f4", "float16": "f2"}
+_ORDERS = {"native": "=", "big": ">", "little": "<"}
 
 
 def value_range(width: int) -> float:
@@ -59,7 +66,20 @@ def compact(vectors: NDArray[np.float32], kind: str) -> NDArray[np.int8] | NDArr
     return np.clip(steps - 128, -128, 127).astype(np.int8)  # cut towards zero, as sentence-transformers do
 
 
-def as_base64(vectors: NDArray[np.float32]) -> Sequence[str]:
-    """Each vector of [N, D] float32 as base64 text of its little-endian bytes."""
-    rows = vectors.astype("<f4", copy=False)
+def as_base64(
+    vectors: NDArray[np.float32], dtype: str = "float32", endianness: str = "little"
+) -> Sequence[str]:
+    """Each vector of [N, D] float32 as base64 text of its bytes.
+
+    Args:
+        dtype: one of `FLOATS`. float16 has 11 significant bits, and the nearest value is taken.
+        endianness: one of `ENDIANNESS`, the order of the bytes of a value.
+
+    Raises:
+        ValueError: another dtype or endianness.
+    """
+    for name, value, known in (("dtype", dtype, FLOATS), ("endianness", endianness, ENDIANNESS)):
+        if value not in known:
+            raise ValueError(f"{name}: {value!r}, expected one of {', '.join(known)}")
+    rows = vectors.astype(_ORDERS[endianness] + _CODES[dtype], copy=False)
     return [base64.b64encode(row.tobytes()).decode("ascii") for row in rows]
