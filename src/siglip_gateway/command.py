@@ -16,14 +16,15 @@ from multiprocessing import get_context
 from typing import Any, NoReturn
 
 import uvicorn
-from siglip_serve_client import AsyncClient
-from siglip_serve_client.errors import ClientError
-from siglip_serve_client.projection import read_projection
+from siglip_serve_client import AsyncClient, ClientError
+from siglip_serve_client.projection import Projection, read_projection
 
 from siglip_gateway.app import create_app
 from siglip_gateway.backend import Backend, Checkpoint
 from siglip_gateway.dimensions import mismatch
 from siglip_gateway.options import ENVIRONMENT, GatewayOptions, read_keys
+from siglip_gateway.search import Search, open_search
+from siglip_gateway.search_index import IndexFileError
 
 __all__ = ["main"]
 
@@ -47,13 +48,15 @@ def main(
         refuse(parser, unknown)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if problem := _problem(given):
-        print(f"siglip-serve gateway: {problem}", file=sys.stderr)
-        return 1
     known = {field.name for field in fields(GatewayOptions)} & vars(given).keys()
     values = {name: getattr(given, name) for name in known}
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     options = GatewayOptions(**{**values, **lists})
+    if problem := _problem(options, given):
+        print(f"siglip-serve gateway: {problem}", file=sys.stderr)
+        return 1
+    if given.check_width is not None:
+        return 0
     if not options.api_key_file and given.host not in {"127.0.0.1", "::1", "localhost"}:
         print(
             f"siglip-serve gateway: {given.host} is open to the network and no --api-key-file is set",
@@ -65,25 +68,39 @@ def main(
         return _run(given, options if given.workers == 1 else replace(options, metrics_folder=folder))
 
 
-def _problem(given: argparse.Namespace) -> str:
-    """Say what is wrong with the files of the options, or "" if nothing is."""
+def _problem(options: GatewayOptions, given: argparse.Namespace) -> str | None:
+    """A sentence about files that cannot be used, or that are of another checkpoint, or None."""
     try:
-        read_keys(given.api_key_file)
+        read_keys(options.api_key_file)
     except (OSError, ValueError) as error:
         return f"--api-key-file: {error}"
-    if given.projection is None:
-        return ""
     try:
-        projection = read_projection(given.projection)
+        projection = read_projection(options.projection) if options.projection else None
     except (OSError, ValueError) as error:
         return f"--projection: {error}"
-    if given.share_port:  # the launcher starts Triton at the same time, so the first request checks
-        return ""
+    try:
+        search = open_search(options)
+    except IndexFileError as error:
+        return str(error)
+    if search is not None and given.check_width not in {None, search.index.width}:
+        width = search.index.width
+        return f"{options.search}: vectors of {width} numbers, and the checkpoint's have {given.check_width}"
+    # A gateway of the launcher starts before Triton, so its first request checks.
+    if given.check_width is not None or given.share_port or (search is None and projection is None):
+        return None
     # A process of its own asks: gRPC wants one event loop per process, and this one's belongs to uvicorn.
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        served = pool.submit(_served, given.triton).result()
-    problem = "" if served is None else mismatch(projection, served)
-    return f"--projection {given.projection}: {problem}" if problem else ""
+        served = pool.submit(_served, options.triton).result()
+    return None if served is None else _mismatch(options, served, projection, search)
+
+
+def _mismatch(
+    options: GatewayOptions, served: Checkpoint, projection: Projection | None, search: Search | None
+) -> str | None:
+    if projection is not None and (problem := mismatch(projection, served)):
+        return f"--projection {options.projection}: {problem}"
+    different = None if search is None else search.mismatch(served)
+    return different and f"{options.search}: {different}"
 
 
 def _served(triton: str) -> Checkpoint | None:
@@ -150,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_addresses(parser.add_argument_group("addresses"))
     _add_access(parser.add_argument_group("access"))
+    _add_search(parser.add_argument_group("search"))
     _add_limits(parser.add_argument_group("limits"))
     return parser
 
@@ -216,6 +234,18 @@ def _add_access(group: argparse._ArgumentGroup) -> None:
         metavar="ORIGIN",
         help="origin of web pages that may call the gateway; may be repeated (default: none)",
     )
+
+
+def _add_search(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--search", metavar="FILE", help="output of `siglip-serve embed` that is searched: .npz or .parquet"
+    )
+    group.add_argument(
+        "--search-images", metavar="FOLDER", help="folder with its images, which may then be shown"
+    )
+    # For the launcher, whose processes work in a folder of their own, and which knows the checkpoint.
+    group.add_argument("--search-base", help=argparse.SUPPRESS)
+    group.add_argument("--check-width", type=_positive, help=argparse.SUPPRESS)
 
 
 def _add_limits(group: argparse._ArgumentGroup) -> None:

@@ -20,6 +20,7 @@ from siglip_gateway.inputs import Input, Link, Resolved, Text
 from siglip_gateway.options import GatewayOptions
 from siglip_gateway.protection import Keys, Turns, read_body
 from siglip_gateway.refusals import Refusal, refusal_of
+from siglip_gateway.search import Search
 from siglip_gateway.urls import UrlReader
 
 __all__ = ["Dialect", "Handler", "Service", "guarded", "json_object", "json_response", "refused"]
@@ -35,8 +36,10 @@ class Service:
         keys: Sequence[str],
         urls: UrlReader,
         dimensions: Dimensions,
+        search: Search | None = None,
     ) -> None:
-        self.options, self.backend, self.urls, self.dimensions = options, backend, urls, dimensions
+        self.options, self.backend, self.urls = options, backend, urls
+        self.dimensions, self.search = dimensions, search
         self.keys = Keys(keys)
         self.turns = Turns(options.max_running, options.max_waiting, options.timeout)
         self.counters = Counters(options.metrics_folder)
@@ -44,6 +47,8 @@ class Service:
     async def close(self) -> None:
         """End: complete what was begun, then close the connections."""
         await self.turns.drain(30.0)
+        if self.search is not None:
+            self.search.close()
         await self.urls.close()
         await self.backend.close()
 

@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     groups = {"checkpoints": parser.add_argument_group("checkpoints")}
     _add_models(parser.add_argument_group("models"))
     _add_addresses(parser.add_argument_group("addresses and files"))
+    _add_gateway(parser.add_argument_group("gateway"))
     for setting in settings:
         title = setting.metadata["group"]
         if title not in groups:
@@ -141,7 +142,6 @@ def _add_addresses(group: argparse._ArgumentGroup) -> None:
             help=f"callers speak {protocol} with Triton itself instead of with a door in front of it "
             "(default: only where Triton is not that of the wheel)",
         )
-    _add_gateway(group)
     add(
         "--shared-memory",
         action="store_true",
@@ -180,6 +180,20 @@ def _add_gateway(group: argparse._ArgumentGroup) -> None:
         metavar="FILE",
         help="file of `siglip-serve fit-projection`, for requests to the gateway with fewer dimensions",
     )
+    add(
+        "--search",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="output of `siglip-serve embed` that the gateway searches: .npz or .parquet",
+    )
+    add(
+        "--search-images",
+        type=Path,
+        default=None,
+        metavar="FOLDER",
+        help="folder with its images, which the gateway may then show",
+    )
 
 
 def _add_setting(group: argparse._ArgumentGroup, setting: Field[Any]) -> None:
@@ -213,6 +227,8 @@ def _serve_options(options: argparse.Namespace) -> ServeOptions:
 def _gateway_port(options: argparse.Namespace) -> int | None:
     """The gateway's port, or None without a gateway. A default port that is taken is replaced."""
     if options.no_gateway:
+        if options.search or options.search_images:
+            raise SettingsError("--search, --search-images: belong to the gateway, leave out --no-gateway")
         return None
     if missing := [name for name in _GATEWAY_PACKAGES if find_spec(name) is None]:
         print(f"siglip-serve: note: no gateway, because {missing[0]} is not installed (extra gateway)")

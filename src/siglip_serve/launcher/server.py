@@ -36,6 +36,7 @@ from siglip_serve.launcher.checkpoints import check_options, describe_checkpoint
 from siglip_serve.launcher.doors import GATEWAY, Doors
 from siglip_serve.launcher.endpoint import Endpoint
 from siglip_serve.launcher.environment import CHECKPOINT, KEEP_MEMORY, choose_device, server_environment
+from siglip_serve.launcher.gateway import check_search, gateway_options
 from siglip_serve.launcher.log import Journal, asked_to_end, open_log, size
 from siglip_serve.launcher.options import ServeOptions
 from siglip_serve.launcher.ports import free_ports, numeric_address
@@ -88,10 +89,7 @@ class TritonServer:
             (self.gateway_port,) = free_ports("127.0.0.1", {GATEWAY: options.gateway_port})
             doors[GATEWAY] = self.gateway_port
         self.device, self._weakest_gpu = choose_device(options.device)
-        further = (
-            ["--projection", str(options.gateway_projection.absolute())] if options.gateway_projection else []
-        )
-        self._doors = Doors(self._host, doors, self.grpc_url, further, self.device)
+        self._doors = Doors(self._host, doors, self.grpc_url, gateway_options(options), self.device)
         # Triton's own addresses, which are those of callers where there is no door.
         self._triton = {kind: (self._host, port) for kind, port in public.items()}
         self.models: list[str] = []
@@ -173,6 +171,8 @@ class TritonServer:
         named = [name for name in (settings.checkpoint, settings.teams_checkpoint) if name]
         directories = {name: resolve(name) for name in dict.fromkeys(named)}
         checkpoints = describe_checkpoints(settings, directories, self._weakest_gpu or "cpu")
+        if self.gateway_port is not None:
+            check_search(self.options, checkpoints["main"].dims["EMBEDDING"][0])
         variants = ["decode_on_gpu"] if settings.preprocess == "gpu" else []
         self._stage = stage = Stage(self.options.model_repository, self.device, *variants)
         try:

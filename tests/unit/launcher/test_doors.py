@@ -188,27 +188,6 @@ def test_the_gateway_is_a_door_of_the_loopback_interface(tmp_path: Path) -> None
     assert [process.returncode for process in processes] == [0] * len(processes)
 
 
-def test_the_gateway_is_given_the_projection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    port = free_port()
-    commands: list[Sequence[str]] = []
-
-    def run(command: Sequence[str]) -> subprocess.Popen[bytes]:
-        commands.append(command)
-        return subprocess.Popen(["sleep", "60"])
-
-    for projection in (Path("p.npz"), None):
-        doors = Doors("127.0.0.1", {GATEWAY: port}, "127.0.0.1:1", projection)
-        try:
-            doors.take_ports()
-            doors.start(run, print, STATUS, tmp_path)
-        finally:
-            doors.stop(10)
-    with_one, without = commands[0], commands[-1]
-    assert with_one[with_one.index("--projection") + 1] == str(tmp_path / "p.npz")
-    assert "--projection" not in without
-
-
 def test_the_gateway_ends_before_the_door_that_it_asks_through() -> None:
     ended: list[str] = []
     doors = Doors("127.0.0.1", {})
