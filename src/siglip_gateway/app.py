@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -25,7 +25,7 @@ from siglip_gateway.options import ENVIRONMENT, GatewayOptions, read_keys
 from siglip_gateway.page.routes import add_page, is_page
 from siglip_gateway.refusals import Refusal
 from siglip_gateway.search import open_search
-from siglip_gateway.service import Dialect, Handler, Service, guarded, refused
+from siglip_gateway.service import Dialect, Endpoint, Handler, Service, guarded, refused
 from siglip_gateway.urls import UrlReader
 
 __all__ = ["create_app", "from_environment"]
@@ -97,22 +97,14 @@ def create_app(
         lifespan=lifespan,
         exception_handlers={HTTPException: _not_found, Exception: _failed},
     )
-    for method, path, dialect, handler, open_to_all in _ROUTES:
-        app.add_api_route(
-            path,
-            guarded(dialect, handler, open_to_all=open_to_all),
-            methods=[method],
-            response_class=Response,
-            name=f"{dialect.name} {path}",
-            description=handler.__doc__ or "",
-            tags=[dialect.name],
-            openapi_extra=_body_of(path) if method == "POST" else None,
-        )
+    endpoints = _add_routes(app)
     add_page(app)
     if options.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(options.cors_origins), allow_methods=["*"], allow_headers=["*"]
         )
+    else:  # nothing stands between a caller and the endpoint
+        app.add_middleware(_Direct, endpoints=endpoints)
     app.add_middleware(_Account)
     return app
 
@@ -120,6 +112,24 @@ def create_app(
 def from_environment() -> FastAPI:
     """The application of a worker process, with the options that its parent wrote into the environment."""
     return create_app(GatewayOptions.from_json(os.environ[ENVIRONMENT]))
+
+
+def _add_routes(app: FastAPI) -> dict[tuple[str, str], Endpoint]:
+    """Add all paths; return their endpoints by method and path."""
+    endpoints: dict[tuple[str, str], Endpoint] = {}
+    for method, path, dialect, handler, open_to_all in _ROUTES:
+        endpoints[method, path] = endpoint = guarded(dialect, handler, open_to_all=open_to_all)
+        app.add_api_route(
+            path,
+            endpoint,
+            methods=[method],
+            response_class=Response,
+            name=f"{dialect.name} {path}",
+            description=handler.__doc__ or "",
+            tags=[dialect.name],
+            openapi_extra=_body_of(path) if method == "POST" else None,
+        )
+    return endpoints
 
 
 def _body_of(path: str) -> dict[str, Any]:
@@ -176,6 +186,26 @@ class _Account:
             await self._app(scope, receive, counted)
         finally:
             _account(scope, status, size, time.perf_counter() - begin)
+
+
+class _Direct:
+    """Asks the endpoint of a known path itself: FastAPI's way there is a tenth of a request's CPU time."""
+
+    def __init__(
+        self,
+        app: Callable[[Scope, Receive, Send], Awaitable[None]],
+        endpoints: Mapping[tuple[str, str], Endpoint],
+    ) -> None:
+        self._app, self._endpoints = app, endpoints
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection of ASGI."""
+        found = self._endpoints.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
+        if found is None:
+            await self._app(scope, receive, send)
+            return
+        answer = await found(Request(scope, receive, send))
+        await answer(scope, receive, send)
 
 
 def _account(scope: Scope, status: int, size: int, seconds: float) -> None:

@@ -78,6 +78,10 @@ class Turns:
         """
         if self._free.locked() and self.waiting >= self._most_waiting:
             raise Refusal(429, "too many requests wait; try again later", code="overloaded", retry_after=1)
+        if not self._free.locked():  # no wait, and so no timer
+            await self._free.acquire()
+            self.running += 1
+            return
         self.waiting += 1
         try:
             await asyncio.wait_for(self._free.acquire(), self._timeout)

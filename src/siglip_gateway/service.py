@@ -23,7 +23,7 @@ from siglip_gateway.refusals import Refusal, refusal_of
 from siglip_gateway.search import Search
 from siglip_gateway.urls import UrlReader
 
-__all__ = ["Dialect", "Handler", "Service", "guarded", "json_object", "json_response", "refused"]
+__all__ = ["Dialect", "Endpoint", "Handler", "Service", "guarded", "json_object", "json_response", "refused"]
 
 
 class Service:
