@@ -79,6 +79,14 @@ def whole(body: Mapping[str, Any], name: str) -> int | None:
     return value
 
 
+def _shown(value: object) -> str:
+    """A value for a message. Lists and objects may be nested too deeply to be written."""
+    if isinstance(value, str):
+        return repr(value[:60])
+    kind = type(value).__name__
+    return _NAMES[kind] if kind in ("dict", "list") else repr(value)[:60]
+
+
 def chosen(value: object, name: str, choices: Sequence[str]) -> str:
     """One of some words.
 
@@ -86,7 +94,7 @@ def chosen(value: object, name: str, choices: Sequence[str]) -> str:
         Refusal: 400, another value. The message lists the words.
     """
     if not isinstance(value, str) or value not in choices:
-        shown = repr(value)[:60]
+        shown = _shown(value)
         raise Refusal(
             400, f"{name}: {shown}, expected one of {', '.join(choices)}", param=name, code="invalid_value"
         )
