@@ -88,9 +88,12 @@ mutants: $(DEV) ## Plant known faults in a copy of the code and say which tests 
 chaos: $(SERVER) ## Attack a server of its own for hours, and print a table; ARGS chooses, as in ARGS="--only fuzz --cases 3000"
 	$(BIN)/python -m tests.chaos $(ARGS)
 
-tools: ## nginx and Prometheus for the tests of docker/, from Debian's packages into .tools, without root
+tools: ## nginx and Prometheus for the tests of docker/, Chromium for those of the page, from Debian into .tools, without root
 	mkdir -p .tools/lists/partial .tools/archives/partial
 	cd .tools && apt-get -qq $(APT) update && apt-get -qq $(APT) download nginx prometheus
+	# Chromium, and those of its libraries that this machine does not have. Nothing is installed.
+	-cd .tools && apt-get -qq $(APT) download $$(apt-get $(APT) --simulate --no-install-recommends \
+	  install chromium-headless-shell | awk '/^Inst/ { print $$2 }')
 	for package in .tools/*.deb; do dpkg-deb -x $$package .tools; done
 	rm -rf .tools/lists .tools/archives .tools/*.deb
 	.tools/usr/sbin/nginx -v && .tools/usr/bin/prometheus --version > .tools/version || { rm -rf .tools; exit 1; }

@@ -2,13 +2,14 @@
 
 from siglip_serve_client._async_client import AsyncClient
 from siglip_serve_client._client import Client
-from siglip_serve_client._operations.explain import Explanation
-from siglip_serve_client._operations.teams import TeamFit, Teams
+from siglip_serve_client._operations.explain import ExplainOptions, Explanation
+from siglip_serve_client._operations.teams import TeamFit, TeamImages, Teams
 from siglip_serve_client.errors import (
     AccessError,
     ClientError,
     DeadlineError,
     InvalidInputError,
+    MissingModelError,
     ModelDiedError,
     RestartingError,
     ServerError,
@@ -24,13 +25,16 @@ __all__ = [
     "Client",
     "ClientError",
     "DeadlineError",
+    "ExplainOptions",
     "Explanation",
     "InvalidInputError",
+    "MissingModelError",
     "ModelDiedError",
     "RestartingError",
     "ServerError",
     "SharedMemoryError",
     "TeamFit",
+    "TeamImages",
     "TeamTracker",
     "Teams",
     "UnavailableError",

@@ -17,9 +17,10 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
-from siglip_gateway.apis import cohere, immich, openai, own, weaviate
+from siglip_gateway.apis import cohere, explain, immich, openai, own, teams, weaviate
 from siglip_gateway.backend import Backend, TritonClient
 from siglip_gateway.options import ENVIRONMENT, GatewayOptions, read_keys
+from siglip_gateway.page.routes import add_page, is_page
 from siglip_gateway.refusals import Refusal
 from siglip_gateway.service import Dialect, Handler, Service, guarded, refused
 from siglip_gateway.urls import UrlReader
@@ -41,6 +42,8 @@ _ROUTES: Sequence[tuple[str, str, Dialect, Handler, bool]] = (
     ("POST", "/predict", immich.IMMICH, immich.predict, False),
     ("GET", "/ping", immich.IMMICH, immich.ping, True),
     ("POST", "/classify", own.OWN, own.classify, False),
+    ("POST", "/explain", own.OWN, explain.explain, False),
+    ("POST", "/teams", own.OWN, teams.teams, False),
     ("GET", "/health", own.OWN, own.health, True),
     ("GET", "/metrics", own.OWN, own.metrics, True),
 )
@@ -96,6 +99,7 @@ def create_app(
             tags=[dialect.name],
             openapi_extra=_body_of(path) if method == "POST" else None,
         )
+    add_page(app)
     if options.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(options.cors_origins), allow_methods=["*"], allow_headers=["*"]
@@ -165,7 +169,8 @@ def _account(scope: Scope, status: int, size: int, seconds: float) -> None:
     path = scope["path"]
     dialect = _DIALECTS.get(path)
     # An unknown path counts as `other`, so that callers cannot make new series.
-    scope["app"].state.service.counters.request(dialect.name if dialect else "other", status, seconds)
+    name = dialect.name if dialect else "page" if is_page(path) else "other"
+    scope["app"].state.service.counters.request(name, status, seconds)
     if _LOG.isEnabledFor(logging.INFO):
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
+
 from siglip_serve_client.errors import (
     AccessError,
     ClientError,
     DeadlineError,
     InvalidInputError,
+    MissingModelError,
     UnavailableError,
     UnreachableError,
 )
 
 __all__ = ["Refusal", "refusal_of"]
+
+# Messages about an input begin with its place in the caller's request, such as `input[3]: `.
+_PLACE = re.compile(r"([a-z_]+(?:\[\d+\]|\.[a-z_]+)*): ")
 
 
 class Refusal(Exception):  # noqa: N818  (it is an answer)
@@ -43,7 +49,8 @@ def refusal_of(error: ClientError) -> Refusal:
     """The answer to an error of Triton or of the way to it."""
     message = str(error)
     if isinstance(error, InvalidInputError):
-        return Refusal(400, message, code="invalid_input")
+        place = _PLACE.match(message)
+        return Refusal(400, message, param=place[1] if place else None, code="invalid_input")
     if isinstance(error, DeadlineError):
         return Refusal(504, message, code="timeout", retry_after=1)
     if isinstance(error, UnreachableError):
@@ -52,4 +59,6 @@ def refusal_of(error: ClientError) -> Refusal:
         return Refusal(503, message, code="unavailable", retry_after=1)
     if isinstance(error, AccessError):
         return Refusal(502, "the inference server refuses this gateway", code="upstream_refused")
+    if isinstance(error, MissingModelError):
+        return Refusal(501, f"the inference server does not serve this: {message}", code="not_served")
     return Refusal(502, f"the inference server failed: {message}", code="upstream_failed")

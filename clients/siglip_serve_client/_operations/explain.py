@@ -54,6 +54,7 @@ class Explanation:
         unattributed: [P] float32, the part without a place: `patch_maps.sum((1, 2)) + unattributed` gives the
             scores.
         overlays: P pictures of the size [H, W], empty unless requested.
+        overlay_files: the same as PNG files.
     """
 
     prompts: tuple[str, ...]
@@ -62,6 +63,7 @@ class Explanation:
     patch_maps: NDArray[np.float32]
     unattributed: NDArray[np.float32]
     overlays: tuple[Image.Image, ...] = ()
+    overlay_files: tuple[bytes, ...] = ()
 
 
 async def ask_explanation(
@@ -75,7 +77,7 @@ async def ask_explanation(
     parameters: dict[str, str | bool] = {"truncation": True} if options.get("truncation") else {}
     call = Call("explain_image", _inputs(prompts, options), parameters, link.timeout, outputs)
     answer = await ask_image(link, call, image, options.get("color_order"))
-    files = output(answer, "OVERLAY") if options.get("overlays") else ()
+    files = tuple(output(answer, "OVERLAY")) if options.get("overlays") else ()
     return Explanation(
         tuple(prompts),
         heatmaps=output(answer, "HEATMAPS"),
@@ -83,6 +85,7 @@ async def ask_explanation(
         patch_maps=output(answer, "PATCH_MAPS"),
         unattributed=output(answer, "UNATTRIBUTED"),
         overlays=tuple(Image.open(io.BytesIO(file)) for file in files),
+        overlay_files=files,
     )
 
 

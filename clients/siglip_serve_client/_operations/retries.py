@@ -41,7 +41,7 @@ _MODEL_WAIT = 60.0
 class PersistentTransport:
     """A transport that repeats requests within their timeouts.
 
-    - A busy server is asked five times.
+    - A busy server is asked five times, and so is one that refused a request because of another caller's.
     - A request that a dead model process failed is repeated for a minute.
     - A server that answered before is waited for when it cannot be reached or breaks a connection. At an
       address that never answered, a refused connection is an error at once.

@@ -11,6 +11,7 @@ from siglip_serve_client.errors import (
     ClientError,
     DeadlineError,
     InvalidInputError,
+    MissingModelError,
     ModelDiedError,
     RestartingError,
     ServerError,
@@ -26,11 +27,15 @@ _PREFIX = re.compile(r"^(\[request id: \S+\] |in ensemble '[^']*', )+")
 _EXPIRED = "Request timeout expired"
 # Triton says so of requests that a dead model process had, or that came for it.
 _DIED = "is not healthy"
+# Triton says so to all requests of a batch, if one of them is malformed. Those of this package are not.
+_NEIGHBOUR = "incomplete string data for inference input"
 # Triton says so while it ends or a model is loaded, and a door in front of Triton while there is none.
 _STARTING = re.compile(
     "Server is stopping|has no available versions|is not at ready state|not running|does not answer|"
     "http2 header with status: 50[23]"
 )
+# Triton says so of a model that it does not have.
+_MISSING = re.compile("unknown model: .* is not found")
 # gRPC says so of a channel that had a server, and lost it.
 _BROKEN = re.compile(
     "Connection reset|Broken pipe|[Ss]tream removed|RST_STREAM|GOAWAY|recvmsg|sendmsg|keepalive|ping timeout|"
@@ -67,8 +72,12 @@ def error_of(status: str, message: str, address: str) -> ClientError:
         return DeadlineError(f"{address} did not answer in time: {message}")
     if status == "UNAVAILABLE" and "restricted" in message:
         return AccessError(message)
+    if status in {"INVALID_ARGUMENT", "400"} and _NEIGHBOUR in message:
+        return UnavailableError(f"refused with a malformed request of another caller: {message}")
     if status in {"INTERNAL", "500"} and _DIED in message:
         return ModelDiedError(f"{status}: {message}")
+    if _MISSING.search(message):
+        return MissingModelError(f"{status}: {message}")
     if status == "CANCELLED" or (status in _LOST and _BROKEN.search(message)):
         return RestartingError(f"{address} broke the connection: {message}")
     if status in {"UNAVAILABLE", "503"} and _STARTING.search(message):

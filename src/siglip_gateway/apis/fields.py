@@ -7,7 +7,7 @@ from typing import Any
 
 from siglip_gateway.refusals import Refusal
 
-__all__ = ["boolean", "chosen", "listed", "texts_of", "whole", "wrong"]
+__all__ = ["boolean", "chosen", "integer", "listed", "number", "shown", "texts_of", "whole", "wrong"]
 
 _NAMES = {
     "dict": "an object",
@@ -79,12 +79,45 @@ def whole(body: Mapping[str, Any], name: str) -> int | None:
     return value
 
 
-def _shown(value: object) -> str:
-    """A value for a message. Lists and objects may be nested too deeply to be written."""
-    if isinstance(value, str):
-        return repr(value[:60])
-    kind = type(value).__name__
-    return _NAMES[kind] if kind in ("dict", "list") else repr(value)[:60]
+def integer(value: object, where: str, bits: int) -> int:
+    """A whole number that fits `bits` bits, with its sign.
+
+    Raises:
+        Refusal: 400, another type, or a number that does not fit.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise wrong(where, value, "a whole number")
+    if not -(2 ** (bits - 1)) <= value < 2 ** (bits - 1):
+        raise Refusal(
+            400, f"{where}: {value}, expected a number of {bits} bits", param=where, code="invalid_value"
+        )
+    return value
+
+
+def number(body: Mapping[str, Any], name: str, least: float, most: float) -> float | None:
+    """A number between two others, or None where it is missing or null.
+
+    Raises:
+        Refusal: 400, another type, or beyond the limits.
+    """
+    value = body.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise wrong(name, value, f"a number from {least:g} to {most:g}")
+    if not least <= value <= most:
+        raise Refusal(
+            400, f"{name}: {value}, expected {least:g} to {most:g}", param=name, code="invalid_value"
+        )
+    return float(value)
+
+
+def shown(value: object) -> str:
+    """The beginning of a value, for a message. A value that is nested too deeply has its type instead."""
+    try:
+        return repr(value)[:60]
+    except RecursionError:
+        return f"{_NAMES[type(value).__name__]}, nested too deeply"
 
 
 def chosen(value: object, name: str, choices: Sequence[str]) -> str:
@@ -94,8 +127,10 @@ def chosen(value: object, name: str, choices: Sequence[str]) -> str:
         Refusal: 400, another value. The message lists the words.
     """
     if not isinstance(value, str) or value not in choices:
-        shown = _shown(value)
         raise Refusal(
-            400, f"{name}: {shown}, expected one of {', '.join(choices)}", param=name, code="invalid_value"
+            400,
+            f"{name}: {shown(value)}, expected one of {', '.join(choices)}",
+            param=name,
+            code="invalid_value",
         )
     return value

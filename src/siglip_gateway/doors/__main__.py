@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     doors = parser.add_subparsers(dest="door", required=True)
     for name, most in _MAX_IN_FLIGHT.items():
         add = doors.add_parser(name).add_argument
+        counted = "requests" if name == "http" else "inferences of one model"
         add("--listen", required=True, metavar="HOST:PORT", help="address that callers use")
         add("--triton", required=True, metavar="HOST:PORT", help=f"Triton's own {name} address")
         add(
@@ -52,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
             type=int,
             default=most,
             metavar="N",
-            help="requests that Triton has at once (default: %(default)s)",
+            help=f"{counted} that Triton has at once (default: %(default)s)",
         )
         if name == "http":
             add("--launcher", metavar="HOST:PORT", help="where GET /health is answered")

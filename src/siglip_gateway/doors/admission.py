@@ -12,12 +12,14 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-__all__ = ["Admission", "FullError"]
+__all__ = ["Admission", "Admissions", "FullError"]
 
 T = TypeVar("T")
 
-# Enough for a few callers that lose their patience at any time, and the work of a tenth of a second on a CPU.
-_MOST_FORGOTTEN = 12
+_MANY_NAMES = 64  # more than there are models, so callers have made up names
+# Enough for a few callers that lose their patience at any time, and little work for a CPU.
+_MOST_FORGOTTEN = 4
+_SHARE_FORGOTTEN = 8  # of as many calls one more, so that a GPU with hundreds of them never waits for a few
 _WIDEN = 2  # calls that are let in for each that ends, so that after a wait the number grows again
 
 
@@ -39,7 +41,8 @@ class Admission:
     Args:
         in_flight: calls that Triton has at once.
         waiting: calls that wait for one of these places.
-        forgotten: calls of callers that gave up, from which on other calls wait.
+        forgotten: calls of callers that gave up, from which on other calls wait; an eighth of the calls that
+            Triton has if that is more.
     """
 
     def __init__(self, in_flight: int, waiting: int, forgotten: int = _MOST_FORGOTTEN) -> None:
@@ -53,6 +56,16 @@ class Admission:
     def in_flight(self) -> int:
         """Calls that Triton has, those of callers that gave up included."""
         return self._admitted
+
+    @property
+    def is_idle(self) -> bool:
+        """Neither does Triton have a call, nor does one wait."""
+        return not self._admitted and not self._waiters
+
+    @property
+    def tasks(self) -> frozenset[asyncio.Task[Any]]:
+        """The calls that Triton has."""
+        return frozenset(self._tasks)
 
     @property
     def forgotten(self) -> int:
@@ -95,7 +108,8 @@ class Admission:
             await asyncio.wait(self._tasks, timeout=seconds)
 
     def _may_pass(self) -> bool:
-        return self._admitted < self._most and len(self._forgotten) < self._most_forgotten
+        forgotten = max(self._most_forgotten, self._admitted // _SHARE_FORGOTTEN)
+        return self._admitted < self._most and len(self._forgotten) < forgotten
 
     async def _enter(self) -> None:
         if self._may_pass() and not self._waiters:
@@ -128,3 +142,48 @@ class Admission:
             if self._waiters and self._may_pass():
                 self._admitted += 1
                 self._waiters.popleft().set_result(None)
+
+
+class Admissions:
+    """Admits the calls of each model by themselves, so that one model's queue holds up no other's.
+
+    Args:
+        in_flight: calls of one model that Triton has at once.
+        waiting: calls of one model that wait for one of these places.
+        total: calls of all models, those that wait included.
+    """
+
+    def __init__(self, in_flight: int, waiting: int, total: int) -> None:
+        self._in_flight, self._waiting, self._total = in_flight, waiting, total
+        self._calls = 0
+        self._of: dict[bytes, Admission] = {}
+
+    @property
+    def in_flight(self) -> int:
+        """Calls that Triton has, those of callers that gave up included."""
+        return sum(admission.in_flight for admission in self._of.values())
+
+    async def run(self, model: bytes, start: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Wait for a place of the model, then run a call to its end. See `Admission.run`.
+
+        Raises:
+            FullError: too many calls wait.
+        """
+        if self._calls >= self._total:
+            raise FullError(self._calls)
+        if len(self._of) > _MANY_NAMES:
+            self._of = {name: known for name, known in self._of.items() if not known.is_idle}
+        admission = self._of.get(model)
+        if admission is None:
+            admission = self._of[model] = Admission(self._in_flight, self._waiting)
+        self._calls += 1
+        try:
+            return await admission.run(start)
+        finally:
+            self._calls -= 1
+
+    async def drain(self, seconds: float) -> None:
+        """Wait until Triton has answered all calls, those of callers that gave up included."""
+        tasks = [task for admission in self._of.values() for task in admission.tasks]
+        if tasks:
+            await asyncio.wait(tasks, timeout=seconds)

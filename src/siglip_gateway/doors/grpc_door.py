@@ -6,7 +6,8 @@ answered. A caller that gives up leaves this task alone. So that Triton computes
 the time that it still waits becomes the request parameter `timeout`, after which Triton drops the request
 from its queues.
 
-Requests and answers pass through as bytes. Metadata, status codes and messages stay as they are.
+A request whose strings are not as long as they say is refused here. Triton would refuse other requests with
+it. All others pass through as bytes, and so do answers. Metadata, status codes and messages stay as they are.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import logging
 import re
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -25,10 +26,13 @@ import grpc  # type: ignore[import-untyped]
 from grpc.aio import EOF, AioRpcError, BaseError  # type: ignore[import-untyped]
 
 from siglip_gateway.doors import AWAY, DRAIN
-from siglip_gateway.doors.admission import Admission, FullError
+from siglip_gateway.doors.admission import Admissions, FullError
+from siglip_gateway.doors.grpc_tensors import check_request, model_of
+from siglip_gateway.doors.length_prefixes import PrefixError
+from siglip_gateway.doors.protobuf_fields import Field
 from siglip_gateway.doors.timeout_parameter import with_timeout
 
-__all__ = ["GrpcDoor", "open_door", "serve"]
+__all__ = ["MAX_WAITING", "GrpcDoor", "open_door", "serve"]
 
 T = TypeVar("T")
 
@@ -40,11 +44,19 @@ _NO_CONNECTION = re.compile("connect|socket|stream removed|goaway|broken pipe|ca
 _NOT_A_MESSAGE = "Unable to parse request"  # gRPC's words for bytes that are no message of the method
 _EXPIRED = "Request timeout expired"  # Triton's words for a request that it dropped from a queue
 
+MAX_WAITING = 2048
+_MAX_OTHERS = 2048  # streams, and calls of other methods than ModelInfer
+
 _LARGEST = 512 * 2**20  # bytes of a request: sixteen times the largest image of the default settings
+_MOST_UNREAD = 2**17  # calls; gRPC itself drops those that it has had for 30 s
 _SERVER_OPTIONS = (
     ("grpc.max_receive_message_length", _LARGEST),
     ("grpc.max_send_message_length", -1),  # of what Triton answers, the caller chooses what it takes
     ("grpc.so_reuseport", 1),
+    # From 1,000 calls on that no handler has taken yet, gRPC would end further ones with CANCELLED. Here each
+    # gets an answer or a refusal that says why.
+    ("grpc.server.max_pending_requests", _MOST_UNREAD),
+    ("grpc.server.max_pending_requests_hard_limit", _MOST_UNREAD),
     # Connections of hosts that vanished are closed, and callers may ping as often as every 10 s.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
@@ -67,13 +79,15 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     Args:
         channel: to Triton.
-        max_in_flight: calls that Triton has at once, and as many that wait for it. Further ones are refused
-            with UNAVAILABLE.
+        max_in_flight: inferences of one model that Triton has at once. Further ones wait here.
+        max_waiting: inferences of one model that wait. Further ones are refused with UNAVAILABLE.
     """
 
-    def __init__(self, channel: Any, max_in_flight: int) -> None:
+    def __init__(self, channel: Any, max_in_flight: int, max_waiting: int = MAX_WAITING) -> None:
         self._channel = channel
-        self._admission = Admission(max_in_flight, max_in_flight)
+        self._inferences = Admissions(max_in_flight, max_waiting, 2 * MAX_WAITING)
+        # Streams, which may stay open for hours, and probes wait for no inference.
+        self._others = Admissions(_MAX_OTHERS, 0, _MAX_OTHERS)
         self._sending: set[asyncio.Task[None]] = set()  # a task that nothing refers to may be collected
 
     def service(self, handler_call_details: Any) -> Any:
@@ -86,25 +100,30 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
     @property
     def in_flight(self) -> int:
         """Calls that Triton has not answered; a stream is one."""
-        return self._admission.in_flight
+        return self._inferences.in_flight + self._others.in_flight
 
     async def drain(self, seconds: float) -> None:
         """Wait until Triton has answered all calls, those of callers that gave up included."""
-        await self._admission.drain(seconds)
+        await asyncio.gather(self._inferences.drain(seconds), self._others.drain(seconds))
 
     async def _unary(self, method: str, _requests: AsyncIterator[bytes], context: Any) -> bytes:
         request = await context.read()
         if request is EOF:  # gRPC itself would leave this call without a status
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no message")
         await _refuse_late(context)
+        fields = await _checked(request, context) if method == _INFER else []
 
         async def ask() -> tuple[Any, bytes, bool]:
             left = context.time_remaining() if method == _INFER else None
-            sent = request if left is None else with_timeout(request, left)
+            sent = request if left is None else with_timeout(request, fields, left)
             call = self._channel.unary_unary(method)(sent, metadata=_metadata(context))
             return call, await _answer(call), sent is not request
 
-        call, answer, by_deadline = await self._admitted(ask, context)
+        if method == _INFER:
+            admitted = self._inferences.run(model_of(request, fields), ask)
+        else:
+            admitted = self._others.run(b"", ask)
+        call, answer, by_deadline = await _or_refuse(admitted, context)
         await _pass_initial_metadata(call, context)
         await _pass_status(call, context, by_deadline)
         return answer
@@ -112,29 +131,35 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
     async def _stream(self, requests: AsyncIterator[bytes], context: Any) -> None:
         await _refuse_late(context)
 
+        refused: list[str] = []
+
         async def ask() -> Any:
             call = self._channel.stream_stream(_STREAM)(metadata=_metadata(context))
             # A caller that gives up ends `requests`, which closes the way to Triton in good order. Triton's
             # answers are read to the end.
-            sending = asyncio.create_task(_pass_requests(requests, call, context))
+            sending = asyncio.create_task(_pass_requests(requests, call, context, refused))
             self._sending.add(sending)
             sending.add_done_callback(self._sending.discard)
             await _pass_answers(call, context)
             return call
 
-        await _pass_status(await self._admitted(ask, context), context, by_deadline=False)
+        call = await _or_refuse(self._others.run(b"", ask), context)
+        if refused:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, refused[0])
+        await _pass_status(call, context, by_deadline=False)
 
-    async def _admitted(self, ask: Callable[[], Coroutine[Any, Any, T]], context: Any) -> T:
-        """Ask Triton as soon as it has a place for the call.
 
-        Raises:
-            grpc.aio.AbortError: the call is refused.
-        """
-        try:
-            return await self._admission.run(ask)
-        except FullError as full:
-            reason = f"Exceeds maximum queue size: {full.count} calls are in progress; try again"
-            return await context.abort(grpc.StatusCode.UNAVAILABLE, reason)
+async def _or_refuse(admitted: Coroutine[Any, Any, T], context: Any) -> T:
+    """Wait for a call's place and answer.
+
+    Raises:
+        grpc.aio.AbortError: the call is refused.
+    """
+    try:
+        return await admitted
+    except FullError as full:
+        reason = f"Exceeds maximum queue size: {full.count} calls are in progress; try again"
+        return await context.abort(grpc.StatusCode.UNAVAILABLE, reason)
 
 
 async def _refuse_late(context: Any) -> None:
@@ -142,6 +167,22 @@ async def _refuse_late(context: Any) -> None:
     left = context.time_remaining()
     if left is not None and left <= 0:
         await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed on the way")
+
+
+async def _checked(request: bytes, context: Any) -> list[Field]:
+    """Find the fields of a request.
+
+    Raises:
+        grpc.aio.AbortError: it is refused.
+    """
+    try:
+        return check_request(request)
+    except (IndexError, ValueError) as error:
+        return await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _refusal(error))
+
+
+def _refusal(error: Exception) -> str:
+    return str(error) if isinstance(error, PrefixError) else f"{_NOT_A_MESSAGE}: {error}"
 
 
 async def _answer(call: Any) -> bytes:
@@ -152,11 +193,17 @@ async def _answer(call: Any) -> bytes:
         return b""
 
 
-async def _pass_requests(requests: AsyncIterator[bytes], call: Any, context: Any) -> None:
+async def _pass_requests(requests: AsyncIterator[bytes], call: Any, context: Any, refused: list[str]) -> None:
+    """Pass on the requests of a stream, up to one that is refused, whose error is put into `refused`."""
     with suppress(AioRpcError, BaseError, asyncio.InvalidStateError):  # Triton has ended the stream
         async for request in requests:
+            try:
+                fields = check_request(request)
+            except (IndexError, ValueError) as error:
+                refused.append(_refusal(error))
+                break
             left = context.time_remaining()
-            await call.write(request if left is None else with_timeout(request, left))
+            await call.write(request if left is None else with_timeout(request, fields, left))
     await call.done_writing()
 
 
@@ -217,15 +264,19 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 @asynccontextmanager
-async def open_door(listen: str, triton: str, max_in_flight: int) -> AsyncIterator[tuple[GrpcDoor, Any, int]]:
+async def open_door(
+    listen: str, triton: str, max_in_flight: int, max_waiting: int = MAX_WAITING
+) -> AsyncIterator[tuple[GrpcDoor, Any, int]]:
     """Listen at `listen`; yield the door, its running `grpc.aio.Server` and its port.
+
+    The limits are those of `GrpcDoor`.
 
     Raises:
         OSError: the address cannot be bound.
     """
     logging.getLogger("grpc._cython.cygrpc").addFilter(_is_news)
     async with grpc.aio.insecure_channel(triton, options=_CHANNEL_OPTIONS) as channel:
-        door = GrpcDoor(channel, max_in_flight)
+        door = GrpcDoor(channel, max_in_flight, max_waiting)
         server = grpc.aio.server(handlers=[door], options=_SERVER_OPTIONS)
         try:
             port = server.add_insecure_port(listen)

@@ -7,7 +7,8 @@ so the socket cannot be full. Further requests wait here, and those beyond that 
 
 Triton does not notice a caller that goes away either. Its request leaves the queue, or Triton completes it
 and the door drops the answer. Bodies are limited, inflated, and sent on with a Content-Length. JSON that
-would overflow the stack of Triton's parser is refused. Everything else passes through unchanged.
+would overflow the stack of Triton's parser is refused, and so are binary strings that are not as long as they
+say, with which Triton would refuse other requests. Everything else passes through unchanged.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from siglip_gateway.doors import AWAY, DRAIN
 from siglip_gateway.doors.admission import Admission, FullError
 from siglip_gateway.doors.http_bodies import Body, Held, Memory, patience, read_body
 from siglip_gateway.doors.http_connections import Connections
+from siglip_gateway.doors.http_tensors import check_binary_inputs
 from siglip_gateway.doors.json_nesting import refuse_deep_json
 from siglip_gateway.doors.refusal import SERVER, RefusedError, error_answer
 
@@ -140,7 +142,12 @@ class HttpDoor:
             try:
                 target = self._target(request)
                 body = await read_body(request, held, self._limits.body)
-                await refuse_deep_json(_json_of(request, body))
+                size = _json_size(request)
+                await refuse_deep_json(body.parts if size is None else list(body.first(size)))
+                if size is None and _JSON_SIZE in request.headers:
+                    given = ", ".join(request.headers.getall(_JSON_SIZE))[:100]
+                    raise RefusedError(400, f"{_JSON_SIZE}: got {given!r}, expected one number")
+                check_binary_inputs(body.parts, body.size, size or 0)
                 return await self._admission.run(relay)
             finally:
                 if not handed_over:
@@ -271,13 +278,10 @@ def _open_files() -> int:
     return hard
 
 
-def _json_of(request: web.BaseRequest, body: Body) -> list[bytes]:
-    """The part of a body that Triton may read as JSON."""
+def _json_size(request: web.BaseRequest) -> int | None:
+    """Bytes of a body that Triton reads as JSON; None where it may be all of it."""
     sizes = request.headers.getall(_JSON_SIZE, [])
-    # What is not one plain number is Triton's to refuse; until then, all of the body may be JSON.
-    if len(sizes) == 1 and re.fullmatch("[0-9]{1,18}", sizes[0]):
-        return list(body.first(int(sizes[0])))
-    return body.parts
+    return int(sizes[0]) if len(sizes) == 1 and re.fullmatch("[0-9]{1,18}", sizes[0]) else None
 
 
 def _passed_on(request: web.BaseRequest, body: Body) -> CIMultiDict[str]:

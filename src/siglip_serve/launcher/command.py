@@ -239,7 +239,8 @@ def _announce(server: TritonServer, seconds: float, sample: str) -> None:
 def _gateway_line(server: TritonServer) -> str:
     if server.gateway_port is None:
         return ""
-    return f"  gateway  http://127.0.0.1:{server.gateway_port} (APIs of OpenAI, Cohere and others)\n"
+    address = f"http://127.0.0.1:{server.gateway_port}"
+    return f"  gateway  {address} (APIs of OpenAI, Cohere and others)\n  page     {address}/\n"
 
 
 def _unprotected(options: ServeOptions) -> tuple[str, ...]:

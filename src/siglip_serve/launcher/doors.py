@@ -27,6 +27,8 @@ GATEWAY = "gateway"
 
 _LOOPBACK = "127.0.0.1"
 _MOST_HTTP = 256  # requests that Triton's HTTP server may have from all processes of the door
+_MOST_ON_GPU = 8192  # inferences of one model from all processes of the gRPC door
+_MOST_PER_CORE, _LEAST = 8, 64
 _PAUSE = 1.0  # seconds between two starts of a process that dies at once
 
 Run = Callable[[Sequence[str]], subprocess.Popen[bytes]]
@@ -39,12 +41,13 @@ class Doors:
         host: IPv4 address that callers use.
         ports: public port by the kind of the door, `grpc`, `http` or `gateway`.
         grpc_url: Triton's public gRPC address, `host:port`, for the gateway.
+        device: `cpu` or `cuda`, on which the models run.
     """
 
-    def __init__(self, host: str, ports: Mapping[str, int], grpc_url: str = "") -> None:
+    def __init__(self, host: str, ports: Mapping[str, int], grpc_url: str = "", device: str = "cpu") -> None:
         self._host = host
         self._ports = ports
-        self._grpc_url = grpc_url
+        self._grpc_url, self._device = grpc_url, device
         self._own: dict[str, int] = {}
         self._held = ExitStack()
         self._processes: list[_Process] = []
@@ -89,6 +92,8 @@ class Doors:
             command = self._gateway(port, folder) if kind == GATEWAY else self._door(kind, port)
             if kind == "http":
                 command += ["--max-in-flight", str(_MOST_HTTP // count), "--launcher", launcher]
+            if kind == "grpc":
+                command += ["--max-in-flight", str(_inferences(self._device) // count)]
             self._processes += [_Process(kind, command, run) for _ in range(count)]
 
     def wait_until_open(self, seconds: float) -> None:
@@ -194,6 +199,15 @@ def _process_count() -> int:
     less than that. Four processes pass more than the models of a large machine with GPUs take.
     """
     return min(max(available_cores() // 4, 1), 4)
+
+
+def _inferences(device: str) -> int:
+    """Choose the inferences of one model that Triton has at once from all processes of the gRPC door.
+
+    The rest waits in the door, where those of callers that give up end at once. A core computes one at a
+    time, so more than a few per core make nothing faster. A GPU computes hundreds together.
+    """
+    return _MOST_ON_GPU if device == "cuda" else max(_MOST_PER_CORE * available_cores(), _LEAST)
 
 
 def _listens(address: str, port: int) -> bool:

@@ -87,12 +87,12 @@ class TritonServer:
         if options.gateway_port is not None:
             (self.gateway_port,) = free_ports("127.0.0.1", {GATEWAY: options.gateway_port})
             doors[GATEWAY] = self.gateway_port
-        self._doors = Doors(self._host, doors, self.grpc_url)
+        self.device, self._weakest_gpu = choose_device(options.device)
+        self._doors = Doors(self._host, doors, self.grpc_url, self.device)
         # Triton's own addresses, which are those of callers where there is no door.
         self._triton = {kind: (self._host, port) for kind, port in public.items()}
         self.models: list[str] = []
         self.notes: tuple[str, ...] = ()
-        self.device, self._weakest_gpu = choose_device(options.device)
         self._stage: Stage | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._changing = threading.Lock()  # held while the process is started again or stopped

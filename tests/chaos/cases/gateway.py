@@ -26,6 +26,8 @@ PATHS: Mapping[str, str] = {
     "/vectorize": "weaviate",
     "/predict": "immich",
     "/classify": "own",
+    "/explain": "own",
+    "/teams": "own",
 }
 _JSON_PATHS = tuple(path for path in PATHS if path != "/predict")
 _KEY_HEADERS = ("api-key", "x-api-key", "x-cohere-api-key", "x-openai-api-key", "x-jinaai-api-key")
@@ -116,6 +118,17 @@ def _seeds(path: str, image: str) -> Sequence[dict[str, Any]]:
         )
     if path == "/vectorize":
         return ({"texts": ["a", "b"], "images": [image]}, {"texts": None, "images": [image]})
+    if path == "/explain":
+        return (
+            {"image": image, "prompts": ["a", "b"], "templates": ["a {}"], "size": [3, 4], "overlays": True},
+            {"image": image, "prompts": ["a"], "mode": "absolute", "normalize": "none", "opacity": 0.5},
+            {"image": image, "prompts": ["a"], "background": ["c"], "encoding_format": "base64"},
+        )
+    if path == "/teams":
+        return (
+            {"crops": [image] * 8, "track_ids": [*range(8)], "anchors": [-1] * 7 + [0], "k": 2},
+            {"image": image, "boxes": [[0, 0, 20, 40], [20, 0, 40.5, 40]], "state": "AAAA"},
+        )
     return ({"image": image, "labels": ["a", "b"], "templates": ["a {}"], "softmax": True},)
 
 
@@ -248,6 +261,8 @@ def _pictures(rng: random.Random, ground: Ground) -> GatewayCase:
         "/v2/embed": {"images": found},
         "/vectorize": {"texts": ["a"], "images": found},
         "/classify": {"image": found[0], "labels": ["a", "b"]},
+        "/explain": {"image": found[0], "prompts": ["a", "b"]},
+        "/teams": {"crops": found * 4},
     }
     return _of(path, json.dumps(bodies[path]).encode(), ground, f"{len(found)} pictures")
 
@@ -292,7 +307,7 @@ def _form(rng: random.Random, ground: Ground) -> GatewayCase:
 def _urls(rng: random.Random, ground: Ground) -> GatewayCase:
     """URLs that must not be read, among them some that may."""
     about, text, _ = url(rng, ground.port)
-    path = rng.choice(("/v1/embeddings", "/v2/embed", "/vectorize", "/classify"))
+    path = rng.choice(("/v1/embeddings", "/v2/embed", "/vectorize", "/classify", "/explain", "/teams"))
     bodies: Mapping[str, Sequence[Any]] = {
         "/v1/embeddings": (
             {"input": [text]},
@@ -302,6 +317,8 @@ def _urls(rng: random.Random, ground: Ground) -> GatewayCase:
         "/v2/embed": ({"images": [text]},),
         "/vectorize": ({"images": ["x", text][rng.randrange(2) :]},),
         "/classify": ({"image": text, "labels": ["a"]},),
+        "/explain": ({"image": text, "prompts": ["a"]},),
+        "/teams": ({"crops": [text] * 2}, {"image": text, "boxes": [[0, 0, 9, 9]]}),
     }
     body = json.dumps(rng.choice(bodies[path])).encode()
     return GatewayCase(f"URL {about}", path, request(path, body, ground.key), frozenset({200, 400}))
@@ -359,6 +376,7 @@ def _headers(rng: random.Random, ground: Ground) -> GatewayCase:
         return GatewayCase("a large body", path, request(path, large, ground.key), frozenset({413}))
     if choice == 2:
         name = rng.choice(_KEY_HEADERS)
+        path, body = rng.choice(_JSON_PATHS[:4]), b'{"input": "a", "texts": ["a"]}'
         sent = request(
             path, body, "", {name: ground.key, "Accept": "text/html", "Content-Type": "text/plain"}
         )

@@ -45,6 +45,11 @@ def test_all_kinds_come_and_equal_numbers_make_equal_bytes() -> None:
     assert digest() == digest()
 
 
+def test_every_api_of_the_gateway_is_attacked() -> None:
+    paths = create_app(GatewayOptions()).openapi()["paths"]
+    assert {path for path, methods in paths.items() if "post" in methods} == set(PATHS)
+
+
 def reply(status: int, body: object, outcome: Outcome = Outcome.REFUSED, seconds: float = 0.1) -> Reply:
     return Reply(outcome, str(status), "", seconds, json.dumps(body).encode())
 

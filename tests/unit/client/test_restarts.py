@@ -24,6 +24,7 @@ from siglip_serve_client import (
     Client,
     ClientError,
     DeadlineError,
+    MissingModelError,
     ModelDiedError,
     RestartingError,
     ServerError,
@@ -35,6 +36,10 @@ from siglip_serve_client._transports.status import error_of
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 DIED = "in ensemble 'embed_text', Stub process 'siglip_text_model_0_0' is not healthy."
+LIED = (
+    "in ensemble 'embed_text', incomplete string data for inference input 'INPUT_TEXT', "
+    "expecting string of length 5 but only 0 bytes available"
+)
 STOPPING = (
     "in ensemble 'embed_text', [request id: <id_unknown>] Server is stopping, "
     "scheduler for model has stopped accepting new inference requests"
@@ -290,6 +295,8 @@ def test_names_the_last_failure_when_the_time_is_over() -> None:
         ("503", "the server does not answer; try again later", RestartingError),
         ("UNAVAILABLE", "'embed_text' version 1 is not at ready state", RestartingError),
         ("UNAVAILABLE", "Exceeds maximum queue size", UnavailableError),
+        ("INVALID_ARGUMENT", LIED, UnavailableError),
+        ("400", LIED, UnavailableError),
         ("UNAVAILABLE", "Received http2 header with status: 429", UnavailableError),
         (
             "UNAVAILABLE",
@@ -298,7 +305,7 @@ def test_names_the_last_failure_when_the_time_is_over() -> None:
             UnreachableError,
         ),
         ("UNAVAILABLE", "DNS resolution failed for nosuch:8001", UnreachableError),
-        ("404", "Request for unknown model: 'nosuch' is not found", ServerError),
+        ("404", "Request for unknown model: 'nosuch' is not found", MissingModelError),
     ],
 )
 def test_tells_failures_apart(status: str, message: str, error: type[ClientError]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from siglip_gateway.doors.admission import Admission, FullError
+from siglip_gateway.doors.admission import Admission, Admissions, FullError
 
 
 class Work:
@@ -172,5 +172,99 @@ def test_the_end_waits_for_forgotten_calls() -> None:
         asyncio.get_running_loop().call_later(0.05, work._ends["a"].set_result, "a")
         await work.admission.drain(10)
         assert work.admission.in_flight == 0
+
+    check(test)
+
+
+class Models:
+    """Calls of several models, each of which runs until it is told to end."""
+
+    def __init__(self, **limits: int) -> None:
+        self.admissions = Admissions(**({"in_flight": 1, "waiting": 1, "total": 10} | limits))
+        self.started: list[str] = []
+        self.end = asyncio.Event()
+
+    def call(self, model: str) -> asyncio.Task[None]:
+        return asyncio.create_task(self.admissions.run(model.encode(), partial(self._run, model)))
+
+    async def _run(self, model: str) -> None:
+        self.started.append(model)
+        await self.end.wait()
+
+
+def test_the_queue_of_one_model_holds_up_no_other() -> None:
+    async def run() -> None:
+        models = Models()
+        calls = [models.call(name) for name in ("slow", "slow", "fast")]
+        await settle()
+        assert models.started == ["slow", "fast"]
+        with pytest.raises(FullError, match="2 calls"):
+            await models.call("slow")
+        models.end.set()
+        await asyncio.gather(*calls)
+        assert (models.started, models.admissions.in_flight) == (["slow", "fast", "slow"], 0)
+
+    asyncio.run(run())
+
+
+def test_calls_of_all_models_together_are_limited() -> None:
+    async def run() -> None:
+        models = Models(total=3)
+        calls = [models.call(name) for name in "abc"]
+        await settle()
+        with pytest.raises(FullError, match="3 calls"):
+            await models.call("d")
+        models.end.set()
+        await asyncio.gather(*calls)
+        await models.call("d")
+
+    asyncio.run(run())
+
+
+def test_names_that_callers_made_up_are_forgotten() -> None:
+    async def run() -> None:
+        models = Models(in_flight=10)
+        waiting = models.call("model")
+        await settle()
+        models.end.set()
+        for number in range(500):
+            await models.call(f"made up {number}")
+        await waiting
+        assert len(models.admissions._of) < 100
+
+    asyncio.run(run())
+
+
+def test_draining_waits_for_calls_of_callers_that_gave_up() -> None:
+    async def run() -> None:
+        models = Models()
+        caller = models.call("a")
+        await settle()
+        caller.cancel()
+        await asyncio.gather(caller, return_exceptions=True)
+        await models.admissions.drain(0.01)
+        assert models.admissions.in_flight == 1
+        asyncio.get_running_loop().call_later(0.01, models.end.set)
+        await models.admissions.drain(10)
+        assert models.admissions.in_flight == 0
+
+    asyncio.run(run())
+
+
+def test_many_calls_allow_for_more_that_are_forgotten() -> None:
+    async def test(work: Work) -> None:
+        callers = [work.call(str(number)) for number in range(80)]
+        await settle()
+        for number in range(10):
+            await give_up(callers[number])
+        held_back = work.call("held back")
+        await settle()
+        assert (work.admission.forgotten, len(work.started)) == (10, 80)
+        await work.end("0")
+        await work.end("1")
+        assert work.started[-1] == "held back"
+        for name in [*map(str, range(2, 80)), "held back"]:
+            await work.end(name)
+        assert await held_back == "held back"
 
     check(test)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import struct
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -20,6 +21,16 @@ from siglip_gateway.doors.grpc_door import GrpcDoor, open_door
 
 OTHER = "/inference.GRPCInferenceService/ServerReady"
 SMALL = service_pb2.ModelInferRequest(model_name="embed_image", id="1").SerializeToString()
+
+
+def strings(*rows: bytes, lie: int = 0, count: int | None = None) -> bytes:
+    """A request for these rows, the last of which says that it is `lie` bytes longer."""
+    packed = [struct.pack("<I", len(row)) + row for row in rows[:-1]]
+    packed.append(struct.pack("<I", len(rows[-1]) + lie) + rows[-1])
+    message = service_pb2.ModelInferRequest(model_name="embed_image")
+    message.inputs.add(name="INPUT_IMAGE", datatype="BYTES", shape=[count or len(rows), 1])
+    message.raw_input_contents.append(b"".join(packed))
+    return bytes(message.SerializeToString())
 
 
 @dataclass
@@ -47,7 +58,7 @@ async def house(max_in_flight: int = 100) -> AsyncIterator[House]:
     triton_url = f"127.0.0.1:{triton.port}"
     try:
         async with (
-            open_door("127.0.0.1:0", triton_url, max_in_flight) as (door, _, port),
+            open_door("127.0.0.1:0", triton_url, max_in_flight, max_in_flight) as (door, _, port),
             grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=UNLIMITED) as channel,
         ):
             yield House(triton, door, channel)
@@ -83,7 +94,8 @@ def quiet(caplog: pytest.LogCaptureFixture) -> Any:
 @pytest.mark.parametrize("method", [METHOD, OTHER, "/grpc.health.v1.Health/Check"])
 def test_passes_bytes_and_metadata_both_ways(method: str) -> None:
     async def test(built: House) -> None:
-        for message in (b"", SMALL, random.Random(0).randbytes(5_000_000)):
+        own = (b"", SMALL, strings(random.Random(0).randbytes(5_000_000)))
+        for message in own if method == METHOD else (*own, random.Random(0).randbytes(5_000_000)):
             call = built.channel.unary_unary(method)(
                 message, metadata=(("triton-grpc-protocol-key", "secret"), ("some-bin", b"\0\xff"))
             )
@@ -99,7 +111,8 @@ def test_passes_bytes_and_metadata_both_ways(method: str) -> None:
 
 def test_passes_messages_that_the_caller_compressed() -> None:
     async def test(built: House) -> None:
-        assert await built.ask(bytes(100_000), compression=grpc.Compression.Gzip) == bytes(100_000)
+        message = strings(bytes(100_000))
+        assert await built.ask(message, compression=grpc.Compression.Gzip) == message
 
     with_house(test)
 
@@ -176,7 +189,7 @@ def test_neither_early_deadlines_nor_cancels_reach_triton() -> None:
         built.triton.gate.clear()
         await asyncio.gather(*(give_up() for _ in range(8)))
         # Triton gets few calls of callers that gave up; the others never reach it.
-        assert 8 < len(built.triton.messages) < 24
+        assert 4 <= len(built.triton.messages) < 16
         built.triton.gate.set()
         await built.forgotten()
         assert (built.triton.cancelled, built.triton.answered) == (0, len(built.triton.messages))
@@ -202,6 +215,36 @@ def test_refuses_what_exceeds_the_limit_and_counts_forgotten_calls() -> None:
         assert await built.ask() == SMALL
 
     with_house(test, max_in_flight=2)
+
+
+def test_a_burst_of_calls_is_answered_or_refused() -> None:
+    """gRPC itself would end those beyond the first 1,000 that no handler has taken with CANCELLED."""
+
+    async def test(built: House) -> None:
+        found = await asyncio.gather(*(built.ask() for _ in range(4000)), return_exceptions=True)
+        codes = [answer.code() for answer in found if isinstance(answer, grpc.aio.AioRpcError)]
+        assert set(codes) <= {grpc.StatusCode.UNAVAILABLE}
+        assert found.count(SMALL) + len(codes) == 4000
+
+    with_house(test, max_in_flight=100)
+
+
+def test_neither_a_stream_nor_a_probe_waits_for_inferences() -> None:
+    async def test(built: House) -> None:
+        built.triton.gate.clear()
+        waiting = [asyncio.ensure_future(built.ask()) for _ in range(2)]
+        stream = built.channel.stream_stream(STREAM)()
+        await stream.write(SMALL)
+        await asyncio.sleep(0.2)
+        probe = asyncio.ensure_future(built.ask(b"", OTHER))
+        await asyncio.sleep(0.2)
+        arrived = len(built.triton.messages)
+        built.triton.gate.set()
+        await stream.done_writing()
+        assert arrived == 3
+        assert await asyncio.gather(*waiting, probe) == [SMALL, SMALL, b""]
+
+    with_house(test, max_in_flight=1)
 
 
 def test_answers_a_call_without_a_message() -> None:
@@ -301,5 +344,33 @@ def test_a_call_that_arrives_too_late_is_not_passed_on() -> None:
         with pytest.raises(grpc.aio.AbortError, match="DEADLINE_EXCEEDED the deadline passed"):
             await handler(None, Late())
         assert built.triton.messages == []
+
+    with_house(test)
+
+
+LIES = [
+    (strings(b"honest", b"liar", lie=1), "INPUT_IMAGE[1]: its length says 5 bytes, but 4 follow"),
+    (strings(b"liar", lie=2**32 - 5), "INPUT_IMAGE[0]: its length says 4294967295 bytes, but 4 follow"),
+    (strings(b"a", b"b", count=3), "INPUT_IMAGE: 2 strings, expected 3 for the shape [3, 1]"),
+    (b"\x0b", "Unable to parse request: wire type 3: expected 0, 1, 2 or 5"),
+]
+
+
+@pytest.mark.parametrize(("message", "told"), LIES)
+@pytest.mark.parametrize("timeout", [None, 5])
+def test_strings_that_are_not_as_long_as_they_say_do_not_reach_triton(
+    message: bytes, told: str, timeout: float | None
+) -> None:
+    async def test(built: House) -> None:
+        refused = grpc.StatusCode.INVALID_ARGUMENT, told
+        assert await refusal(built.ask(message, timeout=timeout)) == refused
+        stream = built.channel.stream_stream(STREAM)(timeout=timeout)
+        await stream.write(SMALL)
+        assert service_pb2.ModelInferRequest.FromString(await stream.read()).id == "1"
+        await stream.write(message)
+        assert await refusal(stream.read()) == refused
+        await built.forgotten()
+        assert not [passed for passed in built.triton.messages if passed.startswith(message)]
+        assert await built.ask() == SMALL
 
     with_house(test)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import struct
 from collections.abc import AsyncIterator
 
 import aiohttp
@@ -135,6 +136,39 @@ def test_brackets_in_binary_tensors_are_no_json() -> None:
         async with open_before(size) as opened:
             sent = request_bytes(b"{}" + DEEP, f"{JSON_SIZE}: 2")
             assert await exchange(opened.port, sent) == (200, str(len(DEEP) + 2).encode())
+
+    asyncio.run(check())
+
+
+def binary(lie: int) -> tuple[bytes, str]:
+    """A body with one string that says that it is `lie` bytes longer, and the header for it."""
+    about = {"name": "X", "shape": [1], "datatype": "BYTES", "parameters": {"binary_data_size": 8}}
+    text = json.dumps({"inputs": [about]}).encode()
+    return text + struct.pack("<I", 4 + lie) + b"four", f"{JSON_SIZE}: {len(text)}"
+
+
+def test_refuses_strings_that_are_not_as_long_as_they_say() -> None:
+    async def check() -> None:
+        async with open_before(size) as opened:
+            for lie, status in ((0, 200), (1, 400)):
+                body, header = binary(lie)
+                found, answer = await exchange(opened.port, request_bytes(body, header))
+                assert found == status
+            assert error_of(answer) == "X[0]: its length says 5 bytes, but 4 follow"
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("given", ["+9", "0x9", "-9", "nine"])
+def test_refuses_a_length_of_the_json_that_is_not_one_number(given: str) -> None:
+    async def check() -> None:
+        async with open_before(size) as opened:
+            body, header = binary(1)
+            for headers in ((f"{JSON_SIZE}: {given}",), (header, f"{JSON_SIZE}: {given}")):
+                status, answer = await exchange(opened.port, request_bytes(body, *headers))
+                assert status == 400
+                assert error_of(answer).startswith(f"{JSON_SIZE}: got '")
+                assert error_of(answer).endswith("', expected one number")
 
     asyncio.run(check())
 

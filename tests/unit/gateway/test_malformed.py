@@ -35,12 +35,24 @@ SEEDS: dict[str, list[Any]] = {
     ],
     "/vectorize": [{"texts": ["a"], "images": [URI]}],
     "/classify": [{"image": URI, "labels": ["a", "b"], "templates": ["{}"], "softmax": True}],
+    "/teams": [
+        {"crops": [URI, URI], "track_ids": [1, 2], "roles": ["player", ""], "anchors": [-1, 0], "k": 2},
+        {"image": URI, "boxes": [[0, 1, 2, 3], [4, 5, 6.5, 7]], "state": "AAAA"},
+        {"crops": [URI, URI], "prev_state": "AAAA"},
+    ],
+    "/explain": [
+        {"image": URI, "prompts": ["a", "b"], "templates": ["{}"], "background": ["c"], "size": [3, 4]},
+        {"image": URI, "prompts": ["a"], "mode": "absolute", "normalize": "none", "opacity": 0.5},
+        {"image": URI, "prompts": ["a"], "colormap": "jet", "overlays": True, "encoding_format": "base64"},
+    ],
 }
 FIELDS = {
     "/v1/embeddings": {"error", "detail"},
     "/v2/embed": {"id", "message"},
     "/vectorize": {"error"},
     "/classify": {"error"},
+    "/explain": {"error"},
+    "/teams": {"error"},
 }
 
 
@@ -91,6 +103,14 @@ def test_deeply_nested_fields_are_refused(name: str) -> None:
             answer = client.post("/v2/embed", content=f'{{"texts":["a"],"{name}":{value}}}')
         assert answer.status_code in ({200} if name == "input_type" else {400})
         assert len(answer.content) < 1000
+
+
+def test_a_deeply_nested_size_is_refused() -> None:
+    body = f'{{"image":"{URI}","prompts":["a"],"size":{"[" * 1000}{"]" * 1000}}}'
+    with gateway(StandIn()) as client:
+        answer = client.post("/explain", content=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("size: a list, nested too deeply, expected")
 
 
 def test_names_of_a_caller_are_not_repeated_at_length() -> None:

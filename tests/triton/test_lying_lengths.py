@@ -1,0 +1,143 @@
+"""Callers whose strings are not as long as they say, beside honest callers of the same batches."""
+
+from __future__ import annotations
+
+import json
+import struct
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc  # type: ignore[import-untyped]
+import numpy as np
+import pytest
+from images import encode, photo
+from siglip_serve_client import Client
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+from wire import ROOT, TINY, post
+
+from siglip_serve.launcher import ServeOptions, TritonServer
+
+PICTURE = encode(photo(60, 40), "JPEG")
+HONEST, ROUNDS = 20, 5
+Tensors = dict[str, tuple[list[int], list[bytes]]]
+ONE_PICTURE: Tensors = {"INPUT_IMAGE": ([1, 1], [PICTURE])}
+ONE_TEXT: Tensors = {"INPUT_TEXT": ([1, 1], [b"a dog"])}
+# Models whose inputs are strings, with the shape and the rows of each.
+STRINGS: dict[str, Tensors] = {
+    "embed_image": ONE_PICTURE,
+    "embed_text": ONE_TEXT,
+    "classify_image": {**ONE_PICTURE, "LABELS": ([2], [b"dog", b"cat"])},
+    "siglip_vision": ONE_PICTURE,
+    "siglip_text": ONE_TEXT,
+    "siglip_vision_process": ONE_PICTURE,
+    "siglip_text_tokenize": ONE_TEXT,
+    "jersey_process": {"CROPS": ([1], [PICTURE])},
+    "explain_image": {**ONE_PICTURE, "PROMPTS": ([1], [b"a dog"])},
+}
+
+
+def pack(rows: list[bytes], lie: int) -> bytes:
+    lengths = [len(row) for row in rows]
+    lengths[-1] += lie
+    return b"".join(struct.pack("<I", length) + row for length, row in zip(lengths, rows, strict=True))
+
+
+def over_grpc(server: TritonServer, model: str, tensors: Tensors, lie: int) -> str:
+    message = service_pb2.ModelInferRequest(model_name=model)
+    for name, (shape, rows) in tensors.items():
+        message.inputs.add(name=name, datatype="BYTES", shape=shape)
+        message.raw_input_contents.append(pack(rows, lie))
+    with grpc.insecure_channel(server.grpc_url) as channel:
+        try:
+            service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(message, timeout=60)
+        except grpc.RpcError as error:
+            return f"{error.code().name}: {error.details()}"
+    return "OK"
+
+
+def over_http(server: TritonServer, model: str, tensors: Tensors, lie: int) -> str:
+    data = {name: pack(rows, lie) for name, (_, rows) in tensors.items()}
+    inputs = [
+        {
+            "name": name,
+            "shape": tensors[name][0],
+            "datatype": "BYTES",
+            "parameters": {"binary_data_size": len(packed)},
+        }
+        for name, packed in data.items()
+    ]
+    text = json.dumps({"inputs": inputs}).encode()
+    url = f"http://{server.http_url}/v2/models/{model}/infer"
+    status, answer = post(
+        url, text + b"".join(data.values()), {"Inference-Header-Content-Length": str(len(text))}
+    )
+    return "OK" if status == 200 else f"{status}: {json.loads(answer)['error']}"
+
+
+Send = Callable[[TritonServer, str, Tensors, int], str]
+
+
+@pytest.mark.parametrize("send", [over_grpc, over_http])
+@pytest.mark.parametrize("model", STRINGS)
+def test_refuses_a_liar_and_serves_twenty_honest_callers(
+    model: str, send: Send, server: TritonServer
+) -> None:
+    """Without a check a few of these requests share a batch with a lie."""
+    tensors, refused = STRINGS[model], "INVALID_ARGUMENT: " if send is over_grpc else "400: "
+    assert send(server, model, tensors, 0) == "OK"
+    done = threading.Event()
+
+    def lie() -> set[str]:
+        told = set()
+        while not done.is_set():
+            told.add(send(server, model, tensors, 1))
+        return told
+
+    with ThreadPoolExecutor(HONEST + 1) as pool:
+        liar = pool.submit(lie)
+        try:
+            rounds = ROUNDS if model != "explain_image" else 1
+            honest = list(pool.map(lambda _: send(server, model, tensors, 0), range(HONEST * rounds)))
+        finally:
+            done.set()
+    assert set(honest) == {"OK"}
+    name, (_, rows) = next(iter(tensors.items()))
+    length = len(rows[-1])
+    expected = f"{refused}{name}[{len(rows) - 1}]: its length says {length + 1} bytes, but {length} follow"
+    assert liar.result() == {expected}
+
+
+def test_clients_ask_again_where_callers_speak_with_triton_itself(tmp_path: Any) -> None:
+    options = ServeOptions(
+        ROOT / "model_repository",
+        str(TINY),
+        log_file=tmp_path / "log",
+        models=("embed_text",),
+        gateway_port=None,
+        direct_grpc=True,
+        settings={"dtype": "float32"},
+    )
+    done = threading.Event()
+    with TritonServer(options) as server, Client(f"grpc://{server.grpc_url}") as client:
+        right = client.embed_text("a dog")
+
+        def lie() -> int:
+            count = 0
+            while not done.is_set():
+                told = over_grpc(server, "embed_text", STRINGS["embed_text"], 1)
+                assert "incomplete string data" in told
+                count += 1
+                time.sleep(0.1)  # a client asks five times
+            return count
+
+        with ThreadPoolExecutor(HONEST + 1) as pool:
+            liar = pool.submit(lie)
+            try:
+                for answer in pool.map(lambda _: client.embed_text("a dog"), range(HONEST * ROUNDS)):
+                    np.testing.assert_allclose(answer, right, atol=1e-5)
+            finally:
+                done.set()
+            assert liar.result() > 1
