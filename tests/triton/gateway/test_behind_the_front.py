@@ -79,7 +79,7 @@ def test_openais_client_goes_through_the_front(both: Front, triton: Client) -> N
         inputs = [f"data:image/png;base64,{encoded(large)}", "a dog"]
         answer = client.embeddings.create(model="any", input=inputs)
         found = np.array([entry.embedding for entry in answer.data], np.float32)
-        with pytest.raises(openai.BadRequestError, match=r"input\[0\]: the text has"):
+        with pytest.raises(openai.BadRequestError, match="input: the text has"):
             client.embeddings.create(model="any", input="dog " * 300)
     np.testing.assert_array_equal(found, [triton.embed_image(large, True), triton.embed_text("a dog", True)])
     with (
