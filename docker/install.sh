@@ -19,7 +19,7 @@ install() {
 case $what in
     dependencies)
         "$PYTHON" -m venv --without-pip --system-site-packages "$folder"
-        "$PYTHON" "$(dirname "$0")/requirements.py" "$path" runtime > "$folder/requirements.txt"
+        "$PYTHON" "$(dirname "$0")/requirements.py" "$path" runtime gateway > "$folder/requirements.txt"
         install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} --requirement "$folder/requirements.txt"
         ;;
     package)

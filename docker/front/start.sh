@@ -9,10 +9,12 @@ here=$(cd "$(dirname "$0")" && pwd)
 : "${FRONT_LISTEN:=8443}"                             # port, or address:port
 : "${FRONT_HTTP:=server:8000}"                        # the server's HTTP
 : "${FRONT_GRPC:=server:8001}"                        # the server's gRPC
+: "${FRONT_GATEWAY:=gateway:8080}"                     # the gateway's HTTP
 : "${FRONT_KEYS:=/run/secrets/front_keys}"            # lines NAME KEY, see make_key.sh
 : "${FRONT_CERTIFICATE:=/run/secrets/front_certificate}"
 : "${FRONT_CERTIFICATE_KEY:=/run/secrets/front_certificate_key}"
 : "${FRONT_MAX_BODY:=34m}"                            # largest request; 32 MiB is the server's largest image
+: "${FRONT_GATEWAY_MAX_BODY:=64m}"                    # of the gateway, whose pictures are base64
 : "${FRONT_RATE:=2000}"                               # requests a second of one key
 : "${FRONT_CONCURRENCY:=256}"                         # requests at a time of one key
 : "${FRONT_TIMEOUT:=120s}"                            # how long the server may be silent
@@ -39,7 +41,7 @@ awk '
 ' "$FRONT_KEYS" > "$FRONT_RUN/keys.conf"
 
 script=
-for name in RUN LISTEN HTTP GRPC CERTIFICATE CERTIFICATE_KEY MAX_BODY RATE CONCURRENCY TIMEOUT WORKERS; do
+for name in RUN LISTEN HTTP GRPC GATEWAY GATEWAY_MAX_BODY CERTIFICATE CERTIFICATE_KEY MAX_BODY RATE CONCURRENCY TIMEOUT WORKERS; do
     eval "value=\$FRONT_$name"
     case $value in
         '' | *[!A-Za-z0-9_.:/-]*) echo "front: FRONT_$name: got '$value'" >&2; exit 1 ;;

@@ -56,6 +56,8 @@ class _CheckedResolver(AbstractResolver):
             OSError: the host is unknown, or one of its addresses is not public.
         """
         found = await self._resolver.resolve(host, port, family)
+        if not found:
+            raise OSError(f"{host} has no address")
         if not all(self._allowed(entry["host"]) for entry in found):
             raise _NotAllowedError(f"{host} has an address that is not public")
         return found

@@ -20,7 +20,7 @@ from tests.chaos.server import ChaosError, Recipe
 
 __all__ = ["PARTS", "main", "parse"]
 
-PARTS = ("fuzz", "kills", "starts", "overload", "deadlines", "abandoned", "front", "soak")
+PARTS = ("fuzz", "gateway", "kills", "starts", "overload", "deadlines", "abandoned", "front", "soak")
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -71,7 +71,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def _add_fuzz(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("fuzz").add_argument
+    add = parser.add_argument_group("fuzz, gateway").add_argument
     add("--cases", type=int, default=100_000, help="number of cases")
     add("--first-case", type=int, default=0, help="number of the first case, to divide a run")
     add("--kinds", nargs="+", default=[], choices=list(SHARES), help="kinds of cases")
@@ -124,7 +124,7 @@ def main() -> int:
     settings = dict(pair.partition("=")[::2] for pair in options.setting)
     recipe = Recipe(options.checkpoint, options.teams_checkpoint, settings=settings)
     if options.case:
-        options.only = ["fuzz"]
+        options.only = ["gateway" if options.case[0].startswith("gateway:") else "fuzz"]
     for name in options.only:
         begin = time.monotonic()
         try:

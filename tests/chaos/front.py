@@ -32,7 +32,7 @@ _CLOSED: tuple[str, ...] = (
     "/v2/repository/models/embed_image/unload",
     "/v2/systemsharedmemory/status",
 )
-_CLOSED += ("/v2/logging", "/v2/trace/setting", "/metrics", "/v2/models/embed_image/stats", "/")
+_CLOSED += ("/v2/logging", "/v2/trace/setting", "/metrics", "/v2/models/embed_image/stats", "/docs")
 
 
 def _status(front: Front, path: str, body: bytes, headers: dict[str, str], key: str | None = None) -> str:

@@ -16,9 +16,11 @@ from typing import Any
 import compose_spec
 import pytest
 import yaml
-from programs import program
+from gateways import gateway_process
+from programs import free_port, program
 from wire import JERSEY, ROOT, TINY
 
+from siglip_gateway.command import _parser as gateway_parser
 from siglip_serve.launcher import ServeOptions
 from siglip_serve.launcher.command import _parser
 
@@ -122,7 +124,9 @@ def test_the_image_holds_what_kubernetes_expects() -> None:
     (environment,) = arguments_of("ENV")
     assert f"HF_HOME={values['HF_HOME']} " in environment
     assert f"SIGLIP_SERVE_TEAMS_CHECKPOINT={values['SIGLIP_SERVE_TEAMS_CHECKPOINT']}" in environment
-    exposed = {str(port["containerPort"]) for port in container["ports"]}
+    gateway_text = (ROOT / "deployments/kubernetes/base/gateway.yaml").read_text(encoding="utf-8")
+    (gateway,) = next(yaml.safe_load_all(gateway_text))["spec"]["template"]["spec"]["containers"]
+    exposed = {str(port["containerPort"]) for one in (container, gateway) for port in one["ports"]}
     assert set(arguments_of("EXPOSE")[0].split()) == exposed
 
 
@@ -131,9 +135,13 @@ def test_image_installs_the_server_without_triton() -> None:
         "optional-dependencies"
     ]
     assert "siglip-serve[embedded,runtime]" in extras["server"]
-    printed = run(sys.executable, DOCKER / "requirements.py", ROOT / "pyproject.toml", "runtime").stdout
+    (line,) = re.findall(r"requirements\.py.*> ", (DOCKER / "install.sh").read_text(encoding="utf-8"))
+    assert '"$path" runtime gateway >' in line
+    printed = run(
+        sys.executable, DOCKER / "requirements.py", ROOT / "pyproject.toml", "runtime", "gateway"
+    ).stdout
     names = {re.split(r"[><=\[]", line)[0] for line in printed.splitlines()}
-    assert {"torch", "openvino", "tritonclient", "numpy", "protobuf"} <= names
+    assert {"torch", "openvino", "tritonclient", "numpy", "protobuf", "fastapi", "uvicorn", "orjson"} <= names
     assert "nvidia-pytriton" not in names
     assert "<2" not in next(line for line in printed.splitlines() if line.startswith("numpy"))
 
@@ -196,7 +204,7 @@ def test_publishes_only_the_front() -> None:
 @pytest.mark.parametrize("profile", ["gpu", "cpu"])
 def test_a_profile_is_complete_and_hardened(profile: str) -> None:
     chosen = {name: one for name, one in services().items() if profile in one["profiles"]}
-    assert set(chosen) == {f"server-{profile}", "front", "prometheus", "grafana"}
+    assert set(chosen) == {f"server-{profile}", "gateway", "front", "prometheus", "grafana"}
     for one in chosen.values():
         assert one["read_only"]
         assert one["cap_drop"] == ["ALL"]
@@ -207,7 +215,35 @@ def test_a_profile_is_complete_and_hardened(profile: str) -> None:
     assert ("deploy" in server) == (profile == "gpu")
     options = _parser().parse_args(server["command"])
     assert options.device == {"gpu": "cuda", "cpu": "cpu"}[profile]
+    assert options.no_gateway  # it has a container of its own
     assert ServeOptions(Path(), "x", device=options.device)
+
+
+def test_the_gateway_is_behind_the_front_and_limited() -> None:
+    gateway = services()["gateway"]
+    assert gateway["entrypoint"] == ["siglip-serve", "gateway"]
+    given = gateway_parser().parse_args(gateway["command"])
+    front = services()["front"]
+    assert front["environment"]["FRONT_GATEWAY"] == f"gateway:{given.port}"
+    assert given.triton == front["environment"]["FRONT_GRPC"]
+    assert "gateway" in front["depends_on"]
+    # nginx refuses first, so that the largest request is refused alike on both sides.
+    assert front["environment"]["FRONT_GATEWAY_MAX_BODY"] == f"{given.max_body // 2**20}m"
+    assert set(gateway["deploy"]["resources"]["limits"]) == {"cpus", "memory"}
+    assert "ports" not in gateway
+    assert f"http://127.0.0.1:{given.port}/health" in gateway["healthcheck"]["test"][-1]
+    text = (DOCKER / "monitoring/prometheus.yml").read_text(encoding="utf-8")
+    targets = [one["static_configs"][0]["targets"] for one in yaml.safe_load(text)["scrape_configs"]]
+    assert [f"gateway:{given.port}"] in targets
+
+
+def test_the_gateways_health_check_tells_health() -> None:
+    command = services()["gateway"]["healthcheck"]["test"][1:]
+    with gateway_process(f"127.0.0.1:{free_port()}") as url:
+        here = [word.replace("http://127.0.0.1:8080", url) for word in command]
+        assert run(sys.executable, *here[1:], http_proxy="http://127.0.0.1:9").returncode != 0
+        live = [word.replace("/health", "/.well-known/live") for word in here]
+        assert run(sys.executable, *live[1:], http_proxy="http://127.0.0.1:9").returncode == 0
 
 
 def test_files_that_compose_mounts_exist() -> None:
@@ -256,6 +292,7 @@ def front_files(tmp_path: Path) -> dict[str, str]:
         "FRONT_LISTEN": "127.0.0.1:8443",
         "FRONT_HTTP": "127.0.0.1:8000",
         "FRONT_GRPC": "127.0.0.1:8001",
+        "FRONT_GATEWAY": "127.0.0.1:8080",
         "FRONT_KEYS": str(tmp_path / "keys"),
         "FRONT_CERTIFICATE": str(tmp_path / "certificate.pem"),
         "FRONT_CERTIFICATE_KEY": str(tmp_path / "certificate_key.pem"),

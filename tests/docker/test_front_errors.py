@@ -87,7 +87,10 @@ def limited(folder: Path, **limits: str) -> Iterator[Front]:
 def test_a_server_that_is_away_is_unavailable(lonely: Front) -> None:
     message = "the server does not answer; try again later"
     assert send(lonely, "POST", INFER, b"x", RAW) == (503, message)
+    assert send(lonely, "POST", INFER, b"{}") == (503, message)
     assert send(lonely, "GET", "/v2/health/ready") == (503, message)
+    for method, path in (("POST", "/v1/embeddings"), ("POST", "/v2/embed"), ("GET", "/health"), ("GET", "/")):
+        assert send(lonely, method, path, b"{}" if method == "POST" else b"") == (503, message)
     assert call(lonely) == (grpc.StatusCode.UNAVAILABLE, message)
 
 
@@ -143,6 +146,24 @@ def test_large_requests_are_refused(tmp_path: Path) -> None:
         status, message = send(front, "POST", INFER, b"[" * 70_000)
         assert status == 413
         assert message.startswith("JSON may be 64 kB")
+
+
+def test_the_gateway_has_keys_and_limits_of_the_front(lonely: Front, tmp_path: Path) -> None:
+    for path in ("/v1/embeddings", "/v2/embed", "/vectorize", "/predict", "/classify", "/explain", "/teams"):
+        assert lonely.post(path, b"{}", {}, key="")[0] == 401
+        refused = (415, "compressed requests are not taken")
+        assert send(lonely, "POST", path, gzip.compress(b"{}"), {"Content-Encoding": "gzip"}) == refused
+        assert send(lonely, "GET", path) == (405, "not with this method")
+    for path in ("/v1/models", "/meta", "/ping", "/health", "/.well-known/ready"):
+        assert lonely.post(path, None, {}, key="")[0] == 401
+        assert send(lonely, "DELETE", path) == (405, "not with this method")
+    for path in ("/metrics", "/docs", "/v2/embed/x", "/v3/embed"):
+        assert send(lonely, "GET", path) == (404, "not found, or closed")
+    with limited(tmp_path, FRONT_GATEWAY_MAX_BODY="100k") as front:
+        assert send(front, "POST", "/v1/embeddings", b"[" * 200_000) == (
+            413,
+            "the request is larger than 100k",
+        )
 
 
 def test_too_many_requests_are_refused(tmp_path: Path) -> None:

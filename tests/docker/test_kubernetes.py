@@ -5,12 +5,19 @@ from __future__ import annotations
 import shutil
 import subprocess
 from functools import cache
+from os.path import relpath
+from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
 from paths import ROOT
+
+from siglip_gateway.app import create_app
+from siglip_gateway.command import _parser as gateway_parser
+from siglip_gateway.options import GatewayOptions
+from siglip_serve.launcher.command import _parser as server_parser
 
 FOLDER = ROOT / "deployments" / "kubernetes"
 OVERLAYS = ("cpu", "gpu")
@@ -20,10 +27,15 @@ VERSION = "1.33"
 @cache
 def objects(overlay: str) -> dict[str, dict[str, Any]]:
     """The objects of an overlay, by kind and name."""
+    return rendered_objects(FOLDER / "overlays" / overlay)
+
+
+def rendered_objects(folder: Path) -> dict[str, dict[str, Any]]:
+    """The objects of a folder, by kind and name."""
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl is not installed")
     rendered = subprocess.run(
-        ["kubectl", "kustomize", str(FOLDER / "overlays" / overlay)],
+        ["kubectl", "kustomize", str(folder)],
         capture_output=True,
         text=True,
         check=True,
@@ -65,15 +77,22 @@ def test_validation_refuses_a_field_of_the_wrong_type() -> None:
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_selectors_and_ports_meet_the_pods(overlay: str) -> None:
     made = objects(overlay)
-    labels = made["Deployment/siglip-serve"]["spec"]["template"]["metadata"]["labels"]
-    ports = {port["name"]: port["containerPort"] for port in server(overlay)["ports"]}
-    assert ports == {"http": 8000, "grpc": 8001, "metrics": 8002}
-    for name, one in made.items():
-        if name.startswith("Service/"):
-            assert one["spec"]["selector"] == labels
-            assert all(port["targetPort"] in ports for port in one["spec"]["ports"])
-    assert made["PodDisruptionBudget/siglip-serve"]["spec"]["selector"]["matchLabels"] == labels
-    assert made["NetworkPolicy/siglip-serve"]["spec"]["podSelector"]["matchLabels"] == labels
+    expected = {
+        "siglip-serve": {"http": 8000, "grpc": 8001, "metrics": 8002},
+        "siglip-serve-gateway": {"http": 8080},
+    }
+    for application, wanted in expected.items():
+        template = made[f"Deployment/{application}"]["spec"]["template"]
+        labels = template["metadata"]["labels"]
+        (container,) = template["spec"]["containers"]
+        ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+        assert ports == wanted
+        services = [one for name, one in made.items() if name.startswith("Service/")]
+        chosen = [one for one in services if one["spec"]["selector"] == labels]
+        assert len(chosen) == (2 if application == "siglip-serve" else 1)
+        assert all(port["targetPort"] in ports for one in chosen for port in one["spec"]["ports"])
+        assert made[f"PodDisruptionBudget/{application}"]["spec"]["selector"]["matchLabels"] == labels
+        assert made[f"NetworkPolicy/{application}"]["spec"]["podSelector"]["matchLabels"] == labels
     assert made["Service/siglip-serve-grpc"]["spec"]["clusterIP"] == "None"
 
 
@@ -97,3 +116,34 @@ def test_autoscaler_uses_the_adapters_metric(overlay: str) -> None:
     names = {rule["name"]["as"] for rule in adapter["rules"]["custom"]}
     (metric,) = objects(overlay)["HorizontalPodAutoscaler/siglip-serve"]["spec"]["metrics"]
     assert metric["pods"]["metric"]["name"] in names
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_gateway_asks_the_server_over_grpc(overlay: str) -> None:
+    made = objects(overlay)
+    (container,) = made["Deployment/siglip-serve-gateway"]["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == ["siglip-serve", "gateway"]
+    given = gateway_parser().parse_args(container["args"])
+    name, _, port = given.triton.partition(":")
+    (grpc,) = made[f"Service/{name}"]["spec"]["ports"]
+    assert (grpc["name"], str(grpc["port"])) == ("grpc", port)
+    assert given.port == container["ports"][0]["containerPort"]
+    paths = {str(getattr(route, "path", "")) for route in create_app(GatewayOptions()).routes}
+    for probe in ("readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"]["path"] in paths
+    assert container["securityContext"]["readOnlyRootFilesystem"]
+    assert "nvidia.com/gpu" not in container["resources"]["limits"]
+    assert server_parser().parse_args(server(overlay)["args"]).no_gateway
+
+
+def test_keys_are_a_component(tmp_path: Path) -> None:
+    wanted = ["overlays/cpu", "components/gateway-keys"]
+    base, component = (relpath(FOLDER / one, tmp_path) for one in wanted)
+    (tmp_path / "kustomization.yaml").write_text(f"resources: [{base}]\ncomponents: [{component}]\n")
+    pod = rendered_objects(tmp_path)["Deployment/siglip-serve-gateway"]
+    kubernetes_validate.validate(pod, VERSION, strict=True)
+    (container,) = pod["spec"]["template"]["spec"]["containers"]
+    file = Path(gateway_parser().parse_args(container["args"]).api_key_file)
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in pod["spec"]["template"]["spec"]["volumes"]}
+    assert "secret" in volumes[mounts[str(file.parent)]]

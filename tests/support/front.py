@@ -54,11 +54,14 @@ class Front:
 
 
 @contextmanager
-def run_front(http_url: str, grpc_url: str, folder: Path, **settings: str) -> Iterator[Front]:
+def run_front(
+    http_url: str, grpc_url: str, folder: Path, gateway_url: str = "127.0.0.1:9", **settings: str
+) -> Iterator[Front]:
     """Run the front before a server; the test is skipped where nginx or openssl is missing.
 
     Args:
         http_url, grpc_url: the server's, host:port.
+        gateway_url: the gateway's, host:port. By default there is none.
         folder: for keys, certificates and the log.
         **settings: of the front, as `FRONT_RATE="1"`.
     """
@@ -76,6 +79,7 @@ def run_front(http_url: str, grpc_url: str, folder: Path, **settings: str) -> It
         "FRONT_LISTEN": f"127.0.0.1:{port}",
         "FRONT_HTTP": http_url,
         "FRONT_GRPC": grpc_url,
+        "FRONT_GATEWAY": gateway_url,
         "FRONT_KEYS": str(folder / "keys"),
         "FRONT_CERTIFICATE": str(folder / "certificate.pem"),
         "FRONT_CERTIFICATE_KEY": str(folder / "certificate_key.pem"),

@@ -15,7 +15,7 @@ from siglip_serve_client import ExplainOptions, Explanation
 from starlette.requests import Request
 from starlette.responses import Response
 
-from siglip_gateway.apis.fields import boolean, chosen, number, texts_of, wrong
+from siglip_gateway.apis.fields import boolean, chosen, number, shown, texts_of, wrong
 from siglip_gateway.inputs import Input, Text
 from siglip_gateway.pictures import file_of, picture_of
 from siglip_gateway.refusals import Refusal
@@ -126,9 +126,7 @@ def _size(value: object) -> tuple[int, int]:
         raise wrong("size", value, expected)
     whole = [side for side in value if isinstance(side, int) and not isinstance(side, bool)]
     if len(value) != 2 or len(whole) != 2 or not all(0 < side < _LONGEST_SIDE for side in whole):
-        raise Refusal(
-            400, f"size: {str(value)[:60]}, expected {expected}", param="size", code="invalid_value"
-        )
+        raise Refusal(400, f"size: {shown(value)}, expected {expected}", param="size", code="invalid_value")
     return whole[0], whole[1]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from siglip_gateway.refusals import Refusal
 
-__all__ = ["boolean", "chosen", "integer", "listed", "number", "texts_of", "whole", "wrong"]
+__all__ = ["boolean", "chosen", "integer", "listed", "number", "shown", "texts_of", "whole", "wrong"]
 
 _NAMES = {
     "dict": "an object",
@@ -112,6 +112,14 @@ def number(body: Mapping[str, Any], name: str, least: float, most: float) -> flo
     return float(value)
 
 
+def shown(value: object) -> str:
+    """The beginning of a value, for a message. A value that is nested too deeply has its type instead."""
+    try:
+        return repr(value)[:60]
+    except RecursionError:
+        return f"{_NAMES[type(value).__name__]}, nested too deeply"
+
+
 def chosen(value: object, name: str, choices: Sequence[str]) -> str:
     """One of some words.
 
@@ -119,8 +127,10 @@ def chosen(value: object, name: str, choices: Sequence[str]) -> str:
         Refusal: 400, another value. The message lists the words.
     """
     if not isinstance(value, str) or value not in choices:
-        shown = repr(value)[:60]
         raise Refusal(
-            400, f"{name}: {shown}, expected one of {', '.join(choices)}", param=name, code="invalid_value"
+            400,
+            f"{name}: {shown(value)}, expected one of {', '.join(choices)}",
+            param=name,
+            code="invalid_value",
         )
     return value

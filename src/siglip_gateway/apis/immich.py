@@ -104,7 +104,7 @@ def _entries(form: FormData) -> dict[str, Any]:
 async def _relayed(service: Service, request: Request, body: bytes, entries: Mapping[str, Any]) -> Response:
     """The answer of Immich's own service to tasks that are not CLIP's. The body is passed on unchanged."""
     upstream = service.options.immich_upstream
-    tasks = ", ".join(map(str, entries))
+    tasks = ", ".join(entries)[:200]
     if "clip" in entries:
         raise Refusal(400, f"the tasks {tasks} in one request: send clip in a request of its own")
     if upstream is None:

@@ -219,7 +219,7 @@ def _of_object(value: Mapping[str, Any], where: str) -> Input:
     expected = "an object with text, image, bytes, url or image_url"
     raise Refusal(
         400,
-        f"{where}: an object with {', '.join(map(str, value)) or 'nothing'}, expected {expected}",
+        f"{where}: an object with {', '.join(value)[:200] or 'nothing'}, expected {expected}",
         param=where,
     )
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import random
 from typing import Any
 
 import pytest
 from gateways import URI, StandIn, gateway
+from malformed_json import mutated
 
 SEEDS: dict[str, list[Any]] = {
     "/v1/embeddings": [
@@ -54,40 +54,12 @@ FIELDS = {
     "/explain": {"error"},
     "/teams": {"error"},
 }
-STRANGE: list[Any] = [
-    *(None, True, 0, -1, 1.5, 2**53, "", "\x00", "data:", URI[:30], "https://", "ü" * 50, "=" * 9, "A"),
-    *([], [[]], [None], [[1, 2]], {}, {"": None}, {"url": {}}, {"content": 1}, ["a"] * 100),
-]
-
-
-def mutated(body: Any, random: random.Random) -> Any:
-    """The body with one place replaced, removed, doubled or renamed."""
-    body = copy.deepcopy(body)
-    places: list[tuple[Any, Any]] = []
-    left = [body]
-    while left:
-        node = left.pop()
-        keys: Any = node.keys() if isinstance(node, dict) else range(len(node))
-        places += [(node, key) for key in keys]
-        left += [node[key] for key in keys if isinstance(node[key], dict | list)]
-    node, key = random.choice(places)
-    action = random.randrange(5)
-    if action == 0:
-        del node[key]
-    elif action == 1 and isinstance(node, dict):
-        node[f"{key}s"] = node.pop(key)
-    elif action == 2 and isinstance(node[key], str):
-        at = random.randrange(len(node[key]) + 1)
-        node[key] = node[key][:at] + random.choice(["", "*", "\n", "é", "="]) + node[key][at + 1 :]
-    else:
-        node[key] = random.choice(STRANGE)
-    return body
 
 
 def malformed(seeds: list[Any], random: random.Random) -> bytes:
     body = random.choice(seeds)
     for _ in range(random.randrange(1, 4)):
-        body = mutated(body, random) if body else random.choice(seeds)
+        body = mutated(body, random, [URI[:30]]) if body else random.choice(seeds)
     data = json.dumps(body).encode()
     if random.random() < 0.2:  # also as text that is cut off, or whose bytes are changed
         at = random.randrange(len(data))
@@ -120,6 +92,38 @@ def test_bodies_that_are_no_object_are_refused(path: str, body: bytes) -> None:
         answer = client.post(path, content=body)
     assert answer.status_code == 400
     assert answer.json().keys() == FIELDS[path]
+
+
+@pytest.mark.parametrize("name", ["embedding_types", "truncate", "input_type", "texts", "images", "inputs"])
+def test_deeply_nested_fields_are_refused(name: str) -> None:
+    """A message about a field must not try to write the whole of it."""
+    nested = "[" * 1000 + "]" * 1000
+    for value in (nested, f"[{nested[1:-1]}]", '{"a":' * 1000 + "1" + "}" * 1000):
+        with gateway(StandIn()) as client:
+            answer = client.post("/v2/embed", content=f'{{"texts":["a"],"{name}":{value}}}')
+        assert answer.status_code in ({200} if name == "input_type" else {400})
+        assert len(answer.content) < 1000
+
+
+def test_a_deeply_nested_size_is_refused() -> None:
+    body = f'{{"image":"{URI}","prompts":["a"],"size":{"[" * 1000}{"]" * 1000}}}'
+    with gateway(StandIn()) as client:
+        answer = client.post("/explain", content=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("size: a list, nested too deeply, expected")
+
+
+def test_names_of_a_caller_are_not_repeated_at_length() -> None:
+    long = "a" * 100_000
+    with gateway(StandIn()) as client:
+        answers = [
+            client.post("/v1/embeddings", json={"input": [{long: 1}]}),
+            client.post("/v1/embeddings", json={"input": "a", "encoding_format": long}),
+            client.post("/v2/embed", json={"texts": ["a"], "embedding_types": [long]}),
+            client.post("/predict", data={"entries": json.dumps({long: 1})}),
+        ]
+    assert [answer.status_code for answer in answers] == [400, 400, 400, 501]
+    assert all(len(answer.content) < 1000 for answer in answers)
 
 
 def test_malformed_forms_are_answered() -> None:

@@ -167,6 +167,14 @@ def test_a_name_with_a_private_address_is_refused(addresses: list[str]) -> None:
     assert not connected
 
 
+def test_a_name_without_an_address_is_refused() -> None:
+    async def run() -> None:
+        await fetched(UrlReader(["a.example"], 1000, 5.0, resolver=Names([])), "http://a.example/x")
+
+    with pytest.raises(Refusal, match="the URL cannot be read"):
+        asyncio.run(run())
+
+
 def test_a_name_is_resolved_once() -> None:
     """The second answer of a name server must not count, when the first was the one that was checked."""
     names = Names(["127.0.0.1"], ["127.0.0.2"])
