@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc  # type: ignore[import-untyped]
 import numpy as np
+import psutil
 import pytest
 from images import encode, photo
 from siglip_serve_client import Client
@@ -108,6 +109,33 @@ def test_refuses_a_liar_and_serves_twenty_honest_callers(
     length = len(rows[-1])
     expected = f"{refused}{name}[{len(rows) - 1}]: its length says {length + 1} bytes, but {length} follow"
     assert liar.result() == {expected}
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "shape"),
+    [
+        ("team_predict", "EMBEDDING", [2**33, 2**33]),
+        ("explain_overlays", "HEAT", [2**21, 2**21, 2**22]),
+        ("label_scores", "PROMPT_EMBEDDING", [2**32, 2**32]),
+    ],
+)
+def test_a_shape_that_overflows_ends_no_process(
+    model: str, name: str, shape: list[int], server: TritonServer
+) -> None:
+    """Triton counts its elements in 64 bits, so that no bytes at all are as many as it needs."""
+    assert name in (ROOT / "model_repository" / model / "config.pbtxt").read_text()
+    before = {process.pid for process in psutil.Process(server.pid).children(recursive=True)}
+    message = service_pb2.ModelInferRequest(model_name=model)
+    message.inputs.add(name=name, datatype="FP32", shape=shape)
+    message.raw_input_contents.append(b"")
+    with grpc.insecure_channel(server.grpc_url) as channel, pytest.raises(grpc.RpcError) as caught:
+        service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(message, timeout=60)
+    told = f"{name}: shape {shape}, expected at most {2**40} elements"
+    assert (caught.value.code().name, caught.value.details()) == ("INVALID_ARGUMENT", told)
+    text = json.dumps({"inputs": [{"name": name, "shape": shape, "datatype": "FP32", "data": []}]}).encode()
+    status, answer = post(f"http://{server.http_url}/v2/models/{model}/infer", text, {})
+    assert (status, f"shape {shape}, expected at most" in json.loads(answer)["error"]) == (400, True)
+    assert {process.pid for process in psutil.Process(server.pid).children(recursive=True)} >= before
 
 
 def test_clients_ask_again_where_callers_speak_with_triton_itself(tmp_path: Any) -> None:

@@ -28,7 +28,7 @@ from grpc.aio import EOF, AioRpcError, BaseError  # type: ignore[import-untyped]
 from siglip_gateway.doors import AWAY, DRAIN
 from siglip_gateway.doors.admission import Admissions, FullError
 from siglip_gateway.doors.grpc_tensors import check_request, model_of
-from siglip_gateway.doors.length_prefixes import PrefixError
+from siglip_gateway.doors.length_prefixes import TensorError
 from siglip_gateway.doors.protobuf_fields import Field
 from siglip_gateway.doors.timeout_parameter import with_timeout
 
@@ -182,7 +182,7 @@ async def _checked(request: bytes, context: Any) -> list[Field]:
 
 
 def _refusal(error: Exception) -> str:
-    return str(error) if isinstance(error, PrefixError) else f"{_NOT_A_MESSAGE}: {error}"
+    return str(error) if isinstance(error, TensorError) else f"{_NOT_A_MESSAGE}: {error}"
 
 
 async def _answer(call: Any) -> bytes:

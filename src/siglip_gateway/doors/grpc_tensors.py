@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from siglip_gateway.doors.length_prefixes import check_prefixes
+from siglip_gateway.doors.length_prefixes import check_prefixes, check_shape
 from siglip_gateway.doors.protobuf_fields import Field, read_varint, walk
 
 __all__ = ["check_request", "model_of"]
@@ -37,7 +37,7 @@ def check_request(message: bytes) -> list[Field]:
         Its fields.
 
     Raises:
-        PrefixError: the strings of an input are not as long as they say.
+        TensorError: an input is too large, or its strings are not as long as they say.
         IndexError, ValueError: it cannot be read.
     """
     fields = list(walk(message, 0, len(message)))
@@ -84,7 +84,9 @@ def _read_input(message: bytes, at: int, end: int) -> _Input:
                 shape.append(number if number < 1 << 63 else number - (1 << 64))
         elif tag == _PARAMETER:
             is_shared |= _key(message, start, stop) == _SHARED
-    return _Input(name.decode("utf-8", "replace"), datatype, shape, is_shared)
+    told = name.decode("utf-8", "replace")
+    check_shape(told, shape)
+    return _Input(told, datatype, shape, is_shared)
 
 
 def _key(message: bytes, at: int, end: int) -> bytes:

@@ -32,7 +32,8 @@ from siglip_gateway.doors.admission import Admission, FullError
 from siglip_gateway.doors.http_bodies import Body, Held, Memory, patience, read_body
 from siglip_gateway.doors.http_connections import Connections
 from siglip_gateway.doors.http_tensors import check_binary_inputs
-from siglip_gateway.doors.json_nesting import refuse_deep_json
+from siglip_gateway.doors.json_nesting import pieces_of, refuse_deep_json
+from siglip_gateway.doors.json_shapes import refuse_huge_shapes
 from siglip_gateway.doors.refusal import SERVER, RefusedError, error_answer
 
 __all__ = ["MAX_BODY", "MAX_IN_FLIGHT", "HttpDoor", "Limits", "serve"]
@@ -143,7 +144,9 @@ class HttpDoor:
                 target = self._target(request)
                 body = await read_body(request, held, self._limits.body)
                 size = _json_size(request)
-                await refuse_deep_json(body.parts if size is None else list(body.first(size)))
+                text = body.parts if size is None else list(body.first(size))
+                await refuse_deep_json(text)
+                await refuse_huge_shapes(pieces_of(text))
                 if size is None and _JSON_SIZE in request.headers:
                     given = ", ".join(request.headers.getall(_JSON_SIZE))[:100]
                     raise RefusedError(400, f"{_JSON_SIZE}: got {given!r}, expected one number")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from siglip_gateway.doors.length_prefixes import Pieces, PrefixError, check_prefixes
+from siglip_gateway.doors.length_prefixes import Pieces, TensorError, check_prefixes
 from siglip_gateway.doors.refusal import RefusedError
 
 __all__ = ["check_binary_inputs"]
@@ -49,7 +49,7 @@ def check_binary_inputs(parts: Sequence[bytes], size: int, json_size: int) -> No
             continue
         try:
             check_prefixes(name, shape, data, start, end)
-        except PrefixError as error:
+        except TensorError as error:
             raise RefusedError(400, str(error)) from error
 
 

@@ -9,7 +9,7 @@ from itertools import accumulate
 
 from siglip_gateway.doors.refusal import RefusedError
 
-__all__ = ["MOST_LEVELS", "NestingScanner", "refuse_deep_json"]
+__all__ = ["MOST_LEVELS", "NestingScanner", "pieces_of", "refuse_deep_json"]
 
 # Triton 24.10 dies of 160,000 levels. A request that nests a tensor of eight dimensions has twelve.
 MOST_LEVELS = 64
@@ -54,18 +54,19 @@ async def refuse_deep_json(parts: Sequence[bytes]) -> None:
         RefusedError: 400, it is nested deeper than `MOST_LEVELS`.
     """
     openings = 0
-    async for piece in _pieces(parts):
+    async for piece in pieces_of(parts):
         openings += piece.count(b"[") + piece.count(b"{")
     if openings <= MOST_LEVELS:  # as in nearly all requests
         return
     scanner = NestingScanner()
-    async for piece in _pieces(parts):
+    async for piece in pieces_of(parts):
         scanner.feed(piece)
         if scanner.deepest > MOST_LEVELS:
             raise RefusedError(400, f"the JSON is nested deeper than {MOST_LEVELS} levels")
 
 
-async def _pieces(parts: Sequence[bytes]) -> AsyncIterator[bytes]:
+async def pieces_of(parts: Sequence[bytes]) -> AsyncIterator[bytes]:
+    """Cut bytes into pieces of at most 64 KiB, between which the event loop has a turn."""
     for part in parts:
         for begin in range(0, len(part), _PIECE):
             if begin:

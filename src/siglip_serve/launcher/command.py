@@ -121,6 +121,14 @@ def _add_models(group: argparse._ArgumentGroup) -> None:
         default="auto",
         help="auto: CUDA GPUs if there are any, else the CPU (default: %(default)s)",
     )
+    add(
+        "--hung-after",
+        type=float,
+        default=ServeOptions.hung_after,
+        metavar="SECONDS",
+        help="kill a model process that does nothing for so long while requests wait for it; 0: never "
+        "(default: %(default)g)",
+    )
 
 
 def _add_addresses(group: argparse._ArgumentGroup) -> None:

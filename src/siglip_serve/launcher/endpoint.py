@@ -63,12 +63,23 @@ class Endpoint:
         """
         picture = io.BytesIO()
         Image.new("RGB", (16, 16), (90, 120, 60)).save(picture, "PNG")
+        self._embed("embed_image", picture.getvalue())
+
+    def embed_text(self) -> None:
+        """Make one real inference with the model `embed_text`.
+
+        Raises:
+            ServerStartError: it failed, for the reason in the message.
+        """
+        self._embed("embed_text", b"a dog")
+
+    def _embed(self, model: str, data: bytes) -> None:
         headers = {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": "0"}
         try:
-            self._call("/v2/models/embed_image/infer", picture.getvalue(), headers, timeout=300)
+            self._call(f"/v2/models/{model}/infer", data, headers, timeout=300)
         except (OSError, http.client.HTTPException) as error:
             reason = error.read().decode(errors="replace") if isinstance(error, HTTPError) else str(error)
-            raise ServerStartError(f"the first inference failed: {reason}") from error
+            raise ServerStartError(f"an inference of {model} failed: {reason}") from error
 
     def load(self, model: str) -> None:
         """Load a model, or load it again if its files have changed.

@@ -33,6 +33,8 @@ class ServeOptions:
         start_timeout: seconds until an attempt to start counts as failed.
         stalled_after: seconds without progress until an attempt to start or to load a model counts as failed.
             CPU time, reading from a disk and lines of the log are progress.
+        hung_after: seconds until a model process counts as hung that does nothing while requests wait for it
+            (`hangs`); 0 kills none.
     """
 
     model_repository: Path
@@ -54,3 +56,4 @@ class ServeOptions:
     search_images: Path | None = None
     start_timeout: float = 600.0
     stalled_after: float = 15.0
+    hung_after: float = 120.0

@@ -29,10 +29,10 @@ class _Work(NamedTuple):
     read: int  # bytes from disks
     log: int  # bytes
 
-    def follows(self, earlier: _Work, idle: float) -> bool:
-        """Compare with the work of some `idle` seconds ago."""
+    def follows(self, earlier: _Work, idle: float, share: float) -> bool:
+        """Compare with the work of some `idle` seconds ago; less than `share` of a core is none."""
         others = self.pids, self.read, self.log
-        least = max(_LEAST_SECONDS, _LEAST_SHARE * idle)
+        least = max(_LEAST_SECONDS, share * idle)
         return others != (earlier.pids, earlier.read, earlier.log) or self.cpu - earlier.cpu > least
 
 
@@ -45,13 +45,18 @@ class Progress:
     Args:
         processes: lists them.
         log_file: the log whose growth counts.
+        least_share: of a core, below which CPU time does not count.
     """
 
     def __init__(
-        self, processes: Callable[[], Iterable[psutil.Process]], log_file: Path | None = None
+        self,
+        processes: Callable[[], Iterable[psutil.Process]],
+        log_file: Path | None = None,
+        least_share: float = _LEAST_SHARE,
     ) -> None:
         self._processes = processes
         self._log_file = log_file
+        self._least_share = least_share
         self._idle = 0.0
         self._looked = time.monotonic()
         self._work = self._measure()[0]
@@ -68,7 +73,7 @@ class Progress:
         self._idle += min(now - self._looked, 1.0)
         self._looked = now
         work, waits = self._measure()
-        if waits or work.follows(self._work, self._idle):
+        if waits or work.follows(self._work, self._idle, self._least_share):
             self._work, self._idle = work, 0.0
         return self._idle
 

@@ -36,7 +36,9 @@ from siglip_serve.launcher.checkpoints import check_options, describe_checkpoint
 from siglip_serve.launcher.doors import GATEWAY, Doors
 from siglip_serve.launcher.endpoint import Endpoint
 from siglip_serve.launcher.environment import CHECKPOINT, KEEP_MEMORY, choose_device, server_environment
+from siglip_serve.launcher.family import ModelProcesses, family
 from siglip_serve.launcher.gateway import check_search, gateway_options
+from siglip_serve.launcher.hangs import Hangs, Probes, read_work
 from siglip_serve.launcher.log import Journal, asked_to_end, open_log, size
 from siglip_serve.launcher.options import ServeOptions
 from siglip_serve.launcher.ports import free_ports, numeric_address
@@ -45,7 +47,7 @@ from siglip_serve.launcher.stage import Stage
 from siglip_serve.launcher.start import Start, UnluckyStartError
 from siglip_serve.launcher.status import Status, StatusServer
 from siglip_serve.launcher.tritonserver import is_embedded, server_command, server_options
-from siglip_serve.launcher.watcher import Actions, Watcher
+from siglip_serve.launcher.watcher import Actions, Repeated, Watcher
 
 __all__ = ["TritonServer"]
 
@@ -101,6 +103,7 @@ class TritonServer:
         # thread starts all processes and lives as long as the server.
         self._spawner = ThreadPoolExecutor(1, "siglip-serve-spawner")
         self._watcher: Watcher | None = None
+        self._hangs: Repeated | None = None
         self._log_start = 0
 
     @property
@@ -202,8 +205,9 @@ class TritonServer:
         """
         self._status.stopping()
         watcher, self._watcher = self._watcher, None
-        if watcher is not None:
-            watcher.stop()
+        for thread in (watcher, self._hangs):
+            if thread is not None:
+                thread.stop()
         with self._changing:
             process, self._process = self._process, None
             stage, self._stage = self._stage, None
@@ -302,6 +306,30 @@ class TritonServer:
             process, self.models, actions, journal, self._status, self.options.stalled_after
         )
         self._watcher.start()
+        if self.options.hung_after:
+            self._hangs = self._watch_for_hangs(journal)
+            self._hangs.start()
+
+    def _watch_for_hangs(self, journal: Journal) -> Repeated:
+        after, find_models = self.options.hung_after, ModelProcesses(self.models)
+        questions = {"embed_image": self._endpoint.embed_image, "embed_text": self._endpoint.embed_text}
+        asked = {model: question for model, question in questions.items() if model in self.models}
+        hangs = Hangs(
+            after,
+            lambda: self.pid,
+            lambda: find_models(family(self.pid)),
+            lambda: read_work(f"{self.address}:{self.metrics_port}"),
+            Probes(after, asked),
+            journal.say,
+        )
+
+        def look() -> bool:
+            served, _ = self._status.describe()
+            if served:
+                hangs.look()
+            return True
+
+        return Repeated("siglip-serve-hangs", journal, look)
 
     def _command(self, stage: Stage) -> list[str]:
         apis = [api for api in _CLOSED_APIS if api != "shared-memory" or not self.options.shared_memory]

@@ -159,6 +159,21 @@ def test_refuses_strings_that_are_not_as_long_as_they_say() -> None:
     asyncio.run(check())
 
 
+@pytest.mark.parametrize("binary", [True, False])
+def test_refuses_a_shape_that_overflows(binary: bool) -> None:
+    async def check() -> None:
+        async with open_before(size) as opened:
+            text = json.dumps(
+                {"inputs": [{"name": "X", "shape": [2**32, 2**32], "datatype": "FP32"}]}
+            ).encode()
+            headers = (f"{JSON_SIZE}: {len(text)}",) if binary else ()
+            status, answer = await exchange(opened.port, request_bytes(text + b"four" * binary, *headers))
+            assert status == 400
+            assert "shape [4294967296, 4294967296], expected at most" in error_of(answer)
+
+    asyncio.run(check())
+
+
 @pytest.mark.parametrize("given", ["+9", "0x9", "-9", "nine"])
 def test_refuses_a_length_of_the_json_that_is_not_one_number(given: str) -> None:
     async def check() -> None:

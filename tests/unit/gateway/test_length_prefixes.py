@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
+import re
 import struct
+from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,8 @@ from tritonclient.grpc import service_pb2
 
 from siglip_gateway.doors.grpc_tensors import check_request, model_of
 from siglip_gateway.doors.http_tensors import check_binary_inputs
-from siglip_gateway.doors.length_prefixes import Pieces, PrefixError, check_prefixes
+from siglip_gateway.doors.json_shapes import refuse_huge_shapes
+from siglip_gateway.doors.length_prefixes import Pieces, TensorError, check_prefixes
 from siglip_gateway.doors.refusal import RefusedError
 
 
@@ -65,7 +69,7 @@ def test_refuses_over_grpc(shape: list[int], data: bytes, told: str) -> None:
         ("X", "BYTES", shape, data),
         ("N", "FP32", [2], LIE),
     ]
-    with pytest.raises(PrefixError) as caught:
+    with pytest.raises(TensorError) as caught:
         check_request(message(*inputs).SerializeToString())
     assert str(caught.value).startswith(told)
     honest = message(*inputs[:2], *inputs[3:])
@@ -90,7 +94,7 @@ def test_follows_protobuf_where_a_message_says_things_twice() -> None:
     )
     beyond = bytes([7 << 3 | 2 | 0x80, 0x80, 0x80, 0x80, 0x10])  # a tag with a bit that some parsers drop
     for same in (sent, sent.replace(raw[:3], beyond)):
-        with pytest.raises(PrefixError, match=r"X\[0\]: its length says 5 bytes"):
+        with pytest.raises(TensorError, match=r"X\[0\]: its length says 5 bytes"):
             check_request(same)
 
 
@@ -172,6 +176,43 @@ def test_there_is_nothing_to_check_without_json_or_without_binary_data() -> None
     check_binary_inputs([b"{"], 1, 10**17)
 
 
+HUGE = [[2**33, 2**33], [2**21, 2**21, 2**22], [2**40 + 1], [0, 2**63 - 1], [-(2**32), 2**32], [1, -(2**63)]]
+
+
+@pytest.mark.parametrize("shape", HUGE)
+def test_refuses_shapes_that_overflow(shape: list[int]) -> None:
+    """A shape counts wherever it stands in the JSON, and however it is written."""
+    with pytest.raises(TensorError) as caught:
+        check_request(message(("N", "FP32", shape, b"four")).SerializeToString())
+    told = f"shape {shape}, expected at most {2**40} elements"
+    assert str(caught.value) == f"N: {told}"
+    filler = {"data": ["[" * 9 + '"shape": [1]' * 9000], "shape": [1, 2]}
+    for text in (
+        json.dumps({"inputs": [filler, {"name": "N", "shape": shape}, filler]}),
+        json.dumps({"inputs": [{"shape": shape, "name": "N"}]}, separators=(",", ":")),
+        json.dumps({"inputs": [{"name": "N", "shape": shape}]}, indent=1000).replace("shape", "s\\u0068ape"),
+    ):
+        for size in (1, 7, 10**6) if len(text) < 9000 else (1000, 10**6):
+            with pytest.raises(RefusedError, match=re.escape(told)):
+                scan(text.encode(), size)
+
+
+@pytest.mark.parametrize("shape", [[], [0], [2**40], [1, 1], [65_536, 1], [2**20, 2**20], [-1, 3], "x"])
+def test_accepts_other_shapes(shape: Any) -> None:
+    if shape != "x":
+        check_request(message(("N", "FP32", shape, b"four")).SerializeToString())
+    text = json.dumps({"inputs": [{"name": '"shape": [99999999999999]', "shape": shape}, {"shape": 9.5}]})
+    scan(text.encode(), 10)
+
+
+def scan(text: bytes, size: int) -> None:
+    async def given() -> AsyncIterator[bytes]:
+        for piece in pieces(text, size):
+            yield piece
+
+    asyncio.run(refuse_huge_shapes(given()))
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_agrees_with_a_walk_over_whole_bytes(seed: int) -> None:
     """The published client's own encoding, cut and changed at random."""
@@ -195,7 +236,7 @@ def test_agrees_with_a_walk_over_whole_bytes(seed: int) -> None:
 def refused(shape: list[int], data: bytes, given: bytes | Pieces) -> bool:
     try:
         check_prefixes("X", shape, given, 0, len(data))
-    except PrefixError:
+    except TensorError:
         return True
     return False
 
