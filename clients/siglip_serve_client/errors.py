@@ -8,6 +8,7 @@ ClientError
 │   └── UnreachableError no server answers at the address, or the port is one of another protocol
 ├── AccessError          the server, or a proxy in front of it, does not let this caller in
 ├── ServerError          the server failed (any other status)
+│   ├── MissingModelError  the server does not serve the model
 │   └── ModelDiedError   a process of the server died before it answered
 └── SharedMemoryError    a frame cannot reach the server through shared memory. The message says why
 """
@@ -19,6 +20,7 @@ __all__ = [
     "ClientError",
     "DeadlineError",
     "InvalidInputError",
+    "MissingModelError",
     "ModelDiedError",
     "RestartingError",
     "ServerError",
@@ -58,6 +60,10 @@ class UnreachableError(UnavailableError):
 
 class ServerError(ClientError):
     """The server failed."""
+
+
+class MissingModelError(ServerError):
+    """The server does not serve the model."""
 
 
 class ModelDiedError(ServerError):

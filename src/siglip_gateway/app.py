@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
-from siglip_gateway.apis import cohere, explain, immich, openai, own, weaviate
+from siglip_gateway.apis import cohere, explain, immich, openai, own, teams, weaviate
 from siglip_gateway.backend import Backend, TritonClient
 from siglip_gateway.options import ENVIRONMENT, GatewayOptions, read_keys
 from siglip_gateway.page.routes import add_page, is_page
@@ -43,6 +43,7 @@ _ROUTES: Sequence[tuple[str, str, Dialect, Handler, bool]] = (
     ("GET", "/ping", immich.IMMICH, immich.ping, True),
     ("POST", "/classify", own.OWN, own.classify, False),
     ("POST", "/explain", own.OWN, explain.explain, False),
+    ("POST", "/teams", own.OWN, teams.teams, False),
     ("GET", "/health", own.OWN, own.health, True),
     ("GET", "/metrics", own.OWN, own.metrics, True),
 )

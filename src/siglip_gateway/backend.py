@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import re
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, Unpack
 
 import numpy as np
-from numpy.typing import NDArray
-from siglip_serve_client import ExplainOptions, Explanation
-from siglip_serve_client.errors import DeadlineError, InvalidInputError, ServerError
+from numpy.typing import ArrayLike, NDArray
+from siglip_serve_client import ExplainOptions, Explanation, TeamFit, TeamImages, Teams
+from siglip_serve_client.errors import (
+    ClientError,
+    DeadlineError,
+    InvalidInputError,
+    MissingModelError,
+    ServerError,
+)
 
 from siglip_gateway.inputs import File, Picture, Resolved, Text
-from siglip_gateway.pictures import file_of
 from siglip_gateway.places import placed
 
-__all__ = ["Backend", "Checkpoint", "TritonClient"]
+__all__ = ["Backend", "Checkpoint", "Health", "TritonClient"]
 
 T = TypeVar("T")
 
@@ -52,6 +58,7 @@ class TritonClient(Protocol):
         *,
         templates: Sequence[str] | None = None,
         softmax: bool = False,
+        truncation: bool = False,
     ) -> NDArray[np.float32]:
         """Score labels for one image."""
 
@@ -60,8 +67,23 @@ class TritonClient(Protocol):
     ) -> Explanation:
         """Map the scores of prompts to places in an image."""
 
-    async def describe(self) -> dict[str, str]:
-        """The checkpoint of the server."""
+    async def fit_teams(
+        self,
+        *,
+        track_ids: ArrayLike | None = None,
+        roles: Sequence[str] | None = None,
+        anchors: ArrayLike | None = None,
+        prev_state: bytes | None = None,
+        k: int = 2,
+        **images: Unpack[TeamImages],
+    ) -> TeamFit:
+        """Find the teams of football players."""
+
+    async def classify_teams(self, *, state: bytes, **images: Unpack[TeamImages]) -> Teams:
+        """Name the team of each player."""
+
+    async def describe(self, model: str = "siglip_vision_model") -> dict[str, str]:
+        """The checkpoint of a model."""
 
     async def check_health(self) -> int:
         """The width of the embedding of a small picture."""
@@ -79,13 +101,29 @@ class Checkpoint:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Health:
+    """The outcome of a real inference of both towers.
+
+    Attributes:
+        width: of embeddings, or 0 if no tower answered.
+        failed: the errors of `image` and `text`, as far as they failed.
+        missing: those of the two that Triton does not serve.
+    """
+
+    width: int
+    failed: Mapping[str, ClientError]
+    missing: tuple[str, ...] = ()
+
+
 class Backend:
     """Asks Triton. Nothing that was sent is cancelled, and no request of a caller ends another."""
 
     def __init__(self, client: TritonClient) -> None:
         self._client = client
         self._checkpoint: tuple[float, Checkpoint] | None = None
-        self._health: tuple[float, asyncio.Task[int]] | None = None
+        self._described: dict[str, tuple[float, Mapping[str, str]]] = {}
+        self._health: tuple[float, asyncio.Task[Health]] | None = None
 
     async def close(self) -> None:
         """Close the connections to Triton."""
@@ -128,70 +166,117 @@ class Backend:
             len(inputs), await _all([_named(inputs, rows, operation) for operation, rows in jobs])
         )
 
-    async def classify(
-        self, picture: Picture | File, labels: Sequence[str], templates: Sequence[str] | None, softmax: bool
-    ) -> NDArray[np.float32]:
-        """The probabilities [L] float32 of labels for a picture.
-
-        Raises:
-            ClientError: as for `embed`.
-        """
-        data = file_of(picture)
-        found = self._client.classify(data, labels, templates=templates, softmax=softmax)
-        try:
-            return await found
-        except InvalidInputError as error:
-            raise InvalidInputError(_PLACE.sub(picture.where, str(error))) from error
-
-    async def explain(
-        self,
-        picture: Picture | File,
-        prompts: Sequence[str],
-        options: ExplainOptions,
-        fields: Mapping[str, str],
-    ) -> Explanation:
-        """Heatmaps of prompts over a picture.
+    async def ask(self, operation: Callable[[TritonClient], Awaitable[T]], fields: Mapping[str, str]) -> T:
+        """The result of an operation of Triton's client.
 
         Args:
-            fields: the caller's name of each of Triton's inputs, for messages.
+            operation: what is asked.
+            fields: the caller's name of each of Triton's inputs, for messages (`places.placed`).
 
         Raises:
             ClientError: as for `embed`.
         """
         try:
-            return await self._client.explain(file_of(picture), prompts, **options)
+            return await operation(self._client)
         except InvalidInputError as error:
             raise placed(error, fields) from error
 
     async def checkpoint(self) -> Checkpoint:
-        """The checkpoint of Triton. It is asked for anew now and then, as Triton may be restarted."""
+        """The checkpoint of Triton. It is asked for anew now and then, as Triton may be restarted.
+
+        Raises:
+            ClientError: Triton does not serve now, or no tower.
+        """
         now = time.monotonic()
         if self._checkpoint is None or now - self._checkpoint[0] > _KNOWN:
-            description = await self._client.describe()
+            try:
+                description = await self.described("siglip_vision_model")
+            except MissingModelError:
+                description = await self.described("siglip_text_model")
+            health = await self.health()
+            if not health.width:
+                raise next(iter(health.failed.values()))
             found = Checkpoint(
-                description.get("checkpoint_name", ""),
-                await self.healthy(),
-                description.get("checkpoint_note", ""),
+                description.get("checkpoint_name", ""), health.width, description.get("checkpoint_note", "")
             )
             self._checkpoint = now, found
         return self._checkpoint[1]
 
-    async def healthy(self) -> int:
-        """The width of embeddings, after a real inference. Checks within a second share one.
+    async def described(self, model: str) -> Mapping[str, str]:
+        """The checkpoint and settings of a model of Triton, asked for anew now and then.
 
         Raises:
-            ClientError: Triton does not serve, or not within a few seconds.
+            ClientError: Triton does not serve now, or not this model.
         """
+        now = time.monotonic()
+        known = self._described.get(model)
+        if known is None or now - known[0] > _KNOWN:
+            known = self._described[model] = now, await self._client.describe(model)
+        return known[1]
+
+    async def healthy(self) -> int:
+        """The width of embeddings, after a real inference of both towers.
+
+        Raises:
+            ClientError: a tower does not answer, or not within a few seconds.
+        """
+        health = await self.health()
+        if health.failed:
+            raise next(iter(health.failed.values()))
+        return health.width
+
+    async def health(self) -> Health:
+        """The outcome of a real inference of both towers. Checks within a second share one."""
         now = time.monotonic()
         known = self._health
         if known is None or (known[1].done() and now - known[0] > _HEALTHY):
-            task = asyncio.ensure_future(self._client.check_health())
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+            task = asyncio.ensure_future(self._infer())
+            task.add_done_callback(_consume)
             known = self._health = now, task
-        try:
-            return await asyncio.wait_for(asyncio.shield(known[1]), _PATIENCE)
-        except TimeoutError:
-            raise DeadlineError(f"the inference server did not answer within {_PATIENCE:g} s") from None
+        return await asyncio.shield(known[1])
+
+    async def _infer(self) -> Health:
+        tasks = {
+            "image": asyncio.ensure_future(self._client.check_health()),
+            "text": asyncio.ensure_future(self._width_of_a_text()),
+        }
+        for task in tasks.values():
+            task.add_done_callback(_consume)
+        # A check that is late is left to its end, as a cancelled request can end Triton.
+        await asyncio.wait(tasks.values(), timeout=_PATIENCE)
+        width = 0
+        failed: dict[str, ClientError] = {}
+        missing = []
+        for name, task in tasks.items():
+            error = task.exception() if task.done() else _late()
+            if error is None:
+                width = task.result()
+            elif isinstance(error, MissingModelError):
+                missing.append(name)
+            elif isinstance(error, ClientError):
+                failed[name] = error
+            else:
+                raise error
+        if not width and not failed:
+            failed = {name: MissingModelError(f"no model embeds {name}s") for name in missing}
+        return Health(width, failed, tuple(missing))
+
+    async def _width_of_a_text(self) -> int:
+        # A text that came before would be answered from the cache instead of by the tower.
+        vectors = await self._client.embed_texts([secrets.token_hex(4)], False)
+        if not np.isfinite(vectors).all():
+            raise ServerError("the server answered with numbers that are not finite")
+        return int(vectors.shape[1])
+
+
+def _late() -> DeadlineError:
+    return DeadlineError(f"the inference server did not answer within {_PATIENCE:g} s")
+
+
+def _consume(task: asyncio.Future[Any]) -> None:
+    """Read the error of a task whose callers may have given up."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _chunks(rows: Sequence[int], most: int) -> list[Sequence[int]]:

@@ -176,6 +176,7 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         "max-body": "bytes of a request",
         "max-inputs": "texts and pictures of a request",
         "max-pictures": "pictures of a request",
+        "max-crops": "crops or boxes of a request to /teams",
         "max-text": "characters of a text",
         "max-running": "requests that are worked on at a time, per worker",
         "max-waiting": "requests that wait, per worker; more are refused with 429",

@@ -26,6 +26,7 @@ class GatewayOptions:
         max_body: bytes of a request.
         max_inputs: texts and pictures of a request.
         max_pictures: pictures of a request.
+        max_crops: crops, or boxes, of a request about teams.
         max_text: characters of a text.
         max_running: requests that are worked on at a time, per worker.
         max_waiting: requests that wait for their turn, per worker. More are refused with 429.
@@ -46,6 +47,7 @@ class GatewayOptions:
     max_body: int = 64 * 2**20
     max_inputs: int = 2048
     max_pictures: int = 256
+    max_crops: int = 4096
     max_text: int = 32_768
     max_running: int = 64
     max_waiting: int = 512

@@ -9,6 +9,7 @@ from siglip_serve_client.errors import (
     ClientError,
     DeadlineError,
     InvalidInputError,
+    MissingModelError,
     UnavailableError,
     UnreachableError,
 )
@@ -58,4 +59,6 @@ def refusal_of(error: ClientError) -> Refusal:
         return Refusal(503, message, code="unavailable", retry_after=1)
     if isinstance(error, AccessError):
         return Refusal(502, "the inference server refuses this gateway", code="upstream_refused")
+    if isinstance(error, MissingModelError):
+        return Refusal(501, f"the inference server does not serve this: {message}", code="not_served")
     return Refusal(502, f"the inference server failed: {message}", code="upstream_failed")

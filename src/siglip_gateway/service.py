@@ -60,18 +60,24 @@ class Service:
         self.counters.inputs(texts, len(inputs) - texts)
         return vectors
 
-    async def resolve(self, inputs: Sequence[Input]) -> list[Resolved]:
+    async def resolve(self, inputs: Sequence[Input], *, most_pictures: int | None = None) -> list[Resolved]:
         """Inputs within the limits, with all URLs fetched.
+
+        Args:
+            most_pictures: instead of the limits of inputs and pictures. URLs have the usual one nevertheless.
 
         Raises:
             Refusal: as `embed`.
         """
         options = self.options
         pictures = sum(not isinstance(item, Text) for item in inputs)
-        if len(inputs) > options.max_inputs:
+        links = sum(isinstance(item, Link) for item in inputs)
+        if len(inputs) > (most_pictures or options.max_inputs):
             raise Refusal(400, f"{len(inputs)} inputs, at most {options.max_inputs} are allowed")
-        if pictures > options.max_pictures:
+        if pictures > (most_pictures or options.max_pictures):
             raise Refusal(400, f"{pictures} pictures, at most {options.max_pictures} are allowed")
+        if links > options.max_pictures:
+            raise Refusal(400, f"{links} pictures as URLs, at most {options.max_pictures} are allowed")
         for item in inputs:
             if isinstance(item, Text) and len(item.text) > options.max_text:
                 raise Refusal(

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from programs import free_port
-from siglip_serve_client import ExplainOptions, Explanation
-from siglip_serve_client.errors import InvalidInputError
+from siglip_serve_client import ExplainOptions, Explanation, TeamFit, TeamImages, Teams
+from siglip_serve_client.errors import InvalidInputError, MissingModelError
 from starlette.testclient import TestClient
 from wire import OPENER
 
@@ -56,6 +56,17 @@ def vector(content: str | bytes) -> NDArray[np.float32]:
     return scaled.astype(np.float32)
 
 
+def _teams(labels: NDArray[np.int64]) -> dict[str, Any]:
+    values = labels.astype(np.float32)
+    return {
+        "labels": labels.astype(np.int32),
+        "margin": values / 16,
+        "outlier_score": 1 + values / 8,
+        "coordinates": np.stack([values, -values], axis=1),
+        "region_fallback": labels % 3 == 0,
+    }
+
+
 @dataclass
 class StandIn:
     """Answers as Triton does: it refuses the text `too long`, and files that are not images.
@@ -63,14 +74,20 @@ class StandIn:
     Attributes:
         calls: what was asked, in order.
         error: raised instead of an answer.
+        broken: raised by one of `image` and `text` alone.
         gate: awaited before an answer, if it is set.
         finished: how many answers were completed.
+        note: of the checkpoint.
+        missing: there are no models of teams.
     """
 
     calls: list[Any] = field(default_factory=list)
     error: Exception | None = None
+    broken: dict[str, Exception] = field(default_factory=dict)
     gate: asyncio.Event | None = None
     finished: int = 0
+    note: str = "for tests"
+    missing: bool = False
 
     async def embed_image_batch(
         self, images: Sequence[bytes], normalized: bool = False, *, base64_encoded: bool = False
@@ -89,8 +106,10 @@ class StandIn:
         self, texts: Sequence[str], normalized: bool = False, *, truncation: bool = False
     ) -> NDArray[np.float32]:
         """The vectors of texts."""
-        self.calls.append(("texts", len(texts), normalized, truncation))
+        self.calls.append(("texts", len(texts), normalized, truncation, *texts[:1]))
         await self._wait()
+        if "text" in self.broken:
+            raise self.broken["text"]
         for index, text in enumerate(texts):
             if text == "too long" and not truncation:
                 raise InvalidInputError(f"INPUT_TEXT[{index}]: the text has 301 tokens and 64 fit")
@@ -104,9 +123,10 @@ class StandIn:
         *,
         templates: Sequence[str] | None = None,
         softmax: bool = False,
+        truncation: bool = False,
     ) -> NDArray[np.float32]:
         """Equal probabilities."""
-        self.calls.append(("classify", image, list(labels), templates, softmax))
+        self.calls.append(("classify", image, list(labels), templates, softmax, truncation))
         await self._wait()
         return np.full(len(labels), 1 / len(labels), np.float32)
 
@@ -130,14 +150,52 @@ class StandIn:
             tuple(prompts), tall, patches.sum((1, 2)), patches, vectors[:, 0], overlay_files=files
         )
 
-    async def describe(self) -> dict[str, str]:
-        """A checkpoint's name."""
-        return {"checkpoint_name": "stand-in", "checkpoint_note": "for tests"}
+    async def fit_teams(
+        self,
+        *,
+        track_ids: ArrayLike | None = None,
+        roles: Sequence[str] | None = None,
+        anchors: ArrayLike | None = None,
+        prev_state: bytes | None = None,
+        k: int = 2,
+        **images: Unpack[TeamImages],
+    ) -> TeamFit:
+        """A fit whose labels count from 0 to k - 1, and whose state is the number of crops."""
+        hints = {"track_ids": track_ids, "roles": roles, "anchors": anchors, "prev_state": prev_state}
+        self.calls.append(("fit", hints, k, images))
+        await self._wait()
+        count = self._crops(images)
+        if not 2 <= k <= 8:
+            raise InvalidInputError(f"K: got {k}, expected 2 to 8")
+        return TeamFit(**_teams(np.arange(count) % k), state=b"\0\xff%d" % count, status=("LOW_SUPPORT",))
+
+    async def classify_teams(self, *, state: bytes, **images: Unpack[TeamImages]) -> Teams:
+        """Teams whose labels count from 0."""
+        self.calls.append(("teams", state, images))
+        await self._wait()
+        return Teams(**_teams(np.arange(self._crops(images))))
+
+    def _crops(self, images: TeamImages) -> int:
+        if self.missing:
+            raise MissingModelError("NOT_FOUND: Request for unknown model: 'fit_teams' is not found")
+        files = images.get("crops", ())
+        bad = [index for index, data in enumerate(files) if data != PNG]
+        if bad:
+            raise InvalidInputError("; ".join(f"CROPS[{index}]: not an image" for index in bad))
+        return len(files) or len(np.asarray(images.get("boxes", ())))
+
+    async def describe(self, model: str = "siglip_vision_model") -> dict[str, str]:
+        """A checkpoint's name, one of the teams and one of all else."""
+        if model == "siglip_base_model":
+            return {"checkpoint_name": "stand-in-teams", "checkpoint_note": "of jerseys"}
+        return {"checkpoint_name": "stand-in", "checkpoint_note": self.note}
 
     async def check_health(self) -> int:
         """The width of vectors."""
         self.calls.append(("health",))
         await self._wait()
+        if "image" in self.broken:
+            raise self.broken["image"]
         return WIDTH
 
     async def close(self) -> None:

@@ -11,6 +11,7 @@ from siglip_serve_client.errors import (
     ClientError,
     DeadlineError,
     InvalidInputError,
+    MissingModelError,
     ModelDiedError,
     RestartingError,
     ServerError,
@@ -31,6 +32,8 @@ _STARTING = re.compile(
     "Server is stopping|has no available versions|is not at ready state|not running|does not answer|"
     "http2 header with status: 50[23]"
 )
+# Triton says so of a model that it does not have.
+_MISSING = re.compile("unknown model: .* is not found")
 # gRPC says so of a channel that had a server, and lost it.
 _BROKEN = re.compile(
     "Connection reset|Broken pipe|[Ss]tream removed|RST_STREAM|GOAWAY|recvmsg|sendmsg|keepalive|ping timeout|"
@@ -69,6 +72,8 @@ def error_of(status: str, message: str, address: str) -> ClientError:
         return AccessError(message)
     if status in {"INTERNAL", "500"} and _DIED in message:
         return ModelDiedError(f"{status}: {message}")
+    if _MISSING.search(message):
+        return MissingModelError(f"{status}: {message}")
     if status == "CANCELLED" or (status in _LOST and _BROKEN.search(message)):
         return RestartingError(f"{address} broke the connection: {message}")
     if status in {"UNAVAILABLE", "503"} and _STARTING.search(message):

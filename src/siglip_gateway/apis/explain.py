@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from siglip_gateway.apis.fields import boolean, chosen, number, texts_of, wrong
 from siglip_gateway.inputs import Input, Text
-from siglip_gateway.pictures import picture_of
+from siglip_gateway.pictures import file_of, picture_of
 from siglip_gateway.refusals import Refusal
 from siglip_gateway.service import Service, json_object, json_response
 
@@ -83,7 +83,10 @@ async def explain(service: Service, _request: Request, body: bytes) -> Response:
     picture, *_ = await service.resolve(inputs)
     if isinstance(picture, Text):
         raise TypeError("a picture became a text")
-    found = await service.backend.explain(picture, asked.prompts, asked.options, _FIELDS)
+    file = file_of(picture)
+    found = await service.backend.ask(
+        lambda client: client.explain(file, asked.prompts, **asked.options), _FIELDS
+    )
     asked.check_size(*found.heatmaps.shape[1:])
     checkpoint = await service.backend.checkpoint()
     service.counters.inputs(len(asked.prompts), 1)

@@ -7,7 +7,7 @@ from typing import Any
 
 from siglip_gateway.refusals import Refusal
 
-__all__ = ["boolean", "chosen", "listed", "number", "texts_of", "whole", "wrong"]
+__all__ = ["boolean", "chosen", "integer", "listed", "number", "texts_of", "whole", "wrong"]
 
 _NAMES = {
     "dict": "an object",
@@ -76,6 +76,21 @@ def whole(body: Mapping[str, Any], name: str) -> int | None:
     value = body.get(name)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
         raise wrong(name, value, "a whole number")
+    return value
+
+
+def integer(value: object, where: str, bits: int) -> int:
+    """A whole number that fits `bits` bits, with its sign.
+
+    Raises:
+        Refusal: 400, another type, or a number that does not fit.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise wrong(where, value, "a whole number")
+    if not -(2 ** (bits - 1)) <= value < 2 ** (bits - 1):
+        raise Refusal(
+            400, f"{where}: {value}, expected a number of {bits} bits", param=where, code="invalid_value"
+        )
     return value
 
 

@@ -11,9 +11,10 @@ import httpx
 import numpy as np
 import pytest
 from gateways import encoded
+from images import encode
 from numpy.typing import NDArray
 from PIL import Image
-from siglip_serve_client import Client
+from siglip_serve_client import Client, Teams
 from wire import TINY
 
 from siglip_serve.launcher import TritonServer
@@ -104,3 +105,106 @@ def test_refusals_of_triton_name_the_field(
 def test_long_prompts_are_cut_on_request(http: httpx.Client) -> None:
     body = {"image": encoded(SCENE), "prompts": ["dog " * 300], "truncate": True, "heatmaps": False}
     assert http.post("/explain", json=body).status_code == 200
+
+
+def crop(team: int, seed: int) -> NDArray[np.uint8]:
+    """A player on grass, uint8 [96, 48, 3]."""
+    pixels = np.full((96, 48, 3), (60, 140, 60), np.float64)
+    pixels[16:48, 12:36] = ((200, 30, 40), (240, 240, 240))[team]
+    noise = np.random.default_rng(seed).normal(0, 6, pixels.shape)
+    return np.asarray((pixels + noise).clip(0, 255), np.uint8)
+
+
+CROPS = [encode(Image.fromarray(crop(number % 2, number)), "PNG") for number in range(32)]
+FRAME = encode(Image.fromarray(np.concatenate([crop(n % 2, n) for n in range(10)], axis=1)), "PNG")
+BOXES = [[48 * number, 0, 48 * number + 48, 96] for number in range(10)]
+
+
+def assert_teams(answer: dict[str, Any], expected: Teams) -> None:
+    for name in ("labels", "margin", "outlier_score", "coordinates", "region_fallback"):
+        wanted = getattr(expected, name)
+        np.testing.assert_array_equal(np.array(answer[name], wanted.dtype), wanted)
+
+
+def test_teams_are_those_of_triton(http: httpx.Client, triton: Client) -> None:
+    known: dict[str, Any] = {
+        "track_ids": [number // 2 * 2 + number % 2 for number in range(32)],
+        "roles": ["player"] * 31 + ["referee"],
+        "anchors": [1, 0] + [-1] * 30,
+    }
+    expected = triton.fit_teams(crops=CROPS, **known)
+    body = {"crops": [encoded(file) for file in CROPS], **known}
+    answer = http.post("/teams", json=body).json()
+    assert_teams(answer, expected)
+    assert base64.b64decode(answer["state"]) == expected.state
+    assert tuple(answer["status"]) == expected.status
+    assert answer["labels"][:2] == [1, 0]
+    described = triton.describe("siglip_base_model")
+    assert (answer["model"], answer["note"]) == (described["checkpoint_name"], described["checkpoint_note"])
+
+    again = http.post("/teams", json={"crops": body["crops"][:5], "state": answer["state"]}).json()
+    assert_teams(again, triton.classify_teams(crops=CROPS[:5], state=expected.state))
+    assert not {"state", "status"} & again.keys()
+
+    kept = http.post("/teams", json={**body, "anchors": None, "prev_state": answer["state"]}).json()
+    assert kept["labels"][:31] == answer["labels"][:31]
+
+
+def test_teams_in_a_frame_are_those_of_triton(http: httpx.Client, triton: Client) -> None:
+    expected = triton.fit_teams(frame=FRAME, boxes=BOXES)
+    answer = http.post("/teams", json={"image": encoded(FRAME), "boxes": BOXES}).json()
+    assert_teams(answer, expected)
+    body = {"image": encoded(FRAME), "boxes": BOXES[:3], "state": answer["state"]}
+    assert_teams(
+        http.post("/teams", json=body).json(),
+        triton.classify_teams(frame=FRAME, boxes=BOXES[:3], state=expected.state),
+    )
+    nothing = http.post("/teams", json={**body, "boxes": []}).json()
+    assert nothing["labels"] == []
+
+
+ENCODED = [encoded(file) for file in CROPS]
+BAD_TEAMS: list[tuple[dict[str, Any], str | None, str]] = [
+    ({"crops": [*ENCODED, encoded(b"no picture")]}, "crops[32]", "crops[32]: not a decodable image"),
+    ({"image": encoded(b"no"), "boxes": BOXES}, "image", "image: not a decodable image"),
+    ({"image": encoded(FRAME), "boxes": [*BOXES, [9, 9, 3, 20]]}, "boxes[10]", "boxes[10]: "),
+    ({"image": encoded(FRAME), "boxes": [*BOXES, [1e300, 0, 2, 9]]}, "boxes[10]", "boxes[10]: "),
+    ({"crops": ENCODED, "k": 9}, "k", "k: got 9, expected 2 to 8"),
+    ({"crops": ENCODED, "roles": ["coach"] * 32}, "roles[0]", "roles[0]: got 'coach', expected player"),
+    ({"crops": ENCODED, "roles": ["player"]}, "roles", "roles: "),
+    ({"crops": ENCODED, "anchors": [0] * 31 + [2]}, "anchors[31]", "anchors[31]: got 2, expected -1"),
+    ({"crops": ENCODED, "track_ids": [1] * 32}, "track_ids", "track_ids: 1 tracks of players"),
+    ({"crops": ENCODED, "prev_state": "AAAA"}, "prev_state", "prev_state: "),
+    ({"crops": ENCODED, "state": "AAAA"}, "state", "state: "),
+    ({"crops": ENCODED[:7]}, None, "7 usable crops of players, expected at least 8"),
+]
+
+
+@pytest.mark.parametrize(("body", "param", "message"), BAD_TEAMS)
+def test_refusals_about_teams_name_the_field(
+    http: httpx.Client, body: dict[str, Any], param: str | None, message: str
+) -> None:
+    answer = http.post("/teams", json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith(message)
+    assert answer.json()["error"]["param"] == param
+
+
+def test_labels_that_are_refused_are_named(http: httpx.Client) -> None:
+    answer = http.post("/classify", json={"image": encoded(SCENE), "labels": ["dog", ""], "softmax": True})
+    assert answer.json()["error"]["param"] == "labels[1]"
+    body = {"image": encoded(SCENE), "labels": ["dog " * 300], "softmax": True}
+    assert http.post("/classify", json=body).status_code == 400
+    assert http.post("/classify", json={**body, "truncate": True}).status_code == 200
+
+
+def test_health_tells_of_both_towers_and_the_note(http: httpx.Client, triton: Client) -> None:
+    described = triton.describe()
+    assert http.get("/health").json() == {
+        "status": "healthy",
+        "model": described["checkpoint_name"],
+        "dimensions": triton.check_health(),
+        "towers": {"image": "healthy", "text": "healthy"},
+        "drawings_only": True,
+        "note": described["checkpoint_note"],
+    }

@@ -24,6 +24,7 @@ from siglip_serve_client import (
     Client,
     ClientError,
     DeadlineError,
+    MissingModelError,
     ModelDiedError,
     RestartingError,
     ServerError,
@@ -298,7 +299,7 @@ def test_names_the_last_failure_when_the_time_is_over() -> None:
             UnreachableError,
         ),
         ("UNAVAILABLE", "DNS resolution failed for nosuch:8001", UnreachableError),
-        ("404", "Request for unknown model: 'nosuch' is not found", ServerError),
+        ("404", "Request for unknown model: 'nosuch' is not found", MissingModelError),
     ],
 )
 def test_tells_failures_apart(status: str, message: str, error: type[ClientError]) -> None:

@@ -35,6 +35,11 @@ SEEDS: dict[str, list[Any]] = {
     ],
     "/vectorize": [{"texts": ["a"], "images": [URI]}],
     "/classify": [{"image": URI, "labels": ["a", "b"], "templates": ["{}"], "softmax": True}],
+    "/teams": [
+        {"crops": [URI, URI], "track_ids": [1, 2], "roles": ["player", ""], "anchors": [-1, 0], "k": 2},
+        {"image": URI, "boxes": [[0, 1, 2, 3], [4, 5, 6.5, 7]], "state": "AAAA"},
+        {"crops": [URI, URI], "prev_state": "AAAA"},
+    ],
     "/explain": [
         {"image": URI, "prompts": ["a", "b"], "templates": ["{}"], "background": ["c"], "size": [3, 4]},
         {"image": URI, "prompts": ["a"], "mode": "absolute", "normalize": "none", "opacity": 0.5},
@@ -47,6 +52,7 @@ FIELDS = {
     "/vectorize": {"error"},
     "/classify": {"error"},
     "/explain": {"error"},
+    "/teams": {"error"},
 }
 STRANGE: list[Any] = [
     *(None, True, 0, -1, 1.5, 2**53, "", "\x00", "data:", URI[:30], "https://", "ü" * 50, "=" * 9, "A"),

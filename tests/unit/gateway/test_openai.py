@@ -217,6 +217,7 @@ def test_many_inputs_are_spread_over_requests() -> None:
         ("images", 6),
         ("images", 32),
         ("images", 32),
+        ("texts", 1),  # for the width of the checkpoint
         ("texts", 88),
         ("texts", 256),
         ("texts", 256),
