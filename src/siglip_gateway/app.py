@@ -17,11 +17,12 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
-from siglip_gateway.apis import cohere, explain, immich, openai, own, teams, weaviate
+from siglip_gateway.apis import cohere, explain, immich, openai, own, search, teams, weaviate
 from siglip_gateway.backend import Backend, TritonClient
 from siglip_gateway.options import ENVIRONMENT, GatewayOptions, read_keys
 from siglip_gateway.page.routes import add_page, is_page
 from siglip_gateway.refusals import Refusal
+from siglip_gateway.search import open_search
 from siglip_gateway.service import Dialect, Handler, Service, guarded, refused
 from siglip_gateway.urls import UrlReader
 
@@ -44,6 +45,9 @@ _ROUTES: Sequence[tuple[str, str, Dialect, Handler, bool]] = (
     ("POST", "/classify", own.OWN, own.classify, False),
     ("POST", "/explain", own.OWN, explain.explain, False),
     ("POST", "/teams", own.OWN, teams.teams, False),
+    ("GET", "/search", own.OWN, search.describe, False),
+    ("POST", "/search", own.OWN, search.search, False),
+    ("GET", f"{search.IMAGES}{{index}}", own.OWN, search.image, False),
     ("GET", "/health", own.OWN, own.health, True),
     ("GET", "/metrics", own.OWN, own.metrics, True),
 )
@@ -66,8 +70,9 @@ def create_app(
 
     Raises:
         OSError, ValueError: the file of keys cannot be read, or holds none.
+        IndexFileError: the index that is to be searched cannot be read.
     """
-    keys = read_keys(options.api_key_file)
+    keys, index = read_keys(options.api_key_file), open_search(options)
     if options.access_log:
         logging.basicConfig(level=logging.WARNING, format="%(message)s")
         _LOG.setLevel(logging.INFO)
@@ -76,7 +81,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         speaker = client or AsyncClient(options.triton, timeout=options.timeout)
         reader = urls or UrlReader(options.url_hosts, options.max_download, options.download_timeout)
-        app.state.service = Service(options, Backend(speaker), keys, reader)
+        app.state.service = Service(options, Backend(speaker), keys, reader, index)
         try:
             yield
         finally:
@@ -135,7 +140,11 @@ async def _failed(request: Request, _error: Exception) -> Response:
 
 
 def _dialect(request: Request) -> Dialect:
-    return _DIALECTS.get(request.url.path, openai.OPENAI)
+    return _dialect_of(request.url.path) or openai.OPENAI
+
+
+def _dialect_of(path: str) -> Dialect | None:
+    return own.OWN if path.startswith(search.IMAGES) else _DIALECTS.get(path)
 
 
 class _Account:
@@ -167,7 +176,7 @@ class _Account:
 
 def _account(scope: Scope, status: int, size: int, seconds: float) -> None:
     path = scope["path"]
-    dialect = _DIALECTS.get(path)
+    dialect = _dialect_of(path)
     # An unknown path counts as `other`, so that callers cannot make new series.
     name = dialect.name if dialect else "page" if is_page(path) else "other"
     scope["app"].state.service.counters.request(name, status, seconds)

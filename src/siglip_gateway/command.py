@@ -14,12 +14,17 @@ from dataclasses import fields, replace
 from typing import Any, NoReturn
 
 import uvicorn
+from siglip_serve_client import AsyncClient, ClientError
 
 from siglip_gateway.app import create_app
+from siglip_gateway.backend import Backend
 from siglip_gateway.options import ENVIRONMENT, GatewayOptions, read_keys
+from siglip_gateway.search import Search, open_search
+from siglip_gateway.search_index import IndexFileError
 
 __all__ = ["main"]
 
+_PATIENCE = 3.0  # seconds for a look at Triton's checkpoint
 _DEFAULTS = GatewayOptions()
 
 
@@ -39,15 +44,15 @@ def main(
         refuse(parser, unknown)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    try:
-        read_keys(given.api_key_file)
-    except (OSError, ValueError) as error:
-        print(f"siglip-serve gateway: --api-key-file: {error}", file=sys.stderr)
-        return 1
     known = {field.name for field in fields(GatewayOptions)} & vars(given).keys()
     values = {name: getattr(given, name) for name in known}
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     options = GatewayOptions(**{**values, **lists})
+    if problem := _problem(options, given):
+        print(f"siglip-serve gateway: {problem}", file=sys.stderr)
+        return 1
+    if given.check_width is not None:
+        return 0
     if not options.api_key_file and given.host not in {"127.0.0.1", "::1", "localhost"}:
         print(
             f"siglip-serve gateway: {given.host} is open to the network and no --api-key-file is set",
@@ -57,6 +62,39 @@ def main(
     signal.signal(signal.SIGTERM, lambda *_: None)
     with tempfile.TemporaryDirectory(prefix="siglip-gateway-") as folder:
         return _run(given, options if given.workers == 1 else replace(options, metrics_folder=folder))
+
+
+def _problem(options: GatewayOptions, given: argparse.Namespace) -> str | None:
+    """A sentence about files that cannot be used, or about an index of another checkpoint, or None."""
+    try:
+        read_keys(options.api_key_file)
+    except (OSError, ValueError) as error:
+        return f"--api-key-file: {error}"
+    try:
+        search = open_search(options)
+    except IndexFileError as error:
+        return str(error)
+    if search is None:
+        return None
+    if given.check_width is not None:
+        width = search.index.width
+        if width == given.check_width:
+            return None
+        return f"{options.search}: vectors of {width} numbers, and the checkpoint's have {given.check_width}"
+    # A gateway of the launcher is started with Triton, and checked by it before.
+    mismatch = None if given.share_port else asyncio.run(_mismatch(options, search))
+    return mismatch and f"{options.search}: {mismatch}"
+
+
+async def _mismatch(options: GatewayOptions, search: Search) -> str | None:
+    """Compare the index with the checkpoint, if Triton serves already."""
+    backend = Backend(AsyncClient(options.triton, timeout=_PATIENCE, restart_wait=0))
+    try:
+        return search.mismatch(await backend.checkpoint())
+    except ClientError:
+        return None
+    finally:
+        await backend.close()
 
 
 def _run(given: argparse.Namespace, options: GatewayOptions) -> int:
@@ -108,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_addresses(parser.add_argument_group("addresses"))
     _add_access(parser.add_argument_group("access"))
+    _add_search(parser.add_argument_group("search"))
     _add_limits(parser.add_argument_group("limits"))
     return parser
 
@@ -169,6 +208,18 @@ def _add_access(group: argparse._ArgumentGroup) -> None:
         metavar="ORIGIN",
         help="origin of web pages that may call the gateway; may be repeated (default: none)",
     )
+
+
+def _add_search(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--search", metavar="FILE", help="output of `siglip-serve embed` that is searched: .npz or .parquet"
+    )
+    group.add_argument(
+        "--search-images", metavar="FOLDER", help="folder with its images, which may then be shown"
+    )
+    # For the launcher, whose processes work in a folder of their own, and which knows the checkpoint.
+    group.add_argument("--search-base", help=argparse.SUPPRESS)
+    group.add_argument("--check-width", type=_positive, help=argparse.SUPPRESS)
 
 
 def _add_limits(group: argparse._ArgumentGroup) -> None:

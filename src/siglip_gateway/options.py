@@ -35,6 +35,9 @@ class GatewayOptions:
         max_download: bytes of a picture that is fetched from a URL.
         download_timeout: seconds that fetching a picture may take.
         access_log: write a line per request to standard error.
+        search: output of `siglip-serve embed` that is searched, or None.
+        search_images: folder whose pictures may be shown, or None.
+        search_base: folder in which the names of the index are paths, or None for the working directory.
         metrics_folder: folder in which worker processes share their counters, or None for one process.
     """
 
@@ -55,6 +58,9 @@ class GatewayOptions:
     upload_timeout: float = 60.0
     max_download: int = 32 * 2**20
     download_timeout: float = 10.0
+    search: str | None = None
+    search_images: str | None = None
+    search_base: str | None = None
     metrics_folder: str | None = None
     access_log: bool = False
 

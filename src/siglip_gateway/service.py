@@ -19,6 +19,7 @@ from siglip_gateway.inputs import Input, Link, Resolved, Text
 from siglip_gateway.options import GatewayOptions
 from siglip_gateway.protection import Keys, Turns, read_body
 from siglip_gateway.refusals import Refusal, refusal_of
+from siglip_gateway.search import Search
 from siglip_gateway.urls import UrlReader
 
 __all__ = ["Dialect", "Handler", "Service", "guarded", "json_object", "json_response", "refused"]
@@ -28,9 +29,14 @@ class Service:
     """A gateway's parts, one of each per worker process."""
 
     def __init__(
-        self, options: GatewayOptions, backend: Backend, keys: Sequence[str], urls: UrlReader
+        self,
+        options: GatewayOptions,
+        backend: Backend,
+        keys: Sequence[str],
+        urls: UrlReader,
+        search: Search | None = None,
     ) -> None:
-        self.options, self.backend, self.urls = options, backend, urls
+        self.options, self.backend, self.urls, self.search = options, backend, urls, search
         self.keys = Keys(keys)
         self.turns = Turns(options.max_running, options.max_waiting, options.timeout)
         self.counters = Counters(options.metrics_folder)
@@ -38,6 +44,8 @@ class Service:
     async def close(self) -> None:
         """End: complete what was begun, then close the connections."""
         await self.turns.drain(30.0)
+        if self.search is not None:
+            self.search.close()
         await self.urls.close()
         await self.backend.close()
 

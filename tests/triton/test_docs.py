@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from pages import PAGES, blocks, name
+from programs import free_port
 from wire import ROOT
 
 from siglip_serve.launcher import TritonServer
@@ -28,6 +29,7 @@ SHOWN = [
     for number, (block, shown) in enumerate(_SHOWN.findall(page.read_text(encoding="utf-8")))
 ]
 _GATEWAY = "http://127.0.0.1:8080"
+_OWN_GATEWAY = 8090  # port of a gateway that a block starts
 # Clients that the extra `dev` does not bring. Their blocks run where they are installed.
 _OPTIONAL = ("langchain_openai", "llama_index", "litellm")
 _ROUNDING = 0.003  # the server of a reader computes in bfloat16 where the processor has it
@@ -87,6 +89,7 @@ def _for_server(block: str, server: TritonServer) -> str:
     """The block with the ports of the test's server instead of the default ones."""
     for port, own in ((8000, server.http_port), (8001, server.grpc_port), (8002, server.metrics_port)):
         block = re.sub(rf"\b127\.0\.0\.1:{port}\b", f"127.0.0.1:{own}", block)
+    block = block.replace(str(_OWN_GATEWAY), str(free_port()))
     commands = "bench|classify|embed|explain|health|teams"
     return re.sub(rf"siglip-serve ({commands})\b", rf"siglip-serve \1 --url {server.grpc_url}", block)
 

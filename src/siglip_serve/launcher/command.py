@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     groups = {"checkpoints": parser.add_argument_group("checkpoints")}
     _add_models(parser.add_argument_group("models"))
     _add_addresses(parser.add_argument_group("addresses and files"))
+    _add_gateway(parser.add_argument_group("gateway"))
     for setting in settings:
         title = setting.metadata["group"]
         if title not in groups:
@@ -142,15 +143,6 @@ def _add_addresses(group: argparse._ArgumentGroup) -> None:
             "(default: only where Triton is not that of the wheel)",
         )
     add(
-        "--gateway-port",
-        type=int,
-        default=None,
-        metavar="PORT",
-        help="port on 127.0.0.1 of the gateway, for the APIs of OpenAI, Cohere, Weaviate and Immich; "
-        f"0: a free one (default: {_GATEWAY_PORT}, or the next one that is free)",
-    )
-    add("--no-gateway", action="store_true", help="run no gateway")
-    add(
         "--shared-memory",
         action="store_true",
         help="let clients on this machine pass tensors through system shared memory",
@@ -167,6 +159,33 @@ def _add_addresses(group: argparse._ArgumentGroup) -> None:
         default="",
         metavar="FILE",
         help=f"image of the printed command to try (default: the first in {_SAMPLES}/ of the checkpoint)",
+    )
+
+
+def _add_gateway(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--gateway-port",
+        type=int,
+        default=None,
+        metavar="PORT",
+        help="port on 127.0.0.1 of the gateway, for the APIs of OpenAI, Cohere, Weaviate and Immich; "
+        f"0: a free one (default: {_GATEWAY_PORT}, or the next one that is free)",
+    )
+    add("--no-gateway", action="store_true", help="run no gateway")
+    add(
+        "--search",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="output of `siglip-serve embed` that the gateway searches: .npz or .parquet",
+    )
+    add(
+        "--search-images",
+        type=Path,
+        default=None,
+        metavar="FOLDER",
+        help="folder with its images, which the gateway may then show",
     )
 
 
@@ -201,6 +220,8 @@ def _serve_options(options: argparse.Namespace) -> ServeOptions:
 def _gateway_port(options: argparse.Namespace) -> int | None:
     """The gateway's port, or None without a gateway. A default port that is taken is replaced."""
     if options.no_gateway:
+        if options.search or options.search_images:
+            raise SettingsError("--search, --search-images: belong to the gateway, leave out --no-gateway")
         return None
     if missing := [name for name in _GATEWAY_PACKAGES if find_spec(name) is None]:
         print(f"siglip-serve: note: no gateway, because {missing[0]} is not installed (extra gateway)")

@@ -39,12 +39,15 @@ class Doors:
         host: IPv4 address that callers use.
         ports: public port by the kind of the door, `grpc`, `http` or `gateway`.
         grpc_url: Triton's public gRPC address, `host:port`, for the gateway.
+        gateway: further options of the gateway.
     """
 
-    def __init__(self, host: str, ports: Mapping[str, int], grpc_url: str = "") -> None:
+    def __init__(
+        self, host: str, ports: Mapping[str, int], grpc_url: str = "", gateway: Sequence[str] = ()
+    ) -> None:
         self._host = host
         self._ports = ports
-        self._grpc_url = grpc_url
+        self._grpc_url, self._gateway_options = grpc_url, gateway
         self._own: dict[str, int] = {}
         self._held = ExitStack()
         self._processes: list[_Process] = []
@@ -150,7 +153,7 @@ class Doors:
         counters.mkdir(exist_ok=True)
         command = [sys.executable, "-m", "siglip_gateway", "--triton", self._grpc_url]
         command += ["--host", _LOOPBACK, "--port", str(port), "--no-access-log"]
-        return [*command, "--share-port", "--metrics-folder", str(counters)]
+        return [*command, "--share-port", "--metrics-folder", str(counters), *self._gateway_options]
 
     def _hold(self, address: str, port: int, option: int) -> int:
         """Bind a port that others may bind as well if they set `option`; return it."""

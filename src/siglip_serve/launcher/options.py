@@ -27,6 +27,8 @@ class ServeOptions:
         direct_grpc, direct_http: True gives callers Triton's own port, False a door in front of it; None puts
             doors in front of the Triton of the `nvidia-pytriton` wheel only, because later ones need none.
         gateway_port: port of the gateway on 127.0.0.1; None runs none, 0 chooses a free one.
+        search: output of `siglip-serve embed` that the gateway searches, or None.
+        search_images: folder with its images, which the gateway may then show, or None.
         start_timeout: seconds until an attempt to start counts as failed.
         stalled_after: seconds without progress until an attempt to start or to load a model counts as failed.
             CPU time, reading from a disk and lines of the log are progress.
@@ -46,5 +48,7 @@ class ServeOptions:
     direct_grpc: bool | None = None
     direct_http: bool | None = None
     gateway_port: int | None = None
+    search: Path | None = None
+    search_images: Path | None = None
     start_timeout: float = 600.0
     stalled_after: float = 15.0

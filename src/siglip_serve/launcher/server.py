@@ -40,6 +40,7 @@ from siglip_serve.launcher.log import Journal, asked_to_end, open_log, size
 from siglip_serve.launcher.options import ServeOptions
 from siglip_serve.launcher.ports import free_ports, numeric_address
 from siglip_serve.launcher.processes import end, spawn
+from siglip_serve.launcher.search import check_search, search_options
 from siglip_serve.launcher.stage import Stage
 from siglip_serve.launcher.start import Start, UnluckyStartError
 from siglip_serve.launcher.status import Status, StatusServer
@@ -87,7 +88,7 @@ class TritonServer:
         if options.gateway_port is not None:
             (self.gateway_port,) = free_ports("127.0.0.1", {GATEWAY: options.gateway_port})
             doors[GATEWAY] = self.gateway_port
-        self._doors = Doors(self._host, doors, self.grpc_url)
+        self._doors = Doors(self._host, doors, self.grpc_url, search_options(options))
         # Triton's own addresses, which are those of callers where there is no door.
         self._triton = {kind: (self._host, port) for kind, port in public.items()}
         self.models: list[str] = []
@@ -170,6 +171,8 @@ class TritonServer:
         named = [name for name in (settings.checkpoint, settings.teams_checkpoint) if name]
         directories = {name: resolve(name) for name in dict.fromkeys(named)}
         checkpoints = describe_checkpoints(settings, directories, self._weakest_gpu or "cpu")
+        if self.gateway_port is not None:
+            check_search(self.options, checkpoints["main"].dims["EMBEDDING"][0])
         variants = ["decode_on_gpu"] if settings.preprocess == "gpu" else []
         self._stage = stage = Stage(self.options.model_repository, self.device, *variants)
         try:

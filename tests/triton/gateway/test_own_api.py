@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import base64
 import io
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-from gateways import encoded
+from gateways import encoded, gateway_process
 from images import encode
 from numpy.typing import NDArray
 from PIL import Image
+from programs import free_port
 from siglip_serve_client import Client, Teams
 from wire import TINY
 
@@ -208,3 +212,61 @@ def test_health_tells_of_both_towers_and_the_note(http: httpx.Client, triton: Cl
         "drawings_only": True,
         "note": described["checkpoint_note"],
     }
+
+
+@pytest.fixture(scope="module", params=["npz", "parquet"])
+def embedded(
+    request: pytest.FixtureRequest, server: TritonServer, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """An output of `siglip-serve embed` over the samples of the checkpoint."""
+    file = tmp_path_factory.mktemp("search") / f"samples.{request.param}"
+    command = [str(Path(sys.executable).with_name("siglip-serve")), "embed", "--url", server.grpc_url]
+    subprocess.run([*command, str(TINY / "samples"), "-o", str(file)], check=True, timeout=120)
+    return file
+
+
+def test_search_finds_the_nearest_rows(server: TritonServer, triton: Client, embedded: Path) -> None:
+    files = sorted(file for file in (TINY / "samples").iterdir() if file.suffix in {".jpg", ".png"})
+    rows = np.stack([triton.embed_image(file) for file in files]).astype(np.float64)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    with (
+        gateway_process(
+            server.grpc_url, "--search", str(embedded), "--search-images", str(TINY / "samples")
+        ) as url,
+        httpx.Client(base_url=url, trust_env=False, timeout=60) as client,
+    ):
+        described = client.get("/search").json()
+        assert described == {
+            "available": True,
+            "count": len(files),
+            "dimensions": rows.shape[1],
+            "model": triton.describe()["checkpoint_name"],
+            "images": True,
+        }
+        dog = (TINY / "samples" / "dog.jpg").read_bytes()
+        for given, query in (
+            ("a penguin", triton.embed_text("a penguin", True)),
+            ({"image": encoded(dog)}, triton.embed_image(dog, True)),
+        ):
+            results = client.post("/search", json={"input": given, "k": 5}).json()["results"]
+            scores = rows @ query.astype(np.float64)
+            expected = np.argsort(-scores)[:5]
+            assert [Path(result["name"]) for result in results] == [files[row] for row in expected]
+            found = [result["score"] for result in results]
+            np.testing.assert_allclose(found, scores[expected], atol=1e-6)
+            for result in results:
+                answer = client.get(result["image"])
+                assert answer.content == Path(result["name"]).read_bytes()
+
+
+def test_an_index_of_another_checkpoint_is_refused_at_the_start(server: TritonServer, tmp_path: Path) -> None:
+    file = tmp_path / "other.npz"
+    np.savez(file, paths=np.array(["a"]), embeddings=np.ones((1, 3), np.float32), identity=np.array("{}"))
+    command = [str(Path(sys.executable).with_name("siglip-serve")), "gateway", "--triton", server.grpc_url]
+    command += ["--port", str(free_port()), "--search"]
+    done = subprocess.run([*command, str(file)], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "vectors of 3 numbers" in done.stderr
+    done = subprocess.run([*command, "none.npz"], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "none.npz: No such file" in done.stderr

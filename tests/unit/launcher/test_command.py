@@ -13,6 +13,7 @@ import pytest
 from paths import TINY
 
 from siglip_serve.config import Settings, load_settings
+from siglip_serve.errors import SettingsError
 from siglip_serve.launcher import ServeOptions, command
 from siglip_serve.launcher.command import (
     _announce,
@@ -228,6 +229,8 @@ def test_the_gateway_is_left_out_on_request_and_where_it_is_not_installed(
 ) -> None:
     words = ["--checkpoint", "a"]
     assert _serve_options(_parser().parse_args([*words, "--no-gateway"])).gateway_port is None
+    with pytest.raises(SettingsError, match="belong to the gateway"):
+        _serve_options(_parser().parse_args([*words, "--no-gateway", "--search", "a.npz"]))
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(command, "find_spec", lambda name: None if name == "fastapi" else object())
     assert _serve_options(_parser().parse_args(words)).gateway_port is None
