@@ -377,6 +377,36 @@ def test_the_search_says_how_to_start(page: Page) -> None:
     assert page.evaluate("document.querySelector('#search [data-part=some]').hidden")
 
 
+def test_a_collection_is_searched(
+    chrome: Browser, server: TritonServer, triton: Client, tmp_path: Path
+) -> None:
+    index = tmp_path / "samples.npz"
+    command = [str(Path(sys.executable).with_name("siglip-serve")), "embed", "--url", server.grpc_url]
+    subprocess.run([*command, str(SAMPLES), "-o", str(index)], check=True, capture_output=True, timeout=120)
+    options = ("--search", str(index), "--search-images", str(SAMPLES))
+    with gateway_process(server.grpc_url, *options) as url, chrome.page() as page:
+        page.open(f"{url}/#search")
+        ready(page)
+        page.wait("!document.querySelector('#search [data-part=some]').hidden")
+        count = len(list(SAMPLES.iterdir()))
+        assert f"{count} vectors of" in text(page, "#search [data-part=collection]")
+        page.fill("#search [data-part=text]", "a penguin")
+        page.press("Enter")
+        result(page, "search")
+        assert text(page, "#search .hit-name").endswith("penguin.png")
+        score = triton.embed_text("a penguin", True) @ triton.embed_image(SAMPLES / "penguin.png", True)
+        assert float(text(page, "#search .hit-score")) == pytest.approx(float(score), abs=0.0006)
+        page.wait(f"document.querySelectorAll('#search .hit img').length === {count}")
+        page.wait(
+            "[...document.querySelectorAll('#search .hit img')].every((image) => image.naturalWidth > 0)"
+        )
+        page.evaluate("document.querySelector('[name=search-kind][value=picture]').click()")
+        page.click("#search .sample[data-name='dog.jpg']")
+        result(page, "search", "document.querySelector('#search .hit-name').textContent.endsWith('dog.jpg')")
+        page.listen()
+        assert page.problems == []
+
+
 def test_tabs_are_worked_with_the_keyboard(page: Page) -> None:
     page.evaluate("document.getElementById('tab-classify').focus()")
     tabs = page.evaluate("[...document.querySelectorAll('#tabs [role=tab]')].map((tab) => tab.id)")

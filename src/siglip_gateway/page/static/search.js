@@ -52,23 +52,24 @@ export function setUpSearch(panel) {
 async function look(panel) {
   const told = part(panel, "collection");
   try {
-    const { available, count, dimensions } = await ask("/search");
+    const { available, count, dimensions, reason } = await ask("/search");
     part(panel, "none").hidden = available;
     part(panel, "some").hidden = !available;
-    told.textContent = available ? `${count.toLocaleString("en")} vectors of ${dimensions} dimensions` : "";
+    told.textContent = `${count.toLocaleString("en")} vectors of ${dimensions} dimensions`;
+    part(panel, "reason").textContent = reason ?? "";
   } catch (problem) {
     part(panel, "none").hidden = false;
     part(panel, "some").hidden = true;
-    told.textContent = problem.message;
+    part(panel, "reason").textContent = problem.message;
   }
 }
 
-function hit({ name, score, index, image }) {
-  const frame = el("div", { class: "hit-image" });
-  if (image === undefined || image) {
-    pictureUrl(`/search/image/${index}`).then(
+function hit({ name, score, image }) {
+  const frame = el("div", { class: "hit-image" }, image ? null : el("span", { class: "muted", text: "no picture" }));
+  if (image) {
+    pictureUrl(image).then(
       (url) => frame.replaceChildren(el("img", { src: url, alt: name })),
-      () => frame.replaceChildren(el("span", { class: "muted", text: "no picture here" })),
+      (problem) => frame.replaceChildren(el("span", { class: "muted", text: problem.message })),
     );
   }
   return el(
