@@ -21,6 +21,7 @@ from siglip_gateway.search_index import IndexFileError
 
 NAMES = ["dog.png", "cat.png", "deep/bird.png", "none.png"]
 WORDS = ["a dog", "a cat", "a bird"]
+OTHERS: list[str | bytes] = [*WORDS, PNG]
 
 
 def index(file: Path, checkpoint: str = "folder/stand-in", width: int = WIDTH) -> str:
@@ -68,7 +69,7 @@ def test_a_text_finds_its_row(client: TestClient, number: int, word: str) -> Non
         "index": number,
         "image": f"/search/image/{number}",
     }
-    others = [float(vector(word) @ vector(other)) for other in [*WORDS, PNG] if other != word]
+    others = [float(vector(word) @ vector(other)) for other in OTHERS if other != word]
     assert second["score"] == pytest.approx(max(others), abs=1e-6)
 
 
@@ -126,7 +127,7 @@ def test_long_texts_are_cut_on_request(client: TestClient) -> None:
 
 def test_pictures_are_not_shown_unless_a_folder_is_named(tmp_path: Path, folder: Path) -> None:
     """Not even those that lie where the names of the index lead."""
-    options = {"search": index(tmp_path / "a.npz"), "search_base": str(folder)}
+    options: dict[str, Any] = {"search": index(tmp_path / "a.npz"), "search_base": str(folder)}
     with gateway(**options) as client:
         assert client.get("/search").json()["images"] is False
         results = client.post("/search", json={"input": "a dog"}).json()["results"]
@@ -173,13 +174,13 @@ def test_without_triton_the_index_is_described_and_not_searched(tmp_path: Path) 
 def test_search_and_its_pictures_need_a_key(tmp_path: Path, folder: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("secret")
-    options = {"search": index(tmp_path / "a.npz"), "search_images": str(folder)}
+    options: dict[str, Any] = {"search": index(tmp_path / "a.npz"), "search_images": str(folder)}
     with gateway(api_key_file=str(keys), **options) as client:
         for headers, status in (({}, 401), ({"x-api-key": "secret"}, 200)):
             assert client.get("/search", headers=headers).status_code == status
             assert client.get("/search/image/0", headers=headers).status_code == status
             assert client.post("/search", json={"input": "a"}, headers=headers).status_code == status
-            body = {"crops": [URI] * 8}
+            body: dict[str, Any] = {"crops": [URI] * 8}
             assert client.post("/teams", json=body, headers=headers).status_code == status
             body = {"image": URI, "prompts": ["a"]}
             assert client.post("/explain", json=body, headers=headers).status_code == status
