@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -145,11 +146,14 @@ def test_the_request_as_code_gives_the_same_answer(page: Page, triton: Client, l
     }[language]
     if shutil.which(command[0]) is None:
         pytest.skip(f"{command[0]} is not installed")
-    printed = run_code(command, request_as(page, "classify", language))
+    code = request_as(page, "classify", language)
+    shown = "console.log(await answer.json())"
+    assert (shown in code) is (language == "JavaScript")
+    printed = run_code(command, code.replace(shown, "console.log(JSON.stringify(await answer.json()))"))
+    answer = ast.literal_eval(printed) if language == "Python" else json.loads(printed)
+    assert answer["labels"] == labels
     expected = triton.classify(SAMPLES / "dog.jpg", labels, softmax=True)
-    found = re.search(r"probabilities'?\"?: ?\[([^\]]+)\]", printed)
-    assert found is not None, printed
-    np.testing.assert_allclose([float(word) for word in found[1].split(",")], expected, rtol=1e-6)
+    np.testing.assert_allclose(answer["probabilities"], expected, rtol=1e-6)
 
 
 def test_errors_of_the_server_are_shown(page: Page, tmp_path: Path) -> None:

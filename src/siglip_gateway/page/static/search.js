@@ -76,7 +76,7 @@ function hit({ name, score, image }) {
     "li",
     { class: "hit" },
     frame,
-    el("span", { class: "hit-name", text: name, title: name }),
+    el("span", { class: "hit-name", text: name.split("/").at(-1), title: name }),
     el("span", { class: "hit-score", text: score.toFixed(3) }),
   );
 }
