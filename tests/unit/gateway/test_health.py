@@ -22,12 +22,13 @@ def test_health_makes_one_inference_of_each_tower_per_second() -> None:
 def test_each_check_embeds_a_text_that_no_cache_holds() -> None:
     stand_in = StandIn()
     with gateway(stand_in) as client:
-        seen: set[str] = set()
+        seen: list[str] = []
         while len(seen) < 2:  # until a second check is made
             assert client.get("/health").status_code == 200
-            seen = {call[-1] for call in stand_in.calls if call[0] == "texts"}
+            seen = [call[-1] for call in stand_in.calls if call[0] == "texts"]
             time.sleep(0.05)
     assert all(seen)
+    assert seen[0] != seen[1]
 
 
 def test_health_tells_what_is_served() -> None:

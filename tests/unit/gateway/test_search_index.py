@@ -88,11 +88,11 @@ def test_a_search_finds_the_largest_cosines(monkeypatch: pytest.MonkeyPatch, blo
 
 def test_rows_of_almost_the_same_cosine_are_ordered_exactly() -> None:
     """Their cosines differ by 1e-9, which float32 does not tell apart."""
-    angles = np.arange(40) * 1e-9 + 1.0
+    angles = 1.0 - np.arange(40) * 1e-9
     rows = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     index = SearchIndex(NAMES[:40], rows, IDENTITY)
     hits = index.search(np.array([1, 0], np.float32), 40)
-    assert [hit.index for hit in hits] == list(range(40))
+    assert [hit.index for hit in hits] == list(range(39, -1, -1))
 
 
 def test_equal_rows_keep_their_order_and_rows_without_a_cosine_are_not_found() -> None:

@@ -260,4 +260,6 @@ def test_urls_are_off_by_default() -> None:
         answer = client.post("/v1/embeddings", json={"input": ["a", {"url": "http://127.0.0.1:1/x"}]})
     assert answer.status_code == 400
     assert answer.json()["error"]["message"].startswith("input[1]: URLs are not fetched here")
-    assert not [call for call in stand_in.calls if call[0] == "texts"]
+    # The one text is that of the look at the checkpoint, and not one of the caller.
+    assert [call[1] for call in stand_in.calls if call[0] == "texts"] == [1]
+    assert not [call for call in stand_in.calls if call[-1] == "a"]
