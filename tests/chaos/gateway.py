@@ -19,6 +19,7 @@ import numpy as np
 from images import encode, photo
 from numpy.typing import NDArray
 from paths import ROOT
+from siglip_serve_client import Client
 from tqdm import tqdm
 
 from siglip_gateway.options import GatewayOptions
@@ -148,6 +149,11 @@ async def _gateway(context: Context, site: Site, port: int) -> AsyncIterator[tup
     """A gateway process with keys, small limits and allowed hosts: its address and the process."""
     keys = context.folder / "gateway.keys"
     keys.write_text(f"{_KEY}\n", encoding="ascii")
+    width = int(await asyncio.to_thread(_width, site.target.grpc))
+    index = context.folder / "index.npz"
+    rows = np.random.default_rng(0).normal(size=(50, width)).astype(np.float32)
+    names = np.array([f"{number}.jpg" for number in range(len(rows))])
+    np.savez(index, paths=names, embeddings=rows, identity=np.array("{}"))
     options = GatewayOptions(
         triton=site.target.grpc,
         api_key_file=str(keys),
@@ -159,6 +165,7 @@ async def _gateway(context: Context, site: Site, port: int) -> AsyncIterator[tup
         upload_timeout=2.0,
         max_download=2**20,
         download_timeout=1.0,
+        search=str(index),
     )
     with (context.folder / "gateway.log").open("wb") as log:
         process = subprocess.Popen(
@@ -178,6 +185,11 @@ async def _gateway(context: Context, site: Site, port: int) -> AsyncIterator[tup
     finally:
         process.stdin.close()
         await asyncio.to_thread(process.wait, 60)
+
+
+def _width(address: str) -> int:
+    with Client(f"grpc://{address}") as client:
+        return client.check_health()
 
 
 class _Attack:

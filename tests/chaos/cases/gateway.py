@@ -28,6 +28,7 @@ PATHS: Mapping[str, str] = {
     "/classify": "own",
     "/explain": "own",
     "/teams": "own",
+    "/search": "own",
 }
 _JSON_PATHS = tuple(path for path in PATHS if path != "/predict")
 _KEY_HEADERS = ("api-key", "x-api-key", "x-cohere-api-key", "x-openai-api-key", "x-jinaai-api-key")
@@ -129,6 +130,8 @@ def _seeds(path: str, image: str) -> Sequence[dict[str, Any]]:
             {"crops": [image] * 8, "track_ids": [*range(8)], "anchors": [-1] * 7 + [0], "k": 2},
             {"image": image, "boxes": [[0, 0, 20, 40], [20, 0, 40.5, 40]], "state": "AAAA"},
         )
+    if path == "/search":
+        return ({"input": "a dog", "k": 5}, {"input": {"image": image}, "k": 100, "truncate": True})
     return ({"image": image, "labels": ["a", "b"], "templates": ["a {}"], "softmax": True},)
 
 
@@ -263,6 +266,7 @@ def _pictures(rng: random.Random, ground: Ground) -> GatewayCase:
         "/classify": {"image": found[0], "labels": ["a", "b"]},
         "/explain": {"image": found[0], "prompts": ["a", "b"]},
         "/teams": {"crops": found * 4},
+        "/search": {"input": [{"image": found[0]}]},
     }
     return _of(path, json.dumps(bodies[path]).encode(), ground, f"{len(found)} pictures")
 
@@ -307,7 +311,7 @@ def _form(rng: random.Random, ground: Ground) -> GatewayCase:
 def _urls(rng: random.Random, ground: Ground) -> GatewayCase:
     """URLs that must not be read, among them some that may."""
     about, text, _ = url(rng, ground.port)
-    path = rng.choice(("/v1/embeddings", "/v2/embed", "/vectorize", "/classify", "/explain", "/teams"))
+    path = rng.choice(tuple(path for path in _JSON_PATHS if path != "/embeddings"))
     bodies: Mapping[str, Sequence[Any]] = {
         "/v1/embeddings": (
             {"input": [text]},
@@ -319,6 +323,7 @@ def _urls(rng: random.Random, ground: Ground) -> GatewayCase:
         "/classify": ({"image": text, "labels": ["a"]},),
         "/explain": ({"image": text, "prompts": ["a"]},),
         "/teams": ({"crops": [text] * 2}, {"image": text, "boxes": [[0, 0, 9, 9]]}),
+        "/search": ({"input": [{"url": text}]},),
     }
     body = json.dumps(rng.choice(bodies[path])).encode()
     return GatewayCase(f"URL {about}", path, request(path, body, ground.key), frozenset({200, 400}))

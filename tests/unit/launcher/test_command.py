@@ -201,7 +201,9 @@ def test_announcement_names_the_gateway(capsys: pytest.CaptureFixture[str]) -> N
     assert "gateway" not in capsys.readouterr().out
     running.gateway_port = 8085
     _announce(running, 1, "")
-    assert "  gateway  http://127.0.0.1:8085 " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "  gateway  http://127.0.0.1:8085 " in printed
+    assert "  page     http://127.0.0.1:8085/\n" in printed
 
 
 def test_the_gateway_has_the_next_free_port_if_its_own_is_taken(

@@ -91,8 +91,8 @@ function curl(url, body) {
   return `{\n${pieces.join("\n")}\n} | ${call("--data-binary @-")}`;
 }
 
-function filled(body, picture) {
-  const { parts, pictures } = marked(body, 2);
+function filled(body, picture, spaces) {
+  const { parts, pictures } = marked(body, spaces);
   return parts
     .map((piece, index) => {
       if (index % 2) return picture(JSON.stringify(pictures[Number(piece)].path));
@@ -109,7 +109,7 @@ function pythonWords(text) {
 }
 
 function python(url, body) {
-  const call = pythonWords(filled(body, (path) => `picture(${path})`)).replaceAll("\n", "\n    ");
+  const call = pythonWords(filled(body, (path) => `picture(${path})`, 4)).replaceAll("\n", "\n    ");
   const pictures = call.includes("picture(");
   const imports = [pictures ? "import base64" : "", authorized() ? "import os" : ""].filter(Boolean);
   const reader = `
@@ -135,7 +135,7 @@ print(answer.json())
 }
 
 function javascript(url, body) {
-  const call = filled(body, (path) => `await picture(${path})`).replaceAll("\n", `\n${INDENT}`);
+  const call = filled(body, (path) => `await picture(${path})`, 2).replaceAll("\n", `\n${INDENT}`);
   const reader = `import { readFile } from "node:fs/promises";
 
 const picture = async (path) => (await readFile(path)).toString("base64");

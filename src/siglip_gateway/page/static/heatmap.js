@@ -8,6 +8,8 @@ import { floatsOf, largest, paintLegend, paintMap } from "./maps.js";
 import { Picker } from "./pictures.js";
 import { Missing, Run } from "./run.js";
 
+const MEANING = "against · 0 · for the prompt";
+
 /** Set the panel up for the picture of `subject`. */
 export function setUpHeatmap(panel, subject) {
   const prompts = part(panel, "prompts");
@@ -62,7 +64,8 @@ class View {
       option.addEventListener("change", () => this.paint());
     }
     this.canvas.addEventListener("pointermove", (event) => this.tell(event));
-    this.canvas.addEventListener("pointerleave", () => (this.readout.textContent = ""));
+    this.readout.textContent = MEANING;
+    this.canvas.addEventListener("pointerleave", () => (this.readout.textContent = MEANING));
     this.fade();
   }
 

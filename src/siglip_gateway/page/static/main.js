@@ -6,17 +6,26 @@ import { announce, byId } from "./dom.js";
 import { setUpEmbed } from "./embed.js";
 import { setUpHeatmap } from "./heatmap.js";
 import { Subject } from "./pictures.js";
+import { setUpSearch } from "./search.js";
 import { setUpTabs } from "./tabs.js";
+import { setUpTeams } from "./teams.js";
+
+const PATIENCE = 500; // milliseconds that the panels wait for the server's note
+const AGAIN = 3000; // milliseconds until a server that does not compute is asked again
 
 const subject = new Subject();
 
 setUpClassify(byId("classify"), subject);
 setUpHeatmap(byId("heatmap"), subject);
+setUpTeams(byId("teams"));
+const lookForCollection = setUpSearch(byId("search"));
 setUpEmbed(byId("embed"), subject);
-setUpTabs(byId("tabs"), () => {});
+setUpTabs(byId("tabs"), (name) => name === "search" && lookForCollection());
 setUpTheme();
 setUpKey();
-showCheckpoint();
+Promise.race([showCheckpoint(), new Promise((resolve) => setTimeout(resolve, PATIENCE))]).then(() => {
+  byId("content").dataset.ready = "";
+});
 
 async function showCheckpoint() {
   const chip = byId("checkpoint");
@@ -30,6 +39,7 @@ async function showCheckpoint() {
     chip.dataset.state = "down";
     byId("checkpoint-name").textContent = "The server does not compute";
     byId("checkpoint-facts").textContent = problem.message;
+    setTimeout(showCheckpoint, AGAIN);
   }
 }
 
@@ -94,7 +104,7 @@ function setUpKey() {
     dialog.close();
     announce("The key is kept until this browser tab is closed");
     showCheckpoint();
-    document.dispatchEvent(new CustomEvent("key-changed"));
+    if (!byId("search").hidden) lookForCollection();
   });
   byId("key-cancel").addEventListener("click", () => dialog.close());
 }

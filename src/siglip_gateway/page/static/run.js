@@ -35,6 +35,7 @@ export class Run {
       empty.hidden = true;
       result.hidden = false;
       status.textContent = `${Math.round(performance.now() - begin)} ms`;
+      bringIntoView(result);
       announce(sentence);
     } catch (problem) {
       if (turn !== this.turn) return;
@@ -57,6 +58,13 @@ export class Run {
     result.hidden = true;
     empty.hidden = true;
   }
+}
+
+// On a phone the result is below the inputs.
+function bringIntoView(result) {
+  if (result.getBoundingClientRect().top < innerHeight - 120) return;
+  const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  result.closest(".card").scrollIntoView({ behavior: calm ? "auto" : "smooth", block: "start" });
 }
 
 /** The input of a request is not there yet. */
