@@ -11,9 +11,10 @@ import threading
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import uvicorn
-from gateways import StandIn
+from gateways import WIDTH, StandIn
 from images import encode, photo
 
 from siglip_gateway.app import create_app
@@ -98,11 +99,14 @@ async def attacked(address: str, web: Hosts, numbers: range) -> tuple[list[str],
 def test_a_gateway_stands_a_short_attack(tmp_path: Path) -> None:
     """The whole run is `make chaos`. This one has a stand-in for Triton."""
     (tmp_path / "keys").write_text(KEY)
+    rows = np.ones((2, WIDTH), np.float32)
+    np.savez(tmp_path / "index.npz", paths=np.array(["a", "b"]), embeddings=rows, identity=np.array("{}"))
 
     async def run() -> None:
         async with hosts() as web:
             options = GatewayOptions(
                 api_key_file=str(tmp_path / "keys"),
+                search=str(tmp_path / "index.npz"),
                 url_hosts=tuple(f"{host}:{web.port}" for host in ALLOWED),
                 max_body=2**21,
                 max_inputs=64,

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 import struct
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -187,9 +188,10 @@ def test_neither_early_deadlines_nor_cancels_reach_triton() -> None:
                     await call
 
         built.triton.gate.clear()
+        begin = time.monotonic()
         await asyncio.gather(*(give_up() for _ in range(8)))
-        # Triton gets few calls of callers that gave up; the others never reach it.
-        assert 4 <= len(built.triton.messages) < 16
+        # Triton gets few calls of callers that gave up, and one more every 500 ms; the others never reach it.
+        assert 4 <= len(built.triton.messages) < 16 + (time.monotonic() - begin) / 0.5
         built.triton.gate.set()
         await built.forgotten()
         assert (built.triton.cancelled, built.triton.answered) == (0, len(built.triton.messages))
