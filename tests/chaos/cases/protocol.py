@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import struct
@@ -120,7 +121,7 @@ def _replace(rng: random.Random, about: dict[str, Any]) -> None:
             return
         key = rng.choice(keys)
         if chance(rng, 0.4) or not isinstance(place[key], dict | list):
-            place[key] = rng.choice(_VALUES)
+            place[key] = copy.deepcopy(rng.choice(_VALUES))  # the next change may go into it
             return
         place = place[key]
 
