@@ -41,6 +41,7 @@ def prometheus(server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -
     config["rule_files"] = [str(FOLDER / name) for name in config["rule_files"]]
     address = f"127.0.0.1:{free_port()}"
     targets = {"siglip-serve": f"{server.address}:{server.metrics_port}", "prometheus": address}
+    config["scrape_configs"] = [job for job in config["scrape_configs"] if job["job_name"] in targets]
     for job in config["scrape_configs"]:
         job["static_configs"] = [{"targets": [targets[job["job_name"]]]}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
