@@ -97,14 +97,12 @@ def create_app(
         lifespan=lifespan,
         exception_handlers={HTTPException: _not_found, Exception: _failed},
     )
-    endpoints = _add_routes(app)
+    app.add_middleware(_Direct, endpoints=_add_routes(app))
     add_page(app)
     if options.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(options.cors_origins), allow_methods=["*"], allow_headers=["*"]
         )
-    else:  # nothing stands between a caller and the endpoint
-        app.add_middleware(_Direct, endpoints=endpoints)
     app.add_middleware(_Account)
     return app
 

@@ -12,10 +12,11 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from siglip_serve_client.commands.embed.stored import StoredError, identity_of, open_parquet, read_header
 
 __all__ = ["Hit", "IndexFileError", "SearchIndex"]
 
@@ -67,6 +68,8 @@ class SearchIndex:
             raise IndexFileError(f"{file}: expected a .npz or .parquet file") from None
         try:
             index = reader(file)
+        except StoredError as error:
+            raise IndexFileError(str(error)) from error
         except OSError as error:
             raise IndexFileError(f"{file}: {error.strerror or error}") from error
         except (ValueError, KeyError, zipfile.BadZipFile) as error:
@@ -172,7 +175,7 @@ def _member(file: Path, archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
     """An array of the archive, which stays on disk where it is not compressed."""
     info = archive.getinfo(f"{name}.npy")
     with archive.open(info) as member:
-        shape, fortran, kind = _header(member)
+        shape, fortran, kind = read_header(member)
         if kind.hasobject:
             raise ValueError(f"{name} holds Python objects")
         if info.compress_type != zipfile.ZIP_STORED or not shape or 0 in shape:
@@ -186,40 +189,17 @@ def _member(file: Path, archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
     return np.memmap(file, kind, "r", offset, shape, "F" if fortran else "C")
 
 
-def _header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """The shape, the order and the type of the array that follows."""
-    formats: Any = np.lib.format
-    first = formats.read_magic(member) == (1, 0)
-    read = formats.read_array_header_1_0 if first else formats.read_array_header_2_0
-    shape, fortran, kind = read(member)
-    return shape, fortran, kind
-
-
 def _read_parquet(file: Path) -> SearchIndex:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise IndexFileError(f"{file}: {error}; the extra `parquet` of siglip-serve adds it") from error
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            kind = table.schema_arrow.field("embedding").type
-            if not pyarrow.types.is_fixed_size_list(kind):
-                raise ValueError(f"embedding is {kind}, expected lists of a fixed size")
-            vectors = np.empty((table.metadata.num_rows, kind.list_size), np.float32)
-            names: list[str] = []
-            for batch in table.iter_batches(columns=["path", "embedding"]):
-                flat = batch.column("embedding").flatten().to_numpy(zero_copy_only=False)
-                start = len(names)
-                names += batch.column("path").to_pylist()
-                vectors[start : len(names)] = flat.reshape(-1, kind.list_size)
-            metadata = table.schema_arrow.metadata or {}
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(str(error)) from error
-    prefix = b"siglip_serve."
-    identity = {
-        key.removeprefix(prefix).decode(): value.decode()
-        for key, value in metadata.items()
-        if key.startswith(prefix)
-    }
-    return SearchIndex(names, vectors, identity)
+    with open_parquet(file) as table:
+        kind = table.schema_arrow.field("embedding").type
+        width = getattr(kind, "list_size", None)
+        if width is None:
+            raise ValueError(f"embedding is {kind}, expected lists of a fixed size")
+        vectors = np.empty((table.metadata.num_rows, width), np.float32)
+        names: list[str] = []
+        for batch in table.iter_batches(columns=["path", "embedding"]):
+            flat = batch.column("embedding").flatten().to_numpy(zero_copy_only=False)
+            start = len(names)
+            names += batch.column("path").to_pylist()
+            vectors[start : len(names)] = flat.reshape(-1, width)
+        return SearchIndex(names, vectors, identity_of(table))

@@ -89,10 +89,12 @@ class Service:
         options = self.options
         pictures = sum(not isinstance(item, Text) for item in inputs)
         links = sum(isinstance(item, Link) for item in inputs)
-        if len(inputs) > (most_pictures or options.max_inputs):
-            raise Refusal(400, f"{len(inputs)} inputs, at most {options.max_inputs} are allowed")
-        if pictures > (most_pictures or options.max_pictures):
-            raise Refusal(400, f"{pictures} pictures, at most {options.max_pictures} are allowed")
+        most_inputs = most_pictures or options.max_inputs
+        most_pictures = most_pictures or options.max_pictures
+        if len(inputs) > most_inputs:
+            raise Refusal(400, f"{len(inputs)} inputs, at most {most_inputs} are allowed")
+        if pictures > most_pictures:
+            raise Refusal(400, f"{pictures} pictures, at most {most_pictures} are allowed")
         if links > options.max_pictures:
             raise Refusal(400, f"{links} pictures as URLs, at most {options.max_pictures} are allowed")
         for item in inputs:

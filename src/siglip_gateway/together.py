@@ -82,7 +82,9 @@ class Together(Generic[R]):
             if rows and size > _BYTES:
                 break
             self._waiting.popleft()
-            if now - row.since > self._patience:
+            if row.answer.done():  # its caller has gone
+                size -= len(row.value)
+            elif now - row.since > self._patience:
                 row.answer.set_exception(
                     DeadlineError(f"the inference server was busy for {self._patience:g} s")
                 )

@@ -12,6 +12,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 from siglip_serve_client import ExplainOptions, Explanation
+from siglip_serve_client.compact import as_base64
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -139,18 +140,14 @@ async def _answer(found: Explanation, asked: _Asked) -> dict[str, Any]:
         "patch_maps": await _numbers(found.patch_maps),
     }
     if asked.heatmaps and asked.encoded:
-        answer["heatmaps"] = await asyncio.to_thread(
-            lambda: [_base64(heatmap.astype("<f4").tobytes()) for heatmap in found.heatmaps]
-        )
+        flat = found.heatmaps.reshape(len(found.heatmaps), -1)
+        answer["heatmaps"] = await asyncio.to_thread(as_base64, flat)
     elif asked.heatmaps:
         answer["heatmaps"] = await _numbers(found.heatmaps)
     if asked.options["overlays"]:
-        answer["overlays"] = [f"data:image/png;base64,{_base64(file)}" for file in found.overlay_files]
+        files = [base64.b64encode(file).decode() for file in found.overlay_files]
+        answer["overlays"] = [f"data:image/png;base64,{file}" for file in files]
     return answer
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
 
 
 async def _numbers(maps: NDArray[np.float32]) -> list[list[orjson.Fragment]]:

@@ -14,9 +14,8 @@ _SPACE = b" \t\r\n"
 # The member "shape", each letter of which may be escaped, and its list of whole numbers.
 _KEY = "".join(rf"(?:{letter}|\\u00{ord(letter):x})" for letter in "shape").encode()
 _SHAPE = re.compile(rb'"%b":\[(-?[0-9]+(?:,-?[0-9]+)*)\]' % _KEY)
-_LONGEST = (
-    512  # bytes of a member that matters: eight numbers of 64 bits; no model has tensors of as many sides
-)
+# Bytes of a member that matters: eight numbers of 64 bits. No model has tensors of as many sides.
+_LONGEST = 512
 
 
 async def refuse_huge_shapes(pieces: AsyncIterator[bytes]) -> None:

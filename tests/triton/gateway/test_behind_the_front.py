@@ -31,12 +31,6 @@ def both(server: TritonServer, gateway_url: str, tmp_path_factory: pytest.TempPa
         yield running
 
 
-@pytest.fixture(scope="module")
-def triton(server: TritonServer) -> Iterator[Client]:
-    with Client(server.grpc_url) as client:
-        yield client
-
-
 def post(front: Front, path: str, body: object, key: str | None = None) -> tuple[int, dict[str, object]]:
     status, answer = front.post(path, json.dumps(body).encode(), {"Content-Type": "application/json"}, key)
     found = json.loads(answer)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -228,12 +228,6 @@ PACKAGES: dict[str, Callable[..., Package]] = {
     "litellm hosted_vllm": litellm("hosted_vllm"),
     "litellm jina_ai": litellm("jina_ai"),
 }
-
-
-@pytest.fixture(scope="module")
-def triton(server: TritonServer) -> Iterator[Client]:
-    with Client(server.grpc_url) as client:
-        yield client
 
 
 @pytest.fixture(params=list(PACKAGES))

@@ -29,12 +29,6 @@ SHARED_BATCH = 1e-6
 
 
 @pytest.fixture(scope="module")
-def triton(server: TritonServer) -> Iterator[Client]:
-    with Client(server.grpc_url) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
 def weaviate(gateway_url: str) -> Iterator[Weaviate]:
     client = Weaviate(gateway_url)
     yield client

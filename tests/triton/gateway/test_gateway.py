@@ -38,19 +38,6 @@ def uri(data: bytes, kind: str = "jpeg") -> str:
 
 
 @pytest.fixture(scope="module")
-def triton(server: TritonServer) -> Iterator[Client]:
-    """The project's own client, straight to Triton."""
-    with Client(server.grpc_url) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def http(gateway_url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=gateway_url, trust_env=False, timeout=60) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
 def openai_client(gateway_url: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(
         base_url=f"{gateway_url}/v1",

@@ -6,7 +6,6 @@ import base64
 import io
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +24,6 @@ from siglip_serve.launcher import TritonServer
 
 SCENE = (TINY / "samples" / "scene.jpg").read_bytes()
 PROMPTS = ["elephant", "guitar", "pizza"]
-
-
-@pytest.fixture(scope="module")
-def triton(server: TritonServer) -> Iterator[Client]:
-    """The project's own client, straight to Triton."""
-    with Client(server.grpc_url) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def http(gateway_url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=gateway_url, trust_env=False, timeout=60) as client:
-        yield client
 
 
 def array(values: Any) -> NDArray[np.float32]:

@@ -46,12 +46,6 @@ def page(chrome: Browser, gateway_url: str) -> Iterator[Page]:
         assert all(url.startswith((f"{gateway_url}/", "blob:", "data:")) for url in opened.requests)
 
 
-@pytest.fixture(scope="module")
-def triton(server: TritonServer) -> Iterator[Client]:
-    with Client(server.grpc_url) as client:
-        yield client
-
-
 def ready(page: Page) -> None:
     page.wait("document.getElementById('checkpoint').dataset.state !== 'waiting'")
 

@@ -146,6 +146,18 @@ async def test_a_caller_that_gave_up_leaves_the_others_alone() -> None:
     assert np.array_equal(await tasks[9], vector("b")[None])
     with pytest.raises(asyncio.CancelledError):
         await tasks[8]
+    assert sender.calls[8:] == [["b"]]
+
+
+@in_a_loop
+async def test_a_caller_that_gave_up_long_ago_leaves_the_others_alone() -> None:
+    sender = Sender()
+    tasks = await _asked(Together(sender.send, 4, 0.05), [*map(str, range(8)), "a"])
+    tasks[8].cancel()
+    await asyncio.sleep(0.1)
+    sender.open()
+    assert np.array_equal(await tasks[7], vector("7")[None])
+    assert sender.calls[8:] == []
 
 
 @in_a_loop

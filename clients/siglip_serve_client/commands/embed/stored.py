@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from siglip_serve_client.commands.install_hint import install_hint
 
-__all__ = ["StoredError", "StoredVectors"]
+__all__ = ["StoredError", "StoredVectors", "identity_of", "open_parquet", "read_header"]
 
 _BLOCK = 4096  # rows in memory at once
 _ARRAY = "embeddings"
@@ -106,33 +106,17 @@ class StoredVectors:
                 yield np.frombuffer(data, dtype).reshape(count, self.width).astype(np.float32)
 
     def _open_parquet(self) -> None:
-        table = self._table()
+        table = open_parquet(self.path)
         names = table.schema_arrow.names
         if self.column not in names:
             raise ValueError(f"no column {self.column!r}, but {', '.join(names)}")
         self.rows = table.metadata.num_rows
-        metadata = table.schema_arrow.metadata or {}
-        self.identity = {
-            name.removeprefix(_METADATA).decode(): value.decode()
-            for name, value in metadata.items()
-            if name.startswith(_METADATA)
-        }
+        self.identity = identity_of(table)
         self.width = len(next(self._cells(table))[0]) if self.rows else 0
-
-    def _table(self) -> Any:
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ModuleNotFoundError as error:
-            raise StoredError(f"{self.path}: {error}; `{install_hint('parquet')}` adds it") from error
-        try:
-            return pyarrow.parquet.ParquetFile(self.path)
-        except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"not a Parquet file: {error}") from error
 
     def _parquet_blocks(self) -> Iterator[NDArray[np.float32]]:
         start = 0
-        for cells in self._cells(self._table()):
+        for cells in self._cells(open_parquet(self.path)):
             for offset, cell in enumerate(cells):
                 if len(cell) != self.width:
                     raise ValueError(f"row {start + offset} has {len(cell)} values, expected {self.width}")
@@ -151,14 +135,51 @@ class StoredVectors:
             start += len(cells)
 
 
-def _header(file: IO[bytes]) -> tuple[tuple[int, int], np.dtype[Any]]:
-    """Shape and dtype of an array in .npy form. Python objects are not read."""
+def open_parquet(path: Path) -> Any:
+    """Open a file as `pyarrow.parquet.ParquetFile`.
+
+    Raises:
+        StoredError: pyarrow is missing. The message says what installs it.
+        OSError, ValueError: the file cannot be read, or is no Parquet file.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise StoredError(f"{path}: {error}; `{install_hint('parquet')}` adds it") from error
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"not a Parquet file: {error}") from error
+
+
+def identity_of(table: Any) -> dict[str, str]:
+    """Read what an open Parquet file says of itself, as `StoredVectors.identity`."""
+    return {
+        name.removeprefix(_METADATA).decode(): value.decode()
+        for name, value in (table.schema_arrow.metadata or {}).items()
+        if name.startswith(_METADATA)
+    }
+
+
+def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Read the beginning of an array in .npy form: shape, if it is stored by columns, and dtype.
+
+    Raises:
+        ValueError: it is none, or of another version.
+    """
     version = np.lib.format.read_magic(file)  # type: ignore[no-untyped-call]
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"an array of the .npy version {version}, expected (1, 0) or (2, 0)")
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)  # type: ignore[no-untyped-call]
-    if len(shape) != 2 or dtype.kind != "f" or fortran:
-        order = " by columns" if fortran else ""
+    shape, by_columns, dtype = read(file)  # type: ignore[no-untyped-call]
+    return shape, by_columns, dtype
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, int], np.dtype[Any]]:
+    """Shape and dtype of an array of vectors."""
+    shape, by_columns, dtype = read_header(file)
+    if len(shape) != 2 or dtype.kind != "f" or by_columns:
+        order = " by columns" if by_columns else ""
         raise ValueError(f"an array {dtype}{list(shape)}{order}, expected floats [rows, width] by rows")
     return (int(shape[0]), int(shape[1])), dtype
