@@ -1,7 +1,8 @@
 """Process that decodes the image files which another process would not risk: `watched` starts and ends it.
 
-Messages pass over the socket whose descriptor is the first argument. A request is a JSON line and the file.
-The answer is a JSON line, with the pixels as a memory file where there are any.
+It loads the libraries once and forks a decoder. When that was killed, it forks the next one. The socket whose
+descriptor is the first argument gives the process id and the socket of each decoder. There a request is a
+JSON line and the file. The answer is a JSON line, with the pixels as a memory file where there are any.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import resource
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -51,13 +53,37 @@ class _Sheet:
 
 
 def main(descriptor: int) -> None:
-    """Answer requests until the other end of the socket is closed."""
+    """Fork one decoder after the other, until one ends because the other end of its socket is closed."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     Image.MAX_IMAGE_PIXELS = None  # our own limit stands in its place, at the same point: the header
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+    with socket.socket(fileno=descriptor) as control:
+        while os.waitpid(_fork(control), 0)[1]:
+            pass
+
+
+def _fork(control: socket.socket) -> int:
+    """Start a decoder, tell the other end of `control`, and return the process id."""
+    theirs, ours = socket.socketpair()
+    process = os.fork()
+    if not process:
+        status = 1
+        try:
+            control.close()
+            theirs.close()
+            _serve(ours)
+            status = 0
+        finally:
+            os._exit(status)
+    with theirs, ours, suppress(OSError):  # without the other end, the decoder finds its socket closed
+        _reply(control, {"pid": process}, theirs.fileno())
+    return process
+
+
+def _serve(channel: socket.socket) -> None:
+    """Answer requests until the other end of the socket is closed."""
     base = _virtual_memory()
-    with socket.socket(fileno=descriptor) as channel, channel.makefile("rb") as source:
-        _reply(channel, {"ready": True}, -1)
+    with channel, channel.makefile("rb") as source:
         while request := _read_line(source):
             limits = ImageLimits(**request["limits"])
             _limit(base, limits)

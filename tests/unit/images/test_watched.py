@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import images
 import numpy as np
@@ -46,7 +49,7 @@ def decoder() -> Iterator[WatchedDecoder]:
 def child(decoder: WatchedDecoder) -> psutil.Process:
     """The process that decodes."""
     assert decoder._process is not None
-    return psutil.Process(decoder._process._process.pid)
+    return psutil.Process(decoder._process.decoder)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "PNG", "WEBP", "BMP"])
@@ -69,13 +72,15 @@ def test_pixels_stay_when_the_next_file_is_decoded(decoder: WatchedDecoder) -> N
 
 def test_ends_a_decode_that_takes_too_long_and_reads_the_next_file(decoder: WatchedDecoder) -> None:
     decoder(GIF, "GIF")
-    before = child(decoder).pid
+    before = child(decoder)
+    parent = before.parent()
     begin = time.process_time()
     with pytest.raises(ImageCostError, match=r"BMP takes more than 0\.3 s of CPU time to decode"):
         decoder(ENDLESS, "BMP")
     assert time.process_time() - begin < 1
     assert decoder(GIF, "GIF").shape == (40, 60, 3)
-    assert child(decoder).pid != before
+    assert child(decoder).pid != before.pid
+    assert child(decoder).parent() == parent  # the libraries are not loaded again
 
 
 def test_refuses_what_needs_too_much_memory_and_reads_the_next_file() -> None:
@@ -142,10 +147,33 @@ def test_threads_share_a_process(decoder: WatchedDecoder) -> None:
     assert child(decoder).is_running()
 
 
-def test_the_process_ends_with_its_decoder() -> None:
+def test_the_processes_end_with_their_decoder() -> None:
     decoder = WatchedDecoder("pil", LIMITS)
     decoder(GIF, "GIF")
-    process = child(decoder)
+    processes = [child(decoder), *child(decoder).parents()[:1]]
     del decoder
-    psutil.wait_procs([process], timeout=10)
-    assert not process.is_running()
+    assert not psutil.wait_procs(processes, timeout=10)[1]
+
+
+def test_replaces_the_process_that_forks(decoder: WatchedDecoder) -> None:
+    decoder(GIF, "GIF")
+    for process in (child(decoder).parent(), child(decoder)):
+        assert process is not None
+        process.kill()
+    assert decoder(GIF, "GIF").shape == (40, 60, 3)
+
+
+def test_the_processes_end_when_their_owner_is_killed() -> None:
+    program = (
+        "import os, sys; from siglip_serve.images.watched import WatchedDecoder, ImageLimits;"
+        "decoder = WatchedDecoder('pil', ImageLimits()); decoder(sys.stdin.buffer.read(), 'GIF');"
+        "print(decoder._process.decoder, decoder._process._process.pid, flush=True);"
+        "os.kill(os.getpid(), 9)"
+    )
+    found = subprocess.run([sys.executable, "-c", program], input=GIF, stdout=subprocess.PIPE, check=False)
+    processes = []
+    for number in found.stdout.split():
+        with suppress(psutil.NoSuchProcess):
+            processes.append(psutil.Process(int(number)))
+    assert found.stdout
+    assert not psutil.wait_procs(processes, timeout=10)[1]
