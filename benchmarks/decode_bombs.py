@@ -66,7 +66,7 @@ class _Memory:
     def _sizes() -> dict[int, int]:
         own = psutil.Process()
         sizes = {}
-        for process in [own, *own.children()]:
+        for process in [own, *own.children(recursive=True)]:
             with suppress(psutil.Error):
                 sizes[process.pid] = process.memory_info().rss
         return sizes
@@ -81,7 +81,7 @@ def measure(preprocess: Preprocessor, data: bytes) -> Cost:
             outcome = "pixels"
         except InvalidInputError as error:
             outcome = f"{type(error).__name__}: {error}"
-            with suppress(InvalidInputError):  # so that the start of the next process counts for this file
+            with suppress(InvalidInputError):  # so that the start of the next decoder counts for this file
                 preprocess(b"GIF89a")
     return Cost(_cpu_seconds() - begin, memory.most / 1e6, outcome)
 
@@ -90,10 +90,9 @@ def _cpu_seconds() -> float:
     """CPU time of this process and its children, living and dead, without the thread that looks at memory."""
     dead = resource.getrusage(resource.RUSAGE_CHILDREN)
     living = 0.0
-    for child in psutil.Process().children():
+    for child in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
-            times = child.cpu_times()
-            living += times.user + times.system
+            living += sum(child.cpu_times()[:4])  # its own, and those of its dead children
     return time.thread_time() + living + dead.ru_utime + dead.ru_stime
 
 
