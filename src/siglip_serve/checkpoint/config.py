@@ -1,13 +1,15 @@
 """Read and check a checkpoint's JSON files into a `ModelConfig`.
 
-There are two families: fixed-resolution SigLIP and SigLIP 2, and CLIP. Values that a `config.json` leaves out
-have the defaults of the reference, transformers. `siglip_defaults.json` holds those of `SiglipVisionConfig`,
-`SiglipTextConfig` and `SiglipImageProcessor`, `clip_defaults.json` those of the CLIP classes.
+There are three families: fixed-resolution SigLIP and SigLIP 2, SigLIP 2 NaFlex, and CLIP. Values that a
+`config.json` leaves out have the defaults of the reference, transformers. `siglip_defaults.json` holds those
+of `SiglipVisionConfig`, `SiglipTextConfig` and `SiglipImageProcessor`, `clip_defaults.json` those of the CLIP
+classes. The towers of NaFlex have the defaults of SigLIP's.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
 from siglip_serve.checkpoint.files import read_json
-from siglip_serve.errors import CheckpointError
+from siglip_serve.errors import CheckpointError, SettingsError
 
 __all__ = [
     "ClipTextConfig",
@@ -23,14 +25,17 @@ __all__ = [
     "Family",
     "ImageConfig",
     "ModelConfig",
+    "NaflexImageConfig",
+    "NaflexVisionConfig",
     "TextConfig",
     "VisionConfig",
+    "limit_patches",
     "load_config",
     "tensor_dims",
 ]
 
 _T = TypeVar("_T")
-Family = Literal["siglip", "clip"]
+Family = Literal["siglip", "naflex", "clip"]
 _VISION_ONLY = "siglip_vision_model"
 _RESAMPLING: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}
 _ACTIVATIONS: Mapping[Family, tuple[str, ...]] = {
@@ -39,6 +44,8 @@ _ACTIVATIONS: Mapping[Family, tuple[str, ...]] = {
 }
 _TYPES = {int: "a whole number", float: "a number", str: "a text"}
 _CLIP_PROCESSOR = "CLIP"  # prefix of the names of CLIP's image processors in every version of the reference
+_NAFLEX_PATCHES, _NAFLEX_RESAMPLE = 256, 2  # of the reference, where the files of NaFlex leave them out
+_MOST_PATCHES = 4096  # attention takes the square of it
 _NOTE = "siglip_serve_note"
 
 
@@ -76,6 +83,11 @@ class ClipVisionConfig(VisionConfig):
     def embedding_size(self) -> int:
         """Width of the image embeddings."""
         return self.projection_size
+
+
+@dataclass(frozen=True)
+class NaflexVisionConfig(VisionConfig):
+    """Shape of a NaFlex vision tower. `image_size` is that of the square on which positions were learned."""
 
 
 _Vision = TypeVar("_Vision", bound=VisionConfig)
@@ -125,6 +137,19 @@ class ImageConfig:
     shortest_edge: int | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class NaflexImageConfig(ImageConfig):
+    """Preprocessing of NaFlex images: resized to whole patches at their own aspect ratio, then cut.
+
+    Attributes:
+        patch_size: side of a patch, in pixels.
+        max_patches: most patches of one image.
+    """
+
+    patch_size: int
+    max_patches: int
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Contents of a checkpoint's JSON files.
@@ -169,8 +194,8 @@ def load_config(path: Path) -> ModelConfig:
     """Read and check the JSON files of a checkpoint directory, without its weights and without torch.
 
     Raises:
-        CheckpointError: a file is missing or malformed, or describes a model that is neither a
-            fixed-resolution SigLIP nor a CLIP.
+        CheckpointError: a file is missing or malformed, or describes a model that is neither a SigLIP nor a
+            CLIP.
     """
     file = path / "config.json"
     config = read_json(file)
@@ -179,10 +204,12 @@ def load_config(path: Path) -> ModelConfig:
         model = _clip(path, config)
     elif kind in ("siglip", _VISION_ONLY):
         model = _siglip(path, config, vision_only=kind == _VISION_ONLY)
+    elif kind == "siglip2":
+        model = _naflex(path, config)
     else:
         raise CheckpointError(
             f"{file}: model_type is {kind!r}, expected 'siglip' (fixed-resolution SigLIP and SigLIP 2 "
-            f"checkpoints), {_VISION_ONLY!r} (their image towers alone) or 'clip'"
+            f"checkpoints), {_VISION_ONLY!r} (their image towers alone), 'siglip2' (NaFlex) or 'clip'"
         )
     note = config.get(_NOTE, "")
     if not isinstance(note, str):
@@ -220,6 +247,59 @@ def _siglip(path: Path, config: Mapping[str, Any], vision_only: bool) -> ModelCo
         )
     image = _image_config(file, processor, defaults["image_processor"], side, None)
     return ModelConfig(path, "siglip", vision, image, text)
+
+
+def _naflex(path: Path, config: Mapping[str, Any]) -> ModelConfig:
+    """Read a NaFlex checkpoint as a SigLIP of the square that its positions were learned on."""
+    file = path / "config.json"
+    values = {"patch_size": 16, "num_patches": _NAFLEX_PATCHES, **_part(file, config, "vision_config")}
+    patch, learned = (
+        _count(file, f"vision_config.{key}", values[key]) for key in ("patch_size", "num_patches")
+    )
+    grid = math.isqrt(learned)
+    if grid**2 != learned:
+        raise CheckpointError(f"{file}: vision_config.num_patches is {learned}, expected a square number")
+    model = _siglip(
+        path, {**config, "vision_config": {**values, "image_size": grid * patch}}, vision_only=False
+    )
+    file, processor = _image_processor(path)
+    if processor.get("patch_size", patch) != patch:
+        raise CheckpointError(
+            f"{file}: patch_size is {processor['patch_size']!r}, the vision tower takes patches of {patch}"
+        )
+    most = _count(file, "max_num_patches", processor.get("max_num_patches", _NAFLEX_PATCHES))
+    image = vars(model.image)
+    if processor.get("resample") is None:
+        image = {**image, "resample": _RESAMPLING[_NAFLEX_RESAMPLE]}
+    return replace(
+        model,
+        family="naflex",
+        vision=NaflexVisionConfig(**vars(model.vision)),
+        image=NaflexImageConfig(**image, patch_size=patch, max_patches=most),
+    )
+
+
+def _count(file: Path, name: str, value: Any) -> int:
+    if type(value) is not int or not 1 <= value <= _MOST_PATCHES:
+        raise CheckpointError(f"{file}: {name} is {value!r}, expected a whole number of 1 to {_MOST_PATCHES}")
+    return value
+
+
+def limit_patches(model: ModelConfig, most: int) -> ModelConfig:
+    """Set the most patches of an image, where images have their own numbers of patches.
+
+    Args:
+        model: of any family. A model that takes one size stays as it is.
+        most: 0 is the number in the checkpoint's files.
+
+    Raises:
+        SettingsError: it is more than 4,096.
+    """
+    if not most or not isinstance(model.image, NaflexImageConfig):
+        return model
+    if most > _MOST_PATCHES:
+        raise SettingsError(f"setting 'max_num_patches': got {most}, expected at most {_MOST_PATCHES}")
+    return replace(model, image=replace(model.image, max_patches=most))
 
 
 def _clip(path: Path, config: Mapping[str, Any]) -> ModelConfig:
@@ -376,14 +456,18 @@ def _image_config(
 
 def tensor_dims(model: ModelConfig) -> dict[str, list[int]]:
     """Compute the dimensions, without the rows, of the Triton tensors that depend on the checkpoint."""
-    size, vision = model.image.size, model.vision
-    tokens = vision.grid_size**2
+    image, vision = model.image, model.vision
+    tokens, pixels = vision.grid_size**2, [image.size, image.size, 3]
+    if isinstance(image, NaflexImageConfig):
+        tokens, pixels = image.max_patches, [image.max_patches, 3 * image.patch_size**2]
     dims = {
-        "PIXEL_VALUES": [size, size, 3],
+        "PIXEL_VALUES": pixels,
         "EMBEDDING": [vision.embedding_size],
         "MEAN_EMBEDDING": [vision.hidden_size],
         "PATCH_EMBEDDINGS": [tokens, vision.hidden_size],
         "PROMPT_VECTORS": [-1, vision.embedding_size],
         "PATCH_MAPS": [-1, tokens],
     }
+    if isinstance(image, NaflexImageConfig):
+        dims["PATCH_GRID"] = [2]
     return dims if model.vision_only else dims | {"INPUT_IDS": [model.text.max_position_embeddings]}
