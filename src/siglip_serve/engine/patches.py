@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
@@ -47,15 +46,6 @@ class PatchRows:
         """Copy some rows, in this order, without the padding that the longest of them does not need."""
         longest = int(self.counts[rows].max())
         return type(self)(self.patches[rows, :longest], self.grids[rows])
-
-    @classmethod
-    def join(cls, parts: Sequence[PatchRows]) -> Self:
-        """Concatenate parts, which have one T."""
-        if len(parts) == 1:
-            return cls(parts[0].patches, parts[0].grids)
-        return cls(
-            np.concatenate([part.patches for part in parts]), np.concatenate([part.grids for part in parts])
-        )
 
 
 def group_rows(counts: NDArray[np.int64], most: int) -> list[NDArray[np.intp]]:

@@ -24,7 +24,10 @@ from siglip_serve.towers.naflex import load_vision
 
 MOST = 64
 ASPECTS = np.exp(np.linspace(np.log(1 / 8), np.log(8), 200))
-PICTURES = [photo(*(max(8, round(40 * a**power)) for power in (0.5, -0.5)), n) for n, a in enumerate(ASPECTS)]
+PICTURES = [
+    photo(max(8, round(40 * aspect**0.5)), max(8, round(40 * aspect**-0.5)), seed)
+    for seed, aspect in enumerate(ASPECTS.tolist())
+]
 
 
 @pytest.fixture(scope="module")
