@@ -1,4 +1,4 @@
-"""What a vision tower takes of requests: pixels of one size, or for NaFlex patches and their grids."""
+"""Read the inputs of a vision tower from requests: pixels of one size, or for NaFlex patches and grids."""
 
 from __future__ import annotations
 
