@@ -198,14 +198,14 @@ def main() -> None:
     add("--width", choices=WIDTHS, nargs="+", default=list(WIDTHS), help="default: all")
     add("--pictures", type=int, default=200, help="default %(default)s")
     add("--batch", type=int, default=40, help="pictures of one call while time is taken, default %(default)s")
-    add("--output", type=Path, help="CSV file to write")
+    add("--output", type=Path, help="CSV file to append to")
     options = parser.parse_args()
     torch.set_num_threads(available_cores())
     table = [row for width in options.width for row in measure(width, options)]
     for row in table:
         print({key: row[key] for key in list(row)[len(about(PACKAGES)) :]}, flush=True)
     if options.output:
-        write_csv(options.output, table)
+        write_csv(options.output, table, append=True)
 
 
 if __name__ == "__main__":
