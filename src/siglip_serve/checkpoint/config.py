@@ -9,7 +9,6 @@ classes. The towers of NaFlex have the defaults of SigLIP's.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -17,7 +16,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
 from siglip_serve.checkpoint.files import read_json
-from siglip_serve.errors import CheckpointError, SettingsError
+from siglip_serve.checkpoint.naflex import check_most_patches, naflex_patches, square_config
+from siglip_serve.errors import CheckpointError
 
 __all__ = [
     "ClipTextConfig",
@@ -44,8 +44,6 @@ _ACTIVATIONS: Mapping[Family, tuple[str, ...]] = {
 }
 _TYPES = {int: "a whole number", float: "a number", str: "a text"}
 _CLIP_PROCESSOR = "CLIP"  # prefix of the names of CLIP's image processors in every version of the reference
-_NAFLEX_PATCHES, _NAFLEX_RESAMPLE = 256, 2  # of the reference, where the files of NaFlex leave them out
-_MOST_PATCHES = 4096  # attention takes the square of it
 _NOTE = "siglip_serve_note"
 
 
@@ -249,59 +247,6 @@ def _siglip(path: Path, config: Mapping[str, Any], vision_only: bool) -> ModelCo
     return ModelConfig(path, "siglip", vision, image, text)
 
 
-def _naflex(path: Path, config: Mapping[str, Any]) -> ModelConfig:
-    """Read a NaFlex checkpoint as a SigLIP of the square that its positions were learned on."""
-    file = path / "config.json"
-    values = {"patch_size": 16, "num_patches": _NAFLEX_PATCHES, **_part(file, config, "vision_config")}
-    patch, learned = (
-        _count(file, f"vision_config.{key}", values[key]) for key in ("patch_size", "num_patches")
-    )
-    grid = math.isqrt(learned)
-    if grid**2 != learned:
-        raise CheckpointError(f"{file}: vision_config.num_patches is {learned}, expected a square number")
-    model = _siglip(
-        path, {**config, "vision_config": {**values, "image_size": grid * patch}}, vision_only=False
-    )
-    file, processor = _image_processor(path)
-    if processor.get("patch_size", patch) != patch:
-        raise CheckpointError(
-            f"{file}: patch_size is {processor['patch_size']!r}, the vision tower takes patches of {patch}"
-        )
-    most = _count(file, "max_num_patches", processor.get("max_num_patches", _NAFLEX_PATCHES))
-    image = vars(model.image)
-    if processor.get("resample") is None:
-        image = {**image, "resample": _RESAMPLING[_NAFLEX_RESAMPLE]}
-    return replace(
-        model,
-        family="naflex",
-        vision=NaflexVisionConfig(**vars(model.vision)),
-        image=NaflexImageConfig(**image, patch_size=patch, max_patches=most),
-    )
-
-
-def _count(file: Path, name: str, value: Any) -> int:
-    if type(value) is not int or not 1 <= value <= _MOST_PATCHES:
-        raise CheckpointError(f"{file}: {name} is {value!r}, expected a whole number of 1 to {_MOST_PATCHES}")
-    return value
-
-
-def limit_patches(model: ModelConfig, most: int) -> ModelConfig:
-    """Set the most patches of an image, where images have their own numbers of patches.
-
-    Args:
-        model: of any family. A model that takes one size stays as it is.
-        most: 0 is the number in the checkpoint's files.
-
-    Raises:
-        SettingsError: it is more than 4,096.
-    """
-    if not most or not isinstance(model.image, NaflexImageConfig):
-        return model
-    if most > _MOST_PATCHES:
-        raise SettingsError(f"setting 'max_num_patches': got {most}, expected at most {_MOST_PATCHES}")
-    return replace(model, image=replace(model.image, max_patches=most))
-
-
 def _clip(path: Path, config: Mapping[str, Any]) -> ModelConfig:
     file, defaults = path / "config.json", _defaults("clip")
     projection = config.get("projection_dim", defaults["projection_dim"])
@@ -471,3 +416,33 @@ def tensor_dims(model: ModelConfig) -> dict[str, list[int]]:
     if isinstance(image, NaflexImageConfig):
         dims["PATCH_GRID"] = [2]
     return dims if model.vision_only else dims | {"INPUT_IDS": [model.text.max_position_embeddings]}
+
+
+def limit_patches(model: ModelConfig, most: int) -> ModelConfig:
+    """Set the most patches of an image, where images have their own numbers of patches.
+
+    Args:
+        model: of any family. A model that takes one size stays as it is.
+        most: 0 is the number in the checkpoint's files.
+
+    Raises:
+        SettingsError: it is more than 4,096.
+    """
+    if not most or not isinstance(model.image, NaflexImageConfig):
+        return model
+    check_most_patches(most)
+    return replace(model, image=replace(model.image, max_patches=most))
+
+
+def _naflex(path: Path, config: Mapping[str, Any]) -> ModelConfig:
+    """Read a NaFlex checkpoint as a SigLIP of the square that its positions were learned on."""
+    model = _siglip(path, square_config(path / "config.json", config), vision_only=False)
+    patch = model.vision.patch_size
+    most, resample = naflex_patches(*_image_processor(path), patch)
+    image = {**vars(model.image), "resample": _RESAMPLING[resample]}
+    return replace(
+        model,
+        family="naflex",
+        vision=NaflexVisionConfig(**vars(model.vision)),
+        image=NaflexImageConfig(**image, patch_size=patch, max_patches=most),
+    )
