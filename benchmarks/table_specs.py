@@ -28,6 +28,12 @@ _LEVERS = {
     "attention kernel": "own attention kernel",
     "float8": "float8, if asked for",
 }
+_NAFLEX_WAYS = {
+    "ours": "NaFlex",
+    "transformers": "NaFlex, transformers",
+    "square, torch": "squares, backend `torch`",
+    "square, openvino": "squares, backend `openvino`",
+}
 _WAYS = {"torch as it is": "plain torch", "attention kernel": "`fused`", "float8": "`fused`, float8"}
 
 
@@ -150,6 +156,25 @@ _SPEED: Mapping[str, Table | Summary] = {
             Column("ratio", Cell("{ratio_to_fastest_transformers:.2f}", {"rows": "8"})),
             Column("smallest cosine", Cell("{cosine_min:.5f}", {"rows": "8"})),
             Column("1 image, img/s", Cell("{images_per_second:.2f}", {"rows": "1"})),
+        ),
+    ),
+    "naflex": Table(
+        Source("naflex.csv", {"width": "base/16"}),
+        (Key("tower", "way", _NAFLEX_WAYS),),
+        (
+            Column("padding", Cell("{padding:.3f}", {})),
+            Column("img/s", Cell("{images_per_second:.2f}", {})),
+            Column("CPU ms per image", Cell("{cpu_ms_per_image:.0f}", {})),
+        ),
+    ),
+    "naflex-fidelity": Table(
+        Source("naflex.csv", {"way": "ours"}),
+        (Key("width", "width"),),
+        (
+            Column("to transformers", Cell("{difference_to_transformers:.1e}", {})),
+            Column("to one by one", Cell("{difference_one_by_one:.1e}", {})),
+            Column("smallest cosine, images", Cell("{image_cosine_min:.7f}", {})),
+            Column("smallest cosine, texts", Cell("{text_cosine_min:.7f}", {})),
         ),
     ),
     "cpu-processors": Table(

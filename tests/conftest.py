@@ -24,6 +24,7 @@ _OWN_SERVERS = (
     "test_gpu_jpeg.py",
     "test_healing.py",
     "test_launcher.py",
+    "test_naflex.py",
     "test_restarts.py",
     "test_turns.py",
 )

@@ -128,6 +128,12 @@ class Settings:
             "images", "stored: ICC profiles are ignored, as in training; srgb: they are applied"
         ),
     )
+    max_num_patches: int = field(
+        default=0,
+        metadata=_option(
+            "images", "most patches of an image, for NaFlex; 0: as the checkpoint says, usually 256"
+        ),
+    )
     decoders: int = field(
         default=0,
         metadata=_option(

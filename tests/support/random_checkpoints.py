@@ -10,6 +10,9 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
+    Siglip2Config,
+    Siglip2ImageProcessorPil,
+    Siglip2Model,
     SiglipConfig,
     SiglipImageProcessorPil,
     SiglipModel,
@@ -61,4 +64,26 @@ def save_clip(model: CLIPModel, path: Path, **save: Any) -> Path:
     size = model.config.vision_config.image_size
     crop = {"height": size, "width": size}
     CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=crop).save_pretrained(path)
+    return path
+
+
+def random_naflex(
+    vision: dict[str, Any] | None = None, text: dict[str, Any] | None = None, seed: int = 0
+) -> Siglip2Model:
+    """Make a random NaFlex model of SigLIP 2."""
+    torch.manual_seed(seed)
+    small_text = {**NARROW, "vocab_size": 300, "bos_token_id": None, "eos_token_id": 1}
+    config = Siglip2Config(
+        vision_config={**NARROW, **(vision or {})}, text_config={**small_text, **(text or {})}
+    )
+    model = Siglip2Model(config).eval()
+    _randomise(model)
+    return model
+
+
+def save_naflex(model: Siglip2Model, path: Path, most: int = 256) -> Path:
+    """Write weights, configuration and image processor of `model` with `save_pretrained`."""
+    model.save_pretrained(path)
+    patch = model.config.vision_config.patch_size
+    Siglip2ImageProcessorPil(patch_size=patch, max_num_patches=most).save_pretrained(path)
     return path

@@ -1,8 +1,9 @@
 """Read and check a checkpoint's JSON files into a `ModelConfig`.
 
-There are two families: fixed-resolution SigLIP and SigLIP 2, and CLIP. Values that a `config.json` leaves out
-have the defaults of the reference, transformers. `siglip_defaults.json` holds those of `SiglipVisionConfig`,
-`SiglipTextConfig` and `SiglipImageProcessor`, `clip_defaults.json` those of the CLIP classes.
+There are three families: fixed-resolution SigLIP and SigLIP 2, SigLIP 2 NaFlex, and CLIP. Values that a
+`config.json` leaves out have the defaults of the reference, transformers. `siglip_defaults.json` holds those
+of `SiglipVisionConfig`, `SiglipTextConfig` and `SiglipImageProcessor`, `clip_defaults.json` those of the CLIP
+classes. The towers of NaFlex have the defaults of SigLIP's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
 from siglip_serve.checkpoint.files import read_json
+from siglip_serve.checkpoint.naflex import check_most_patches, naflex_patches, square_config
 from siglip_serve.errors import CheckpointError
 
 __all__ = [
@@ -23,14 +25,17 @@ __all__ = [
     "Family",
     "ImageConfig",
     "ModelConfig",
+    "NaflexImageConfig",
+    "NaflexVisionConfig",
     "TextConfig",
     "VisionConfig",
+    "limit_patches",
     "load_config",
     "tensor_dims",
 ]
 
 _T = TypeVar("_T")
-Family = Literal["siglip", "clip"]
+Family = Literal["siglip", "naflex", "clip"]
 _VISION_ONLY = "siglip_vision_model"
 _RESAMPLING: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}
 _ACTIVATIONS: Mapping[Family, tuple[str, ...]] = {
@@ -76,6 +81,11 @@ class ClipVisionConfig(VisionConfig):
     def embedding_size(self) -> int:
         """Width of the image embeddings."""
         return self.projection_size
+
+
+@dataclass(frozen=True)
+class NaflexVisionConfig(VisionConfig):
+    """Shape of a NaFlex vision tower. `image_size` is that of the square on which positions were learned."""
 
 
 _Vision = TypeVar("_Vision", bound=VisionConfig)
@@ -125,6 +135,19 @@ class ImageConfig:
     shortest_edge: int | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class NaflexImageConfig(ImageConfig):
+    """Preprocessing of NaFlex images: resized to whole patches at their own aspect ratio, then cut.
+
+    Attributes:
+        patch_size: side of a patch, in pixels.
+        max_patches: most patches of one image.
+    """
+
+    patch_size: int
+    max_patches: int
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Contents of a checkpoint's JSON files.
@@ -169,8 +192,8 @@ def load_config(path: Path) -> ModelConfig:
     """Read and check the JSON files of a checkpoint directory, without its weights and without torch.
 
     Raises:
-        CheckpointError: a file is missing or malformed, or describes a model that is neither a
-            fixed-resolution SigLIP nor a CLIP.
+        CheckpointError: a file is missing or malformed, or describes a model that is neither a SigLIP nor a
+            CLIP.
     """
     file = path / "config.json"
     config = read_json(file)
@@ -179,10 +202,12 @@ def load_config(path: Path) -> ModelConfig:
         model = _clip(path, config)
     elif kind in ("siglip", _VISION_ONLY):
         model = _siglip(path, config, vision_only=kind == _VISION_ONLY)
+    elif kind == "siglip2":
+        model = _naflex(path, config)
     else:
         raise CheckpointError(
             f"{file}: model_type is {kind!r}, expected 'siglip' (fixed-resolution SigLIP and SigLIP 2 "
-            f"checkpoints), {_VISION_ONLY!r} (their image towers alone) or 'clip'"
+            f"checkpoints), {_VISION_ONLY!r} (their image towers alone), 'siglip2' (NaFlex) or 'clip'"
         )
     note = config.get(_NOTE, "")
     if not isinstance(note, str):
@@ -376,14 +401,48 @@ def _image_config(
 
 def tensor_dims(model: ModelConfig) -> dict[str, list[int]]:
     """Compute the dimensions, without the rows, of the Triton tensors that depend on the checkpoint."""
-    size, vision = model.image.size, model.vision
-    tokens = vision.grid_size**2
+    image, vision = model.image, model.vision
+    tokens, pixels = vision.grid_size**2, [image.size, image.size, 3]
+    if isinstance(image, NaflexImageConfig):
+        tokens, pixels = image.max_patches, [image.max_patches, 3 * image.patch_size**2]
     dims = {
-        "PIXEL_VALUES": [size, size, 3],
+        "PIXEL_VALUES": pixels,
         "EMBEDDING": [vision.embedding_size],
         "MEAN_EMBEDDING": [vision.hidden_size],
         "PATCH_EMBEDDINGS": [tokens, vision.hidden_size],
         "PROMPT_VECTORS": [-1, vision.embedding_size],
         "PATCH_MAPS": [-1, tokens],
     }
+    if isinstance(image, NaflexImageConfig):
+        dims["PATCH_GRID"] = [2]
     return dims if model.vision_only else dims | {"INPUT_IDS": [model.text.max_position_embeddings]}
+
+
+def limit_patches(model: ModelConfig, most: int) -> ModelConfig:
+    """Set the most patches of an image, where images have their own numbers of patches.
+
+    Args:
+        model: of any family. A model that takes one size stays as it is.
+        most: 0 is the number in the checkpoint's files.
+
+    Raises:
+        SettingsError: it is more than 4,096.
+    """
+    if not most or not isinstance(model.image, NaflexImageConfig):
+        return model
+    check_most_patches(most)
+    return replace(model, image=replace(model.image, max_patches=most))
+
+
+def _naflex(path: Path, config: Mapping[str, Any]) -> ModelConfig:
+    """Read a NaFlex checkpoint as a SigLIP of the square that its positions were learned on."""
+    model = _siglip(path, square_config(path / "config.json", config), vision_only=False)
+    patch = model.vision.patch_size
+    most, resample = naflex_patches(*_image_processor(path), patch)
+    image = {**vars(model.image), "resample": _RESAMPLING[resample]}
+    return replace(
+        model,
+        family="naflex",
+        vision=NaflexVisionConfig(**vars(model.vision)),
+        image=NaflexImageConfig(**image, patch_size=patch, max_patches=most),
+    )

@@ -8,23 +8,27 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from siglip_serve.checkpoint.config import ImageConfig
+from siglip_serve.checkpoint.config import ImageConfig, NaflexImageConfig
 from siglip_serve.engine.passes import (
     OUTPUTS,
+    Arrays,
     Batch,
     Runner,
     VisionRunner,
     in_passes,
     out_of_memory_refused,
 )
+from siglip_serve.engine.patches import PatchRows, group_rows
 from siglip_serve.engine.plan import Plan
+from siglip_serve.engine.torch.naflex import TorchNaflex
 from siglip_serve.engine.torch.runners import TorchText, TorchVision
 from siglip_serve.errors import SettingsError
-from siglip_serve.heatmaps.attribution import Explanation, explainer_of
+from siglip_serve.heatmaps.attribution import Explanation, SiglipExplainer, explainer_of
 from siglip_serve.towers.clip import ClipTextTower, ClipVisionTower
 from siglip_serve.towers.load import AnyTextTower, AnyVisionTower
+from siglip_serve.towers.naflex import NaflexVisionTower
 
-__all__ = ["TextEngine", "VisionEngine"]
+__all__ = ["NaflexEngine", "TextEngine", "VisionEngine"]
 
 _TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -92,6 +96,50 @@ class VisionEngine:
             found = self._explain(self._explainer, pixels, torch.from_numpy(vectors))
             maps, unattributed, embedding = found.maps, found.unattributed, found.embedding
             return Explanation(*(part[0].cpu().numpy() for part in (maps, unattributed, embedding)))
+
+
+class NaflexEngine:
+    """Run a NaFlex vision tower: uint8 patches -> float32 outputs. Arguments as for `VisionEngine`."""
+
+    def __init__(self, tower: NaflexVisionTower, image: NaflexImageConfig, plan: Plan) -> None:
+        self.plan = _use_device(plan.for_vision("naflex", tower.config.hidden_size))
+        self._most = image.max_patches
+        # Made before the runner packs the weights of the tower.
+        self._explainer = SiglipExplainer(tower, self.plan.heatmap_blocks, self.plan.heatmap_vectors)
+        device = torch.device(self.plan.device)
+        self.runner = TorchNaflex(tower, image, device, _dtype(self.plan), plan.max_rows)
+
+    def __call__(self, rows: PatchRows, outputs: Iterable[str] = ("EMBEDDING",)) -> Batch:
+        """Run the tower over all rows, in passes of images with about as many patches.
+
+        Args:
+            rows: N images, at least one.
+            outputs: which of `OUTPUTS` to compute. Other names are ignored.
+
+        Returns:
+            Outputs as of `VisionEngine`, but PATCH_EMBEDDINGS [N, T, D] has as many rows as an image can have
+            patches. Those after the image's own are zeros.
+        """
+        wanted = [name for name in OUTPUTS if name in set(outputs)]
+        joined: Arrays = {}
+        failed = np.zeros(len(rows), dtype=np.bool_)
+        for group in group_rows(rows.counts, self.runner.max_rows):
+            part = rows.take(group)
+            batch = in_passes(part, len(part), lambda some: self.runner(some, wanted))
+            failed[group] = batch.failed
+            for name, array in batch.outputs.items():
+                joined.setdefault(name, np.zeros((len(rows), *array.shape[1:]), dtype=np.float32))
+                joined[name][group] = array
+        return Batch(joined, failed)
+
+    def explain(self, rows: PatchRows, vectors: NDArray[np.float32]) -> Explanation[NDArray[np.float32]]:
+        """Explain the embedding of one image. See `VisionEngine`; maps [P, T] end with zeros."""
+        alone = rows.take(np.zeros(1, dtype=np.intp))
+        with out_of_memory_refused(f"{len(vectors)} prompts"):
+            found = self.runner.explain(self._explainer, alone, torch.from_numpy(vectors))
+            maps = np.zeros((len(vectors), self._most), dtype=np.float32)
+            maps[:, : int(alone.counts[0])] = found.maps[0].cpu().numpy()
+            return Explanation(maps, found.unattributed[0].cpu().numpy(), found.embedding[0].cpu().numpy())
 
 
 class TextEngine:

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from siglip_serve.engine.patches import PatchRows
 from siglip_serve.errors import DeviceMemoryError
 from siglip_serve.heatmaps.attribution import Explanation
 
@@ -37,6 +38,7 @@ _SECONDS_TO_ANSWER = 0.5
 
 Arrays = dict[str, NDArray[np.float32]]
 Finish = Callable[[], Arrays]
+Rows = TypeVar("Rows", NDArray[Any], PatchRows)
 
 
 class Runner(Protocol):
@@ -108,14 +110,14 @@ class Batch:
         return {name: array[start:end] for name, array in self.outputs.items()}
 
 
-def in_passes(rows: NDArray[Any], max_rows: int, start: Callable[[NDArray[Any]], Finish]) -> Batch:
+def in_passes(rows: Rows, max_rows: int, start: Callable[[Rows], Finish]) -> Batch:
     """Compute all rows pass by pass. A pass that runs out of memory is tried again with half its rows.
 
     Each pass is started before the previous one is waited for, so that its rows are copied to the device
     meanwhile.
 
     Args:
-        rows: [N, ...], at least one.
+        rows: an array [N, ...] or patches of N images, at least one.
         max_rows: most rows of one pass.
         start: starts a pass over some of the rows. See `Runner`.
 

@@ -18,6 +18,7 @@ _FUSED_CAPABILITY = (8, 0)
 # siglip-tiny, of a quarter of this width, is slower in float8; base is a third faster
 # (benchmarks/results/vision_waterfall.csv).
 _FLOAT8_WIDTH = 512
+_OTHERS: dict[Family, str] = {"clip": "CLIP's", "naflex": "those of NaFlex"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class Plan:
         Raises:
             SettingsError: the device or the family cannot run the plan.
         """
-        plan = self._for_family(family).resolve()
+        # The text tower of NaFlex is SigLIP's.
+        plan = self._for_family("siglip" if family == "naflex" else family).resolve()
         return replace(plan, dtype=plan.wide_dtype)
 
     def resolve(self) -> Plan:
@@ -84,13 +86,15 @@ class Plan:
         return self._resolve_gpu() if self.device.startswith("cuda") else self._resolve_cpu()
 
     def _for_family(self, family: Family) -> Plan:
-        if family != "clip":
+        if family == "siglip":
             return self
+        theirs = _OTHERS[family]
         if self.backend not in ("auto", "torch"):
-            raise SettingsError(f"backend {self.backend}: runs SigLIP's towers only; torch runs CLIP's")
+            raise SettingsError(f"backend {self.backend}: runs SigLIP's towers only; torch runs {theirs}")
         if self.dtype in ("float8", "int8"):
             raise SettingsError(
-                f"dtype {self.dtype}: for SigLIP's towers only; float32, bfloat16 and float16 are for CLIP's"
+                f"dtype {self.dtype}: for SigLIP's towers only; float32, bfloat16 and float16 are for "
+                f"{theirs}"
             )
         return replace(self, backend="torch")
 

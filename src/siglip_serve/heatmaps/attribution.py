@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from siglip_serve.towers.clip import ClipVisionTower
+from siglip_serve.towers.naflex import NaflexVisionTower
 from siglip_serve.towers.siglip import BlockTrace, TowerTrace, VisionTower
 
 __all__ = ["ClipExplainer", "Explainer", "Explanation", "SiglipExplainer", "explainer_of"]
@@ -82,7 +83,7 @@ def explainer_of(tower: VisionTower | ClipVisionTower, blocks: int, most: int) -
 
 
 class SiglipExplainer:
-    """Find the maps of a SigLIP tower.
+    """Find the maps of a SigLIP tower, or of a NaFlex tower by the trace of an image without padding.
 
     The head's MLP is linear once the scale of its LayerNorm and the gate of its GELU are held at their
     values. A vector's view of the embedding thus becomes a linear form on the pooled tokens. The form is
@@ -96,7 +97,7 @@ class SiglipExplainer:
         most: with more vectors than this no block is rolled back.
     """
 
-    def __init__(self, tower: VisionTower, blocks: int = 2, most: int = 32) -> None:
+    def __init__(self, tower: VisionTower | NaflexVisionTower, blocks: int = 2, most: int = 32) -> None:
         self._most = most
         self.blocks = blocks = min(blocks, len(tower.encoder.layers))
         layers = tower.encoder.blocks[len(tower.encoder.layers) - blocks :]

@@ -1,21 +1,22 @@
 """uint8 RGB pixels `[S, S, 3]` from the bytes of an image file, in the size that the checkpoint wants.
 
 The file is checked (`formats`, `cost`), decoded upright (`decode`, in a process of its own by `watched` if
-it may be costly) and resized (`resize`). `pil` mode gives the pixels of transformers'
-`SiglipImageProcessorPil` and `CLIPImageProcessorPil`. `fast` mode gives the same within two levels in about
-half the time.
+it may be costly) and resized (`resize`), for NaFlex to patches (`patches`). `pil` mode gives the pixels of
+transformers' `SiglipImageProcessorPil`, `CLIPImageProcessorPil` and `Siglip2ImageProcessorPil`. `fast` mode
+gives the same within two levels in about half the time.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 
-from siglip_serve.checkpoint.config import ImageConfig
+from siglip_serve.checkpoint.config import ImageConfig, NaflexImageConfig
 from siglip_serve.config import Color
 from siglip_serve.errors import SettingsError
 from siglip_serve.images.cost import inspect
 from siglip_serve.images.decode import decode_file
 from siglip_serve.images.formats import DEFAULT_LIMITS, ImageLimits, identify
+from siglip_serve.images.patches import cut_patches
 from siglip_serve.images.resize import Mode, Pixels, fit
 from siglip_serve.images.watched import Watch, WatchedDecoder
 
@@ -67,7 +68,7 @@ class Preprocessor:
             data: a whole JPEG, PNG, WebP, GIF, BMP, TIFF, HEIC or AVIF file.
 
         Returns:
-            uint8 RGB `[S, S, 3]`, 0 to 255, contiguous.
+            uint8 RGB `[S, S, 3]`, 0 to 255, contiguous, for NaFlex `[T, 3 P P]` as of `cut_patches`.
 
         Raises:
             ImageError: not a decodable image.
@@ -94,5 +95,11 @@ class Preprocessor:
         self._watched.close()
 
     def resize(self, pixels: Pixels) -> Pixels:
-        """uint8 RGB `[H, W, 3]` -> `[S, S, 3]`, contiguous, whatever the aspect."""
+        """uint8 RGB `[H, W, 3]` -> `[S, S, 3]`, for NaFlex `[T, 3 P P]`, contiguous, whatever the aspect.
+
+        Raises:
+            ImageError: a picture too thin for NaFlex.
+        """
+        if isinstance(self._image, NaflexImageConfig):
+            return cut_patches(pixels, self._image, self._mode)
         return fit(pixels, self._image, self._mode)

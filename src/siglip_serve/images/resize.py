@@ -24,6 +24,7 @@ __all__ = [
     "cut_offsets",
     "down_first",
     "fit",
+    "resize",
     "shown",
     "target_size",
 ]
@@ -47,9 +48,14 @@ def fit(pixels: Pixels, image: ImageConfig, mode: Mode) -> Pixels:
     if max(height, width) > LONGEST * min(height, width) and image.shortest_edge is not None:
         return _cut_and_resize(pixels, image)
     size = target_size(image, height, width)
-    resized = (_resize_with_pil if mode == "pil" else _resize_with_torch)(pixels, size, image.resample)
+    resized = resize(pixels, size, image.resample, mode)
     top, left = cut_offsets(image, size)
     return np.ascontiguousarray(resized[top : top + image.size, left : left + image.size])
+
+
+def resize(pixels: Pixels, size: tuple[int, int], resample: Resample, mode: Mode) -> Pixels:
+    """Resize uint8 `[H, W, 3]` to height and width `size`, antialiased."""
+    return (_resize_with_pil if mode == "pil" else _resize_with_torch)(pixels, size, resample)
 
 
 def shown(image: ImageConfig, height: int, width: int) -> tuple[float, float, float, float]:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-from siglip_serve.checkpoint.config import load_config, tensor_dims
+from siglip_serve.checkpoint.config import limit_patches, load_config, tensor_dims
 from siglip_serve.config import CheckpointUse, Settings
 from siglip_serve.engine.calibration import check_calibration
 from siglip_serve.engine.plan import Plan
+from siglip_serve.errors import SettingsError
 
 __all__ = ["ServedCheckpoint", "check_options", "describe_checkpoints"]
 
@@ -47,6 +48,8 @@ def check_options(settings: Settings, device: str) -> None:
         path = Path(name).expanduser()
         if (path / "config.json").is_file():
             plan.for_vision(load_config(path).family, 0)
+            if name == settings.checkpoint:
+                _check_patches(settings, path)
     if plan.resolve().dtype == "int8":
         check_calibration(settings.calibration_folder, settings.cache_folder)
 
@@ -65,12 +68,27 @@ def describe_checkpoints(
         CheckpointError: a directory's JSON files are not those of a supported checkpoint.
         SettingsError: the device or the checkpoint's family cannot run the dtype or the backend.
     """
+    _check_patches(settings, directories[settings.checkpoint])
     described = {name: _describe(name, path, settings, device) for name, path in directories.items()}
     return {use: described[replace(settings, tower=use).own_checkpoint] for use in get_args(CheckpointUse)}
 
 
-def _describe(named: str, path: Path, settings: Settings, device: str) -> ServedCheckpoint:
+def _check_patches(settings: Settings, path: Path) -> None:
+    """Refuse settings that NaFlex checkpoints cannot have, and those that only NaFlex checkpoints have."""
     config = load_config(path)
+    if config.family == "naflex":
+        if settings.preprocess == "gpu":
+            raise SettingsError("preprocess gpu: makes squares only; fast and pil are for NaFlex checkpoints")
+        limit_patches(config, settings.max_num_patches)
+    elif settings.max_num_patches:
+        raise SettingsError(
+            f"setting 'max_num_patches': got {settings.max_num_patches}, expected none, since {path.name} is "
+            "no NaFlex checkpoint"
+        )
+
+
+def _describe(named: str, path: Path, settings: Settings, device: str) -> ServedCheckpoint:
+    config = limit_patches(load_config(path), settings.max_num_patches)
     plan = Plan(device, settings.dtype, settings.backend)
     dtype = plan.for_vision(config.family, config.vision.hidden_size).dtype
     hub = path.parent.name == "snapshots"

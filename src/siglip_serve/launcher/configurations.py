@@ -20,6 +20,7 @@ __all__ = ["Config", "checkpoint_use", "fit", "read_config", "with_steps"]
 _MOST_PROCESSES = 32
 _FILES = "INPUT_IMAGE"
 _PIXELS = "PIXEL_VALUES"
+_GRID = "PATCH_GRID"
 _KIND_CPU = model_config_pb2.ModelInstanceGroup.KIND_CPU
 _KIND_GPU = model_config_pb2.ModelInstanceGroup.KIND_GPU
 
@@ -92,7 +93,17 @@ def fit(config: Config, checkpoint: ServedCheckpoint, device: str, decoders: int
         device: `cpu` or `cuda`.
         decoders: processes of a model that runs in several CPU processes, or that decodes images on GPUs
             (per GPU); 0: on CPUs fitted to the cores, on GPUs as configured.
+
+    Raises:
+        ServerStartError: the model takes images of one size, and the checkpoint is a NaFlex.
     """
+    if _GRID not in checkpoint.dims:
+        _leave_out_grids(config)
+    elif checkpoint_use(config) == "teams":
+        raise ServerStartError(
+            f"model {config.name!r}: takes images of one size, but the checkpoint is a NaFlex; name another "
+            "one with --teams-checkpoint, or the models to serve with --models"
+        )
     if config.max_batch_size:
         for tensor in [*config.input, *config.output]:
             tensor.dims[:] = checkpoint.dims.get(tensor.name, tensor.dims)
@@ -102,6 +113,16 @@ def fit(config: Config, checkpoint: ServedCheckpoint, device: str, decoders: int
                 config.parameters[name].string_value = value
         _set_processes(config, device, decoders)
         _prefer_full_passes(config, checkpoint)
+
+
+def _leave_out_grids(config: Config) -> None:
+    """Drop the tensor that only NaFlex has: else each request would carry it through an ensemble in vain."""
+    for tensors in (config.input, config.output):
+        for tensor in [tensor for tensor in tensors if tensor.name == _GRID]:
+            tensors.remove(tensor)
+    for step in config.ensemble_scheduling.step:
+        step.input_map.pop(_GRID, None)
+        step.output_map.pop(_GRID, None)
 
 
 def _set_processes(config: Config, device: str, decoders: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from siglip_serve.checkpoint.config import ModelConfig, load_config, tensor_dims
+from siglip_serve.checkpoint.config import ModelConfig, limit_patches, load_config, tensor_dims
 from siglip_serve.checkpoint.files import resolve
 from siglip_serve.config import Settings, load_settings
 from siglip_serve.engine.plan import Plan
@@ -145,4 +145,5 @@ def _read(model_config: Mapping[str, Any]) -> tuple[Settings, ModelConfig]:
     parameters = {key: value["string_value"] for key, value in model_config.get("parameters", {}).items()}
     with readable_start():
         settings = load_settings(parameters=parameters)
-        return settings, load_config(resolve(settings.own_checkpoint))
+        config = load_config(resolve(settings.own_checkpoint))
+        return settings, limit_patches(config, settings.max_num_patches)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from siglip_serve.checkpoint.config import ModelConfig, tensor_dims
+from siglip_serve.checkpoint.config import ModelConfig, NaflexImageConfig, tensor_dims
 from siglip_serve.embeddings import zero_shot
 from siglip_serve.embeddings.unit import l2_normalize
 from siglip_serve.errors import InvalidInputError
@@ -28,6 +28,7 @@ from siglip_serve.heatmaps.picture import (
     normalize,
     overlay,
 )
+from siglip_serve.images.patches import patch_grid
 from siglip_serve.images.resize import shown
 from siglip_serve.serving.context import Context, readable_start
 from siglip_serve.serving.explain_plan import ExplainPlan
@@ -166,14 +167,16 @@ class ExplainMaps(RequestModel):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self._config = context.config
-        self._width = tensor_dims(context.config)["EMBEDDING"]
+        dims = tensor_dims(context.config)
+        self._width, self._places = dims["EMBEDDING"], dims["PATCH_MAPS"][-1]
         _one_thread()
 
     def answer(self, request: Request) -> Outputs:
         """Place the maps of a request over its picture, and score its prompts."""
-        plan, side = ExplainPlan.read(request), self._config.vision.grid_size
-        maps = request.finite("FOUND_MAPS", [plan.prompts, side * side])
-        maps = maps.reshape(plan.prompts, side, side)
+        plan, view = ExplainPlan.read(request), _view(self._config, request)
+        rows, columns = _grid(self._config, view)
+        maps = request.finite("FOUND_MAPS", [plan.prompts, self._places])[..., : rows * columns]
+        maps = maps.reshape(plan.prompts, rows, columns)
         embedding = request.finite("EMBEDDING", self._width)[0]
         prompts = request.finite("PROMPT_EMBEDDING", self._width)
         plan.check_rows("PROMPT_EMBEDDING", len(prompts))
@@ -184,7 +187,6 @@ class ExplainMaps(RequestModel):
         # In the mode `relative`, the part that all prompts share has no place either.
         unattributed = request.finite("FOUND_UNATTRIBUTED", [plan.prompts])[0]
         unattributed = unattributed + (prompts - vectors) @ unit
-        view = _view(self._config, request)
         return {
             "HEATMAPS": view.place(normalize(maps, plan.normalization), plan.height, plan.width),
             "SCORES": (prompts @ unit).astype(np.float32),
@@ -211,13 +213,12 @@ class ExplainOverlays(RequestModel):
 
     def answer(self, request: Request) -> Outputs:
         """Paint the maps of a request."""
-        plan, side = ExplainPlan.read(request), self._config.vision.grid_size
+        plan, view = ExplainPlan.read(request), _view(self._config, request)
         colormap, opacity = request.option("COLORMAP", COLORMAPS), _opacity(request)
         encoded = request.flag("base64_encoded")
-        maps = request.finite("HEAT", [side, side])
+        maps = request.finite("HEAT", _grid(self._config, view))
         plan.check_rows("HEAT", len(maps))
         heat = color_scale(maps, plan.normalization, colormap)
-        view = _view(self._config, request)
         height, width = plan.height, plan.width
         with self._images.decoder(request) as decode:
             pixels = map_rows("INPUT_IMAGE", request.strings("INPUT_IMAGE"), decode)[0]
@@ -254,5 +255,14 @@ def _view(config: ModelConfig, request: Request) -> View:
     if len(sizes) != 1 or sizes.min() < 1:
         raise InvalidInputError(f"IMAGE_SIZE: got {sizes.tolist()}, expected that of one image")
     vision, (height, width) = config.vision, map(int, sizes[0])
+    if isinstance(config.image, NaflexImageConfig):
+        return View(width, height, (0, 0, width, height))
     covered = vision.grid_size * vision.patch_size / vision.image_size
     return View(width, height, shown(config.image, height, width), covered)
+
+
+def _grid(config: ModelConfig, view: View) -> tuple[int, int]:
+    """Find the rows and columns of the patches of the one image."""
+    if isinstance(config.image, NaflexImageConfig):
+        return patch_grid(config.image, view.height, view.width)
+    return config.vision.grid_size, config.vision.grid_size

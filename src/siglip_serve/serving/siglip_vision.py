@@ -8,18 +8,20 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from siglip_serve.checkpoint.config import tensor_dims
+from siglip_serve.checkpoint.config import NaflexImageConfig, tensor_dims
 from siglip_serve.errors import InvalidInputError
+from siglip_serve.images.patches import patch_grid
 from siglip_serve.serving.context import Context, engine_plan, open_turns, readable_start
 from siglip_serve.serving.counters import ImageCounter, TowerCounter
 from siglip_serve.serving.image_reader import ImageReader
 from siglip_serve.serving.request import Request, has_input
 from siglip_serve.serving.respond import BatchModel, Outputs, log_fault, respond_each, select
-from siglip_serve.serving.rows import Row, RowBuffer, map_rows
+from siglip_serve.serving.rows import Row, map_rows
+from siglip_serve.serving.tower_inputs import PatchInput, PixelInput, TowerInput
 
 if TYPE_CHECKING:
+    from siglip_serve.engine.engines import NaflexEngine, VisionEngine
     from siglip_serve.engine.passes import Batch
     from siglip_serve.images.nvjpeg.reader import Decoded, GpuJpegReader
 
@@ -34,13 +36,16 @@ _File = tuple[bytes, "Decoded | None"]
 class SiglipVisionProcess(BatchModel[list[bytes], Sequence[_File]]):
     """INPUT_IMAGE [n, 1] BYTES -> PIXEL_VALUES [n, S, S, 3] UINT8, IMAGE_SIZE [n, 2] INT32.
 
-    IMAGE_SIZE is height and width of the upright images. With the setting `preprocess` at `gpu`, the files of
-    all requests are decoded together by the GPU. Files that it cannot decode are read by the CPU.
+    IMAGE_SIZE is height and width of the upright images. For NaFlex, PIXEL_VALUES [n, T, 3 P P] are patches,
+    and PATCH_GRID [n, 2] INT32 are the rows and columns of each image's own. With the setting `preprocess` at
+    `gpu`, the files of all requests are decoded together by the GPU. Files that it cannot decode are read by
+    the CPU.
     """
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self._images = ImageReader(context)
+        self._config = context.config
         self._embed_models = context.settings.embed_models
         self._counter = ImageCounter(context.model)
         self._gpu = self._gpu_reader(context) if context.settings.preprocess == "gpu" else None
@@ -106,7 +111,7 @@ class SiglipVisionProcess(BatchModel[list[bytes], Sequence[_File]]):
         return [None] * len(files)
 
     def _pixels(self, request: Request, files: Sequence[_File]) -> Outputs:
-        sizes: list[tuple[int, ...]] = []
+        sizes: list[tuple[int, int]] = []
 
         with self._images.decoder(request) as decode:
 
@@ -116,11 +121,20 @@ class SiglipVisionProcess(BatchModel[list[bytes], Sequence[_File]]):
                     sizes.append(decoded.size)
                     return decoded.pixels
                 picture = decode(file)
-                sizes.append(picture.shape[:2])
+                sizes.append((picture.shape[0], picture.shape[1]))
                 return self._images.preprocess.resize(picture)
 
             read = map_rows("INPUT_IMAGE", files, pixels)
-        return {"PIXEL_VALUES": read, "IMAGE_SIZE": np.array(sizes, dtype=np.int32)}
+        outputs = {"PIXEL_VALUES": read, "IMAGE_SIZE": np.array(sizes, dtype=np.int32)}
+        if "PATCH_GRID" in request.wanted():
+            outputs["PATCH_GRID"] = np.array([self._grid(*size) for size in sizes], dtype=np.int32)
+        return outputs
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        image, vision = self._config.image, self._config.vision
+        if isinstance(image, NaflexImageConfig):
+            return patch_grid(image, height, width)
+        return vision.grid_size, vision.grid_size
 
 
 class _Files:
@@ -138,11 +152,12 @@ def _or_nothing(unpack: Any, row: bytes) -> bytes:
         return b""  # decoding on the CPU then tells the caller whose row it is
 
 
-class SiglipVisionModel(BatchModel[NDArray[np.uint8], Outputs]):
+class SiglipVisionModel(BatchModel[Any, Outputs]):
     """PIXEL_VALUES [n, S, S, 3] UINT8 -> the outputs that each request asks for.
 
-    These are EMBEDDING [n, D], MEAN_EMBEDDING [n, D] and PATCH_EMBEDDINGS [n, P, D]. With the parameter
-    `normalized`, vectors have unit length.
+    NaFlex takes patches instead, and their grids (`tower_inputs`). The outputs are EMBEDDING [n, D],
+    MEAN_EMBEDDING [n, D] and PATCH_EMBEDDINGS [n, P, D]. With the parameter `normalized`, vectors have unit
+    length.
 
     Where the model has the input, a request may bring PROMPT_VECTORS [1, Q, D] for its one image. It gets
     the contribution of each patch to each vector's score, PATCH_MAPS [1, Q, P], the rest of the score,
@@ -150,18 +165,12 @@ class SiglipVisionModel(BatchModel[NDArray[np.uint8], Outputs]):
     """
 
     def __init__(self, context: Context) -> None:
-        from siglip_serve.engine.engines import VisionEngine
-        from siglip_serve.towers.load import load_vision
-
         super().__init__(context)
-        config = context.config
-        dims = tensor_dims(config)
-        self._shape, self._width = dims["PIXEL_VALUES"], dims["EMBEDDING"]
+        self._width = tensor_dims(context.config)["EMBEDDING"]
         with readable_start():
-            self._engine = VisionEngine(load_vision(config.path), config.image, engine_plan(context))
+            self._engine, self._input = _open_tower(context)
             # The first pass allocates and chooses kernels: not at a caller's expense.
-            self._engine(np.zeros((1, *self._shape), dtype=np.uint8)).rows(0, 1)
-        self._buffer = RowBuffer(self._engine.staging)
+            self._engine(self._input.blank()).rows(0, 1)
         self._counter = TowerCounter(context.model)
         self._turns = open_turns(context)
 
@@ -183,18 +192,18 @@ class SiglipVisionModel(BatchModel[NDArray[np.uint8], Outputs]):
         """Leave the turns. No request may follow."""
         self._turns.close()
 
-    def read(self, request: Request) -> NDArray[np.uint8]:
+    def read(self, request: Request) -> Any:
         """Return a request's pixels."""
         request.flag("normalized")
         wanted = request.wanted()
         # A request that names no output is asked for all: it gets those that there are.
         if wanted and set(wanted) <= set(_EXPLAINED):
             raise InvalidInputError(f"{wanted[0]}: only of requests with the input PROMPT_VECTORS")
-        return request.array("PIXEL_VALUES", self._shape, np.uint8)
+        return self._input.read(request)
 
-    def compute(self, parts: Sequence[NDArray[np.uint8]], requests: Sequence[Request]) -> Batch:
+    def compute(self, parts: Sequence[Any], requests: Sequence[Request]) -> Batch:
         """Run the tower for all outputs that any of the requests asks for."""
-        pixels = self._buffer.join(parts)
+        pixels = self._input.join(parts)
         wanted = {name for request in requests for name in request.wanted()}
         with self._turns.turn(len(pixels)):
             begin = time.perf_counter()
@@ -208,7 +217,7 @@ class SiglipVisionModel(BatchModel[NDArray[np.uint8], Outputs]):
         return select(request, own)
 
     def _explain(self, request: Request) -> Outputs:
-        pixels = request.array("PIXEL_VALUES", self._shape, np.uint8)
+        pixels = self._input.read(request)
         if len(pixels) != 1:
             raise InvalidInputError(f"PIXEL_VALUES: {len(pixels)} images with vectors, expected one")
         rows = request.shape("PROMPT_VECTORS")[1:2]
@@ -229,3 +238,15 @@ class SiglipVisionModel(BatchModel[NDArray[np.uint8], Outputs]):
                 f"{', '.join(request.wanted())}: not of requests with the input PROMPT_VECTORS"
             )
         return asked
+
+
+def _open_tower(context: Context) -> tuple[VisionEngine | NaflexEngine, TowerInput[Any]]:
+    """Load the vision tower of the checkpoint, and find how its rows are read."""
+    from siglip_serve.engine.engines import NaflexEngine, VisionEngine
+    from siglip_serve.towers import load, naflex
+
+    config, plan = context.config, engine_plan(context)
+    if isinstance(config.image, NaflexImageConfig):
+        return NaflexEngine(naflex.load_vision(config.path), config.image, plan), PatchInput(config)
+    engine = VisionEngine(load.load_vision(config.path), config.image, plan)
+    return engine, PixelInput(config, engine.staging)

@@ -1,1 +1,1 @@
-"""The towers of SigLIP and CLIP, one family per file, each readable from top to bottom."""
+"""The towers of SigLIP, NaFlex and CLIP, one family per file, each readable from top to bottom."""

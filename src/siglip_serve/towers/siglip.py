@@ -80,7 +80,10 @@ class TowerTrace:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; with `causal` no token sees a later one."""
+    """Multi-head self-attention; with `causal` no token sees a later one.
+
+    A mask [B, 1, 1, T] is added to the scores: 0, or for tokens that nothing may see, minus infinity.
+    """
 
     def __init__(self, width: int, heads: int, causal: bool = False) -> None:
         super().__init__()
@@ -89,18 +92,18 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
         self.register_load_state_dict_pre_hook(_fuse_qkv)  # type: ignore[no-untyped-call]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]"""
-        return self.mix(*self.project(x))
+        return self.mix(*self.project(x), mask)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, T, D] -> queries, keys and values, each [B, H, T, D/H]"""
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return q, k, v
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Queries, keys and values, each [B, H, T, D/H] -> [B, T, D]"""
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -129,9 +132,9 @@ class Block(nn.Module):
         self.layer_norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.mlp = MLP(width, config.intermediate_size, config.hidden_act)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]"""
-        x = x + self.self_attn(self.layer_norm1(x))
+        x = x + self.self_attn(self.layer_norm1(x), mask)
         return x + self.mlp(self.layer_norm2(x))
 
     def trace(self, x: Tensor) -> tuple[Tensor, BlockTrace]:
@@ -154,10 +157,10 @@ class Encoder(nn.Module):
         """The blocks in order: `layers` with its type."""
         return cast("list[Block]", list(self.layers))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]"""
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, mask)
         return x
 
 
@@ -172,8 +175,8 @@ class AttentionPooling(nn.Module):
         self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.mlp = MLP(width, config.intermediate_size, config.hidden_act)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """[B, T, D] -> [B, D], not normalised"""
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[B, T, D] -> [B, D], not normalised; the mask is that of `Attention`"""
         heads = (self.attention.num_heads, -1)
         w_q, w_kv = self.attention.in_proj_weight.tensor_split([tokens.shape[-1]])
         b_q, b_kv = self.attention.in_proj_bias.tensor_split([tokens.shape[-1]])
@@ -181,7 +184,7 @@ class AttentionPooling(nn.Module):
         q = F.linear(self.probe, w_q, b_q).unflatten(-1, heads).transpose(1, 2)  # [1, H, 1, D/H]
         kv = F.linear(tokens, w_kv, b_kv).unflatten(-1, (2, *heads))
         k, v = kv.permute(2, 0, 3, 1, 4)  # [B, H, T, D/H]
-        y = F.scaled_dot_product_attention(q.expand(len(tokens), -1, -1, -1), k, v)  # [B, H, 1, D/H]
+        y = F.scaled_dot_product_attention(q.expand(len(tokens), -1, -1, -1), k, v, mask)  # [B, H, 1, D/H]
         x = self.attention.out_proj(y.transpose(1, 2).flatten(2))[:, 0]  # [B, D]
         return x + self.mlp(self.layernorm(x))
 

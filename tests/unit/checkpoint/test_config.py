@@ -64,7 +64,7 @@ def test_reads_both_layouts_of_the_image_processor(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("config.json", {"model_type": "siglip2"}, "model_type is 'siglip2', expected 'siglip'"),
+        ("config.json", {"model_type": "siglip3"}, "model_type is 'siglip3', expected 'siglip'"),
         ("config.json", {"vision_config__hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ("config.json", {"vision_config__num_attention_heads": 7}, "does not divide into 7 heads"),
         ("config.json", {"vision_config__vision_use_head": False}, "vision_use_head is false"),

@@ -175,3 +175,17 @@ def test_reads_the_use_of_the_checkpoint() -> None:
         ServerStartError, match=r"^model 'team_fit': parameter tower is 'team', expected main or teams$"
     ):
         checkpoint_use(config)
+
+
+@pytest.mark.parametrize("model", ["siglip_vision_process", "siglip_vision_model", "explain_image"])
+def test_only_naflex_carries_grids_of_patches(model: str) -> None:
+    naflex = checkpoint(9)
+    naflex = ServedCheckpoint(naflex.parameters, {**naflex.dims, "PATCH_GRID": (2,)})
+    config = read_config(MODELS / model, ["cpu"])
+    assert "PATCH_GRID" in text_format.MessageToString(config)
+    fit(config, naflex, "cpu", 0)
+    assert "PATCH_GRID" in text_format.MessageToString(config)
+    assert "PATCH_GRID" not in text_format.MessageToString(fitted(model, "cpu"))
+    teams = read_config(MODELS / "siglip_base_model", ["cpu"])
+    with pytest.raises(ServerStartError, match="'siglip_base_model': takes images of one size"):
+        fit(teams, naflex, "cpu", 0)

@@ -16,10 +16,10 @@ from siglip_serve.engine.torch.packed import pack_linear_layers
 from siglip_serve.heatmaps.attribution import Explainer, Explanation
 from siglip_serve.towers.load import AnyTextTower, AnyVisionTower
 
-__all__ = ["TorchText", "TorchVision"]
+__all__ = ["VISION_ROWS", "TorchText", "TorchVision", "place"]
 
 # Rows by which a GPU is full, or the caches of a CPU.
-_VISION_ROWS = {"cuda": 64, "cpu": 8}
+VISION_ROWS = {"cuda": 64, "cpu": 8}
 _TEXT_ROWS = {"cuda": 256, "cpu": 32}
 
 
@@ -47,9 +47,9 @@ class TorchVision:
         dtype: torch.dtype,
         max_rows: int = 0,
     ) -> None:
-        self.max_rows = max_rows or _VISION_ROWS[device.type]
+        self.max_rows = max_rows or VISION_ROWS[device.type]
         self.tower = tower
-        _place(tower, device, dtype, self.max_rows * tower.context)
+        place(tower, device, dtype, self.max_rows * tower.context)
         self.normalize = Normalization(image, device, dtype)
 
     @torch.inference_mode()
@@ -80,7 +80,7 @@ class TorchText:
     ) -> None:
         self.max_rows = max_rows or _TEXT_ROWS[device.type]
         self.tower, self.device = tower, device
-        _place(tower, device, dtype, self.max_rows * tower.context)
+        place(tower, device, dtype, self.max_rows * tower.context)
 
     @torch.inference_mode()
     def __call__(self, ids: NDArray[np.int64], /, wanted: Sequence[str]) -> Finish:  # noqa: ARG002 - one output
@@ -94,7 +94,8 @@ def _done(outputs: Arrays) -> Finish:
     return lambda: outputs
 
 
-def _place(tower: nn.Module, device: torch.device, dtype: torch.dtype, tokens: int) -> None:
+def place(tower: nn.Module, device: torch.device, dtype: torch.dtype, tokens: int) -> None:
+    """Move a tower to a device, on CPUs with weights packed for this number of tokens at once."""
     tower.to(device, dtype)
     if device.type == "cpu":
         pack_linear_layers(tower, tokens)
