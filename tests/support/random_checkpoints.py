@@ -24,11 +24,12 @@ def random_model(vision: dict[str, Any], text: dict[str, Any] | None = None, see
     small_text = {**NARROW, "vocab_size": 300, "bos_token_id": None, "eos_token_id": 1}
     config = SiglipConfig(vision_config={**NARROW, **vision}, text_config={**small_text, **(text or {})})
     model = SiglipModel(config).eval()
-    _randomise(model)
+    randomise(model)
     return model
 
 
-def _randomise(model: torch.nn.Module) -> None:
+def randomise(model: torch.nn.Module) -> None:
+    """Give biases and norms random values."""
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 and parameter.numel() > 1:
             mean = 1.0 if "norm" in name and "weight" in name else 0.0
@@ -51,7 +52,7 @@ def random_clip(vision: dict[str, Any], text: dict[str, Any] | None = None, seed
         vision_config={**NARROW, **vision}, text_config={**small_text, **(text or {})}, projection_dim=48
     )
     model = CLIPModel(config).eval()
-    _randomise(model)
+    randomise(model)
     return model
 
 

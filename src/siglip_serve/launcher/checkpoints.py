@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-from siglip_serve.checkpoint.config import load_config, tensor_dims
+from siglip_serve.checkpoint.config import ModelConfig, load_config, tensor_dims
+from siglip_serve.checkpoint.files import main_file, weight_files
 from siglip_serve.config import CheckpointUse, Settings
 from siglip_serve.engine.calibration import check_calibration
 from siglip_serve.engine.plan import Plan
@@ -45,8 +46,9 @@ def check_options(settings: Settings, device: str) -> None:
     plan = Plan(device, settings.dtype, settings.backend)
     for name in filter(None, (settings.checkpoint, settings.teams_checkpoint)):
         path = Path(name).expanduser()
-        if (path / "config.json").is_file():
-            plan.for_vision(load_config(path).family, 0)
+        if path.is_dir() and main_file(path).is_file():
+            _plan(plan, load_config(path))
+            weight_files(path)
     if plan.resolve().dtype == "int8":
         check_calibration(settings.calibration_folder, settings.cache_folder)
 
@@ -72,7 +74,7 @@ def describe_checkpoints(
 def _describe(named: str, path: Path, settings: Settings, device: str) -> ServedCheckpoint:
     config = load_config(path)
     plan = Plan(device, settings.dtype, settings.backend)
-    dtype = plan.for_vision(config.family, config.vision.hidden_size).dtype
+    dtype = _plan(plan, config).dtype
     hub = path.parent.name == "snapshots"
     name = named.partition("@")[0] if hub else path.name
     parameters = {
@@ -89,3 +91,9 @@ def _describe(named: str, path: Path, settings: Settings, device: str) -> Served
     if settings.dtype not in ("auto", dtype):
         notes.append(f"{name} runs in {dtype}: it is too narrow to gain from {settings.dtype}")
     return ServedCheckpoint(parameters, tensor_dims(config), tuple(notes))
+
+
+def _plan(plan: Plan, config: ModelConfig) -> Plan:
+    if config.text_only:
+        return plan.for_text(config.family, config.text.hidden_act)
+    return plan.for_vision(config.family, config.vision.hidden_size, config.vision.hidden_act)
