@@ -12,6 +12,7 @@ from siglip_serve.checkpoint.files import main_file, weight_files
 from siglip_serve.config import CheckpointUse, Settings
 from siglip_serve.engine.calibration import check_calibration
 from siglip_serve.engine.plan import Plan
+from siglip_serve.texts.tokenizer import find_tokenizer
 
 __all__ = ["ServedCheckpoint", "check_options", "describe_checkpoints"]
 
@@ -47,8 +48,11 @@ def check_options(settings: Settings, device: str) -> None:
     for name in filter(None, (settings.checkpoint, settings.teams_checkpoint)):
         path = Path(name).expanduser()
         if path.is_dir() and main_file(path).is_file():
-            _plan(plan, load_config(path))
+            config = load_config(path)
+            _plan(plan, config)
             weight_files(path)
+            if not config.vision_only:
+                find_tokenizer(config)
     if plan.resolve().dtype == "int8":
         check_calibration(settings.calibration_folder, settings.cache_folder)
 
