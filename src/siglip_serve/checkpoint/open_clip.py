@@ -1,8 +1,8 @@
 """Translate `open_clip_config.json` into the words of transformers, or refuse it by name.
 
 Served are CLIP with open_clip's own ViT, and SigLIP with an image tower of timm. open_clip builds its towers
-from the values that are given and from defaults for all others, which `open_clip_defaults.json` holds. A value
-that would build another tower is refused.
+from the values that are given and from defaults for all others. `open_clip_defaults.json` holds those. A
+value that would build another tower is refused.
 
 Some of it looks wrong and is kept, since the result must be that of open_clip: timm computes the GELU of some
 SigLIP towers exactly, although they were trained with its tanh form.
@@ -89,7 +89,8 @@ def open_clip_processor(path: Path) -> dict[str, Any]:
     values = reference_values()["preprocess_cfg"] | {k: v for k, v in given.items() if v is not None}
     if values["resize_mode"] not in ("shortest", "squash"):
         raise CheckpointError(
-            f"{file}: preprocess_cfg.resize_mode is {values['resize_mode']!r}, expected 'shortest' or 'squash'"
+            f"{file}: preprocess_cfg.resize_mode is {values['resize_mode']!r}, "
+            "expected 'shortest' or 'squash'"
         )
     if values["interpolation"] not in _RESAMPLE:
         raise CheckpointError(

@@ -25,7 +25,8 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _START, _END = "<start_of_text>", "<end_of_text>"
 # Their names in the vocabulary files, which are those of transformers.
 _NAMED = {_START: "<|startoftext|>", _END: "<|endoftext|>"}
-_WORDS = rf"{_START}|{_END}|'s|'t|'re|'ve|'m|'ll|'d|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+"
+# Case is ignored where it can be. For the classes, the marks that fold to letters would become letters.
+_WORDS = rf"(?i:{_START}|{_END}|'s|'t|'re|'ve|'m|'ll|'d)|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+"
 _CACHED_WORDS = 65_536
 
 
@@ -82,7 +83,7 @@ class OpenClipPairs:
             if token not in self.ids:
                 raise CheckpointError(f"{path}: the vocabulary has no {name!r}")
         self.pad_id = 0
-        self._split = pre_tokenizers.Split(Regex(f"(?i){_WORDS}"), behavior="removed", invert=True)
+        self._split = pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True)
         self._bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         self._word = lru_cache(_CACHED_WORDS)(self._encode_word)
 

@@ -1,8 +1,8 @@
 """Tokenizers on a unigram vocabulary of SentencePiece: XLM-RoBERTa's, and T5's.
 
-MetaCLIP 2 uses the first, and SigLIP in the layout of open_clip the second. The ids are those of transformers
-5.x `XLMRobertaTokenizer` and `T5Tokenizer`. Of `tokenizer.json` they read the vocabulary, the character map and
-the added tokens. Splitting at whitespace and the ends are of the class.
+MetaCLIP 2 uses the first, and SigLIP in the layout of open_clip the second. The ids are those of
+`XLMRobertaTokenizer` and `T5Tokenizer` of transformers 5.x. They read the vocabulary, the character map and
+the added tokens of `tokenizer.json`. Splitting at whitespace and the ends belong to the class.
 """
 
 from __future__ import annotations
