@@ -25,8 +25,9 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _START, _END = "<start_of_text>", "<end_of_text>"
 # Their names in the vocabulary files, which are those of transformers.
 _NAMED = {_START: "<|startoftext|>", _END: "<|endoftext|>"}
-# Case is ignored where it can be. For the classes, the marks that fold to letters would become letters.
-_WORDS = rf"(?i:{_START}|{_END}|'s|'t|'re|'ve|'m|'ll|'d)|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}]+"
+# open_clip ignores case everywhere. In its last class that drops one mark, whose upper case is a letter.
+_DROPPED = "\u0345"
+_WORDS = rf"(?i:{_START}|{_END}|'s|'t|'re|'ve|'m|'ll|'d)|[\p{{L}}]+|[\p{{N}}]|[^\s\p{{L}}\p{{N}}{_DROPPED}]+"
 _CACHED_WORDS = 65_536
 
 
