@@ -82,7 +82,7 @@ def test_refuses_a_folder_with_nothing_to_validate(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="no usable row"):
         load_dataset(tmp_path, "skip")
     (tmp_path / MAPPING).write_text(ROWS[0], encoding="utf-8")
-    with pytest.raises(DatasetError, match="valid: no images of any class"):
+    with pytest.raises(DatasetError, match="no images of any class"):
         load_dataset(tmp_path, "skip")
 
 

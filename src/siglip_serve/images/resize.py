@@ -72,8 +72,9 @@ def target_size(image: ImageConfig, height: int, width: int) -> tuple[int, int]:
 
 def cut_offsets(image: ImageConfig, size: tuple[int, int]) -> tuple[int, int]:
     """Top and left of the square in a picture that was resized to this height and width."""
-    top, left = size[0] - image.size, size[1] - image.size
-    return (round(top / 2), round(left / 2)) if image.round_crop else (top // 2, left // 2)
+    if image.round_crop:
+        return round((size[0] - image.size) / 2), round((size[1] - image.size) / 2)
+    return (size[0] - image.size) // 2, (size[1] - image.size) // 2
 
 
 def down_first(size: tuple[int, int], resized: tuple[int, int]) -> bool:

@@ -45,8 +45,7 @@ def cleaner(path: Path, how: str) -> Callable[[str], str]:
         import ftfy
     except ImportError as error:
         raise CheckpointError(
-            f"{path}: open_clip repairs texts with the package ftfy, which is not installed "
-            "(`.venv/bin/pip install ftfy`)"
+            f"{path}: open_clip repairs texts with the package ftfy, which is not installed (extra runtime)"
         ) from error
 
     def clean(text: str) -> str:

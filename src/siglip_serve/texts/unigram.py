@@ -22,7 +22,7 @@ _SPACE = "▁"
 
 
 class UnigramClass(NamedTuple):
-    """What a class of tokenizers knows without its files.
+    """A class of tokenizers, as far as its files do not describe it.
 
     Attributes:
         tokens: its special tokens by name.

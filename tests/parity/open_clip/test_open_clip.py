@@ -262,7 +262,7 @@ def own_vocabulary(path: Path) -> str:
 
 
 def t5_vocabulary(path: Path) -> str:
-    """As in the repositories of SigLIP: a T5 tokenizer that is padded with its end token."""
+    """Write what repositories of SigLIP have: a T5 tokenizer that is padded with its end token."""
     import base64
 
     import sentencepiece
