@@ -1,6 +1,7 @@
 """ImageNet-shaped folders: `train/{synset}/*`, `valid/{synset}/*` and `LOC_synset_mapping.txt`.
 
-A row of the mapping is a synset id, a space, and the class's names: `n01440764 tench, Tinca tinca`.
+A row of the mapping is a synset id, a space, and the class's names: `n01440764 tench, Tinca tinca`. Without a
+mapping the folders themselves name the classes, see `validate.folders`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from validate.errors import DatasetError
+from validate.folders import named_classes, part_folder
 
 __all__ = [
     "MAPPING",
@@ -34,7 +36,7 @@ _ROW = re.compile(r"(n\d{8})\s+(\S.*)")
 
 @dataclass(frozen=True)
 class ClassInfo:
-    """One row of the mapping."""
+    """One row of the mapping, or one folder; then `synset` is its name."""
 
     synset: str
     text: str
@@ -87,23 +89,31 @@ def load_dataset(root: Path, on_error: OnError, valid_per_class: int = 0) -> Dat
     """Scan `root`.
 
     Args:
-        root: the folder with the mapping, `train` and `valid`.
+        root: the folder with the mapping, `train` and `valid` (or `val` or `test`); see `validate.folders`.
         on_error: `stop` raises at the first bad row, missing class or empty folder. `skip` names it
             in `problems` and continues.
         valid_per_class: most validation images per class, by file name. 0 is all.
 
     Raises:
-        DatasetError: there is no mapping or nothing to validate on, or `on_error` is `stop`.
+        DatasetError: the classes are not told, there is nothing to validate on, or `on_error` is `stop`.
     """
     if not root.is_dir():
         raise DatasetError(f"{root}: no such folder")
     problems = _Problems(on_error)
-    dataset = Dataset(root, _read_mapping(root / MAPPING, problems))
-    dataset.train = _scan(root / "train", dataset.classes, problems, 0)
-    dataset.valid = _scan(root / "valid", dataset.classes, problems, valid_per_class)
+    mapped = (root / MAPPING).is_file()
+    classes = (
+        _read_mapping(root / MAPPING, problems)
+        if mapped
+        else [ClassInfo(name, text) for name, text in named_classes(root)]
+    )
+    dataset = Dataset(root, classes)
+    valid, train = part_folder(root, "valid"), part_folder(root, "train")
+    if train.is_dir() or mapped:
+        dataset.train = _scan(train, dataset.classes, problems, 0)
+    dataset.valid = _scan(valid, dataset.classes, problems, valid_per_class)
     dataset.problems = problems.found
     if not dataset.valid:
-        raise DatasetError(f"{root / 'valid'}: no images of any class in {MAPPING}")
+        raise DatasetError(f"{valid}: no images of any class" + (f" in {MAPPING}" if mapped else ""))
     return dataset
 
 

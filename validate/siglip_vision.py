@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
 def add_common(made: argparse.ArgumentParser) -> None:
     """Options of every script here."""
     add = made.add_argument
-    add("--data", type=Path, required=True, help="folder with train, valid and LOC_synset_mapping.txt")
+    add("--data", type=Path, required=True, help="folder of images by class; see validate/README.md")
     add("--url", default="127.0.0.1:8001", help="host:port of the server's gRPC endpoint")
     add("--output", type=Path, default=Path("validation"), help="folder for the report")
     add("--cache", type=Path, default=Path(".validation-cache"), help="folder for embeddings; safe to delete")

@@ -10,6 +10,7 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
+    PreTrainedModel,
     Siglip2Config,
     Siglip2ImageProcessorPil,
     Siglip2Model,
@@ -27,11 +28,12 @@ def random_model(vision: dict[str, Any], text: dict[str, Any] | None = None, see
     small_text = {**NARROW, "vocab_size": 300, "bos_token_id": None, "eos_token_id": 1}
     config = SiglipConfig(vision_config={**NARROW, **vision}, text_config={**small_text, **(text or {})})
     model = SiglipModel(config).eval()
-    _randomise(model)
+    randomise(model)
     return model
 
 
-def _randomise(model: torch.nn.Module) -> None:
+def randomise(model: torch.nn.Module) -> None:
+    """Give biases and norms random values."""
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 and parameter.numel() > 1:
             mean = 1.0 if "norm" in name and "weight" in name else 0.0
@@ -54,7 +56,7 @@ def random_clip(vision: dict[str, Any], text: dict[str, Any] | None = None, seed
         vision_config={**NARROW, **vision}, text_config={**small_text, **(text or {})}, projection_dim=48
     )
     model = CLIPModel(config).eval()
-    _randomise(model)
+    randomise(model)
     return model
 
 
@@ -77,13 +79,14 @@ def random_naflex(
         vision_config={**NARROW, **(vision or {})}, text_config={**small_text, **(text or {})}
     )
     model = Siglip2Model(config).eval()
-    _randomise(model)
+    randomise(model)
     return model
 
 
-def save_naflex(model: Siglip2Model, path: Path, most: int = 256) -> Path:
-    """Write weights, configuration and image processor of `model` with `save_pretrained`."""
+def save_naflex(model: PreTrainedModel, path: Path, most: int = 256) -> Path:
+    """Write weights, configuration and image processor of a model, or of one tower, with `save_pretrained`."""
     model.save_pretrained(path)
-    patch = model.config.vision_config.patch_size
+    vision = getattr(model.config, "vision_config", model.config)
+    patch = getattr(vision, "patch_size", 16)
     Siglip2ImageProcessorPil(patch_size=patch, max_num_patches=most).save_pretrained(path)
     return path

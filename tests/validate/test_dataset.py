@@ -7,6 +7,7 @@ import pytest
 
 from validate.dataset import MAPPING, Sample, few_shot, load_dataset
 from validate.errors import DatasetError
+from validate.protocols import curated_names, imagenet_classnames
 
 ROWS = ("n00000001 tench, Tinca tinca", "n00000002 goldfish, Carassius auratus", "n00000003 cock")
 
@@ -75,13 +76,13 @@ def test_stops_at_the_first_fault_on_request(tmp_path: Path) -> None:
 def test_refuses_a_folder_with_nothing_to_validate(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="no such folder"):
         load_dataset(tmp_path / "missing", "skip")
-    with pytest.raises(DatasetError, match=rf"{MAPPING}: cannot be read"):
+    with pytest.raises(DatasetError, match="no folders of classes"):
         load_dataset(tmp_path, "skip")
     (tmp_path / MAPPING).write_text("nothing\n", encoding="utf-8")
     with pytest.raises(DatasetError, match="no usable row"):
         load_dataset(tmp_path, "skip")
     (tmp_path / MAPPING).write_text(ROWS[0], encoding="utf-8")
-    with pytest.raises(DatasetError, match="valid: no images of any class"):
+    with pytest.raises(DatasetError, match="no images of any class"):
         load_dataset(tmp_path, "skip")
 
 
@@ -96,3 +97,52 @@ def test_few_shot_draws_equal_numbers_per_class() -> None:
 
 def test_a_file_without_a_prefix_has_no_style() -> None:
     assert Sample(Path("cat.png"), 0).style == "none"
+
+
+def make_classes(folder: Path, names: Sequence[str]) -> None:
+    """Folders of one file each."""
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "a.png").write_bytes(name.encode())
+
+
+def test_reads_numbered_folders_as_imagenets_classes(tmp_path: Path) -> None:
+    """ImageNet-V2 has no parts and no mapping."""
+    make_classes(tmp_path, [str(number) for number in range(1000)])
+    dataset = load_dataset(tmp_path, "stop")
+    assert [row.first_name for row in dataset.classes[:3]] == ["tench", "goldfish", "great white shark"]
+    assert [sample.label for sample in dataset.valid] == list(range(1000))
+    assert dataset.valid[10].path.parent.name == "10"
+    assert dataset.train == []
+    assert curated_names(dataset.classes) == imagenet_classnames()
+
+
+@pytest.mark.parametrize("name", ["1000", "007"])
+def test_refuses_numbers_that_are_no_class_of_imagenet(tmp_path: Path, name: str) -> None:
+    make_classes(tmp_path, ["0", name])
+    with pytest.raises(DatasetError, match=f"{name}: expected folders named 0 to 999"):
+        load_dataset(tmp_path, "skip")
+
+
+@pytest.mark.parametrize("part", ["valid", "val", "test"])
+def test_reads_folders_that_are_named_after_their_classes(tmp_path: Path, part: str) -> None:
+    """CIFAR as a directory."""
+    make_classes(tmp_path / part, ["cat", "pickup_truck"])
+    make_classes(tmp_path / "train", ["cat", "pickup_truck"])
+    dataset = load_dataset(tmp_path, "stop")
+    assert [row.text for row in dataset.classes] == ["cat", "pickup truck"]
+    assert [sample.label for sample in dataset.valid] == [0, 1] == [sample.label for sample in dataset.train]
+
+
+def test_synset_ids_need_their_names(tmp_path: Path) -> None:
+    make_classes(tmp_path / "val", ["n01440764", "n15075141"])
+    with pytest.raises(
+        DatasetError, match=r"which are not ImageNet's 1000; LOC_synset_mapping\.txt must name"
+    ):
+        load_dataset(tmp_path, "skip")
+
+
+def test_needs_folders(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(DatasetError, match="no folders of classes"):
+        load_dataset(tmp_path, "skip")

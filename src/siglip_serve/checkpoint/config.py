@@ -1,22 +1,24 @@
 """Read and check a checkpoint's JSON files into a `ModelConfig`.
 
-There are three families: fixed-resolution SigLIP and SigLIP 2, SigLIP 2 NaFlex, and CLIP. Values that a
-`config.json` leaves out have the defaults of the reference, transformers. `siglip_defaults.json` holds those
-of `SiglipVisionConfig`, `SiglipTextConfig` and `SiglipImageProcessor`, `clip_defaults.json` those of the CLIP
-classes. The towers of NaFlex have the defaults of SigLIP's.
+There are three families: fixed-resolution SigLIP and SigLIP 2, SigLIP 2 NaFlex, and CLIP with MetaCLIP 2.
+Values that a `config.json` leaves out have the defaults of the reference, transformers.
+`siglip_defaults.json` holds those of `SiglipVisionConfig`, `SiglipTextConfig` and `SiglipImageProcessor`,
+`clip_defaults.json` those of the CLIP classes. The towers of NaFlex have the defaults of SigLIP's. The
+configuration of open_clip is translated first.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
-from siglip_serve.checkpoint.files import read_json
+from siglip_serve.checkpoint.files import is_open_clip, main_file, read_json
 from siglip_serve.checkpoint.naflex import check_most_patches, naflex_patches, square_config
+from siglip_serve.checkpoint.open_clip import open_clip_config, open_clip_processor
 from siglip_serve.errors import CheckpointError
 
 __all__ = [
@@ -36,15 +38,37 @@ __all__ = [
 
 _T = TypeVar("_T")
 Family = Literal["siglip", "naflex", "clip"]
-_VISION_ONLY = "siglip_vision_model"
+_Part = Literal["vision", "text"]
+# Family and towers by `model_type`.
+_KINDS: Mapping[str, tuple[Family, tuple[_Part, ...]]] = {
+    "siglip": ("siglip", ("vision", "text")),
+    "siglip_vision_model": ("siglip", ("vision",)),
+    "siglip_text_model": ("siglip", ("text",)),
+    "siglip2": ("naflex", ("vision", "text")),
+    "siglip2_vision_model": ("naflex", ("vision",)),
+    "siglip2_text_model": ("siglip", ("text",)),
+    "clip": ("clip", ("vision", "text")),
+    "clip_vision_model": ("clip", ("vision",)),
+    "clip_text_model": ("clip", ("text",)),
+    "metaclip_2": ("clip", ("vision", "text")),
+    "metaclip_2_vision_model": ("clip", ("vision",)),
+    "metaclip_2_text_model": ("clip", ("text",)),
+}
+# Early configurations of CLIP give this id for the end token, whatever the id in their vocabulary is.
+_NO_END_TOKEN = 2
 _RESAMPLING: dict[int, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}
 _ACTIVATIONS: Mapping[Family, tuple[str, ...]] = {
-    "siglip": ("gelu_pytorch_tanh",),
+    "siglip": ("gelu_pytorch_tanh", "gelu"),
     "clip": ("quick_gelu", "gelu", "gelu_pytorch_tanh"),
 }
-_TYPES = {int: "a whole number", float: "a number", str: "a text"}
+_TYPES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 _CLIP_PROCESSOR = "CLIP"  # prefix of the names of CLIP's image processors in every version of the reference
 _NOTE = "siglip_serve_note"
+_TEXT_ALONE = "a text tower alone, without an image tower; it serves --models embed_text"
+_VISION_ALONE = (
+    "an image tower alone, without a text tower; "
+    "it serves --models embed_image,fit_teams,classify_teams, or as --teams-checkpoint"
+)
 
 
 @dataclass(frozen=True)
@@ -73,9 +97,10 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class ClipVisionConfig(VisionConfig):
-    """Shape of CLIP's vision tower, which projects its embeddings to another width."""
+    """Shape of CLIP's vision tower, which projects its embeddings to another width if it is `projected`."""
 
     projection_size: int
+    projected: bool
 
     @property
     def embedding_size(self) -> int:
@@ -108,9 +133,14 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class ClipTextConfig(TextConfig):
-    """Shape of CLIP's text tower, and the token whose output is the embedding."""
+    """Shape of CLIP's text tower, and the token whose output is the embedding.
+
+    It is the first end token, or with `pools_largest_id` the first token of the largest id.
+    """
 
     eos_token_id: int
+    pools_largest_id: bool
+    projected: bool
 
 
 @dataclass(frozen=True)
@@ -125,6 +155,8 @@ class ImageConfig:
         std: per channel, red, green, blue.
         shortest_edge: length of the shortest side, in pixels, before the central square is cut out; None: the
             image is stretched to the square.
+        round_crop: the square's place is rounded to the nearest pixel, and to the even one of two, instead of
+            down.
     """
 
     size: int
@@ -133,6 +165,7 @@ class ImageConfig:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     shortest_edge: int | None = None
+    round_crop: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,23 +188,50 @@ class ModelConfig:
     Attributes:
         path: directory of the checkpoint.
         family: architecture of the towers.
-        vision: shape of the vision tower.
-        image: preprocessing of the images.
+        multilingual: the texts of a CLIP are cut by a SentencePiece vocabulary (MetaCLIP 2).
         note: limits of the checkpoint for its users, a clause that follows its name; empty: none. It is the
             value of `siglip_serve_note` in `config.json`.
     """
 
     path: Path
     family: Family
-    vision: VisionConfig
-    image: ImageConfig
+    _vision: VisionConfig | None
+    _image: ImageConfig | None
     _text: TextConfig | None
+    multilingual: bool = False
     note: str = ""
 
     @property
     def vision_only(self) -> bool:
         """True for a checkpoint without a text tower."""
         return self._text is None
+
+    @property
+    def text_only(self) -> bool:
+        """True for a checkpoint without an image tower."""
+        return self._vision is None
+
+    @property
+    def vision(self) -> VisionConfig:
+        """Shape of the vision tower.
+
+        Raises:
+            CheckpointError: the checkpoint has no image tower.
+        """
+        if self._vision is None:
+            raise CheckpointError(f"{self.path}: {_TEXT_ALONE}")
+        return self._vision
+
+    @property
+    def image(self) -> ImageConfig:
+        """Preprocessing of the images.
+
+        Raises:
+            CheckpointError: the checkpoint has no image tower.
+        """
+        if self._image is None:
+            raise CheckpointError(f"{self.path}: {_TEXT_ALONE}")
+        return self._image
 
     @property
     def text(self) -> TextConfig:
@@ -181,10 +241,7 @@ class ModelConfig:
             CheckpointError: the checkpoint has no text tower.
         """
         if self._text is None:
-            raise CheckpointError(
-                f"{self.path}: an image tower alone (model_type {_VISION_ONLY!r}), without a text tower; "
-                "it serves --models embed_image,fit_teams,classify_teams, or as --teams-checkpoint"
-            )
+            raise CheckpointError(f"{self.path}: {_VISION_ALONE}")
         return self._text
 
 
@@ -195,79 +252,111 @@ def load_config(path: Path) -> ModelConfig:
         CheckpointError: a file is missing or malformed, or describes a model that is neither a SigLIP nor a
             CLIP.
     """
-    file = path / "config.json"
-    config = read_json(file)
+    file = main_file(path)
+    config = open_clip_config(path) if is_open_clip(path) else read_json(file)
     kind = config.get("model_type")
-    if kind == "clip":
-        model = _clip(path, config)
-    elif kind in ("siglip", _VISION_ONLY):
-        model = _siglip(path, config, vision_only=kind == _VISION_ONLY)
-    elif kind == "siglip2":
-        model = _naflex(path, config)
-    else:
-        raise CheckpointError(
-            f"{file}: model_type is {kind!r}, expected 'siglip' (fixed-resolution SigLIP and SigLIP 2 "
-            f"checkpoints), {_VISION_ONLY!r} (their image towers alone), 'siglip2' (NaFlex) or 'clip'"
-        )
+    if not isinstance(kind, str) or kind not in _KINDS:
+        known = "', '".join(_KINDS)
+        raise CheckpointError(f"{file}: model_type is {kind!r}, expected one of '{known}'")
+    family, parts = _KINDS[kind]
+    if len(parts) == 1:  # the configuration of one tower alone is not nested
+        config = {**config, f"{parts[0]}_config": config}
+    model = _READERS[family](path, file, config, parts)
     note = config.get(_NOTE, "")
     if not isinstance(note, str):
         raise CheckpointError(f"{file}: {_NOTE} is {note!r}, expected {_TYPES[str]}")
     return replace(model, note=note.strip())
 
 
-def _siglip(path: Path, config: Mapping[str, Any], vision_only: bool) -> ModelConfig:
-    file, defaults = path / "config.json", _defaults("siglip")
-    values = {
-        **defaults["vision_config"],
-        **(config if vision_only else _part(file, config, "vision_config")),
-    }
-    if not values["vision_use_head"]:
-        raise CheckpointError(f"{file}: vision_config.vision_use_head is false: there is no pooled embedding")
-    vision = _vision(VisionConfig, values, file, "siglip")
-    text = None
-    if not vision_only:
+def _siglip(path: Path, file: Path, config: Mapping[str, Any], parts: tuple[_Part, ...]) -> ModelConfig:
+    defaults = _defaults("siglip")
+    vision, image, text = None, None, None
+    if "vision" in parts:
+        values = {**defaults["vision_config"], **_part(file, config, "vision_config")}
+        if not values["vision_use_head"]:
+            raise CheckpointError(
+                f"{file}: vision_config.vision_use_head is false: there is no pooled embedding"
+            )
+        vision = _vision(VisionConfig, values, file, "siglip")
+        image = _siglip_image(path, vision.image_size, defaults["image_processor"])
+    if "text" in parts:
         values = {**defaults["text_config"], **_part(file, config, "text_config")}
         if values.get("projection_size") is None:
             values["projection_size"] = values["hidden_size"]
         text = _pick(TextConfig, values, file, "text_config")
         _check_blocks(file, "text_config", text, "siglip")
-        if text.projection_size != vision.embedding_size:
-            raise CheckpointError(
-                f"{file}: text_config.projection_size is {text.projection_size}, the image embeddings "
-                f"have {vision.embedding_size}: they cannot be compared"
-            )
-    file, processor = _image_processor(path)
-    side = vision.image_size
-    size = processor.get("size") or {"height": side, "width": side}
-    if size != {"height": side, "width": side}:
+    if vision and text and text.projection_size != vision.embedding_size:
         raise CheckpointError(
-            f"{file}: size: the image processor resizes to {size}, the vision tower takes a square of {side}"
+            f"{file}: text_config.projection_size is {text.projection_size}, the image embeddings "
+            f"have {vision.embedding_size}: they cannot be compared"
         )
-    image = _image_config(file, processor, defaults["image_processor"], side, None)
     return ModelConfig(path, "siglip", vision, image, text)
 
 
-def _clip(path: Path, config: Mapping[str, Any]) -> ModelConfig:
-    file, defaults = path / "config.json", _defaults("clip")
+def _siglip_image(path: Path, side: int, defaults: Mapping[str, Any]) -> ImageConfig:
+    file, processor = _image_processor(path)
+    size = processor.get("size") or {"height": side, "width": side}
+    shortest = None
+    if size == {"shortest_edge": side} and "crop_rounding" in processor:
+        shortest = side
+    elif size != {"height": side, "width": side}:
+        raise CheckpointError(
+            f"{file}: size: the image processor resizes to {size}, the vision tower takes a square of {side}"
+        )
+    return _image_config(file, processor, defaults, side, shortest)
+
+
+def _clip(path: Path, file: Path, config: Mapping[str, Any], parts: tuple[_Part, ...]) -> ModelConfig:
+    defaults = _defaults("clip")
+    vision, image, text = None, None, None
     projection = config.get("projection_dim", defaults["projection_dim"])
     if type(projection) is not int or projection < 1:
         raise CheckpointError(f"{file}: projection_dim is {projection!r}, expected a whole number above 0")
-    values = {}
-    for part in ("vision_config", "text_config"):
-        # The reference reads old files like this: a `<part>_dict` replaces the part.
-        old = config.get(f"{part}_dict")
-        given = _part(file, config, part if old is None else f"{part}_dict")
-        values[part] = {**defaults[part], **given, "projection_size": projection}
-    vision = _vision(ClipVisionConfig, values["vision_config"], file, "clip")
-    text = _pick(ClipTextConfig, values["text_config"], file, "text_config")
-    _check_blocks(file, "text_config", text, "clip")
-    file, processor = _image_processor(path)
-    for key in ("image_processor_type", "feature_extractor_type"):
-        if not str(processor.get(key, _CLIP_PROCESSOR)).startswith(_CLIP_PROCESSOR):
-            raise CheckpointError(f"{file}: {key} is {processor[key]!r}, expected 'CLIPImageProcessor'")
-    shortest = _clip_shortest_edge(file, processor, vision.image_size)
-    image = _image_config(file, processor, defaults["image_processor"], vision.image_size, shortest)
-    return ModelConfig(path, "clip", vision, image, text)
+    projected = len(parts) == 2 or _has_projection(file, config)
+    if "vision" in parts:
+        values = _clip_part(file, config, "vision_config", projection, projected)
+        vision = _vision(ClipVisionConfig, values, file, "clip")
+        file_of_images, processor = _image_processor(path)
+        for key in ("image_processor_type", "feature_extractor_type"):
+            if not str(processor.get(key, _CLIP_PROCESSOR)).startswith(_CLIP_PROCESSOR):
+                raise CheckpointError(
+                    f"{file_of_images}: {key} is {processor[key]!r}, expected 'CLIPImageProcessor'"
+                )
+        shortest = _clip_shortest_edge(file_of_images, processor, vision.image_size)
+        image = _image_config(
+            file_of_images, processor, defaults["image_processor"], vision.image_size, shortest
+        )
+    multilingual = str(config["model_type"]).startswith("metaclip_2")
+    if "text" in parts:
+        values = _clip_part(file, config, "text_config", projection, projected)
+        # MetaCLIP 2 means its end token, which happens to have this id.
+        early = values["eos_token_id"] == _NO_END_TOKEN and not multilingual
+        values.setdefault("pools_largest_id", early)
+        text = _pick(ClipTextConfig, values, file, "text_config")
+        _check_blocks(file, "text_config", text, "clip")
+    return ModelConfig(path, "clip", vision, image, text, multilingual)
+
+
+def _clip_part(
+    file: Path, config: Mapping[str, Any], name: str, projection: int, projected: bool
+) -> dict[str, Any]:
+    # The reference reads old files like this: a `<part>_dict` replaces the part.
+    old = config.get(f"{name}_dict")
+    values = {**_defaults("clip")[name], **_part(file, config, name if old is None else f"{name}_dict")}
+    values["projected"] = projected
+    values["projection_size"] = projection if projected else values["hidden_size"]
+    return values
+
+
+def _has_projection(file: Path, config: Mapping[str, Any]) -> bool:
+    """Return True if the one tower of a checkpoint ends with the projection to the joint space."""
+    classes = config.get("architectures")
+    if not isinstance(classes, list) or len(classes) != 1:
+        raise CheckpointError(
+            f"{file}: architectures is {classes!r}, expected the one class of the model, since it tells "
+            "whether the tower has a projection"
+        )
+    return str(classes[0]).endswith("WithProjection")
 
 
 def _clip_shortest_edge(file: Path, processor: Mapping[str, Any], side: int) -> int | None:
@@ -356,7 +445,9 @@ def _pick(kind: type[_T], values: Mapping[str, Any], file: Path, part: str) -> _
     picked = {}
     for name, type_ in get_type_hints(kind).items():
         value = values[name]
-        if isinstance(value, bool) or not isinstance(value, (int, float) if type_ is float else type_):
+        if isinstance(value, bool) != (type_ is bool) or not isinstance(
+            value, (int, float) if type_ is float else type_
+        ):
             raise CheckpointError(f"{file}: {part}.{name} is {value!r}, expected {_TYPES[type_]}")
         if type_ is not str and value < 0:
             raise CheckpointError(f"{file}: {part}.{name} is {value!r}, expected {_TYPES[type_]}")
@@ -366,6 +457,8 @@ def _pick(kind: type[_T], values: Mapping[str, Any], file: Path, part: str) -> _
 
 def _image_processor(path: Path) -> tuple[Path, dict[str, Any]]:
     """Find the file that describes the image processor, and read it; without a file the result is empty."""
+    if is_open_clip(path):
+        return main_file(path), open_clip_processor(path)
     file = path / "preprocessor_config.json"
     processor = read_json(file, missing_ok=True)
     if not processor:
@@ -396,16 +489,26 @@ def _image_config(
         mean=tuple(map(float, values["image_mean"])),
         std=tuple(map(float, values["image_std"])),
         shortest_edge=shortest,
+        round_crop=processor.get("crop_rounding") == "nearest",
     )
 
 
 def tensor_dims(model: ModelConfig) -> dict[str, list[int]]:
     """Compute the dimensions, without the rows, of the Triton tensors that depend on the checkpoint."""
+    dims: dict[str, list[int]] = {}
+    if not model.vision_only:
+        dims |= {
+            "EMBEDDING": [model.text.projection_size],
+            "INPUT_IDS": [model.text.max_position_embeddings],
+        }
+    if model.text_only:
+        return dims
     image, vision = model.image, model.vision
     tokens, pixels = vision.grid_size**2, [image.size, image.size, 3]
     if isinstance(image, NaflexImageConfig):
         tokens, pixels = image.max_patches, [image.max_patches, 3 * image.patch_size**2]
-    dims = {
+        dims["PATCH_GRID"] = [2]
+    return dims | {
         "PIXEL_VALUES": pixels,
         "EMBEDDING": [vision.embedding_size],
         "MEAN_EMBEDDING": [vision.hidden_size],
@@ -413,9 +516,6 @@ def tensor_dims(model: ModelConfig) -> dict[str, list[int]]:
         "PROMPT_VECTORS": [-1, vision.embedding_size],
         "PATCH_MAPS": [-1, tokens],
     }
-    if isinstance(image, NaflexImageConfig):
-        dims["PATCH_GRID"] = [2]
-    return dims if model.vision_only else dims | {"INPUT_IDS": [model.text.max_position_embeddings]}
 
 
 def limit_patches(model: ModelConfig, most: int) -> ModelConfig:
@@ -428,21 +528,25 @@ def limit_patches(model: ModelConfig, most: int) -> ModelConfig:
     Raises:
         SettingsError: it is more than 4,096.
     """
-    if not most or not isinstance(model.image, NaflexImageConfig):
+    if not most or model.family != "naflex" or not isinstance(model.image, NaflexImageConfig):
         return model
     check_most_patches(most)
-    return replace(model, image=replace(model.image, max_patches=most))
+    return replace(model, _image=replace(model.image, max_patches=most))
 
 
-def _naflex(path: Path, config: Mapping[str, Any]) -> ModelConfig:
+def _naflex(path: Path, file: Path, config: Mapping[str, Any], parts: tuple[_Part, ...]) -> ModelConfig:
     """Read a NaFlex checkpoint as a SigLIP of the square that its positions were learned on."""
-    model = _siglip(path, square_config(path / "config.json", config), vision_only=False)
+    model = _siglip(path, file, square_config(file, config), parts)
     patch = model.vision.patch_size
     most, resample = naflex_patches(*_image_processor(path), patch)
     image = {**vars(model.image), "resample": _RESAMPLING[resample]}
     return replace(
         model,
         family="naflex",
-        vision=NaflexVisionConfig(**vars(model.vision)),
-        image=NaflexImageConfig(**image, patch_size=patch, max_patches=most),
+        _vision=NaflexVisionConfig(**vars(model.vision)),
+        _image=NaflexImageConfig(**image, patch_size=patch, max_patches=most),
     )
+
+
+_Reader = Callable[[Path, Path, Mapping[str, Any], tuple[_Part, ...]], ModelConfig]
+_READERS: Mapping[Family, _Reader] = {"siglip": _siglip, "naflex": _naflex, "clip": _clip}

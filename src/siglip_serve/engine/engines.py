@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from siglip_serve.checkpoint.config import ImageConfig, NaflexImageConfig
+from siglip_serve.checkpoint.config import Family, ImageConfig, NaflexImageConfig
 from siglip_serve.engine.passes import (
     OUTPUTS,
     Arrays,
@@ -194,7 +194,8 @@ def _dtype(plan: Plan) -> torch.dtype:
 
 def _vision_plan(plan: Plan, tower: AnyVisionTower) -> Plan:
     width = tower.config.hidden_size
-    resolved = plan.for_vision("clip" if isinstance(tower, ClipVisionTower) else "siglip", width)
+    family: Family = "clip" if isinstance(tower, ClipVisionTower) else "siglip"
+    resolved = plan.for_vision(family, width, tower.config.hidden_act)
     if plan.dtype not in ("auto", resolved.dtype):
         print(
             f"siglip-serve: {resolved.dtype}, since a tower of width {width} gains nothing in {plan.dtype}",
@@ -204,7 +205,8 @@ def _vision_plan(plan: Plan, tower: AnyVisionTower) -> Plan:
 
 
 def _text_plan(plan: Plan, tower: AnyTextTower) -> Plan:
-    return _use_device(plan.for_text("clip" if isinstance(tower, ClipTextTower) else "siglip"))
+    family: Family = "clip" if isinstance(tower, ClipTextTower) else "siglip"
+    return _use_device(plan.for_text(family, tower.config.hidden_act))
 
 
 def _use_device(plan: Plan) -> Plan:

@@ -13,6 +13,9 @@ from siglip_serve.machine import gpu_capabilities, processor_flags
 
 __all__ = ["Plan", "fastest_dtype"]
 
+# The activation that the fused kernels compute.
+FUSED_ACTIVATION = "gelu_pytorch_tanh"
+
 _FLOAT8_CAPABILITY = (8, 9)
 _FUSED_CAPABILITY = (8, 0)
 # siglip-tiny, of a quarter of this width, is slower in float8; base is a third faster
@@ -54,8 +57,8 @@ class Plan:
             return fastest_dtype(None)
         return "bfloat16" if self.dtype == "float8" else self.dtype
 
-    def for_vision(self, family: Family, width: int) -> Plan:
-        """Resolve the plan for a vision tower of `width`, its hidden size.
+    def for_vision(self, family: Family, width: int, activation: str = FUSED_ACTIVATION) -> Plan:
+        """Resolve the plan for a vision tower of `width`, its hidden size, with this `hidden_act`.
 
         float8 gains nothing on a tower narrower than 512, and its errors average out over fewer numbers, so
         such a tower gets bfloat16.
@@ -63,18 +66,18 @@ class Plan:
         Raises:
             SettingsError: the device or the family cannot run the plan.
         """
-        plan = self._for_family(family).resolve()
+        plan = self._for_tower(family, activation).resolve()
         narrow = plan.dtype == "float8" and width < _FLOAT8_WIDTH
         return replace(plan, dtype="bfloat16") if narrow else plan
 
-    def for_text(self, family: Family) -> Plan:
-        """Resolve the plan for a text tower, which never runs in 8 bits.
+    def for_text(self, family: Family, activation: str = FUSED_ACTIVATION) -> Plan:
+        """Resolve the plan for a text tower with this `hidden_act`. It never runs in 8 bits.
 
         Raises:
             SettingsError: the device or the family cannot run the plan.
         """
         # The text tower of NaFlex is SigLIP's.
-        plan = self._for_family("siglip" if family == "naflex" else family).resolve()
+        plan = self._for_tower("siglip" if family == "naflex" else family, activation).resolve()
         return replace(plan, dtype=plan.wide_dtype)
 
     def resolve(self) -> Plan:
@@ -85,9 +88,9 @@ class Plan:
         """
         return self._resolve_gpu() if self.device.startswith("cuda") else self._resolve_cpu()
 
-    def _for_family(self, family: Family) -> Plan:
+    def _for_tower(self, family: Family, activation: str) -> Plan:
         if family == "siglip":
-            return self
+            return self if activation == FUSED_ACTIVATION else self._without_fused(activation)
         theirs = _OTHERS[family]
         if self.backend not in ("auto", "torch"):
             raise SettingsError(f"backend {self.backend}: runs SigLIP's towers only; torch runs {theirs}")
@@ -97,6 +100,16 @@ class Plan:
                 f"{theirs}"
             )
         return replace(self, backend="torch")
+
+    def _without_fused(self, activation: str) -> Plan:
+        if self.backend == "fused" or self.dtype == "float8":
+            what = "backend fused" if self.backend == "fused" else "dtype float8"
+            raise SettingsError(
+                f"{what}: for towers with {FUSED_ACTIVATION} only, this one has {activation}; "
+                "backend torch runs it"
+            )
+        on_gpu = self.device.startswith("cuda") and self.backend == "auto"
+        return replace(self, backend="torch") if on_gpu else self
 
     def _resolve_cpu(self) -> Plan:
         dtype = fastest_dtype(None) if self.dtype == "auto" else self.dtype

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from siglip_serve.towers.clip import ClipVisionTower
 from siglip_serve.towers.naflex import NaflexVisionTower
-from siglip_serve.towers.siglip import BlockTrace, TowerTrace, VisionTower
+from siglip_serve.towers.siglip import ACTIVATIONS, BlockTrace, TowerTrace, VisionTower
 
 __all__ = ["ClipExplainer", "Explainer", "Explanation", "SiglipExplainer", "explainer_of"]
 
@@ -108,6 +108,7 @@ class SiglipExplainer:
         self._heads = attention.num_heads
         self._probe, self._attention, self._out = tower.head.probe, attention, attention.out_proj
         self._head_norm, self._fc1, self._fc2 = tower.head.layernorm, mlp.fc1, mlp.fc2
+        self._activation = mlp.activation
 
     @torch.inference_mode()
     def explain(self, tower: VisionTower, pixels: Tensor, vectors: Tensor) -> Explanation[Tensor]:
@@ -171,10 +172,12 @@ class SiglipExplainer:
         gamma, beta = norm.weight.float(), norm.bias.float()
         centred, scale = _standardize(pooled, norm.eps)
         hidden = F.linear(centred / scale * gamma + beta, w1, b1)  # [B, 4 D]
-        activated = F.gelu(hidden, approximate="tanh")
-        embedding = pooled + F.linear(activated, w2, b2)
+        embedding = pooled + F.linear(ACTIVATIONS[self._activation](hidden), w2, b2)
         # gelu(u) = u * gate(u). Near 0 the quotient gelu(u) / u would lose digits.
-        gate = 0.5 * (1 + torch.tanh(_GELU_SLOPE * (hidden + _GELU_CUBIC * hidden**3)))
+        if self._activation == "gelu":
+            gate = 0.5 * (1 + torch.erf(hidden * 0.5**0.5))
+        else:
+            gate = 0.5 * (1 + torch.tanh(_GELU_SLOPE * (hidden + _GELU_CUBIC * hidden**3)))
         seen = (vectors @ w2) * gate[:, None]  # [B, P, 4 D]
         form = vectors + _centre((seen @ w1) * gamma) / scale[:, None]
         constant = seen @ (w1 @ beta + b1) + vectors @ b2
@@ -236,7 +239,7 @@ class ClipExplainer:
         rest = torch.stack(without_place).float().sum(0) @ form.T + biases + maps[..., 0]
         last, norm = x[:, 0].float(), self._norm
         centred, scale = _standardize(last, norm.eps)
-        matrix = self._projection.weight.float()
+        matrix = self._matrix()
         embedding = (centred / scale * norm.weight.float() + norm.bias.float()) @ matrix.T
         length = embedding.norm(dim=-1, keepdim=True)
         constant = vectors @ (matrix @ norm.bias.float())
@@ -245,6 +248,13 @@ class ClipExplainer:
             rest / (scale * length) + constant / length,
             embedding,
         )
+
+    def _matrix(self) -> Tensor:
+        """[P, D], the projection to the joint space, or the identity for a tower without one"""
+        if isinstance(self._projection, nn.Linear):
+            return self._projection.weight.float()
+        weight = self._norm.weight
+        return torch.eye(len(weight), device=weight.device)
 
     def _see(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Multiply vectors with the weights behind the values, or find the products of an earlier call.
@@ -257,7 +267,7 @@ class ClipExplainer:
         found = self._seen.pop(key, None)
         if found is None:
             # The mean that the last LayerNorm takes off is taken off here.
-            form = _centre((vectors @ self._projection.weight.float()) * self._norm.weight.float())
+            form = _centre((vectors @ self._matrix()) * self._norm.weight.float())
             seen = [form @ projection.weight.float() for projection in self._projections]
             biases = [form @ projection.bias.float() for projection in self._projections]
             found = form, torch.stack(seen), torch.stack(biases).sum(0)

@@ -78,6 +78,8 @@ def target_size(image: ImageConfig, height: int, width: int) -> tuple[int, int]:
 
 def cut_offsets(image: ImageConfig, size: tuple[int, int]) -> tuple[int, int]:
     """Top and left of the square in a picture that was resized to this height and width."""
+    if image.round_crop:
+        return round((size[0] - image.size) / 2), round((size[1] - image.size) / 2)
     return (size[0] - image.size) // 2, (size[1] - image.size) // 2
 
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-from siglip_serve.checkpoint.config import limit_patches, load_config, tensor_dims
+from siglip_serve.checkpoint.config import ModelConfig, limit_patches, load_config, tensor_dims
+from siglip_serve.checkpoint.files import main_file, weight_files
 from siglip_serve.config import CheckpointUse, Settings
 from siglip_serve.engine.calibration import check_calibration
 from siglip_serve.engine.plan import Plan
 from siglip_serve.errors import SettingsError
+from siglip_serve.texts.tokenizer import find_tokenizer
 
 __all__ = ["ServedCheckpoint", "check_options", "describe_checkpoints"]
 
@@ -46,10 +48,14 @@ def check_options(settings: Settings, device: str) -> None:
     plan = Plan(device, settings.dtype, settings.backend)
     for name in filter(None, (settings.checkpoint, settings.teams_checkpoint)):
         path = Path(name).expanduser()
-        if (path / "config.json").is_file():
-            plan.for_vision(load_config(path).family, 0)
+        if path.is_dir() and main_file(path).is_file():
+            config = load_config(path)
+            _plan(plan, config)
             if name == settings.checkpoint:
                 _check_patches(settings, path)
+            weight_files(path)
+            if not config.vision_only:
+                find_tokenizer(config)
     if plan.resolve().dtype == "int8":
         check_calibration(settings.calibration_folder, settings.cache_folder)
 
@@ -90,7 +96,7 @@ def _check_patches(settings: Settings, path: Path) -> None:
 def _describe(named: str, path: Path, settings: Settings, device: str) -> ServedCheckpoint:
     config = limit_patches(load_config(path), settings.max_num_patches)
     plan = Plan(device, settings.dtype, settings.backend)
-    dtype = plan.for_vision(config.family, config.vision.hidden_size).dtype
+    dtype = _plan(plan, config).dtype
     hub = path.parent.name == "snapshots"
     name = named.partition("@")[0] if hub else path.name
     parameters = {
@@ -107,3 +113,9 @@ def _describe(named: str, path: Path, settings: Settings, device: str) -> Served
     if settings.dtype not in ("auto", dtype):
         notes.append(f"{name} runs in {dtype}: it is too narrow to gain from {settings.dtype}")
     return ServedCheckpoint(parameters, tensor_dims(config), tuple(notes))
+
+
+def _plan(plan: Plan, config: ModelConfig) -> Plan:
+    if config.text_only:
+        return plan.for_text(config.family, config.text.hidden_act)
+    return plan.for_vision(config.family, config.vision.hidden_size, config.vision.hidden_act)

@@ -1,6 +1,6 @@
 """Token ids `[context_length]` int64 of a text, as the text tower was trained on them.
 
-Three kinds, told apart by `tokenizer_class` in the checkpoint's `tokenizer_config.json`:
+The kinds are told apart by `tokenizer_class` in the checkpoint's `tokenizer_config.json`:
 
 - SigLIP 1 (`SiglipTokenizer`, `spiece.model`): lowercased, ASCII punctuation removed, whitespace
   collapsed, then sentencepiece. It ends with `</s>` and is padded with `</s>`.
@@ -8,16 +8,20 @@ Three kinds, told apart by `tokenizer_class` in the checkpoint's `tokenizer_conf
   Gemma's byte-pair encoding. It ends with `<eos>` and is padded with `<pad>`.
 - CLIP (`CLIPTokenizer`, `tokenizer.json`, or `vocab.json` and `merges.txt`): lowercased, whitespace
   collapsed, then byte-pair encoding. It stands between `<|startoftext|>` and `<|endoftext|>`.
+- MetaCLIP 2 (`XLMRobertaTokenizer`, `tokenizer.json`): whitespace collapsed, then a unigram vocabulary. It
+  stands between `<s>` and `</s>`.
 
-The ids are those of transformers 5.x `SiglipTokenizer`, `Siglip2Tokenizer` and `CLIPTokenizer`, special
-tokens written in the text included. The package transformers is not needed. SigLIP's tower pools the last
-position, so a text is always padded to the full context length.
+The ids are those of transformers 5.x `SiglipTokenizer`, `Siglip2Tokenizer`, `CLIPTokenizer` and
+`XLMRobertaTokenizer`, special tokens written in the text included. The package transformers is not needed.
+A checkpoint in open_clip's layout gets the ids of open_clip, which cleans texts first. SigLIP's tower pools
+the last position, so a text is always padded to the full context length.
 """
 
 from __future__ import annotations
 
 import re
 import string
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -25,20 +29,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from siglip_serve.checkpoint.config import ModelConfig
-from siglip_serve.checkpoint.files import read_json
+from siglip_serve.checkpoint.files import is_open_clip, read_json
+from siglip_serve.checkpoint.open_clip import open_clip_tokenizer
 from siglip_serve.errors import CheckpointError, TextError
+from siglip_serve.texts.open_clip import OpenClipPairs, cleaner
+from siglip_serve.texts.unigram import T5, XLM_ROBERTA, Unigram
+from siglip_serve.texts.vocabulary import content, load_backend, load_pairs, special_tokens, token_id
 
 if TYPE_CHECKING:
     import sentencepiece
-    import tokenizers
 
-__all__ = ["Tokenizer", "decode_text", "load_tokenizer"]
+__all__ = ["Tokenizer", "decode_text", "find_tokenizer", "load_tokenizer"]
 
 _UNDERLINE = "▁"
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _SENTENCEPIECE_CLASSES = {"SiglipTokenizer", "SiglipTokenizerFast"}
 _GEMMA_CLASSES = {"GemmaTokenizer", "GemmaTokenizerFast", "Siglip2Tokenizer", "TokenizersBackend"}
 _CLIP_CLASSES = {"CLIPTokenizer", "CLIPTokenizerFast"}
+_XLM_CLASSES = {"XLMRobertaTokenizer", "XLMRobertaTokenizerFast"}
+_T5_CLASSES = {"T5Tokenizer", "T5TokenizerFast"}
 # Parts of CLIP's words: its own two tokens, contractions, letters, single digits, other characters.
 _CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _CLIP_START, _CLIP_END = "<|startoftext|>", "<|endoftext|>"
@@ -65,12 +74,17 @@ class Tokenizer:
     """
 
     def __init__(
-        self, encoder: _Encoder, config: ModelConfig, padding_side: Literal["left", "right"]
+        self,
+        encoder: _Encoder,
+        config: ModelConfig,
+        padding_side: Literal["left", "right"],
+        clean: Callable[[str], str] | None = None,
     ) -> None:
         self.context_length = config.text.max_position_embeddings
         self._encoder = encoder
         self._vocab_size = config.text.vocab_size
         self._padding_side = padding_side
+        self._clean = clean or _unchanged
 
     def __call__(self, text: str, truncation: bool = False) -> NDArray[np.int64]:
         """Token ids of `text`, int64 `[context_length]`, padded.
@@ -91,7 +105,7 @@ class Tokenizer:
         """The ids of `text` without padding, at most `context_length`. It raises the errors of a call."""
         if not text.strip():
             raise TextError("the text is empty")
-        ids = self._encoder(text, self.context_length if truncation else None)
+        ids = self._encoder(self._clean(text), self.context_length if truncation else None)
         if len(ids) > self.context_length:
             raise TextError(
                 f"the text has {len(ids)} tokens and {self.context_length} fit: shorten it, or set truncation"
@@ -126,26 +140,80 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
     Raises:
         CheckpointError: a file is missing or malformed, or the tokenizer is of another kind.
     """
-    settings = read_json(config.path / "tokenizer_config.json", missing_ok=True)
+    load = find_tokenizer(config)
+    if not is_open_clip(config.path):
+        return load(None)
+    return load(cleaner(config.path, open_clip_tokenizer(config.path)[1]))
+
+
+def find_tokenizer(config: ModelConfig) -> Callable[[Callable[[str], str] | None], Tokenizer]:
+    """Choose a checkpoint's tokenizer without loading it. The result takes a function that cleans texts.
+
+    Raises:
+        CheckpointError: the tokenizer is of a kind that is not served.
+    """
+    path = config.path
+    settings = read_json(path / "tokenizer_config.json", missing_ok=True)
     if settings.get("truncation_side", "right") != "right":
-        raise CheckpointError(
-            f"{config.path}: truncation_side is {settings['truncation_side']!r}, expected 'right'"
-        )
-    name = settings.get("tokenizer_class")
+        raise CheckpointError(f"{path}: truncation_side is {settings['truncation_side']!r}, expected 'right'")
+    open_clip = is_open_clip(path)
+    if open_clip and open_clip_tokenizer(path)[0]:
+        return lambda clean: _checked(OpenClipPairs(path), config, settings, clean)
+    name = settings.get("tokenizer_class") or _default_class(config)
+    clip_family = config.family == "clip"
+    if clip_family and name in _CLIP_CLASSES:
+        return lambda clean: _checked(_Clip(path, settings), config, settings, clean)
+    if clip_family and name in _XLM_CLASSES:
+        return lambda clean: _checked(Unigram(path, settings, XLM_ROBERTA), config, settings, clean)
+    if open_clip and not clip_family and name in _T5_CLASSES:
+        side = _side(settings, "right", path)
+        return lambda clean: Tokenizer(Unigram(path, settings, T5), config, side, clean)
+    if not clip_family and name in _SENTENCEPIECE_CLASSES:
+        side = _side(settings, "right", path)
+        return lambda clean: Tokenizer(_SentencePiece(path, settings), config, side, clean)
+    if not clip_family and name in _GEMMA_CLASSES:
+        return lambda clean: _load_gemma(config, settings, clean)
+    known = _CLIP_CLASSES | _XLM_CLASSES if clip_family else _SENTENCEPIECE_CLASSES | _GEMMA_CLASSES
+    known = known | (_T5_CLASSES if open_clip and not clip_family else set())
+    raise CheckpointError(f"{path}: tokenizer_class is {name!r}, expected one of {', '.join(sorted(known))}")
+
+
+def _default_class(config: ModelConfig) -> str:
+    """Choose the class of a directory whose settings name none."""
     if config.family == "clip":
-        if name is not None and name not in _CLIP_CLASSES:
-            known = ", ".join(sorted(_CLIP_CLASSES))
-            raise CheckpointError(f"{config.path}: tokenizer_class is {name!r}, expected one of {known}")
-        return _load_clip(config, settings)
-    if name is None:
-        name = "SiglipTokenizer" if (config.path / "spiece.model").is_file() else "Siglip2Tokenizer"
-    if name in _SENTENCEPIECE_CLASSES:
-        return Tokenizer(_SentencePiece(config.path, settings), config, _side(settings, "right", config.path))
-    if name in _GEMMA_CLASSES:
-        gemma = _Gemma(config.path, settings)
-        return Tokenizer(gemma, config, _side(settings, gemma.padding_side, config.path))
-    known = ", ".join(sorted(_SENTENCEPIECE_CLASSES | _GEMMA_CLASSES))
-    raise CheckpointError(f"{config.path}: tokenizer_class is {name!r}, expected one of {known}")
+        return "XLMRobertaTokenizer" if config.multilingual else "CLIPTokenizer"
+    return "SiglipTokenizer" if (config.path / "spiece.model").is_file() else "Siglip2Tokenizer"
+
+
+def _checked(
+    encoder: _Clip | Unigram | OpenClipPairs,
+    config: ModelConfig,
+    settings: dict[str, Any],
+    clean: Callable[[str], str] | None,
+) -> Tokenizer:
+    """Make the tokenizer of a CLIP, whose padding is not seen behind the end token."""
+    if _side(settings, "right", config.path) != "right":  # before the text, it would need a mask
+        raise CheckpointError(f"{config.path}: padding_side is 'left', expected 'right'")
+    for token, index in encoder.ids.items():  # those that the vocabulary lacks come behind it
+        if index >= config.text.vocab_size:
+            raise CheckpointError(
+                f"{config.path}: the token {token!r} has id {index}, "
+                f"the model has {config.text.vocab_size} token embeddings"
+            )
+    return Tokenizer(encoder, config, "right", clean)
+
+
+def _load_gemma(
+    config: ModelConfig, settings: dict[str, Any], clean: Callable[[str], str] | None
+) -> Tokenizer:
+    if clean is not None:  # its cleaning decides about case
+        settings = {**settings, "do_lower_case": False}
+    gemma = _Gemma(config.path, settings)
+    return Tokenizer(gemma, config, _side(settings, gemma.padding_side, config.path), clean)
+
+
+def _unchanged(text: str) -> str:
+    return text
 
 
 class _SentencePiece:
@@ -154,8 +222,8 @@ class _SentencePiece:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self._model = _load_sentencepiece(path / "spiece.model")
         self._lowercase = settings.get("do_lower_case", True)
-        self._unk = _content(settings.get("unk_token", "<unk>"))
-        eos, pad = (_content(settings.get(key, "</s>")) for key in ("eos_token", "pad_token"))
+        self._unk = content(settings.get("unk_token", "<unk>"))
+        eos, pad = (content(settings.get(key, "</s>")) for key in ("eos_token", "pad_token"))
         added = {content: int(index) for index, content in _added_tokens(settings).items()}
         self._special = {
             token: added[token] if token in added else self._id(path, token)
@@ -215,7 +283,7 @@ class _Gemma:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         from tokenizers import normalizers
 
-        self._tokenizer = _load_tokenizers(path / "tokenizer.json")
+        self._tokenizer = load_backend(path / "tokenizer.json")
         self.padding_side = (self._tokenizer.padding or {}).get("direction", "right")
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -223,28 +291,14 @@ class _Gemma:
             steps = [normalizers.Lowercase(), self._tokenizer.normalizer]
             self._tokenizer.normalizer = normalizers.Sequence([step for step in steps if step is not None])
         self._ends = self._tokenizer.num_special_tokens_to_add(False)
-        pad = _content(settings.get("pad_token", "<pad>"))
-        self.pad_id = _token_id(self._tokenizer, path / "tokenizer.json", pad)
+        pad = content(settings.get("pad_token", "<pad>"))
+        self.pad_id = token_id(self._tokenizer, path / "tokenizer.json", pad)
 
     def __call__(self, text: str, limit: int | None) -> list[int]:
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         if limit is not None:
             encoding.truncate(limit - self._ends)
         return list(self._tokenizer.post_process(encoding).ids)
-
-
-def _load_clip(config: ModelConfig, settings: dict[str, Any]) -> Tokenizer:
-    # Padding behind the end token is not seen; before the text, it would need a mask.
-    if _side(settings, "right", config.path) != "right":
-        raise CheckpointError(f"{config.path}: padding_side is 'left', expected 'right'")
-    encoder = _Clip(config.path, settings)
-    for token, index in encoder.ids.items():  # those that the vocabulary lacks come behind it
-        if index >= config.text.vocab_size:
-            raise CheckpointError(
-                f"{config.path}: the token {token!r} has id {index}, "
-                f"the model has {config.text.vocab_size} token embeddings"
-            )
-    return Tokenizer(encoder, config, "right")
 
 
 class _Clip:
@@ -255,8 +309,8 @@ class _Clip:
         from tokenizers import Tokenizer as Backend
 
         saved = read_json(path / "tokenizer.json", missing_ok=True)
-        named, added = _clip_tokens(path, settings, saved)
-        self._tokenizer = backend = Backend(_load_clip_pairs(path, saved, named["unk_token"]))
+        named, added = special_tokens(path, settings, saved, _CLIP_NAMED)
+        self._tokenizer = backend = Backend(load_pairs(path, saved, named["unk_token"]))
         backend.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
         )
@@ -269,7 +323,7 @@ class _Clip:
         backend.add_tokens(added)
         backend.encode_special_tokens = settings.get("split_special_tokens") is True
         start, end, pad = named["bos_token"], named["eos_token"], named["pad_token"]
-        self.ids = {token: _token_id(backend, path, token) for token in (start, end, pad)}
+        self.ids = {token: token_id(backend, path, token) for token in (start, end, pad)}
         self.pad_id = self.ids[pad]
         backend.post_processor = processors.RobertaProcessing(
             (end, self.ids[end]), (start, self.ids[start]), False, False
@@ -283,73 +337,6 @@ class _Clip:
         return list(self._tokenizer.post_process(encoding).ids)
 
 
-def _clip_tokens(
-    path: Path, settings: dict[str, Any], saved: dict[str, Any]
-) -> tuple[dict[str, str], list[tokenizers.AddedToken]]:
-    """The four named tokens, and what is added to the vocabulary unless it is there, in this order."""
-    from tokenizers import AddedToken
-
-    try:
-        named = {key: settings.get(key) or default for key, default in _CLIP_NAMED.items()}
-        extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-        extra = list(extra.values() if isinstance(extra, dict) else extra)
-        decoder = settings.get("added_tokens_decoder")
-        if decoder is None:  # the layout of old versions of the reference
-            texts = read_json(path / "special_tokens_map.json", missing_ok=True)
-            named |= {key: texts[key] for key in named if texts.get(key)}
-            special = {_content(token) for token in (*named.values(), *extra)}
-            decoder = {
-                index: {"content": token, "special": token in special, "normalized": token not in special}
-                for token, index in read_json(path / "added_tokens.json", missing_ok=True).items()
-            }
-            decoder |= {token["id"]: token for token in saved.get("added_tokens", [])}
-        added = [decoder[index] for index in sorted(decoder, key=int)]
-        described = {_content(token): token for token in added}
-        tokens = [described.get(_content(token), token) for token in (*named.values(), *extra)]
-        flags = ("special", "single_word", "lstrip", "rstrip", "normalized")
-        return {key: _content(token) for key, token in named.items()}, [
-            AddedToken(token, special=True)
-            if isinstance(token, str)
-            else AddedToken(
-                _content(token), **{"special": True, **{flag: token[flag] for flag in flags if flag in token}}
-            )
-            for token in (*added, *tokens)
-        ]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: the special tokens of the tokenizer are malformed ({error})"
-        ) from error
-
-
-def _load_clip_pairs(path: Path, saved: dict[str, Any], unknown: str) -> tokenizers.models.BPE:
-    """The vocabulary and its merges from `tokenizer.json`, or else from `vocab.json` and `merges.txt`."""
-    from tokenizers.models import BPE
-
-    files = [path / "vocab.json", path / "merges.txt"]
-    if not saved and not all(file.is_file() for file in files):
-        raise CheckpointError(f"{path}: no tokenizer.json, and not both of vocab.json and merges.txt")
-    try:
-        if saved:
-            model = saved["model"]
-            pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
-            vocabulary = model["vocab"]
-        else:
-            vocabulary, pairs = BPE.read_file(*map(str, files))
-        return BPE(
-            vocab=vocabulary,
-            merges=pairs,
-            continuing_subword_prefix="",
-            end_of_word_suffix="</w>",
-            fuse_unk=False,
-            unk_token=unknown,
-        )
-    except Exception as error:
-        if type(error) not in (Exception, KeyError, TypeError):  # the library raises nothing narrower
-            raise
-        named = "tokenizer.json" if saved else "vocab.json and merges.txt"
-        raise CheckpointError(f"{path}: {named}: not a byte-pair vocabulary ({error})") from error
-
-
 def _load_sentencepiece(file: Path) -> sentencepiece.SentencePieceProcessor:
     import sentencepiece
 
@@ -361,32 +348,8 @@ def _load_sentencepiece(file: Path) -> sentencepiece.SentencePieceProcessor:
         raise CheckpointError(f"{file}: not a sentencepiece model ({error})") from error
 
 
-def _load_tokenizers(file: Path) -> tokenizers.Tokenizer:
-    from tokenizers import Tokenizer as Backend
-
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file")
-    try:
-        return Backend.from_file(str(file))
-    except Exception as error:
-        if type(error) is not Exception:  # the library raises nothing narrower for a malformed file
-            raise
-        raise CheckpointError(f"{file}: not a tokenizer ({error})") from error
-
-
-def _token_id(backend: tokenizers.Tokenizer, source: Path, token: str) -> int:
-    index = backend.token_to_id(token)
-    if index is None:
-        raise CheckpointError(f"{source}: the vocabulary has no {token!r}")
-    return index
-
-
-def _content(token: str | dict[str, Any]) -> str:
-    return token if isinstance(token, str) else str(token["content"])
-
-
 def _added_tokens(settings: dict[str, Any]) -> dict[str, str]:
-    return {index: _content(token) for index, token in settings.get("added_tokens_decoder", {}).items()}
+    return {index: content(token) for index, token in settings.get("added_tokens_decoder", {}).items()}
 
 
 def _side(settings: dict[str, Any], default: str, path: Path) -> Literal["left", "right"]:

@@ -1,8 +1,9 @@
 """Both CLIP towers in plain PyTorch.
 
 Parameters keep the Hugging Face names, with two exceptions. The query, key and value projections of a block
-are one `qkv_proj`, fused by a load hook. Each tower holds its projection to the joint space, as `projection`.
-The blocks are SigLIP's. The result equals transformers' `CLIPModel`.
+are one `qkv_proj`. Each tower holds its projection to the joint space, if it has one, as `projection`.
+The blocks are SigLIP's. The result equals transformers' `CLIPModel` and `MetaClip2Model`, and open_clip's
+`CLIP` with a plain ViT.
 
 Shapes: B images or texts, T patches (grid_size ** 2) or ids (the context length), D hidden size of the tower,
 P the joint space (`projection_dim`).
@@ -19,14 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from siglip_serve.checkpoint.config import ClipTextConfig, ClipVisionConfig, load_config
+from siglip_serve.checkpoint.files import main_file
 from siglip_serve.errors import CheckpointError
 from siglip_serve.towers.siglip import Encoder, TextEmbeddings
 from siglip_serve.towers.weights import load_strictly, without_values
 
 __all__ = ["ClipTextTower", "ClipVisionTower", "load_text", "load_vision"]
-
-# Early configurations give this id for the end token, whatever the id in their vocabulary is.
-_NO_END_TOKEN = 2
 
 
 class ClipVisionEmbeddings(nn.Module):
@@ -56,7 +55,7 @@ class ClipVisionTower(nn.Module):
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.encoder = Encoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.projection = nn.Linear(config.hidden_size, config.projection_size, bias=False)
+        self.projection = _projection(config)
 
     @property
     def context(self) -> int:
@@ -97,7 +96,7 @@ class ClipTextTower(nn.Module):
         self.embeddings = TextEmbeddings(config)
         self.encoder = Encoder(config, causal=True)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.projection = nn.Linear(config.hidden_size, config.projection_size, bias=False)
+        self.projection = _projection(config)
 
     @property
     def context(self) -> int:
@@ -120,10 +119,10 @@ class ClipTextTower(nn.Module):
     def pool(self, tokens: Tensor, ids: Tensor) -> Tensor:
         """[B, T, D] of ids [B, T] -> [B, P], the reference's `text_embeds` before normalisation
 
-        The first end token is taken, or the largest id where the configuration does not know the end token.
+        The first end token is taken, or the first of the largest id where the checkpoint asks for that.
         """
-        end = self.config.eos_token_id
-        places = (ids if end == _NO_END_TOKEN else (ids == end).int()).argmax(dim=1)
+        config = self.config
+        places = (ids if config.pools_largest_id else (ids == config.eos_token_id).int()).argmax(dim=1)
         return self.projection(tokens[torch.arange(len(tokens), device=tokens.device), places])
 
 
@@ -136,10 +135,10 @@ def load_vision(path: Path) -> ClipVisionTower:
     """
     config = load_config(path).vision
     if not isinstance(config, ClipVisionConfig):
-        raise CheckpointError(f"{path / 'config.json'}: model_type is not 'clip'")
+        raise CheckpointError(f"{main_file(path)}: the model is not a CLIP")
     with without_values():
         tower = ClipVisionTower(config)
-    load_strictly(tower, path, {"vision_model.": "", "visual_projection.": "projection."})
+    load_strictly(tower, path, "vision")
     return tower
 
 
@@ -151,8 +150,15 @@ def load_text(path: Path) -> ClipTextTower:
     """
     config = load_config(path).text
     if not isinstance(config, ClipTextConfig):
-        raise CheckpointError(f"{path / 'config.json'}: model_type is not 'clip'")
+        raise CheckpointError(f"{main_file(path)}: the model is not a CLIP")
     with without_values():
         tower = ClipTextTower(config)
-    load_strictly(tower, path, {"text_model.": "", "text_projection.": "projection."})
+    load_strictly(tower, path, "text")
     return tower
+
+
+def _projection(config: ClipVisionConfig | ClipTextConfig) -> nn.Module:
+    """Make the projection to the joint space; a checkpoint of one tower may have none."""
+    if not config.projected:
+        return nn.Identity()
+    return nn.Linear(config.hidden_size, config.projection_size, bias=False)

@@ -122,5 +122,5 @@ def load_vision(path: Path) -> NaflexVisionTower:
         raise CheckpointError(f"{path / 'config.json'}: model_type is not 'siglip2'")
     with without_values():
         tower = NaflexVisionTower(config)
-    load_strictly(tower, path, {"vision_model.": ""})
+    load_strictly(tower, path, "vision")
     return tower

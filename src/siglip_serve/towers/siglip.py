@@ -1,8 +1,8 @@
 """Both SigLIP towers in plain PyTorch.
 
 Parameters keep the Hugging Face names, except that the query, key and value projections of a block are one
-`qkv_proj`, fused by a load hook. The result equals transformers' `SiglipModel` for the fixed-resolution
-checkpoints of SigLIP and SigLIP 2.
+`qkv_proj`. A load hook fuses them. The result equals transformers' `SiglipModel` for the fixed-resolution
+checkpoints of SigLIP and SigLIP 2, and open_clip's `CustomTextCLIP` with an image tower of timm.
 
 Shapes: B images or texts, T tokens (grid_size ** 2 patches, or the context length), D hidden size,
 H heads, P the joint space (D of the vision tower = `projection_size` of the text tower).
@@ -312,7 +312,7 @@ def load_vision(path: Path) -> VisionTower:
     config = load_config(path).vision
     with without_values():
         tower = VisionTower(config)
-    load_strictly(tower, path, {"vision_model.": ""})
+    load_strictly(tower, path, "vision")
     return tower
 
 
@@ -325,7 +325,7 @@ def load_text(path: Path) -> TextTower:
     config = load_config(path).text
     with without_values():
         tower = TextTower(config)
-    load_strictly(tower, path, {"text_model.": ""})
+    load_strictly(tower, path, "text")
     return tower
 
 

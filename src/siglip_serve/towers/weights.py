@@ -11,12 +11,16 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from siglip_serve.checkpoint.files import load_tensors
+from siglip_serve.checkpoint.files import main_file
+from siglip_serve.checkpoint.tensors import Tensors
 from siglip_serve.errors import CheckpointError
+from siglip_serve.towers.layouts import Layout, Side, find_layout
 
 __all__ = ["load_strictly", "without_values"]
 
 _SHOWN = 20
+# Old versions of the reference saved position ids as a buffer.
+_NO_INFORMATION = "position_ids"
 
 
 @contextmanager
@@ -41,54 +45,55 @@ class _NoValues(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def load_strictly(tower: nn.Module, path: Path, prefixes: Mapping[str, str]) -> None:
+def load_strictly(tower: nn.Module, path: Path, side: Side) -> None:
     """Load a tower's weights in float32, on the CPU, and set it to evaluation mode, without gradients.
 
     Args:
         tower: made on the meta device.
         path: the checkpoint's directory.
-        prefixes: prefix of names in the checkpoint -> prefix in the tower.
+        side: which tower of the checkpoint it is.
 
     Raises:
         CheckpointError: tensors are missing, unexpected or of another shape. The first 20 are listed.
     """
-    # Old versions of the reference saved position ids as a buffer. They hold no information.
-    tensors = {
-        name: tensor.float()
-        for name, tensor in load_tensors(path, *prefixes).items()
-        if not name.endswith(".position_ids")
-    }
-    outward = {ours: theirs for theirs, ours in prefixes.items()}
-    expected = {_rename(name, outward): shape for name, shape in _reference_shapes(tower).items()}
+    with Tensors(path) as tensors:
+        layout = find_layout(tensors, side)
+        made_of = {
+            name: layout.parts(name, list(parameter.shape)) for name, parameter in tower.state_dict().items()
+        }
+        expected = {part.name: part.shape for parts in made_of.values() for part in parts}
+        _check(path, tensors, expected, layout)
+        state = {}
+        for name, parameter in tower.state_dict().items():
+            parts = [tensors[part.name].read().float() for part in made_of[name]]
+            parts = [
+                values.mT if part.transposed else values
+                for values, part in zip(parts, made_of[name], strict=True)
+            ]
+            joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+            state[name] = joined.reshape(parameter.shape).contiguous()
+    tower.load_state_dict(state, assign=True)
+    tower.eval().requires_grad_(False)
+
+
+def _check(path: Path, tensors: Tensors, expected: Mapping[str, list[int]], layout: Layout) -> None:
+    sharded = len(tensors.files) > 1
+    where = {name: f" in {tensor.file}" if sharded else "" for name, tensor in tensors.items()}
     problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in tensors]
-    problems += [f"unexpected: {name}" for name in tensors if name not in expected]
     problems += [
-        f"mis-shaped: {name} is {list(tensor.shape)}, expected {expected[name]}"
+        f"unexpected: {tensor.name}{where[name]}"
         for name, tensor in tensors.items()
-        if name in expected and list(tensor.shape) != expected[name]
+        if name not in expected and not layout.foreign(name) and not name.endswith(_NO_INFORMATION)
+    ]
+    problems += [
+        f"mis-shaped: {tensors[name].name}{where[name]} is {tensors[name].shape}, expected {shape}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
     ]
     if problems:
         shown = "\n  ".join(problems[:_SHOWN])
         more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise CheckpointError(f"{path}: the weights are not those of its config.json:\n  {shown}{more}")
-    tower.load_state_dict({_rename(name, prefixes): tensors[name] for name in tensors}, assign=True)
-    tower.eval().requires_grad_(False)
-
-
-def _rename(name: str, prefixes: Mapping[str, str]) -> str:
-    """Replace the longest prefix that `name` begins with."""
-    prefix = max((prefix for prefix in prefixes if name.startswith(prefix)), key=len)
-    return prefixes[prefix] + name.removeprefix(prefix)
-
-
-def _reference_shapes(tower: nn.Module) -> dict[str, list[int]]:
-    """Map names to shapes as the reference stores them: one tensor each for query, key and value."""
-    shapes = {}
-    for name, tensor in tower.state_dict().items():
-        shape = list(tensor.shape)
-        if ".qkv_proj." in name:
-            for part in "qkv":
-                shapes[name.replace("qkv_proj", f"{part}_proj")] = [shape[0] // 3, *shape[1:]]
-        else:
-            shapes[name] = shape
-    return shapes
+        files = path / tensors.files[0] if not sharded else path
+        raise CheckpointError(
+            f"{files}: the weights are not those of its {main_file(path).name}:\n  {shown}{more}"
+        )

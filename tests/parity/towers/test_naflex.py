@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from random_checkpoints import random_naflex, save_naflex
+from transformers import Siglip2TextModel, Siglip2VisionModel
 
 from siglip_serve.checkpoint.scale import load_scale
 from siglip_serve.towers.load import load_text
@@ -48,6 +49,23 @@ def test_towers_equal_transformers(name: str, tmp_path: Path) -> None:
         texts = model.text_model(ids).pooler_output
         assert relative_error(text.pool(text(ids), ids), texts) <= 1e-5
     assert load_scale(path) == (model.logit_scale.item(), model.logit_bias.item())
+
+
+def test_towers_that_stand_alone(tmp_path: Path) -> None:
+    """As transformers saves them: without the prefix of the tower."""
+    model = random_naflex()
+    grid, patches = torch.tensor([[4, 9]]), torch.rand(1, 36, 768, generator=torch.Generator().manual_seed(3))
+    ids = torch.arange(64)[None]
+    for kind, part in (("vision", model.vision_model), ("text", model.text_model)):
+        alone = {"vision": Siglip2VisionModel, "text": Siglip2TextModel}[kind](part.config)
+        alone.load_state_dict({f"{name}": value for name, value in part.state_dict().items()})
+        save_naflex(alone, tmp_path / kind)
+    vision, text = load_vision(tmp_path / "vision"), load_text(tmp_path / "text")
+    with torch.inference_mode():
+        pooled = model.vision_model(patches, torch.ones(1, 36), grid).pooler_output
+        assert relative_error(vision.head(vision(patches, grid)), pooled) <= 1e-5
+        pooled = model.text_model(ids).pooler_output
+        assert relative_error(text.pool(text(ids), ids), pooled) <= 1e-5
 
 
 def test_positions_are_resized_as_an_antialiased_image(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_how_pictures_are_fitted(
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("config.json", {"model_type": "clip_vision_model"}, "model_type is 'clip_vision_model', expected"),
+        ("config.json", {"model_type": "chinese_clip"}, "model_type is 'chinese_clip', expected one of"),
         ("config.json", {"text_config__hidden_act": "relu"}, "text_config.hidden_act is 'relu', expected"),
         ("config.json", {"vision_config__hidden_act": None}, "vision_config.hidden_act is None"),
         ("config.json", {"vision_config__num_attention_heads": 7}, "does not divide into 7 heads"),

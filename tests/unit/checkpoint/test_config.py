@@ -64,8 +64,8 @@ def test_reads_both_layouts_of_the_image_processor(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("config.json", {"model_type": "siglip3"}, "model_type is 'siglip3', expected 'siglip'"),
-        ("config.json", {"vision_config__hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ("config.json", {"model_type": "siglip3"}, "model_type is 'siglip3', expected one of 'siglip'"),
+        ("config.json", {"vision_config__hidden_act": "relu"}, "hidden_act is 'relu'"),
         ("config.json", {"vision_config__num_attention_heads": 7}, "does not divide into 7 heads"),
         ("config.json", {"vision_config__vision_use_head": False}, "vision_use_head is false"),
         ("config.json", {"vision_config__num_channels": 1}, "num_channels is 1"),
@@ -147,7 +147,9 @@ def test_refuses_missing_and_broken_weight_files(checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match="not a readable safetensors file"):
         load_vision(checkpoint)
     file.unlink()
-    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+    with pytest.raises(
+        CheckpointError, match=r"no weight file, expected one of model\.safetensors, pytorch_m"
+    ):
         load_scale(checkpoint)
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -207,7 +209,7 @@ def test_finds_a_directory_and_refuses_other_names(checkpoint: Path, monkeypatch
         ):
             resolve(name)
     (checkpoint / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"the directory has no config\.json$"):
+    with pytest.raises(CheckpointError, match=r"has no config\.json or open_clip_config\.json$"):
         resolve(str(checkpoint))
 
 

@@ -11,7 +11,7 @@ import pytest
 from paths import TINY
 
 from siglip_serve.checkpoint.config import load_config
-from siglip_serve.checkpoint.files import fingerprint, load_tensors, resolve
+from siglip_serve.checkpoint.files import fingerprint, resolve, weight_files
 from siglip_serve.errors import CheckpointError
 
 
@@ -101,9 +101,9 @@ def test_fingerprints_tell_a_change_at_any_place(tmp_path: Path) -> None:
 def test_names_the_missing_shards(tmp_path: Path) -> None:
     shards(tmp_path, b"a", b"b", b"c")
     (tmp_path / "model-1.safetensors").unlink()
-    for read in (fingerprint, load_tensors):
+    for read in (fingerprint, weight_files):
         with pytest.raises(
-            CheckpointError, match=r"no model-1\.safetensors; weights are read from safetensors"
+            CheckpointError, match=r"model\.safetensors\.index\.json: no model-1\.safetensors$"
         ):
             read(tmp_path)
 
@@ -115,14 +115,15 @@ def test_downloads_the_revision_that_is_named(tmp_path: Path, monkeypatch: pytes
         asked.append((name, revision))
         return str(tmp_path)
 
+    (tmp_path / "model.safetensors").touch()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve("owner/name@v1.2") == tmp_path
     assert resolve("owner/name") == tmp_path
-    assert asked == [("owner/name", "v1.2"), ("owner/name", None)]
+    assert asked == [("owner/name", "v1.2")] * 2 + [("owner/name", None)] * 2  # small files, then weights
     for wrong in ("name", "a/b/c", "./owner/name", "/owner/name", "~/owner/name"):
         with pytest.raises(
             CheckpointError, match="no such directory, and not a hub id of the form owner/name"
         ):
             resolve(wrong)
-    assert len(asked) == 2
+    assert len(asked) == 4
     assert resolve(str(TINY)) == TINY

@@ -70,7 +70,7 @@ def test_the_setting_wins_over_the_file(saved: Path) -> None:
             r"patch_size is \[16, 16\], expected a whole",
         ),
         ("config.json", {"vision_config__vision_use_head": False}, "vision_use_head is false"),
-        ("config.json", {"vision_config__hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ("config.json", {"vision_config__hidden_act": "relu"}, "hidden_act is 'relu'"),
         (
             "preprocessor_config.json",
             {"patch_size": 14},

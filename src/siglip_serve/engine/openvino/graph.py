@@ -133,7 +133,8 @@ def _heads(x: Node, heads: int, tokens: int) -> Node:
 
 
 def _mlp(x: Node, mlp: MLP) -> Node:
-    hidden = op.gelu(_linear(x, mlp.fc1.weight, mlp.fc1.bias), "tanh")
+    form = "erf" if mlp.activation == "gelu" else "tanh"
+    hidden = op.gelu(_linear(x, mlp.fc1.weight, mlp.fc1.bias), form)
     return _linear(hidden, mlp.fc2.weight, mlp.fc2.bias)
 
 
