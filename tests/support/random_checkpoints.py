@@ -84,7 +84,7 @@ def random_naflex(
 
 
 def save_naflex(model: PreTrainedModel, path: Path, most: int = 256) -> Path:
-    """Write weights, configuration and image processor of a model, or of one tower, with `save_pretrained`."""
+    """Write weights, configuration and image processor of a model or of one tower with `save_pretrained`."""
     model.save_pretrained(path)
     vision = getattr(model.config, "vision_config", model.config)
     patch = getattr(vision, "patch_size", 16)
