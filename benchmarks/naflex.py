@@ -108,7 +108,7 @@ def in_turns(ways: Mapping[str, Embed], count: int, batch: int) -> dict[str, tup
     """Wall and CPU seconds of each way for all pictures, in batches."""
     times = dict.fromkeys(ways, (0.0, 0.0))
     for way in ways.values():
-        way(slice(0, min(batch, 8)))
+        way(slice(0, min(batch, 4)))
     for first in range(0, count, batch):
         for name, way in ways.items():
             wall, cpu = time.perf_counter(), time.process_time()

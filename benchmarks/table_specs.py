@@ -159,8 +159,8 @@ _SPEED: Mapping[str, Table | Summary] = {
         ),
     ),
     "naflex": Table(
-        Source("naflex.csv", {"width": "base/16"}),
-        (Key("tower", "way", _NAFLEX_WAYS),),
+        Source("naflex.csv", {}),
+        (Key("width", "width"), Key("tower", "way", _NAFLEX_WAYS), Key("pictures", "pictures")),
         (
             Column("padding", Cell("{padding:.3f}", {})),
             Column("img/s", Cell("{images_per_second:.2f}", {})),
@@ -169,7 +169,7 @@ _SPEED: Mapping[str, Table | Summary] = {
     ),
     "naflex-fidelity": Table(
         Source("naflex.csv", {"way": "ours"}),
-        (Key("width", "width"),),
+        (Key("width", "width"), Key("pictures", "pictures")),
         (
             Column("to transformers", Cell("{difference_to_transformers:.1e}", {})),
             Column("to one by one", Cell("{difference_one_by_one:.1e}", {})),
