@@ -108,7 +108,9 @@ def test_clip_maps_equal_the_naive_store(clip: tuple[CLIPModel, ClipVisionTower]
         stored = torch.stack(store)  # [L, H, T, D]
         stored = (stored - stored.mean(-1, keepdim=True)) / scale * tower.post_layernorm.weight
         embedding = model.visual_projection(model.vision_model(pixels).pooler_output)
-        naive = stored @ tower.projection.weight.T @ vectors.T / embedding.norm()  # [L, H, T, P]
+        naive = (
+            stored @ tower.get_parameter("projection.weight").T @ vectors.T / embedding.norm()
+        )  # [L, H, T, P]
     found = ClipExplainer(tower).explain(tower, pixels, vectors)
     torch.testing.assert_close(found.maps[0].T, naive.sum((0, 1))[1:], rtol=0, atol=1e-6)
     by_head = clip_maps_by_head(tower, trace_tower(tower, pixels, len(store)), vectors)
@@ -180,7 +182,7 @@ def test_maps_are_linear_in_the_vectors(
 ) -> None:
     """So that a difference of prompts is explained by the difference of their vectors."""
     for tower, size in ((siglip[1], 50), (clip[1], 48)):
-        width = tower.config.hidden_size if isinstance(tower, VisionTower) else tower.projection.out_features
+        width = tower.config.embedding_size
         pixels, vectors = draw(size, width)
         made: SiglipExplainer | ClipExplainer
         made = SiglipExplainer(tower) if isinstance(tower, VisionTower) else ClipExplainer(tower)
