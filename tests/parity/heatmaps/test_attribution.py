@@ -62,6 +62,18 @@ def test_siglip_maps_sum_to_the_cosine(siglip: tuple[SiglipModel, VisionTower], 
     assert_complete(SiglipExplainer(tower, blocks).explain(tower, pixels, vectors), embedding, vectors)
 
 
+def test_maps_of_the_exact_gelu_sum_to_the_cosine(tmp_path: Path) -> None:
+    """open_clip computes some towers of SigLIP so."""
+    model = random_model({"image_size": 50, "patch_size": 16, "hidden_act": "gelu"})
+    tower = load_vision(save_checkpoint(model, tmp_path))
+    assert isinstance(tower, VisionTower)
+    tower.head.mlp.fc1.weight.normal_(std=0.3)  # the two forms of GELU differ most for values of 2 to 3
+    pixels, vectors = draw(50, tower.config.hidden_size)
+    with torch.inference_mode():
+        embedding = tower.head(tower(pixels))
+    assert_complete(SiglipExplainer(tower, 2).explain(tower, pixels, vectors), embedding, vectors)
+
+
 @pytest.mark.parametrize("blocks", [0, 2, 9])
 def test_bundled_maps_sum_to_the_cosine(blocks: int) -> None:
     tower = load_vision(TINY)
