@@ -85,7 +85,12 @@ def random_tower(geometry: str) -> AnyVisionTower:
     tower: AnyVisionTower
     if geometry in CLIP_GEOMETRIES:
         tower = ClipVisionTower(
-            ClipVisionConfig(**CLIP_GEOMETRIES[geometry], layer_norm_eps=1e-5, hidden_act="quick_gelu")
+            ClipVisionConfig(
+                **CLIP_GEOMETRIES[geometry],
+                layer_norm_eps=1e-5,
+                hidden_act="quick_gelu",
+                projected=True,
+            )
         )
     else:
         values = GEOMETRIES[geometry]

@@ -175,7 +175,7 @@ def clip_maps_by_head(tower: ClipVisionTower, trace: TowerTrace, vectors: Tensor
     Returns:
         [B, P, L, H, T].
     """
-    form = (vectors @ tower.projection.weight) * tower.post_layernorm.weight
+    form = (vectors @ tower.get_parameter("projection.weight")) * tower.post_layernorm.weight
     form = form - form.mean(-1, keepdim=True)  # [P, D], as the last LayerNorm takes off the mean
     last = trace.after[:, 0]  # [B, D]
     deviation = (last.var(-1, correction=0) + tower.post_layernorm.eps).sqrt()
@@ -227,7 +227,7 @@ def _mean_token_gradient(tower: ClipVisionTower, stream: Tensor, vectors: Tensor
     """Gradients of cosines of the mean token with vectors by the stream: [B, N, D] -> [B, P, N, D]"""
     token = stream.mean(1, keepdim=True)
     embedding = tower.projection(tower.post_layernorm(token))[:, 0]
-    by_normalised = _cosine_gradient(embedding, vectors) @ tower.projection.weight
+    by_normalised = _cosine_gradient(embedding, vectors) @ tower.get_parameter("projection.weight")
     by_token = _norm_gradient(tower.post_layernorm, token, by_normalised[:, :, None])
     return by_token.expand(-1, -1, stream.shape[1], -1) / stream.shape[1]
 

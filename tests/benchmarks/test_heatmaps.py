@@ -197,7 +197,7 @@ def test_every_method_draws_maps_of_a_clip_tower(setup: Setup, tmp_path: Path) -
 
     class Clip(Model):
         def __init__(self) -> None:
-            self.config, self.tower = replace(config, vision=vision), tower
+            self.config, self.tower = replace(config, _vision=vision), tower
 
         def embed(self, pictures: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> heatmaps.Rows:
             with torch.inference_mode():
@@ -226,7 +226,7 @@ def test_every_method_draws_maps_of_a_clip_tower(setup: Setup, tmp_path: Path) -
 def test_occlusion_hides_every_pixel(setup: Setup, image: int, patch: int, count: int, side: int) -> None:
     config = setup.model.config
     model = copy.copy(setup.model)
-    model.config = replace(config, vision=replace(config.vision, image_size=image, patch_size=patch))
+    model.config = replace(config, _vision=replace(config.vision, image_size=image, patch_size=patch))
     found = windows(model)
     assert len(found) == count
     assert (found.sum(axis=(1, 2)) == (side * patch) ** 2).all()

@@ -111,6 +111,7 @@ def corpus() -> list[str]:
 
 def train_sentencepiece(path: Path, byte_fallback: bool, **ids: int) -> None:
     """Write `spiece.model`."""
+    options: dict[str, Any] = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1} | ids
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus()),
         model_prefix=str(path / "spiece"),
@@ -118,7 +119,7 @@ def train_sentencepiece(path: Path, byte_fallback: bool, **ids: int) -> None:
         character_coverage=0.98,
         byte_fallback=byte_fallback,
         minloglevel=2,
-        **({"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1} | ids),
+        **options,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from siglip_serve.checkpoint.open_clip import open_clip_tokenizer
 from siglip_serve.engine.plan import Plan
 from siglip_serve.errors import CheckpointError, SettingsError
 from siglip_serve.images.resize import cut_offsets
-from siglip_serve.texts.tokenizer import find_tokenizer
+from siglip_serve.texts.tokenizer import find_tokenizer, load_tokenizer
 from siglip_serve.towers.clip import ClipTextTower, ClipVisionTower
 from siglip_serve.towers.load import load_text, load_vision
 
@@ -174,6 +175,12 @@ def test_refuses_other_ways_to_use_a_tokenizer(tmp_path: Path) -> None:
         CheckpointError, match=r"tokenizer_class is 'BertTokenizer', expected one of .*T5Tokenizer"
     ):
         find_tokenizer(config)
+
+
+def test_says_that_ftfy_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    with pytest.raises(CheckpointError, match="repairs texts with the package ftfy, which is not installed"):
+        load_tokenizer(load_config(write(tmp_path, CLIP)))
 
 
 def test_the_square_is_at_the_rounded_centre(tmp_path: Path) -> None:

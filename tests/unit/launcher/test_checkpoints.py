@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,7 +15,7 @@ from paths import JERSEY, TINY
 
 from siglip_serve.config import Backend, Dtype, Settings
 from siglip_serve.engine import calibration, plan
-from siglip_serve.errors import SettingsError
+from siglip_serve.errors import CheckpointError, SettingsError
 from siglip_serve.launcher.checkpoints import check_options, describe_checkpoints
 
 SETTINGS = Settings("a", dtype="float32")
@@ -151,3 +152,34 @@ def test_says_first_that_clip_does_not_run_in_int8(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "clip", "text_config": {}, "vision_config": {}}')
     with pytest.raises(SettingsError, match=r"^dtype int8: for SigLIP's towers only"):
         check_options(Settings(str(tmp_path), dtype="int8"), "cpu")
+
+
+TEXT_ALONE = {
+    "model_type": "siglip_text_model",
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "vocab_size": 99,
+}
+
+
+def test_describes_a_text_tower_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TEXT_ALONE))
+    checkpoint = describe_checkpoints(SETTINGS, {"a": tmp_path}, "cpu")["main"]
+    assert checkpoint.dims == {"EMBEDDING": [32], "INPUT_IDS": [64]}
+    assert checkpoint.parameters["dtype"] == "float32"
+
+
+def test_refuses_a_directory_without_weights_or_with_another_tokenizer(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, checkpoint=str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(TEXT_ALONE))
+    with pytest.raises(
+        CheckpointError, match=r"no weight file, expected one of model\.safetensors, pytorch_model"
+    ):
+        check_options(settings, "cpu")
+    (tmp_path / "model.safetensors").touch()
+    check_options(settings, "cpu")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    with pytest.raises(
+        CheckpointError, match="tokenizer_class is 'BertTokenizer', expected one of GemmaTokenizer"
+    ):
+        check_options(settings, "cpu")
