@@ -10,7 +10,7 @@ import torch
 from paths import TINY
 from wrong_server import MISTAKES, Model, wrong_server
 
-from validate.conformance.__main__ import main
+from validate.conformance import __main__ as command
 from validate.conformance.check import check_server
 from validate.conformance.dialects import Endpoint
 from validate.conformance.towers import Towers
@@ -74,23 +74,33 @@ def test_the_reference_is_that_of_parity(towers: Towers, tmp_path: Path) -> None
     assert torch.allclose(torch.from_numpy(found), torch.from_numpy(reference.embed_images(files)), atol=1e-5)
 
 
-def test_command(model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(
+    model: Model,
+    towers: Towers,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(command, "Towers", lambda *_: towers)
     table = tmp_path / "verdicts.csv"
     given = ["--api", "openai", "--checkpoint", str(TINY), "--device", "cpu", "--csv", str(table)]
     given += ["--only", "picture"]
     with wrong_server(model, "no exif") as url:
-        assert main([url, *given, "--label", "stub", "--json"]) == 1
+        assert command.main([url, *given, "--label", "stub", "--json"]) == 1
         found = json.loads(capsys.readouterr().out)
-        assert main([url, *given, "--label", "stub"]) == 1
+        assert command.main([url, *given, "--label", "stub"]) == 1
     assert [row["check"] for row in found if row["status"] == "fault"] == ["EXIF"]
     assert "fault   picture  EXIF            the EXIF orientation is ignored" in capsys.readouterr().out
     rows = table.read_text(encoding="utf-8").splitlines()
     assert len(rows) == len(found) + 1, "the second run replaces the first"
 
 
-def test_errors_name_the_cause(capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_name_the_cause(
+    towers: Towers, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "Towers", lambda *_: towers)
     given = ["--api", "weaviate", "--checkpoint", str(TINY), "--device", "cpu"]
-    assert main(["http://127.0.0.1:9", *given]) == 2
+    assert command.main(["http://127.0.0.1:9", *given]) == 2
     assert "http://127.0.0.1:9/vectorize: cannot be reached" in capsys.readouterr().err
-    assert main(["http://127.0.0.1:9", *given, "--header", "key"]) == 2
+    assert command.main(["http://127.0.0.1:9", *given, "--header", "key"]) == 2
     assert "--header: got 'key', expected NAME: VALUE" in capsys.readouterr().err

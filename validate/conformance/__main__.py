@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import datetime
 import json
+import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,7 +27,8 @@ from validate.errors import ValidationError
 __all__ = ["main"]
 
 _KINDS = ("text", "picture")
-_COLUMNS = ("server", "api", "checkpoint", "kind", "check", "status", "reference", "explained", "evidence")
+_OWN = ("date", "device", "server", "api", "checkpoint")
+_COLUMNS = (*_OWN, "kind", "check", "status", "reference", "explained", "evidence")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,24 +71,31 @@ def _print(found: Sequence[Verdict]) -> None:
 
 def _append(path: Path, found: Sequence[Verdict], options: argparse.Namespace) -> None:
     """Add the verdicts to a CSV file, in place of those of the same server, API and checkpoint."""
-    own = (options.label or options.url, options.api, Path(options.checkpoint).name)
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    about = (today, _processor(), options.label or options.url, options.api, Path(options.checkpoint).name)
+    own = dict(zip(_OWN, about, strict=True))
     kept: list[dict[str, str]] = []
     if path.is_file():
         with path.open(newline="", encoding="utf-8") as file:
             kept = list(csv.DictReader(file))
-    kept = [row for row in kept if (row["server"], row["api"], row["checkpoint"]) != own]
-    rows = [_row(verdict, own) for verdict in found]
+    kept = [row for row in kept if any(row[name] != own[name] for name in _OWN[2:])]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows([*kept, *rows])
+        writer.writerows([*kept, *({**own, **_row(verdict)} for verdict in found)])
 
 
-def _row(verdict: Verdict, own: tuple[str, str, str]) -> dict[str, str]:
+def _processor() -> str:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _row(verdict: Verdict) -> dict[str, str]:
     values = {name: getattr(verdict, name) for name in ("reference", "explained")}
     return {
-        **dict(zip(("server", "api", "checkpoint"), own, strict=True)),
         "kind": verdict.kind,
         "check": verdict.check,
         "status": verdict.status,
