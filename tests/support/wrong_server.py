@@ -33,6 +33,7 @@ MISTAKES: Mapping[str, tuple[tuple[str, ...], str, str]] = {
     "capitals": (_TEXTS, "case", "capitals are kept"),
     "punctuation": (_TEXTS, "punctuation", "punctuation is kept"),
     "special tokens": (_TEXTS, "special tokens", "read as text"),
+    "20 tokens": (_TEXTS, "length limit", "cut to 20 tokens"),
     "no end": (_TEXTS, "end token", "loses its end token"),
     "prompt": (_TEXTS, "prompt", "a photo of a {}."),
     "mean": (_TEXTS, "pooling", "mean of all tokens"),
@@ -81,6 +82,9 @@ class Model:
         if mistake == "prompt":
             texts = [f"a photo of a {text}." for text in texts]
         found = tokenizer(texts, return_tensors="pt", max_length=self._length, **options)
+        if mistake == "20 tokens":
+            found = tokenizer(texts, truncation=True, max_length=20)
+            found = tokenizer.pad(found, padding="max_length", max_length=self._length, return_tensors="pt")
         ids = found["input_ids"]
         mask = (torch.cumsum(ids.flip(1) != 1, 1).flip(1) > 0).long()
         mask = torch.cat([torch.ones(len(ids), 1, dtype=torch.long), mask[:, :-1]], 1)  # with the end token

@@ -47,6 +47,7 @@ class TextRecipe:
         punctuation: it is removed where the checkpoint wants it.
         specials: special tokens written in a text are such tokens.
         template: the text is put into a prompt.
+        limit: tokens that a text is cut to, 0 for the length of the tower.
         end: a text that is cut keeps its end token.
         padding: `full` is to the length of the tower, `longest` to the longest text of a request, `left`
             before the text, and `zeros` with token 0.
@@ -58,6 +59,7 @@ class TextRecipe:
     punctuation: Literal["own", "kept"] = "own"
     specials: Literal["tokens", "text"] = "tokens"
     template: Literal["", "a photo of a {}.", "This is a photo of {}."] = ""
+    limit: int = 0
     end: Literal["kept", "cut"] = "kept"
     padding: Literal["full", "longest", "left", "zeros"] = "full"
     masked: bool = False
@@ -109,6 +111,9 @@ TEXT_FAULTS = (
     Fault("case", "lower", False, "capitals are kept"),
     Fault("punctuation", "punctuation", "kept", "punctuation is kept"),
     Fault("special tokens", "specials", "text", "special tokens are read as text"),
+    Fault("length limit", "limit", 16, "texts are cut to 16 tokens"),
+    Fault("length limit", "limit", 20, "texts are cut to 20 tokens"),
+    Fault("length limit", "limit", 32, "texts are cut to 32 tokens"),
     Fault("end token", "end", "cut", "a text that is cut loses its end token"),
     Fault("prompt", "template", "a photo of a {}.", "texts are put into 'a photo of a {}.'"),
     Fault("prompt", "template", "This is a photo of {}.", "texts are put into 'This is a photo of {}.'"),

@@ -116,12 +116,11 @@ class Towers(Reference):
         options = {"split_special_tokens": True} if recipe.specials == "text" else {}
         with _changed(self._tokenizer, recipe):
             given = self._lower(text) if recipe.lower else text
+            limit = min(recipe.limit or self._context, self._context)
             whole: list[int] = self._tokenizer(given, **options)["input_ids"]
-            if recipe.end == "cut" or len(whole) <= self._context:
-                return whole[: self._context]
-            cut: list[int] = self._tokenizer(given, truncation=True, max_length=self._context, **options)[
-                "input_ids"
-            ]
+            if recipe.end == "cut" or len(whole) <= limit:
+                return whole[:limit]
+            cut: list[int] = self._tokenizer(given, truncation=True, max_length=limit, **options)["input_ids"]
             return cut
 
     def _padded(self, recipe: TextRecipe, ids: list[int], length: int) -> tuple[tuple[int, ...], int]:

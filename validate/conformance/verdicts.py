@@ -65,10 +65,9 @@ def _judged(kind: str, check: str, found: Diagnosis, faults: Sequence[Fault], to
     planted = [fault for fault in found.faults if fault.check == check]
     if planted:
         fault = planted[0]
-        concerned = found.alternatives[fault] < tolerance
-        concerned = (
-            concerned & (found.reference < tolerance) if concerned.any() else found.reference < tolerance
-        )
+        wrong = found.reference < tolerance
+        concerned = wrong & (found.alternatives[fault] < tolerance) & (found.explained >= tolerance)
+        concerned = concerned if concerned.any() else wrong
         names = _names(found.names, concerned)
         before, after = found.reference[concerned].min(), found.explained[concerned].min()
         evidence = f"{fault.told}: cosine {after:.4f}, to the reference {before:.4f} ({names})"
