@@ -1,6 +1,7 @@
 """Writes a checkpoint with random weights at a published geometry: for speed, which does not depend on them.
 
-The text tower is small, its tokenizer that of the bundled checkpoint, and the vision tower of full size.
+The vision tower is of full size, and the tokenizer is that of the bundled checkpoint. The text tower is small
+unless `--full-text` asks for the published one, with the bundled vocabulary.
 """
 
 from __future__ import annotations
@@ -18,6 +19,12 @@ from benchmarks.inputs import GEOMETRIES
 _BUNDLED = Path(__file__).parents[1] / "checkpoints" / "siglip-tiny"
 _TOKENIZER = ("spiece.model", "tokenizer_config.json", "special_tokens_map.json")
 _BICUBIC = 3
+_SMALL_TEXT = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 def main() -> None:
@@ -25,15 +32,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path, help="directory to write")
     parser.add_argument("--geometry", choices=GEOMETRIES, default="base/16@224", help="default %(default)s")
+    parser.add_argument("--full-text", action="store_true", help="text tower as wide as the vision tower")
     options = parser.parse_args()
     bundled = json.loads((_BUNDLED / "config.json").read_text(encoding="utf-8"))
     vision = GEOMETRIES[options.geometry]
     config = SiglipConfig(vision_config=vision)
     text = {
-        "hidden_size": 256,
-        "intermediate_size": 512,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
+        **{name: vision[name] if options.full_text else small for name, small in _SMALL_TEXT.items()},
         "vocab_size": bundled["text_config"]["vocab_size"],
         "projection_size": config.vision_config.hidden_size,
         "bos_token_id": None,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from benchmarks.peer_tables import PEERS
 from benchmarks.table_parts import Cell, Column, Key, Source, Summary, Table
 from benchmarks.vector_tables import VECTORS
 
@@ -467,7 +468,7 @@ _TEAMS: Mapping[str, Table | Summary] = {
     ),
 }
 
-TABLES: Mapping[str, Table | Summary] = {**_SPEED, **_CLIENTS, **_QUALITY, **VECTORS, **_TEAMS}
+TABLES: Mapping[str, Table | Summary] = {**_SPEED, **_CLIENTS, **_QUALITY, **VECTORS, **PEERS, **_TEAMS}
 
 FIGURES: Mapping[str, tuple[Source, Cell]] = {
     "peer-gpu": (
