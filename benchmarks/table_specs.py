@@ -453,6 +453,33 @@ _TEAMS: Mapping[str, Table | Summary] = {
             _measure("fits that report `LOW_SEPARATION`", "doubted"),
         ),
     ),
+    "football": Table(
+        Source("football.csv", {"matches": ("all", "second half")}),
+        (
+            Key(
+                "fit on",
+                "way",
+                {
+                    "3 frames": "three frames",
+                    "1 frame": "one frame",
+                    "one team": "one team of three frames",
+                    "one team and others": "one team, keepers, referees",
+                },
+            ),
+            Key("matches", "matches"),
+        ),
+        (
+            Column("players right", Cell("{fit:.3f}", {})),
+            Column("held out", Cell("{held_out:.3f}", {})),
+            Column("worst match", Cell("{held_out_worst:.3f}", {})),
+            Column("AUROC", Cell("{auroc:.3f}", {})),
+            Column("recall", Cell("{recall:.2f}", {})),
+            Column("precision", Cell("{precision:.2f}", {})),
+            Column("recall, held out", Cell("{recall_later:.2f}", {})),
+            Column("precision, held out", Cell("{precision_later:.2f}", {})),
+            Column("`LOW_SEPARATION`", Cell("{doubted:.2f}", {})),
+        ),
+    ),
     "teams-latency": Table(
         Source("teams_latency.csv", {}),
         (
@@ -478,6 +505,10 @@ FIGURES: Mapping[str, tuple[Source, Cell]] = {
     "peer-cpu": (
         Source("peers.csv", {"device": _EPYC, "concurrency": "8", "side": "ours"}),
         Cell("{ratio:.1f}", {}),
+    ),
+    "football-held-out": (
+        Source("football.csv", {"way": "3 frames", "matches": "all"}),
+        Cell("{held_out:.3f}", {}),
     ),
     "teams-hardest": (
         Source("teams.csv", {"way": "ours", "checkpoint": _JERSEY, "tier": "T5"}),

@@ -179,7 +179,7 @@ def _stamp(context: Context) -> Mapping[str, str]:
     """Name all that the embeddings depend on. Pooling and colour order are fixed here, but not elsewhere."""
     settings, path = context.settings, context.config.path
     return {
-        "version": "1",
+        "version": "2",
         "encoder": f"{settings.checkpoint_name or path.name}:{fingerprint(path)}",
         "pooling": "mean",
         "region": str(parse_region(settings.jersey_region)),

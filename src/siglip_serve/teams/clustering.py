@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from siglip_serve.config import TeamReducer
 from siglip_serve.embeddings.unit import l2_normalize
 from siglip_serve.errors import InvalidInputError, SettingsError
+from siglip_serve.teams.spread import Spread
 from siglip_serve.teams.state import TeamState
-from siglip_serve.teams.trimmed_kmeans import trimmed_kmeans
+from siglip_serve.teams.trimmed_kmeans import Clusters, trimmed_kmeans
 
 __all__ = ["MOST_TEAMS", "Fit", "Hints", "Teams", "fit", "predict", "warm_up"]
 
@@ -43,8 +44,10 @@ _STRAYS, _FEW_STRAYS = 0.25, 0.1
 # Unit vectors of one picture differ by the rounding of 16-bit arithmetic: 2e-3.
 _SAME = 0.005
 # Clusters count as separate if of this many single Gaussians of the same spread, cut in two, at most one in
-# twenty looks more so.
+# twenty looks more so. More samples than people on a pitch show players again, who are no Gaussian:
+# their light and poses look up to 1.17 times as separate on real matches, and two teams from 1.69 on.
 _DRAWS, _MOST_DRAWN = 40, 200
+_PEOPLE, _CLEARLY = 25, 1.2
 _SEED = 0
 
 
@@ -74,7 +77,8 @@ class Teams:
     Attributes:
         labels: int32 [N], the team, -1 where there is none to say.
         margin: float32 [N], 0 half-way between two teams to 1 at a team's centre.
-        outlier_score: float32 [N], distance from the team's centre, where 1 is the median at the fit.
+        outlier_score: float32 [N], distance from the team's centre in units of the spread within the teams,
+            where 1 is the team's median at the fit.
         coordinates: float32 [N, 2]: along the line between the teams, and across.
     """
 
@@ -137,21 +141,26 @@ def _fit(embeddings: Rows, hints: Hints, stamp: Mapping[str, str], reducer: Team
     clusters, kept = found.labels, found.kept
     centroids = np.stack([inner[kept & (clusters == number)].mean(axis=0) for number in range(hints.teams)])
     view = _view(inner, centroids, components)
-    of_crop = _of_crops(
-        _project(_without(crops.unit - origin, nuisances), components), centroids, clusters, crops
-    )
+    places, rest = _split(_without(crops.unit - origin, nuisances), components)
+    own = clusters[crops.track]
+    # Without components the spread is looked for in those that there would be.
+    basis = np.eye(len(components), dtype=np.float32) if len(components) else _principal(samples)
+    spread = _spread(places - centroids[own], rest, own, basis, trimmed)
+    of_crop = _of_crops(spread.distances(places, centroids), clusters, crops)
     names, conflict = _names(of_crop, centroids @ view[0], embeddings, crops, hints)
     centroids = centroids[np.argsort(names)]
-    state = TeamState(stamp, origin, nuisances, components, centroids, np.ones(hints.teams, np.float32), view)
+    scales = np.ones(hints.teams, np.float32)
+    state = TeamState(
+        stamp, origin, nuisances, components, centroids, spread.axes, spread.sizes, scales, view
+    )
     labels = names[of_crop]
     state = replace(state, scales=_scales(state, crops.unit, labels))
     said = predict(state, embeddings)
     of_all = np.full(len(embeddings), -1, dtype=np.int32)
     of_all[crops.rows] = labels
-    seen_apart = _separation(inner[kept], clusters[kept])
     notes = {
         "LOW_SUPPORT": len(crops.rows) < _SUPPORT,
-        "LOW_SEPARATION": seen_apart < _separation_by_chance(samples[kept], hints.teams, trimmed),
+        "LOW_SEPARATION": not _are_apart(inner, samples, found, trimmed),
         "ANCHOR_CONFLICT": conflict,
     }
     status = tuple(name for name, holds in notes.items() if holds)
@@ -175,13 +184,14 @@ def predict(state: TeamState, embeddings: Rows) -> Teams:
     teams = _unassigned(len(embeddings))
     rows = np.flatnonzero(_usable(embeddings))
     inner, rest = _place(state, _unit(embeddings[rows]))
-    distance = _distances(inner, state.centroids)  # [n, k]
+    spread = Spread(state.axes, state.spreads)
+    distance = spread.distances(inner, state.centroids)  # [n, k]
     order = np.argsort(distance, axis=1, kind="stable")
     nearest = np.take_along_axis(distance, order[:, :2], axis=1)  # [n, 2]
     teams.labels[rows] = order[:, 0]
     total = nearest.sum(axis=1)
     teams.margin[rows] = (nearest[:, -1] - nearest[:, 0]) / np.where(total == 0, 1, total)
-    teams.outlier_score[rows] = np.hypot(nearest[:, 0], rest) / state.scales[order[:, 0]]
+    teams.outlier_score[rows] = np.hypot(nearest[:, 0], spread.outside(rest)) / state.scales[order[:, 0]]
     teams.coordinates[rows] = inner @ state.view.T
     return teams
 
@@ -289,8 +299,12 @@ def _project(rows: Rows, components: Rows) -> Rows:
 
 def _place(state: TeamState, unit: Rows) -> tuple[Rows, Rows]:
     """Coordinates [n, p] of rows among the centroids, and how far [n] the rows lie outside of these."""
-    rows = _without(unit - state.origin, state.nuisances)
-    inner = _project(rows, state.components)
+    return _split(_without(unit - state.origin, state.nuisances), state.components)
+
+
+def _split(rows: Rows, components: Rows) -> tuple[Rows, Rows]:
+    """Rows [n, D] along the components [n, p], and their lengths [n] outside of these."""
+    inner = _project(rows, components)
     rest = (rows**2).sum(axis=1) - (inner**2).sum(axis=1)
     return inner, np.sqrt(np.maximum(rest, 0))
 
@@ -324,22 +338,39 @@ def _seeds(seen: Rows, crops: _Crops, teams: int) -> Rows | None:
     return np.stack([seen[crops.track[crops.anchors == team]].mean(axis=0) for team in range(teams)])
 
 
-def _of_crops(inner: Rows, centroids: Rows, clusters: NDArray[np.int64], crops: _Crops) -> NDArray[np.int64]:
+def _spread(inner: Rows, rest: Rows, cluster: NDArray[np.int64], basis: Rows, trimmed: float) -> Spread:
+    """How crops lie around the means of their clusters. In each cluster the farthest do not count.
+
+    Args:
+        inner, rest: [n, p] and [n], the crops' places from the centroids of their clusters.
+        cluster: [n], each crop's.
+        basis: [q, p], directions in which the spread is looked for.
+        trimmed: share that does not count.
+    """
+    far = np.hypot(np.linalg.norm(inner, axis=1), rest)
+    kept = np.zeros(len(far), dtype=np.bool_)
+    for number in np.unique(cluster):
+        members = cluster == number
+        kept |= members & (far <= np.quantile(far[members], 1 - trimmed))
+    return Spread.of(inner[kept], rest[kept], basis)
+
+
+def _of_crops(distances: Rows, clusters: NDArray[np.int64], crops: _Crops) -> NDArray[np.int64]:
     """The cluster [n] of each crop's track: that of most of its crops, or of its mean in a tie.
 
     It is what the means are throughout if a cluster would be left without a track.
 
     Args:
-        inner: [n, p], the crops' places.
-        centroids: [k, p].
+        distances: [n, k], of the crops from the centroids.
         clusters: [tracks], of the means.
         crops: whose tracks these are.
     """
-    votes = np.zeros((len(clusters), len(centroids)))
-    np.add.at(votes, (crops.track, _distances(inner, centroids).argmin(axis=1)), 1)
+    teams = distances.shape[1]
+    votes = np.zeros((len(clusters), teams))
+    np.add.at(votes, (crops.track, distances.argmin(axis=1)), 1)
     votes[np.arange(len(clusters)), clusters] += 0.5
     voted = votes.argmax(axis=1)
-    if len(np.unique(voted)) < len(centroids):
+    if len(np.unique(voted)) < teams:
         voted = clusters
     return np.asarray(voted[crops.track])
 
@@ -387,9 +418,19 @@ def _names(
 def _scales(state: TeamState, unit: Rows, labels: Ids) -> Rows:
     """The median distance [k] of each team's crops from its centroid."""
     inner, rest = _place(state, unit)
-    distance = np.hypot(np.linalg.norm(inner - state.centroids[labels], axis=1), rest)
+    spread = Spread(state.axes, state.spreads)
+    own = spread.distances(inner, state.centroids)[np.arange(len(labels)), labels]
+    distance = np.hypot(own, spread.outside(rest))
     medians = [np.median(distance[labels == team]) for team in range(len(state.centroids))]
     return np.maximum(np.array(medians, dtype=np.float32), 1e-6)
+
+
+def _are_apart(inner: Rows, samples: Rows, found: Clusters, trimmed: float) -> bool:
+    """True if the clusters are farther apart than those that a single one would be cut into."""
+    kept, teams = found.kept, int(found.labels.max()) + 1
+    factor = _CLEARLY if len(samples) > _PEOPLE else 1
+    by_chance = _separation_by_chance(samples[kept], teams, trimmed)
+    return _separation(inner[kept], found.labels[kept]) >= factor * by_chance
 
 
 def _separation_by_chance(samples: Rows, teams: int, trimmed: float) -> float:

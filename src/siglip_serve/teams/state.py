@@ -58,7 +58,9 @@ class TeamState:
         nuisances: [m, D] orthonormal directions that are removed; m may be 0.
         components: [p, D] orthonormal directions in which teams are told apart; p of 0 stands for all of D.
         centroids: [k, p] (or [k, D]), one per team.
-        scales: [k], median distance of a team's rows from its centroid.
+        axes: [q, p] (or [q, D]) orthonormal directions in which the spread within the teams is known.
+        spreads: [q + 1], standard deviation along each axis within the teams, and of all that lies outside.
+        scales: [k], median distance of a team's rows from its centroid, in units of these spreads.
         view: [2, p] (or [2, D]), directions to plot.
     """
 
@@ -67,6 +69,8 @@ class TeamState:
     nuisances: Array
     components: Array
     centroids: Array
+    axes: Array
+    spreads: Array
     scales: Array
     view: Array
 
@@ -117,7 +121,16 @@ _HEADER = re.compile(
 )
 _TYPES = {"stamp": b"|u1"}
 _MEMBERS = tuple(field.name for field in fields(TeamState))
-_RANKS = {"origin": 1, "nuisances": 2, "components": 2, "centroids": 2, "scales": 1, "view": 2}
+_RANKS = {
+    "origin": 1,
+    "nuisances": 2,
+    "components": 2,
+    "centroids": 2,
+    "axes": 2,
+    "spreads": 1,
+    "scales": 1,
+    "view": 2,
+}
 
 
 def _read_members(data: bytes) -> dict[str, NDArray[Any]]:
@@ -172,6 +185,8 @@ def _check_shapes(state: TeamState) -> None:
         "nuisances": (len(state.nuisances), width),
         "components": (len(state.components), width),
         "centroids": (teams, inner),
+        "axes": (len(state.axes), inner),
+        "spreads": (len(state.axes) + 1,),
         "view": (2, inner),
     }
     for name, shape in shapes.items():
@@ -180,10 +195,13 @@ def _check_shapes(state: TeamState) -> None:
             raise StateError(f"{name} has the shape {list(got)}, expected {list(shape)}")
     if not teams or (state.scales <= 0).any():
         raise StateError(f"{teams} teams, or a scale that is not positive")
-    small = np.flatnonzero(state.scales < _SMALLEST_SCALE)
-    if len(small):
-        got = state.scales[small[0]]
-        raise StateError(f"scales[{small[0]}] is {got:g}, expected at least {_SMALLEST_SCALE:g}")
+    for name in ("spreads", "scales"):
+        values = getattr(state, name)
+        small = np.flatnonzero(values < _SMALLEST_SCALE)
+        if len(small):
+            raise StateError(
+                f"{name}[{small[0]}] is {values[small[0]]:g}, expected at least {_SMALLEST_SCALE:g}"
+            )
 
 
 def _check_size(name: str, array: Array) -> None:

@@ -20,7 +20,7 @@ from tests.chaos.messages import Infer, Tensor, of_array, of_rows
 
 __all__ = ["changed_state", "fits", "states"]
 
-_MEMBERS = ("stamp", "origin", "nuisances", "components", "centroids", "scales", "view")
+_MEMBERS = ("stamp", "origin", "nuisances", "components", "centroids", "axes", "spreads", "scales", "view")
 _NUMBERS = (
     0.0,
     -1.0,

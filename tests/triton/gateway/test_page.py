@@ -285,7 +285,7 @@ def test_the_sample_match_has_two_teams_and_outliers(page: Page, triton: Client)
     match = FOLDER / "samples" / "match.jpg"
     boxes = json.loads(match.with_suffix(".json").read_text(encoding="utf-8"))
     expected = triton.fit_teams(frame=match, boxes=boxes)
-    outliers = expected.outlier_score > 3
+    outliers = expected.outlier_score > 2
     counts = [int(((expected.labels == team) & ~outliers).sum()) for team in (0, 1)]
     assert groups(page) == {"Team 1": counts[0], "Team 2": counts[1], "Outliers": int(outliers.sum())}
     assert 0 < outliers.sum() < 8

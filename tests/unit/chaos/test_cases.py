@@ -30,9 +30,11 @@ def state() -> bytes:
         name: rng.normal(size=shape).astype(np.float32)
         for name, shape in {"origin": (128,), "nuisances": (2, 128), "components": (8, 128)}.items()
     }
-    inner = {"centroids": (2, 8), "view": (2, 8)}
+    inner = {"centroids": (2, 8), "axes": (8, 8), "view": (2, 8)}
     arrays |= {name: rng.normal(size=shape).astype(np.float32) for name, shape in inner.items()}
-    return TeamState({"encoder": "x"}, scales=np.ones(2, np.float32), **arrays).to_bytes()
+    return TeamState(
+        {"encoder": "x"}, spreads=np.ones(9, np.float32), scales=np.ones(2, np.float32), **arrays
+    ).to_bytes()
 
 
 @functools.cache

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 from siglip_serve_client import Teams
 from siglip_serve_client.commands.teams.contact_sheet import contact_sheet
-from siglip_serve_client.commands.teams.labelled import Labelled, team_name
+from siglip_serve_client.commands.teams.files import short_names
+from siglip_serve_client.commands.teams.labelled import OUTLIERS, Labelled, team_name
 from siglip_serve_client.commands.teams.labelled_frame import labelled_frame
 from siglip_serve_client.commands.teams.scatter_plot import _Scale, scatter_plot
 
@@ -43,7 +46,17 @@ def grass(width: int = 640, height: int = 360) -> Image.Image:
 
 
 def test_team_names() -> None:
-    assert [team_name(number) for number in (-1, 0, 1)] == ["unassigned", "team 0", "team 1"]
+    names = [team_name(number) for number in (-1, 0, 1, OUTLIERS)]
+    assert names == ["unassigned", "team 0", "team 1", "outliers"]
+
+
+def test_outliers_are_a_group_of_their_own() -> None:
+    players = labelled([0, 1, 0, -1, 1], (2, 3, 4))
+    players.teams.outlier_score[4] = 5
+    assert players.numbers == [0, 1, OUTLIERS, -1]
+    # The least like any team first. A player without a team is no outlier of one.
+    groups = {number: players.of(number).tolist() for number in players.numbers}
+    assert groups == {0: [0], 1: [1], OUTLIERS: [4, 2], -1: [3]}
 
 
 def test_boxes_have_their_teams_colour() -> None:
@@ -63,6 +76,8 @@ def test_outliers_have_a_dark_edge() -> None:
     plain, marked = (labelled_frame(grass(), box, labelled([0], outliers)) for outliers in ((), (0,)))
     assert plain.getpixel((299, 180)) == (255, 255, 255)
     assert marked.getpixel((299, 180)) == INK
+    assert plain.getpixel((300, 180)) == BLUE
+    assert marked.getpixel((300, 180)) == (255, 255, 255)
 
 
 def test_players_in_front_are_drawn_over_the_others() -> None:
@@ -107,11 +122,50 @@ def test_a_sheet_shows_the_crops_by_team() -> None:
     pixels = np.asarray(sheet).reshape(-1, sheet.width, 3)
 
     def first_row(color: tuple[int, int, int]) -> int:
-        return int(np.flatnonzero((pixels == color).all(axis=-1).any(axis=1))[0])
+        # Edges of letters have all shades of grey, in a few pixels of a row.
+        return int(np.flatnonzero((pixels == color).all(axis=-1).sum(axis=1) > 10)[0])
 
     order = [first_row(color) for color in (BLUE, (10, 0, 0), ORANGE, (20, 0, 0), GREY, (40, 0, 0))]
     assert order == sorted(order)
     assert first_row((0, 0, 0)) == first_row((20, 0, 0)) == first_row((50, 0, 0))
+
+
+def test_a_sheet_shows_outliers_below_the_teams() -> None:
+    crops = [Image.new("RGB", (20, 40), (10 * row, 0, 0)) for row in range(4)]
+    pixels = np.asarray(contact_sheet(crops, labelled([0, 0, 1, 1], (0, 3)), ""))
+    below = [int(np.argwhere((pixels == (10 * row, 0, 0)).all(axis=-1))[0][0]) for row in range(4)]
+    assert below[0] == below[3] > below[2] > below[1]
+    # In a frame of the nearest team's colour, and under a heading of their own.
+    assert (pixels[below[0] - 20 :] == BLUE).all(axis=-1).any()
+    assert (pixels[below[0] - 20 :] == ORANGE).all(axis=-1).any()
+    assert (pixels[below[2] + 60 : below[0]] == INK).all(axis=-1).sum() > 10_000
+
+
+def test_a_sheet_identifies_each_crop(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[str] = []
+    drawn = ImageDraw.ImageDraw.text
+
+    def text(self: ImageDraw.ImageDraw, place: Any, text: str, *given: Any, **named: Any) -> None:
+        texts.append(text)
+        drawn(self, place, text, *given, **named)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    players = labelled([0] * 2 + [1] * 9, (1,))
+    names = [f"a_very_long_name_of_a_clip_frame{row:04}" for row in range(11)]
+    contact_sheet([grass(20, 40)] * 11, replace(players, names=names, tracks=["7", *[""] * 10]), "")
+    assert texts.count("#0 t7") == texts.count("#1") == texts.count("#10") == 1
+    shown = next(text for text in texts if text.endswith("0010"))
+    assert shown.startswith("..")
+    assert "frame0010" in shown
+    assert texts.count("3.0") == 1  # the outlier's score, not its margin
+    assert texts[-1] == "3.0"
+
+
+def test_names_of_crops_leave_out_what_all_share() -> None:
+    assert short_names(["a/b/1.png", "a/b/2.x.jpg"]) == ["1", "2.x"]
+    assert short_names(["a/b/1.png", "a/c/1.png", "/a/1.png"]) == ["a/b/1", "a/c/1", "/a/1"]
+    assert short_names(["a/b/1.png", "a/1.png"]) == ["b/1", "1"]
+    assert short_names([]) == []
 
 
 def test_a_sheet_of_very_many_crops_shows_some() -> None:

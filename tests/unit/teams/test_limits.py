@@ -30,6 +30,8 @@ def state(width: int = 16, nuisances: int = 3) -> TeamState:
         np.zeros((nuisances, width), np.float32),
         np.zeros((4, width), np.float32),
         ones,
+        np.eye(3, 4, dtype=np.float32),
+        np.ones(4, np.float32),
         np.ones(2, np.float32),
         ones,
     )
@@ -89,6 +91,9 @@ def test_refuses_a_stamp_with_a_further_entry() -> None:
         ({"components": np.zeros((4, 15), np.float32)}, r"components has the shape \[4, 15\], expected"),
         ({"centroids": np.zeros((3, 4), np.float32)}, r"centroids has the shape \[3, 4\], expected \[2, 4\]"),
         ({"view": np.zeros((3, 4), np.float32)}, r"view has the shape \[3, 4\], expected \[2, 4\]"),
+        ({"axes": np.zeros((3, 5), np.float32)}, r"axes has the shape \[3, 5\], expected \[3, 4\]"),
+        ({"spreads": np.ones(3, np.float32)}, r"spreads has the shape \[3\], expected \[4\]"),
+        ({"spreads": one_of(4, at=2, value=1) + 1e-8}, r"spreads\[0\] is 1e-08, expected at least 1e-07"),
         ({"scales": np.array([1, 0], np.float32)}, "2 teams, or a scale that is not positive"),
         ({"scales": np.array([1, -1], np.float32)}, "2 teams, or a scale that is not positive"),
         ({"origin": np.full(16, np.inf, np.float32)}, "origin has .* numbers that are not finite"),
@@ -107,8 +112,10 @@ def test_predicts_finite_values_with_the_largest_state() -> None:
     largest = {
         name: np.full_like(getattr(state(1024), name), 100) for name in ("origin", "nuisances", "view")
     }
-    largest |= {name: np.full_like(getattr(state(1024), name), -100) for name in ("components", "centroids")}
-    data = replace(state(1024), **largest, scales=np.full(2, 1e-7, np.float32)).to_bytes()
+    hundreds = ("components", "centroids", "axes")
+    largest |= {name: np.full_like(getattr(state(1024), name), -100) for name in hundreds}
+    small = {name: np.full_like(getattr(state(), name), 1e-7) for name in ("spreads", "scales")}
+    data = replace(state(1024), **largest, **small).to_bytes()
     teams = predict(TeamState.from_bytes(data, STAMP), np.eye(3, 1024, dtype=np.float32))
     for array in (teams.margin, teams.outlier_score, teams.coordinates):
         assert np.isfinite(array).all()

@@ -26,7 +26,9 @@ def state() -> TeamState:
         return rng.normal(size=shape).astype(np.float32)
 
     scales = np.ones(2, dtype=np.float32)
-    return TeamState(STAMP, rows(16), rows(3, 16), rows(4, 16), rows(2, 4), scales, rows(2, 4))
+    scales, spreads = np.ones(2, dtype=np.float32), np.ones(4, dtype=np.float32)
+    directions = (rows(16), rows(3, 16), rows(4, 16), rows(2, 4), rows(3, 4))
+    return TeamState(STAMP, *directions, spreads, scales, view=rows(2, 4))
 
 
 def with_member(name: str, content: bytes, compression: int = zipfile.ZIP_STORED) -> bytes:
@@ -117,7 +119,7 @@ MESSAGES = {
 def test_a_state_comes_back_as_it_was() -> None:
     again = TeamState.from_bytes(state().to_bytes(), STAMP)
     assert again.stamp == STAMP
-    for name in ("origin", "nuisances", "components", "centroids", "scales", "view"):
+    for name in ("origin", "nuisances", "components", "centroids", "axes", "spreads", "scales", "view"):
         assert np.array_equal(getattr(again, name), getattr(state(), name))
     assert again.to_bytes() == PLAIN
 
@@ -126,7 +128,8 @@ def test_empty_directions_come_back_too() -> None:
     whole = replace(
         state(), nuisances=np.zeros((0, 16), np.float32), components=np.zeros((0, 16), np.float32)
     )
-    whole = replace(whole, centroids=np.zeros((2, 16), np.float32), view=np.zeros((2, 16), np.float32))
+    wide = np.zeros((2, 16), np.float32)
+    whole = replace(whole, centroids=wide, axes=wide, spreads=np.ones(3, np.float32), view=wide)
     assert TeamState.from_bytes(whole.to_bytes(), STAMP).components.shape == (0, 16)
 
 

@@ -24,11 +24,12 @@ from siglip_serve_client.commands.teams.files import (
     MisuseError,
     crop_paths,
     read_boxes,
+    short_names,
     track_numbers,
     track_of,
     write_labels,
 )
-from siglip_serve_client.commands.teams.labelled import OUTLIER, Labelled, team_name
+from siglip_serve_client.commands.teams.labelled import OUTLIER, OUTLIERS, Labelled, team_name
 from siglip_serve_client.commands.teams.labelled_frame import labelled_frame
 from siglip_serve_client.commands.teams.scatter_plot import scatter_plot
 from siglip_serve_client.errors import InvalidInputError
@@ -275,8 +276,9 @@ def _report(options: argparse.Namespace, players: _Players, said: Teams) -> int:
 
 def _summarise(players: _Players, said: Teams) -> None:
     print(f"{'':12} {'crops':>6} {'tracks':>7} {'mean margin':>12}")
-    for number in sorted(set(said.labels.tolist()), key=lambda number: (number < 0, number)):
-        rows = np.flatnonzero(said.labels == number)
+    labelled = Labelled(said, players.names)
+    for number in labelled.numbers:
+        rows = labelled.of(number)
         tracks = {players.tracks[row] for row in rows} - {""}
         margin = "" if number < 0 else f"{said.margin[rows].mean():.2f}"
         print(f"{team_name(number):12} {len(rows):6} {len(tracks) or '':>7} {margin:>12}")
@@ -284,11 +286,10 @@ def _summarise(players: _Players, said: Teams) -> None:
     for number, count in zip(*np.unique(assigned, return_counts=True), strict=True):
         if isinstance(said, TeamFit) and count < _SMALL_PART * len(assigned):
             print(f"{team_name(number)} is small: keepers or a referee? Leave them out, or try a larger --k")
-    outliers = np.flatnonzero(said.outlier_score > OUTLIER)
+    outliers = labelled.of(OUTLIERS)
     if len(outliers):
-        worst = outliers[np.argsort(-said.outlier_score[outliers])][:3]
-        named = ", ".join(players.names[row] for row in worst)
-        print(f"{'outliers':12} {len(outliers):6}  score above {OUTLIER:g}, for example {named}")
+        named = ", ".join(players.names[row] for row in outliers[:3])
+        print(f"outliers have a score above {OUTLIER:g}: keepers and referees? For example {named}")
     if said.region_fallback.any():
         print(f"{'tiny':12} {said.region_fallback.sum():6}  without a jersey region; the whole crop was used")
     if isinstance(said, TeamFit):
@@ -303,9 +304,9 @@ def _draw(options: argparse.Namespace, players: _Players, said: Teams) -> None:
         names = [track or name for track, name in zip(players.tracks, players.names, strict=True)]
         source = options.frame.name
     else:
-        names = [track or Path(name).stem for track, name in zip(players.tracks, players.names, strict=True)]
+        names = short_names(players.names)
         source = f"{len(names):,} crops"
-    labelled = Labelled(said, names)
+    labelled = Labelled(said, names, players.tracks)
     if options.draw:
         if players.boxes is not None:
             picture = labelled_frame(_image(options.frame), players.boxes.corners, labelled)

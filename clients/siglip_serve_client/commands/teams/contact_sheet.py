@@ -12,7 +12,10 @@ from PIL import Image, ImageDraw, ImageOps
 from siglip_serve_client.commands.teams.labelled import (
     FAINT,
     INK,
+    OUTLIER,
+    OUTLIERS,
     PAPER,
+    Font,
     Labelled,
     font_of,
     team_color,
@@ -22,20 +25,24 @@ from siglip_serve_client.commands.teams.labelled import (
 
 __all__ = ["contact_sheet"]
 
-_CELL_WIDTH, _CELL_HEIGHT = 72, 112
-_GAP = 12
-_CAPTION = 20
+_CELL_WIDTH, _CELL_HEIGHT = 92, 112
+_GAP = 14
+_CAPTION = 36
 _TITLE = 52
 _HEADING = 46
-_COLUMNS = 14
-_MOST_SHOWN = 6 * _COLUMNS
+_COLUMNS = 12
+_MOST_SHOWN = 7 * _COLUMNS
 
 
 def contact_sheet(crops: Sequence[Image.Image | Path], players: Labelled, title: str) -> Image.Image:
-    """The crops by team, the surest first, with names and margins. Outliers have a dark frame.
+    """The crops by team, the surest first, and then the outliers, the least like any team first.
+
+    A caption identifies each crop: its name, its number among all crops, its track if known, and at the right
+    its margin. Outliers have a frame in the colour of the team that they are nearest to, and their outlier
+    score instead of the margin.
 
     Args:
-        crops: [N]. A team of more than 84 is drawn with its surest and its least sure crops only.
+        crops: [N]. A group of more than 84 is drawn with its first and its last crops only.
 
     Raises:
         OSError: a path that is drawn cannot be read.
@@ -63,12 +70,15 @@ def contact_sheet(crops: Sequence[Image.Image | Path], players: Labelled, title:
 
 def _heading(picture: Image.Image, number: int, count: int, top: int) -> None:
     draw = ImageDraw.Draw(picture)
-    color = team_color(number)
+    color = INK if number == OUTLIERS else team_color(number)
     draw.rectangle((2 * _GAP, top, picture.width - 2 * _GAP, top + _HEADING - 18), fill=color)
     text = f"{team_name(number)}: {_plural(count, 'crop')}"
+    if number == OUTLIERS:
+        text += f" with an outlier score above {OUTLIER:g}, in the colour of the nearest team"
     if count > _MOST_SHOWN:
         half = _MOST_SHOWN // 2
-        text += f"; the {half} surest and the {half} least sure are shown"
+        ends = ("least like any team", "most") if number == OUTLIERS else ("surest", "least sure")
+        text += f"; the {half} {ends[0]} and the {half} {ends[1]} are shown"
     middle = top + (_HEADING - 18) / 2
     draw.text((3 * _GAP, middle), text, font=font_of(15), fill=text_color(color), anchor="lm")
 
@@ -82,13 +92,20 @@ def _cell(
     left = x + (_CELL_WIDTH - thumbnail.width) // 2
     upper = y + _CELL_HEIGHT - thumbnail.height
     picture.paste(thumbnail, (left, upper))
-    if players.is_outlier(row):
+    far = players.is_outlier(row)
+    if far:
         frame = (left - 4, upper - 4, left + thumbnail.width + 3, upper + thumbnail.height + 3)
-        draw.rectangle(frame, outline=INK, width=3)
-    font, middle = font_of(12), y + _CELL_HEIGHT + _CAPTION / 2 + 3
-    draw.text((x, middle), _shortened(players.names[row], 7), font=font, fill=INK, anchor="lm")
-    margin = f"{players.teams.margin[row]:.2f}"
-    draw.text((x + _CELL_WIDTH, middle), margin, font=font, fill=FAINT, anchor="rm")
+        draw.rectangle(frame, outline=team_color(int(players.teams.labels[row])), width=3)
+    small, font = font_of(11), font_of(12)
+    middle, right = y + _CELL_HEIGHT + 13, x + _CELL_WIDTH
+    name = _shortened(players.names[row], small, _CELL_WIDTH)
+    draw.text((x, middle), name, font=small, fill=INK, anchor="lm")
+    track = players.tracks[row] if players.tracks else ""
+    value = f"{players.teams.outlier_score[row]:.1f}" if far else f"{players.teams.margin[row]:.2f}"
+    number = f"#{row}" + f" t{track}" * bool(track)
+    number = _shortened(number, font, _CELL_WIDTH - font.getlength(value) - 4)
+    draw.text((x, middle + 15), number, font=font, fill=FAINT, anchor="lm")
+    draw.text((right, middle + 15), value, font=font, fill=FAINT, anchor="rm")
 
 
 def _thumbnail(crop: Image.Image | Path) -> Image.Image:
@@ -107,6 +124,10 @@ def _plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + "s" * (count != 1)
 
 
-def _shortened(text: str, length: int) -> str:
+def _shortened(text: str, font: Font, width: float) -> str:
     # Names of files differ at their ends. Pillow's font has no ellipsis.
-    return text if len(text) <= length else f"..{text[2 - length :]}"
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"..{text}") > width:
+        text = text[1:]
+    return f"..{text}"

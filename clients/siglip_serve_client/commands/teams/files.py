@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,16 @@ from numpy.typing import NDArray
 
 from siglip_serve_client._operations.teams import TeamFit, Teams
 
-__all__ = ["Boxes", "MisuseError", "crop_paths", "read_boxes", "track_numbers", "track_of", "write_labels"]
+__all__ = [
+    "Boxes",
+    "MisuseError",
+    "crop_paths",
+    "read_boxes",
+    "short_names",
+    "track_numbers",
+    "track_of",
+    "write_labels",
+]
 
 _SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _CORNERS = ("x0", "y0", "x1", "y1")
@@ -62,6 +72,13 @@ def crop_paths(given: Iterable[Path]) -> list[Path]:
 def _natural(path: Path) -> list[tuple[int, str]]:
     # 2.jpg before 10.jpg
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The paths without their endings, and without the folders that all of them share."""
+    folders = zip(*(Path(path).parent.parts for path in paths), strict=False)
+    shared = len(list(takewhile(lambda names: len(set(names)) == 1, folders)))
+    return [Path(*Path(path).parts[shared:]).with_suffix("").as_posix() for path in paths]
 
 
 def track_of(path: Path, pattern: re.Pattern[str] | None) -> str:

@@ -17,6 +17,7 @@ __all__ = [
     "FAINT",
     "INK",
     "OUTLIER",
+    "OUTLIERS",
     "PAPER",
     "Color",
     "Font",
@@ -29,6 +30,8 @@ __all__ = [
 
 # An outlier score beyond this is marked; 1 is typical.
 OUTLIER = 2.0
+# The number of the outliers as a group of their own; -1 are players whom the server gave no team.
+OUTLIERS = -2
 
 Color: TypeAlias = tuple[int, int, int]
 Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -56,34 +59,48 @@ class Labelled:
 
     Attributes:
         teams: the answer of the server.
-        names: [N], short: a track, a number.
+        names: [N]: a track or a number on a frame, a file's name on a sheet.
+        tracks: [N], "" where unknown, or empty: no track is known.
     """
 
     teams: Teams
     names: Sequence[str]
+    tracks: Sequence[str] = ()
+
+    @property
+    def groups(self) -> NDArray[np.int32]:
+        """The group [N] of each player: the team, OUTLIERS, or -1 where there is no team."""
+        labels = self.teams.labels
+        far = (labels >= 0) & (self.teams.outlier_score > OUTLIER)
+        return np.where(far, OUTLIERS, labels).astype(np.int32)
 
     @property
     def numbers(self) -> list[int]:
-        """Teams that have a player, and -1 last if some players have none."""
-        found = np.unique(self.teams.labels).tolist()
-        return [number for number in found if number >= 0] + [-1] * (-1 in found)
+        """Groups that have a player: teams, then outliers, then players without a team."""
+        found = np.unique(self.groups).tolist()
+        return [*(number for number in found if number >= 0), *(n for n in (OUTLIERS, -1) if n in found)]
 
     def of(self, number: int) -> NDArray[np.intp]:
-        """Rows of a team, the surest first."""
-        rows = np.flatnonzero(self.teams.labels == number)
-        return np.asarray(rows[np.argsort(-self.teams.margin[rows], kind="stable")])
+        """Rows of a group: of a team the surest first, of the outliers those least like any team."""
+        rows = np.flatnonzero(self.groups == number)
+        key = self.teams.outlier_score if number == OUTLIERS else self.teams.margin
+        return np.asarray(rows[np.argsort(-key[rows], kind="stable")])
 
     def is_outlier(self, row: int) -> bool:
-        """True if the row is unlike every team."""
-        return bool(self.teams.outlier_score[row] > OUTLIER)
+        """True if the row has a nearest team, and is unlike it."""
+        return bool(self.groups[row] == OUTLIERS)
 
 
 def team_name(number: int) -> str:
-    """The name of a team in texts."""
+    """The name of a team, or of another group, in texts."""
+    if number == OUTLIERS:
+        return "outliers"
     return "unassigned" if number < 0 else f"team {number}"
 
 
 def team_color(number: int) -> Color:
+    if number == OUTLIERS:
+        return PAPER
     return _UNASSIGNED if number < 0 else _PALETTE[number % len(_PALETTE)]
 
 

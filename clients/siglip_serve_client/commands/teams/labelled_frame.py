@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from siglip_serve_client.commands.teams.labelled import (
     INK,
+    OUTLIERS,
     PAPER,
     Font,
     Labelled,
@@ -27,6 +28,8 @@ Box: TypeAlias = tuple[int, int, int, int]
 
 def labelled_frame(frame: Image.Image, boxes: ArrayLike, players: Labelled) -> Image.Image:
     """The frame with a box in the team's colour around each player. A tag says team, name and margin.
+
+    Outliers have a white box with a dark edge, and the outlier score instead of a margin.
 
     Args:
         frame: the image that the boxes refer to, in its pixels.
@@ -54,21 +57,21 @@ def _frame_box(draw: ImageDraw.ImageDraw, box: Box, players: Labelled, row: int,
     # An edge around the colour keeps it visible on any ground; a thick dark one marks outliers.
     rim, ink = (width, INK) if players.is_outlier(row) else (1, PAPER)
     draw.rectangle((x0 - rim, y0 - rim, x1 + rim, y1 + rim), outline=ink, width=rim)
-    draw.rectangle(box, outline=team_color(int(players.teams.labels[row])), width=width)
+    draw.rectangle(box, outline=team_color(int(players.groups[row])), width=width)
 
 
 def _frame_tag(draw: ImageDraw.ImageDraw, box: Box, players: Labelled, row: int, font: Font) -> None:
-    number = int(players.teams.labels[row])
-    lines = [f"{'?' if number < 0 else number}:{players.names[row]}", f"{players.teams.margin[row]:.2f}"]
-    if players.is_outlier(row):
-        lines[1] += "!"
-    text = "\n".join(lines)
+    number = int(players.groups[row])
+    far = number == OUTLIERS
+    sign = "!" if far else "?" if number < 0 else str(number)
+    value = f"{players.teams.outlier_score[row]:.1f}" if far else f"{players.teams.margin[row]:.2f}"
+    text = f"{sign}:{players.names[row]}\n{value}"
     left, top, right, bottom = draw.multiline_textbbox((0, 0), text, font=font, spacing=2)
     pad = 3
     width, height = math.ceil(right - left) + 2 * pad, math.ceil(bottom - top) + 2 * pad
     x = min(max(0, (box[0] + box[2] - width) // 2), max(0, draw.im.size[0] - width))
     y = max(0, box[1] - height)
-    draw.rectangle((x, y, x + width, y + height), fill=team_color(number), outline=PAPER)
+    draw.rectangle((x, y, x + width, y + height), fill=team_color(number), outline=INK if far else PAPER)
     color = text_color(team_color(number))
     draw.multiline_text(
         (x + pad - left, y + pad - top), text, font=font, fill=color, spacing=2, align="center"
@@ -77,7 +80,7 @@ def _frame_tag(draw: ImageDraw.ImageDraw, box: Box, players: Labelled, row: int,
 
 def _frame_legend(draw: ImageDraw.ImageDraw, players: Labelled, font: Font) -> None:
     """The meaning of tags and colours, in the lower left corner, from the bottom."""
-    texts = [(PAPER, "team:player, margin; ! outlier")]
+    texts = [(PAPER, "team:player, margin; !:player, outlier score")]
     texts += [
         (team_color(team), f"{team_name(team)}: {len(players.of(team))}")
         for team in reversed(players.numbers)
