@@ -448,7 +448,10 @@ def _separation_by_chance(samples: Rows, teams: int, trimmed: float) -> float:
 
 
 def _separation(inner: Rows, clusters: NDArray[np.intp]) -> float:
-    """How far the two nearest clusters lie apart, in units of their spread along the line between them."""
+    """How far the two nearest clusters lie apart, in units of their spread along the line between them.
+
+    It is 0 for one cluster alone, into which points fall whose distances are too small for float32.
+    """
     numbers = np.unique(clusters)
     found = []
     for one in numbers:
@@ -457,4 +460,4 @@ def _separation(inner: Rows, clusters: NDArray[np.intp]) -> float:
             line = a.mean(axis=0) - b.mean(axis=0)
             spread = np.sqrt(((a @ line).var() + (b @ line).var()) / 2)
             found.append(float(line @ line / max(spread, 1e-12)))
-    return min(found)
+    return min(found, default=0.0)

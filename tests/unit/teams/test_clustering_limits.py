@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from siglip_serve.teams import clustering
 from siglip_serve.teams.clustering import Hints, fit, predict
 
 WIDTH = 64
@@ -133,6 +134,11 @@ def kits(count: int, teams: int = 2, seed: int = 0) -> tuple[Rows, NDArray[np.in
         ),
         team,
     )
+
+
+def test_one_cluster_alone_is_apart_from_nothing() -> None:
+    """Points whose distances are too small for float32 all fall into one."""
+    assert clustering._separation(np.full((4, 2), 1e-30, dtype=np.float32), np.zeros(4, dtype=np.intp)) == 0
 
 
 def test_reports_fewer_than_30_crops() -> None:
