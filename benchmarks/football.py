@@ -151,7 +151,7 @@ def judge(match: Match, fitted: Bools) -> Outcome:
 
 
 def choices(match: Match, count: int) -> Iterator[Bools]:
-    """The crops of so many successive frames, from each frame on. The first frame follows the last."""
+    """The crops of this number of successive frames, from each frame on. The first frame follows the last."""
     frames = np.unique(match.frame)
     for first in range(len(frames)):
         yield np.isin(match.frame, np.roll(frames, -first)[:count])

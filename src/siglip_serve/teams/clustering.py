@@ -45,7 +45,7 @@ _STRAYS, _FEW_STRAYS = 0.25, 0.1
 _SAME = 0.005
 # Clusters count as separate if of this many single Gaussians of the same spread, cut in two, at most one in
 # twenty looks more so. More samples than people on a pitch show players again, who are no Gaussian:
-# their light and poses look up to 1.17 times as separate on real matches, and two teams from 1.69 on.
+# their light and poses rarely look 1.2 times as separate on real matches, and two teams mostly do.
 _DRAWS, _MOST_DRAWN = 40, 200
 _PEOPLE, _CLEARLY = 25, 1.2
 _SEED = 0
