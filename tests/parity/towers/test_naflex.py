@@ -52,7 +52,7 @@ def test_towers_equal_transformers(name: str, tmp_path: Path) -> None:
 
 
 def test_towers_that_stand_alone(tmp_path: Path) -> None:
-    """As transformers saves them: without the prefix of the tower."""
+    """Transformers saves them without the prefix of the tower."""
     model = random_naflex()
     grid, patches = torch.tensor([[4, 9]]), torch.rand(1, 36, 768, generator=torch.Generator().manual_seed(3))
     ids = torch.arange(64)[None]
