@@ -450,7 +450,7 @@ def _separation_by_chance(samples: Rows, teams: int, trimmed: float) -> float:
 def _separation(inner: Rows, clusters: NDArray[np.intp]) -> float:
     """How far the two nearest clusters lie apart, in units of their spread along the line between them.
 
-    It is 0 for one cluster alone, into which points fall whose distances are too small for float32.
+    It is 0 for one cluster alone, into which points fall that are all but the same.
     """
     numbers = np.unique(clusters)
     found = []

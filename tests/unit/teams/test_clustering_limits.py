@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from siglip_serve.teams import clustering
 from siglip_serve.teams.clustering import Hints, fit, predict
 
 WIDTH = 64
@@ -136,9 +135,13 @@ def kits(count: int, teams: int = 2, seed: int = 0) -> tuple[Rows, NDArray[np.in
     )
 
 
-def test_one_cluster_alone_is_apart_from_nothing() -> None:
-    """Points whose distances are too small for float32 all fall into one."""
-    assert clustering._separation(np.full((4, 2), 1e-30, dtype=np.float32), np.zeros(4, dtype=np.intp)) == 0
+@pytest.mark.parametrize("seed", range(12))
+def test_fits_crops_of_which_all_but_two_are_the_same(seed: int) -> None:
+    """By chance such crops fall into one cluster, which has no other to be apart from."""
+    crops = np.tile(np.random.default_rng(seed).normal(size=(1, 64)).astype(np.float32), (11, 1))
+    crops[0, 0] *= 1e-3
+    crops[1, 1] = 0
+    assert "LOW_SUPPORT" in fit(crops, Hints(), STAMP).status
 
 
 def test_reports_fewer_than_30_crops() -> None:
