@@ -429,6 +429,8 @@ def _are_apart(inner: Rows, samples: Rows, found: Clusters, trimmed: float) -> b
     """True if the clusters are farther apart than those that a single one would be cut into."""
     kept, teams = found.kept, int(found.labels.max()) + 1
     factor = _CLEARLY if len(samples) > _PEOPLE else 1
+    if np.ptp(samples[kept], axis=0).max() < _SAME:
+        return False
     by_chance = _separation_by_chance(samples[kept], teams, trimmed)
     return _separation(inner[kept], found.labels[kept]) >= factor * by_chance
 
