@@ -27,7 +27,7 @@ CONTEXT = 24
 def checkpoint(path: Path, context: int = CONTEXT, family: Family = "siglip") -> ModelConfig:
     """Give `load_tokenizer` the two things that it reads: the directory and the shape of the text tower."""
     text = SimpleNamespace(max_position_embeddings=context, vocab_size=10_000)
-    return cast(ModelConfig, SimpleNamespace(path=path, family=family, text=text))
+    return cast(ModelConfig, SimpleNamespace(path=path, family=family, text=text, multilingual=False))
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["unknown", "byte-fallback"])
