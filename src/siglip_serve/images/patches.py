@@ -12,11 +12,11 @@ from functools import lru_cache
 
 import numpy as np
 
-from siglip_serve.checkpoint.config import NaflexImageConfig
+from siglip_serve.checkpoint.config import ModelConfig, NaflexImageConfig
 from siglip_serve.errors import ImageError
 from siglip_serve.images.resize import Mode, Pixels, resize
 
-__all__ = ["cut_patches", "patch_grid"]
+__all__ = ["cut_patches", "grid_of", "patch_grid"]
 
 # The reference searches the scale in this range until it is known this precisely. Large pictures show it.
 _SMALLEST, _LARGEST, _PRECISION = 1e-6, 100.0, 1e-5
@@ -37,6 +37,17 @@ def cut_patches(pixels: Pixels, image: NaflexImageConfig, mode: Mode) -> Pixels:
     cut = np.zeros((image.max_patches, 3 * side**2), dtype=np.uint8)
     cut[: rows * columns] = patches.reshape(rows * columns, -1)
     return cut
+
+
+def grid_of(model: ModelConfig, height: int, width: int) -> tuple[int, int]:
+    """Find the rows and columns of the patches of a picture for a checkpoint of any family.
+
+    Raises:
+        ImageError: a picture that `patch_grid` refuses.
+    """
+    if isinstance(model.image, NaflexImageConfig):
+        return patch_grid(model.image, height, width)
+    return model.vision.grid_size, model.vision.grid_size
 
 
 @lru_cache(maxsize=4096)

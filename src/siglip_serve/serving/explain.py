@@ -28,7 +28,7 @@ from siglip_serve.heatmaps.picture import (
     normalize,
     overlay,
 )
-from siglip_serve.images.patches import patch_grid
+from siglip_serve.images.patches import grid_of
 from siglip_serve.images.resize import shown
 from siglip_serve.serving.context import Context, readable_start
 from siglip_serve.serving.explain_plan import ExplainPlan
@@ -174,7 +174,7 @@ class ExplainMaps(RequestModel):
     def answer(self, request: Request) -> Outputs:
         """Place the maps of a request over its picture, and score its prompts."""
         plan, view = ExplainPlan.read(request), _view(self._config, request)
-        rows, columns = _grid(self._config, view)
+        rows, columns = grid_of(self._config, view.height, view.width)
         maps = request.finite("FOUND_MAPS", [plan.prompts, self._places])[..., : rows * columns]
         maps = maps.reshape(plan.prompts, rows, columns)
         embedding = request.finite("EMBEDDING", self._width)[0]
@@ -216,7 +216,7 @@ class ExplainOverlays(RequestModel):
         plan, view = ExplainPlan.read(request), _view(self._config, request)
         colormap, opacity = request.option("COLORMAP", COLORMAPS), _opacity(request)
         encoded = request.flag("base64_encoded")
-        maps = request.finite("HEAT", _grid(self._config, view))
+        maps = request.finite("HEAT", grid_of(self._config, view.height, view.width))
         plan.check_rows("HEAT", len(maps))
         heat = color_scale(maps, plan.normalization, colormap)
         height, width = plan.height, plan.width
@@ -259,10 +259,3 @@ def _view(config: ModelConfig, request: Request) -> View:
         return View(width, height, (0, 0, width, height))
     covered = vision.grid_size * vision.patch_size / vision.image_size
     return View(width, height, shown(config.image, height, width), covered)
-
-
-def _grid(config: ModelConfig, view: View) -> tuple[int, int]:
-    """Find the rows and columns of the patches of the one image."""
-    if isinstance(config.image, NaflexImageConfig):
-        return patch_grid(config.image, view.height, view.width)
-    return config.vision.grid_size, config.vision.grid_size

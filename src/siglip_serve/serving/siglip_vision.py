@@ -11,7 +11,7 @@ import numpy as np
 
 from siglip_serve.checkpoint.config import NaflexImageConfig, tensor_dims
 from siglip_serve.errors import InvalidInputError
-from siglip_serve.images.patches import patch_grid
+from siglip_serve.images.patches import grid_of
 from siglip_serve.serving.context import Context, engine_plan, open_turns, readable_start
 from siglip_serve.serving.counters import ImageCounter, TowerCounter
 from siglip_serve.serving.image_reader import ImageReader
@@ -127,14 +127,8 @@ class SiglipVisionProcess(BatchModel[list[bytes], Sequence[_File]]):
             read = map_rows("INPUT_IMAGE", files, pixels)
         outputs = {"PIXEL_VALUES": read, "IMAGE_SIZE": np.array(sizes, dtype=np.int32)}
         if "PATCH_GRID" in request.wanted():
-            outputs["PATCH_GRID"] = np.array([self._grid(*size) for size in sizes], dtype=np.int32)
+            outputs["PATCH_GRID"] = np.array([grid_of(self._config, *size) for size in sizes], dtype=np.int32)
         return outputs
-
-    def _grid(self, height: int, width: int) -> tuple[int, int]:
-        image, vision = self._config.image, self._config.vision
-        if isinstance(image, NaflexImageConfig):
-            return patch_grid(image, height, width)
-        return vision.grid_size, vision.grid_size
 
 
 class _Files:
