@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 from benchmarks.records import about, cosine, write_csv
 from benchmarks.vision_tower import engine, reference
-from siglip_serve.checkpoint.config import ImageConfig, load_config
+from siglip_serve.checkpoint.config import load_config
 from siglip_serve.checkpoint.files import resolve
+from siglip_serve.checkpoint.model_config import ImageConfig
 from siglip_serve.config import Backend, Dtype
 from siglip_serve.embeddings import zero_shot
 from siglip_serve.engine.engines import TextEngine, VisionEngine

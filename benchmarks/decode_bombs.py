@@ -21,7 +21,7 @@ from tqdm import tqdm
 from benchmarks.crafted_files import KINDS, craft
 from benchmarks.preprocess import default_size
 from benchmarks.records import about, write_csv
-from siglip_serve.checkpoint.config import ImageConfig
+from siglip_serve.checkpoint.model_config import ImageConfig
 from siglip_serve.errors import InvalidInputError
 from siglip_serve.images.preprocess import Preprocessor
 from siglip_serve.images.resize import Mode

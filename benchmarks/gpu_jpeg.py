@@ -27,7 +27,7 @@ from tqdm import tqdm
 from benchmarks.inputs import synthetic_jpeg
 from benchmarks.preprocess import default_size
 from benchmarks.records import about, write_csv
-from siglip_serve.checkpoint.config import ImageConfig
+from siglip_serve.checkpoint.model_config import ImageConfig
 from siglip_serve.images.formats import ImageLimits
 from siglip_serve.images.jpeg import plain_frame
 from siglip_serve.images.nvjpeg.reader import GpuJpegReader

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from benchmarks.inputs import GEOMETRIES
 from benchmarks.records import about, write_csv
-from siglip_serve.checkpoint.config import ClipVisionConfig, ImageConfig, VisionConfig
+from siglip_serve.checkpoint.model_config import ClipVisionConfig, ImageConfig, VisionConfig
 from siglip_serve.engine.engines import VisionEngine
 from siglip_serve.engine.passes import VisionRunner
 from siglip_serve.engine.plan import Plan

@@ -23,8 +23,9 @@ from benchmarks.saliency import (
     streams,
     trace_tower,
 )
-from siglip_serve.checkpoint.config import ModelConfig, load_config
+from siglip_serve.checkpoint.config import load_config
 from siglip_serve.checkpoint.files import resolve
+from siglip_serve.checkpoint.model_config import ModelConfig
 from siglip_serve.embeddings.zero_shot import build_class_embeddings, cosine
 from siglip_serve.engine.engines import TextEngine, VisionEngine
 from siglip_serve.engine.plan import Plan

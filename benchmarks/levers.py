@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from siglip_serve.checkpoint.config import ImageConfig
+from siglip_serve.checkpoint.model_config import ImageConfig
 from siglip_serve.engine.buckets import rows_of_a_pass
 from siglip_serve.engine.fused import kernels
 from siglip_serve.engine.fused.blocks import Layer, attend, attend_by_cudnn, attend_by_torch

@@ -33,7 +33,8 @@ from transformers import (
 from benchmarks.inputs import GEOMETRIES, synthetic_jpeg
 from benchmarks.records import about, cosine, write_csv
 from benchmarks.vision_tower import engine
-from siglip_serve.checkpoint.config import ImageConfig, NaflexImageConfig, load_config
+from siglip_serve.checkpoint.config import load_config
+from siglip_serve.checkpoint.model_config import ImageConfig, NaflexImageConfig
 from siglip_serve.config import Backend
 from siglip_serve.engine.engines import NaflexEngine, TextEngine
 from siglip_serve.engine.patches import PatchRows, group_rows

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from benchmarks.inputs import synthetic_jpeg
 from benchmarks.records import about, write_csv
-from siglip_serve.checkpoint.config import ImageConfig
+from siglip_serve.checkpoint.model_config import ImageConfig
 from siglip_serve.images.preprocess import Preprocessor
 from siglip_serve.images.resize import Mode
 

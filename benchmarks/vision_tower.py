@@ -20,7 +20,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from benchmarks.inputs import GEOMETRIES
 from benchmarks.records import about, write_csv
-from siglip_serve.checkpoint.config import ImageConfig, VisionConfig
+from siglip_serve.checkpoint.model_config import ImageConfig, VisionConfig
 from siglip_serve.config import Backend, Dtype
 from siglip_serve.engine.engines import VisionEngine
 from siglip_serve.engine.plan import Plan

@@ -28,7 +28,8 @@ from tqdm import tqdm
 from benchmarks.inputs import GEOMETRIES
 from benchmarks.levers import LeveredVision, Levers
 from benchmarks.records import about, cosine, write_csv
-from siglip_serve.checkpoint.config import ImageConfig, VisionConfig, load_config
+from siglip_serve.checkpoint.config import load_config
+from siglip_serve.checkpoint.model_config import ImageConfig, VisionConfig
 from siglip_serve.engine.fused.runners import FusedVision
 from siglip_serve.engine.passes import in_passes
 from siglip_serve.engine.torch.runners import TorchVision

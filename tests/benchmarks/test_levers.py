@@ -12,7 +12,8 @@ from random_checkpoints import random_model, save_checkpoint
 
 from benchmarks.levers import LeveredVision, Levers
 from benchmarks.vision_waterfall import _OFF, _STEPS
-from siglip_serve.checkpoint.config import ModelConfig, load_config
+from siglip_serve.checkpoint.config import load_config
+from siglip_serve.checkpoint.model_config import ModelConfig
 from siglip_serve.engine.fused.runners import FusedVision
 from siglip_serve.engine.torch.runners import TorchVision
 from siglip_serve.towers.siglip import load_vision

@@ -32,20 +32,7 @@ from siglip_serve.checkpoint.naflex import check_most_patches, naflex_patches, s
 from siglip_serve.checkpoint.open_clip import open_clip_config, open_clip_processor
 from siglip_serve.errors import CheckpointError
 
-__all__ = [
-    "ClipTextConfig",
-    "ClipVisionConfig",
-    "Family",
-    "ImageConfig",
-    "ModelConfig",
-    "NaflexImageConfig",
-    "NaflexVisionConfig",
-    "TextConfig",
-    "VisionConfig",
-    "limit_patches",
-    "load_config",
-    "tensor_dims",
-]
+__all__ = ["limit_patches", "load_config", "tensor_dims"]
 
 _T = TypeVar("_T")
 _Vision = TypeVar("_Vision", bound=VisionConfig)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from siglip_serve.checkpoint.config import Family, ImageConfig, NaflexImageConfig
+from siglip_serve.checkpoint.model_config import Family, ImageConfig, NaflexImageConfig
 from siglip_serve.engine.passes import (
     OUTPUTS,
     Arrays,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from siglip_serve.checkpoint.config import Family
+from siglip_serve.checkpoint.model_config import Family
 from siglip_serve.config import Backend, Dtype
 from siglip_serve.errors import SettingsError
 from siglip_serve.machine import gpu_capabilities, processor_flags

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from siglip_serve.checkpoint.config import ModelConfig, NaflexImageConfig
+from siglip_serve.checkpoint.model_config import ModelConfig, NaflexImageConfig
 from siglip_serve.errors import ImageError
 from siglip_serve.images.resize import Mode, Pixels, resize
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from siglip_serve.checkpoint.config import ImageConfig, NaflexImageConfig
+from siglip_serve.checkpoint.model_config import ImageConfig, NaflexImageConfig
 from siglip_serve.config import Color
 from siglip_serve.errors import SettingsError
 from siglip_serve.images.cost import inspect

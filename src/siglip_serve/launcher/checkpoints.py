@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-from siglip_serve.checkpoint.config import ModelConfig, limit_patches, load_config, tensor_dims
+from siglip_serve.checkpoint.config import limit_patches, load_config, tensor_dims
 from siglip_serve.checkpoint.files import main_file, weight_files
+from siglip_serve.checkpoint.model_config import ModelConfig
 from siglip_serve.config import CheckpointUse, Settings
 from siglip_serve.engine.calibration import check_calibration
 from siglip_serve.engine.plan import Plan

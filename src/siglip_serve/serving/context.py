@@ -11,8 +11,9 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from siglip_serve.checkpoint.config import ModelConfig, limit_patches, load_config, tensor_dims
+from siglip_serve.checkpoint.config import limit_patches, load_config, tensor_dims
 from siglip_serve.checkpoint.files import resolve
+from siglip_serve.checkpoint.model_config import ModelConfig
 from siglip_serve.config import Settings, load_settings
 from siglip_serve.engine.plan import Plan
 from siglip_serve.engine.turns import Places, Turns, peers_name

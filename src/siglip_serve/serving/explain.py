@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from siglip_serve.checkpoint.config import ModelConfig, NaflexImageConfig, tensor_dims
+from siglip_serve.checkpoint.config import tensor_dims
+from siglip_serve.checkpoint.model_config import ModelConfig, NaflexImageConfig
 from siglip_serve.embeddings import zero_shot
 from siglip_serve.embeddings.unit import l2_normalize
 from siglip_serve.errors import InvalidInputError

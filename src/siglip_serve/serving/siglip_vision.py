@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from siglip_serve.checkpoint.config import NaflexImageConfig, tensor_dims
+from siglip_serve.checkpoint.config import tensor_dims
+from siglip_serve.checkpoint.model_config import NaflexImageConfig
 from siglip_serve.errors import InvalidInputError
 from siglip_serve.images.patches import grid_of
 from siglip_serve.serving.context import Context, engine_plan, open_turns, readable_start

@@ -8,7 +8,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from siglip_serve.checkpoint.config import ModelConfig, tensor_dims
+from siglip_serve.checkpoint.config import tensor_dims
+from siglip_serve.checkpoint.model_config import ModelConfig
 from siglip_serve.engine.patches import PatchRows
 from siglip_serve.errors import InvalidInputError
 from siglip_serve.serving.request import Request

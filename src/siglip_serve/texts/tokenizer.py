@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from siglip_serve.checkpoint.config import ModelConfig
 from siglip_serve.checkpoint.files import is_open_clip, read_json
+from siglip_serve.checkpoint.model_config import ModelConfig
 from siglip_serve.checkpoint.open_clip import open_clip_tokenizer
 from siglip_serve.errors import CheckpointError, TextError
 from siglip_serve.texts.open_clip import OpenClipPairs, cleaner

@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from siglip_serve.checkpoint.config import ClipTextConfig, ClipVisionConfig, load_config
+from siglip_serve.checkpoint.config import load_config
 from siglip_serve.checkpoint.files import main_file
+from siglip_serve.checkpoint.model_config import ClipTextConfig, ClipVisionConfig
 from siglip_serve.errors import CheckpointError
 from siglip_serve.towers.siglip import Encoder, TextEmbeddings
 from siglip_serve.towers.weights import load_strictly, without_values

@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from siglip_serve.checkpoint.config import NaflexVisionConfig, load_config
+from siglip_serve.checkpoint.config import load_config
+from siglip_serve.checkpoint.model_config import NaflexVisionConfig
 from siglip_serve.errors import CheckpointError
 from siglip_serve.towers.siglip import AttentionPooling, Encoder, TowerTrace, trace_blocks
 from siglip_serve.towers.weights import load_strictly, without_values

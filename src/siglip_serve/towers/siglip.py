@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from siglip_serve.checkpoint.config import TextConfig, VisionConfig, load_config
+from siglip_serve.checkpoint.config import load_config
+from siglip_serve.checkpoint.model_config import TextConfig, VisionConfig
 from siglip_serve.towers.weights import load_strictly, without_values
 
 __all__ = [

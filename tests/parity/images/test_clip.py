@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from transformers import CLIPImageProcessorPil
 
-from siglip_serve.checkpoint.config import ImageConfig
+from siglip_serve.checkpoint.model_config import ImageConfig
 from siglip_serve.images.preprocess import Preprocessor
 from siglip_serve.images.resize import Mode, Resample, fit
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from transformers import Siglip2ImageProcessorPil
 
-from siglip_serve.checkpoint.config import NaflexImageConfig
+from siglip_serve.checkpoint.model_config import NaflexImageConfig
 from siglip_serve.errors import ImageError
 from siglip_serve.images.patches import cut_patches, patch_grid
 from siglip_serve.images.resize import Resample

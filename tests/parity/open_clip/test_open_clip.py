@@ -25,7 +25,8 @@ from transformers import T5Tokenizer
 from varied_texts import character_map, train_sentencepiece, varied_texts, write_gemma
 
 from siglip_serve.checkpoint import open_clip as ours
-from siglip_serve.checkpoint.config import ModelConfig, load_config, tensor_dims
+from siglip_serve.checkpoint.config import load_config, tensor_dims
+from siglip_serve.checkpoint.model_config import ModelConfig
 from siglip_serve.checkpoint.scale import load_scale
 from siglip_serve.errors import CheckpointError
 from siglip_serve.images.preprocess import Preprocessor

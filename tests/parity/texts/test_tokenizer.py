@@ -17,7 +17,7 @@ from clip_vocabulary import END, START, write_clip_vocabulary
 from transformers import CLIPTokenizer, GemmaTokenizer, Siglip2Tokenizer, SiglipTokenizer, XLMRobertaTokenizer
 from varied_texts import character_map, corpus, train_sentencepiece, varied_texts, write_gemma
 
-from siglip_serve.checkpoint.config import Family, ModelConfig
+from siglip_serve.checkpoint.model_config import Family, ModelConfig
 from siglip_serve.texts.tokenizer import load_tokenizer
 
 COUNT = 5_000

@@ -10,7 +10,7 @@ import torch
 from random_checkpoints import random_clip, save_clip
 from transformers import CLIPModel
 
-from siglip_serve.checkpoint.config import ClipTextConfig
+from siglip_serve.checkpoint.model_config import ClipTextConfig
 from siglip_serve.checkpoint.scale import load_scale
 from siglip_serve.towers.clip import ClipTextTower, ClipVisionTower
 from siglip_serve.towers.load import load_text, load_vision

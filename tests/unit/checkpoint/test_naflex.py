@@ -9,13 +9,8 @@ import pytest
 from clip_checkpoints import edit_json
 from random_checkpoints import random_naflex, save_naflex
 
-from siglip_serve.checkpoint.config import (
-    NaflexImageConfig,
-    NaflexVisionConfig,
-    limit_patches,
-    load_config,
-    tensor_dims,
-)
+from siglip_serve.checkpoint.config import limit_patches, load_config, tensor_dims
+from siglip_serve.checkpoint.model_config import NaflexImageConfig, NaflexVisionConfig
 from siglip_serve.errors import CheckpointError, SettingsError
 from siglip_serve.towers.siglip import load_vision as load_siglip
 

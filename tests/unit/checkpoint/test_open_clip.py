@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from siglip_serve.checkpoint.config import ClipTextConfig, load_config
+from siglip_serve.checkpoint.config import load_config
+from siglip_serve.checkpoint.model_config import ClipTextConfig
 from siglip_serve.checkpoint.open_clip import open_clip_tokenizer
 from siglip_serve.engine.plan import Plan
 from siglip_serve.errors import CheckpointError, SettingsError

@@ -9,7 +9,8 @@ import pytest
 import torch
 from clip_checkpoints import SIDE, make_clip
 
-from siglip_serve.checkpoint.config import ModelConfig, load_config, tensor_dims
+from siglip_serve.checkpoint.config import load_config, tensor_dims
+from siglip_serve.checkpoint.model_config import ModelConfig
 from siglip_serve.config import Backend, Dtype
 from siglip_serve.engine.engines import TextEngine, VisionEngine
 from siglip_serve.engine.passes import OUTPUTS

@@ -10,7 +10,8 @@ import pytest
 import torch
 from random_checkpoints import random_model, save_checkpoint
 
-from siglip_serve.checkpoint.config import ModelConfig, VisionConfig, load_config
+from siglip_serve.checkpoint.config import load_config
+from siglip_serve.checkpoint.model_config import ModelConfig, VisionConfig
 from siglip_serve.config import Dtype
 from siglip_serve.engine import engines
 from siglip_serve.engine import plan as plan_module

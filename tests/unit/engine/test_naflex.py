@@ -11,7 +11,8 @@ from images import photo
 from random_checkpoints import random_naflex, save_naflex
 from transformers import Siglip2ImageProcessorPil, Siglip2Model
 
-from siglip_serve.checkpoint.config import ModelConfig, NaflexImageConfig, load_config, tensor_dims
+from siglip_serve.checkpoint.config import load_config, tensor_dims
+from siglip_serve.checkpoint.model_config import ModelConfig, NaflexImageConfig
 from siglip_serve.config import Backend, Dtype
 from siglip_serve.engine.engines import NaflexEngine, TextEngine
 from siglip_serve.engine.passes import OUTPUTS

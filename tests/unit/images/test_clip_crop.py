@@ -7,7 +7,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from siglip_serve.checkpoint.config import ImageConfig
+from siglip_serve.checkpoint.model_config import ImageConfig
 from siglip_serve.images.resize import Mode, fit, shown
 
 

@@ -23,7 +23,7 @@ from profiles import (
     lab_in_srgb,
 )
 
-from siglip_serve.checkpoint.config import ImageConfig
+from siglip_serve.checkpoint.model_config import ImageConfig
 from siglip_serve.config import Color, load_settings
 from siglip_serve.errors import SettingsError
 from siglip_serve.images.color import jpeg_profile, to_srgb

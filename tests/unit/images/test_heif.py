@@ -15,7 +15,7 @@ from images import photo
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from siglip_serve.checkpoint.config import ImageConfig
+from siglip_serve.checkpoint.model_config import ImageConfig
 from siglip_serve.errors import ImageError, ImageTooLargeError
 from siglip_serve.images.decode import decode_file
 from siglip_serve.images.formats import ImageLimits

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from siglip_serve.checkpoint.config import ImageConfig
+from siglip_serve.checkpoint.model_config import ImageConfig
 from siglip_serve.errors import ImageTooLargeError, InvalidInputError
 from siglip_serve.images.formats import ImageLimits, decode_base64, plain_jpeg
 from siglip_serve.images.preprocess import Preprocessor

@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from samples import BLACK_IS_ZERO, CMYK, PALETTE, RGB, WHITE_IS_ZERO, YCBCR, Tiff, png_of
 
-from siglip_serve.checkpoint.config import ImageConfig
+from siglip_serve.checkpoint.model_config import ImageConfig
 from siglip_serve.errors import ImageError
 from siglip_serve.images.preprocess import Preprocessor
 from siglip_serve.images.resize import Mode

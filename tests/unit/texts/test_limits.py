@@ -11,7 +11,7 @@ from typing import cast
 import pytest
 from paths import TINY
 
-from siglip_serve.checkpoint.config import ModelConfig
+from siglip_serve.checkpoint.model_config import ModelConfig
 from siglip_serve.errors import TextError
 from siglip_serve.texts.tokenizer import decode_text, load_tokenizer
 

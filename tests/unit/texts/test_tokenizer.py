@@ -11,7 +11,7 @@ import sentencepiece
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, processors
 
-from siglip_serve.checkpoint.config import ModelConfig
+from siglip_serve.checkpoint.model_config import ModelConfig
 from siglip_serve.errors import CheckpointError, TextError
 from siglip_serve.texts.tokenizer import decode_text, load_tokenizer
 

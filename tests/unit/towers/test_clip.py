@@ -9,7 +9,8 @@ import torch
 from clip_checkpoints import SIDE, make_clip
 from safetensors.torch import load_file, save_file
 
-from siglip_serve.checkpoint.config import ModelConfig, load_config
+from siglip_serve.checkpoint.config import load_config
+from siglip_serve.checkpoint.model_config import ModelConfig
 from siglip_serve.checkpoint.scale import load_scale
 from siglip_serve.errors import CheckpointError
 from siglip_serve.towers.load import load_text, load_vision

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from siglip_serve.checkpoint.config import ImageConfig
+from siglip_serve.checkpoint.model_config import ImageConfig
 from siglip_serve.engine.buckets import rows_of_a_pass
 from siglip_serve.engine.fused.blocks import Blocks, Stack
 from siglip_serve.engine.fused.float8 import Float8Blocks, draw_pictures

@@ -20,7 +20,7 @@ from openvino import Model, PartialShape, Type
 from openvino import opset13 as op
 from torch import Tensor, nn
 
-from siglip_serve.checkpoint.config import ImageConfig
+from siglip_serve.checkpoint.model_config import ImageConfig
 from siglip_serve.towers.siglip import (
     MLP,
     Attention,

@@ -22,7 +22,7 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from siglip_serve.checkpoint.config import ImageConfig
+from siglip_serve.checkpoint.model_config import ImageConfig
 from siglip_serve.engine.calibration import FEWEST_IMAGES, calibration_files, require_nncf, too_few
 from siglip_serve.engine.openvino.compiled import Compiled
 from siglip_serve.engine.openvino.graph import build_head, build_vision

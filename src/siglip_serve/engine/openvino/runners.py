@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from siglip_serve.checkpoint.config import ImageConfig
+from siglip_serve.checkpoint.model_config import ImageConfig
 from siglip_serve.engine.openvino.compiled import Compiled
 from siglip_serve.engine.openvino.graph import build_head, build_text, build_vision
 from siglip_serve.engine.openvino.int8 import quantize

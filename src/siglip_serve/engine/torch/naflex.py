@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from siglip_serve.checkpoint.config import NaflexImageConfig
+from siglip_serve.checkpoint.model_config import NaflexImageConfig
 from siglip_serve.engine.passes import Finish
 from siglip_serve.engine.patches import PatchRows
 from siglip_serve.engine.torch.runners import VISION_ROWS, place

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from siglip_serve.checkpoint.config import ImageConfig
+from siglip_serve.checkpoint.model_config import ImageConfig
 from siglip_serve.engine.passes import Arrays, Finish
 from siglip_serve.engine.torch.normalization import Normalization
 from siglip_serve.engine.torch.packed import pack_linear_layers

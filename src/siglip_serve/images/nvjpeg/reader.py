@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from siglip_serve.checkpoint.config import ImageConfig
+from siglip_serve.checkpoint.model_config import ImageConfig
 from siglip_serve.errors import SettingsError
 from siglip_serve.images.formats import ImageLimits, plain_jpeg
 from siglip_serve.images.jpeg import PlainFrame, Sampling

@@ -17,7 +17,8 @@ from paths import ROOT
 from random_checkpoints import random_model, save_checkpoint
 from torch import Tensor
 
-from siglip_serve.checkpoint.config import ModelConfig, load_config
+from siglip_serve.checkpoint.config import load_config
+from siglip_serve.checkpoint.model_config import ModelConfig
 from siglip_serve.engine import engines
 from siglip_serve.engine.engines import VisionEngine
 from siglip_serve.engine.fused import kernels

@@ -14,7 +14,8 @@ from PIL import Image
 from random_checkpoints import random_model, save_checkpoint
 from wire import TINY
 
-from siglip_serve.checkpoint.config import ModelConfig, load_config
+from siglip_serve.checkpoint.config import load_config
+from siglip_serve.checkpoint.model_config import ModelConfig
 from siglip_serve.config import Dtype
 from siglip_serve.engine.engines import TextEngine, VisionEngine
 from siglip_serve.engine.openvino.compiled import Compiled

@@ -18,7 +18,7 @@ import torch
 from images import encode
 from PIL import Image
 
-from siglip_serve.checkpoint.config import ImageConfig
+from siglip_serve.checkpoint.model_config import ImageConfig
 from siglip_serve.errors import SettingsError
 from siglip_serve.images.formats import ImageLimits
 from siglip_serve.images.jpeg import PlainFrame, Sampling, plain_frame
