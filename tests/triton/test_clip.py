@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from clip_vocabulary import write_clip_vocabulary
+from exact_options import exact_options
 from images import encode, photo
 from numpy.typing import NDArray
 from PIL import Image
@@ -21,10 +22,10 @@ from random_checkpoints import random_clip, save_clip
 from siglip_serve_client import Client, InvalidInputError
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from tritonclient.utils import InferenceServerException
-from wire import ROOT, GrpcCaller
+from wire import GrpcCaller
 
 from siglip_serve.errors import ServerStartError, SettingsError
-from siglip_serve.launcher import ServeOptions, TritonServer
+from siglip_serve.launcher import TritonServer
 
 SIDE = 48
 TEXTS = ["a dog", "A DOG!", "größer, naïve", "🐶 and 🐱", "x" * 300, " spaced   out ", "it's a dog's life"]
@@ -57,13 +58,6 @@ class Served:
             return self.model.get_text_features(**ids).pooler_output
 
 
-def options(checkpoint: Path, log: Path, *models: str, **settings: str) -> ServeOptions:
-    chosen = {"dtype": "float32", "preprocess": "pil", **settings}
-    return ServeOptions(
-        ROOT / "model_repository", str(checkpoint), models=models, log_file=log, settings=chosen
-    )
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("clip")
@@ -80,7 +74,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def served(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     log = tmp_path_factory.mktemp("server") / "log"
-    with TritonServer(options(checkpoint, log)) as server:
+    with TritonServer(exact_options(checkpoint, log)) as server:
         yield Served(
             server,
             checkpoint,
@@ -178,7 +172,7 @@ def test_start_lists_every_fault_of_the_checkpoint(checkpoint: Path, log: Path, 
     (path / "vocab.json").unlink()
     config = path / "config.json"
     config.write_text(config.read_text().replace('"projection_dim": 48', '"projection_dim": 32'))
-    start = options(path, log, "embed_image", "embed_text")
+    start = exact_options(path, log, "embed_image", "embed_text")
     with pytest.raises(ServerStartError) as caught, TritonServer(start):
         pass
     assert "no tokenizer.json, and not both of vocab.json and merges.txt" in str(caught.value)
@@ -186,7 +180,7 @@ def test_start_lists_every_fault_of_the_checkpoint(checkpoint: Path, log: Path, 
 
 
 def test_refuses_int8_before_the_server_starts(checkpoint: Path, log: Path) -> None:
-    start = options(checkpoint, log, "embed_image", dtype="int8")
+    start = exact_options(checkpoint, log, "embed_image", dtype="int8")
     with pytest.raises(SettingsError, match="dtype int8: for SigLIP's towers only"), TritonServer(start):
         pass
     assert not log.exists()

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from exact_options import exact_options
 from images import encode, photo
 from PIL import Image
 from random_checkpoints import random_naflex, save_naflex
 from siglip_serve_client import Client, InvalidInputError
 from transformers import Siglip2ImageProcessorPil, Siglip2Model, SiglipTokenizer
-from wire import ROOT, TINY, GrpcCaller
+from wire import TINY, GrpcCaller
 
 from siglip_serve.errors import ServerStartError, SettingsError
 from siglip_serve.launcher import ServeOptions, TritonServer
@@ -49,13 +50,6 @@ class Served:
             return self.model.text_model(ids).pooler_output
 
 
-def options(checkpoint: Path, log: Path, *models: str, **settings: str) -> ServeOptions:
-    chosen = {"dtype": "float32", "preprocess": "pil", **settings}
-    return ServeOptions(
-        ROOT / "model_repository", str(checkpoint), models=models, log_file=log, settings=chosen
-    )
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("naflex")
@@ -67,7 +61,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def served(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     log = tmp_path_factory.mktemp("log") / "log"
-    with TritonServer(options(checkpoint, log, *MODELS, max_num_patches=str(MOST))) as server:
+    with TritonServer(exact_options(checkpoint, log, *MODELS, max_num_patches=str(MOST))) as server:
         processor = Siglip2ImageProcessorPil(max_num_patches=MOST)
         yield Served(server, Siglip2Model.from_pretrained(checkpoint).eval(), processor)
 
@@ -124,13 +118,17 @@ def test_names_the_picture_that_is_too_thin(served: Served) -> None:
 def test_refuses_before_the_server_starts(checkpoint: Path, log: Path) -> None:
     refused: list[tuple[ServeOptions, type[Exception], str]] = [
         (
-            options(checkpoint, log),
+            exact_options(checkpoint, log),
             ServerStartError,
             "takes images of one size, but the checkpoint is a NaFlex",
         ),
-        (options(checkpoint, log, backend="openvino"), SettingsError, "torch runs those of NaFlex"),
-        (options(checkpoint, log, max_num_patches="5000"), SettingsError, "got 5000, expected at most 4096"),
-        (options(TINY, log, max_num_patches="9"), SettingsError, "siglip-tiny is no NaFlex checkpoint"),
+        (exact_options(checkpoint, log, backend="openvino"), SettingsError, "torch runs those of NaFlex"),
+        (
+            exact_options(checkpoint, log, max_num_patches="5000"),
+            SettingsError,
+            "got 5000, expected at most 4096",
+        ),
+        (exact_options(TINY, log, max_num_patches="9"), SettingsError, "siglip-tiny is no NaFlex checkpoint"),
     ]
     for start, error, message in refused:
         with pytest.raises(error, match=message), TritonServer(start):
