@@ -26,7 +26,7 @@ FLOORS = [
     {"images", "texts", "towers", "embeddings"},
     {"heatmaps", "teams"},
     {"engine"},
-    {"serving", "launcher"},
+    {"serving", "launcher", "bulk"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Models whose prefix is not the name of their file in serving/.
@@ -115,7 +115,9 @@ def test_clients_and_validation_know_the_server_only_by_wire() -> None:
         rooms = {room(module) for module in imports(file, known)}
         assert rooms <= {"errors", "embeddings"}, file
     for file in (ROOT / "clients").rglob("*.py"):
-        assert set(imports(file, known)) <= {"siglip_serve.launcher.command"}, file
+        assert set(imports(file, known)) <= {"siglip_serve.launcher.command", "siglip_serve.bulk.command"}, (
+            file
+        )
 
 
 def test_the_gateway_stands_on_the_client_alone() -> None:

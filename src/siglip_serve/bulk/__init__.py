@@ -1,0 +1,1 @@
+"""Embed many pictures without a server: `siglip-serve bulk`."""
