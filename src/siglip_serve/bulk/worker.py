@@ -138,11 +138,11 @@ class Worker:
         self._units.put(unit)
 
     def usage(self) -> dict[str, float]:
-        """Pictures so far, and the part of the time that each stage was busy since the start, 0 to 1."""
+        """Pictures so far, seconds since the start, and the part of them that each stage was busy, 0 to 1."""
         elapsed = max(1e-9, time.perf_counter() - self._begin)
         busy = {**self._seconds, "decode": self._decoders.seconds / self._decoders.count}
         busy["read"] /= _READERS
-        return {"pictures": self._pictures, **{name: busy[name] / elapsed for name in STAGES}}
+        return {"pictures": self._pictures, "seconds": elapsed, **{name: busy[name] / elapsed for name in STAGES}}
 
     def run(self, report: Callable[[Finished], None]) -> None:
         """Do all units.
