@@ -162,7 +162,7 @@ def fidelity(options: argparse.Namespace, output: Path, size: tuple[int, int]) -
     from pyarrow import parquet
     from transformers import AutoImageProcessor, AutoModel
 
-    model = AutoModel.from_pretrained(options.checkpoint, dtype=torch.float32).eval()
+    model = AutoModel.from_pretrained(options.checkpoint, dtype=torch.float32).eval().to(options.device)
     processor = AutoImageProcessor.from_pretrained(options.checkpoint)
     first = sorted((output / "embeddings").glob("*.parquet"))[0]
     table = parquet.read_table(first)
@@ -170,8 +170,8 @@ def fidelity(options: argparse.Namespace, output: Path, size: tuple[int, int]) -
     ours = np.stack(table["embedding"].to_numpy()[: len(names)]).astype(np.float32)
     images = [Image.open(io.BytesIO(synthetic_jpeg(*size, int(name) % _DISTINCT))) for name in names]
     with torch.inference_mode():
-        inputs = processor(images, return_tensors="pt")
-        theirs: NDArray[np.float32] = model.get_image_features(**inputs).pooler_output.numpy()
+        inputs = processor(images, return_tensors="pt").to(options.device)
+        theirs: NDArray[np.float32] = model.get_image_features(**inputs).pooler_output.cpu().numpy()
     found = cosine(ours, theirs)
     return float(found.min()), float(found.mean())
 

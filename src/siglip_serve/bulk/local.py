@@ -7,12 +7,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 
 from siglip_serve.bulk import worker_process
+from siglip_serve.bulk.backlog import IN_FLIGHT, Backlog
 from siglip_serve.bulk.job import Job
 from siglip_serve.bulk.progress import Progress
 from siglip_serve.bulk.units import Unit
@@ -21,10 +21,8 @@ from siglip_serve.bulk.worker_process import Assignment, Ready, Refused, Usage
 from siglip_serve.errors import ServerStartError, SettingsError
 from siglip_serve.machine import available_cores, gpu_capabilities
 
-__all__ = ["IN_FLIGHT", "MOST_DEATHS", "devices_of", "run_local"]
+__all__ = ["devices_of", "run_local"]
 
-IN_FLIGHT = 3  # units of one worker: two are read, and one waits
-MOST_DEATHS = 8  # of processes that had a unit in flight, until the unit counts as failed
 _MOST_STARTS = 3  # in a row that fail
 _PAUSE = 1.0  # seconds before a process is replaced
 # Not `-m`: its classes would then have another name than here.
@@ -61,10 +59,7 @@ def run_local(job: Job, units: Iterable[Unit], progress: Progress) -> None:
 
 class _Driver:
     def __init__(self, job: Job, units: Iterable[Unit], progress: Progress, devices: list[str]) -> None:
-        self._job, self._progress = job, progress
-        self._units: Iterator[Unit] = iter(units)
-        self._again: deque[Unit] = deque()
-        self._deaths: Counter[str] = Counter()
+        self._progress, self._backlog = progress, Backlog(units, progress)
         cores = max(1, available_cores() // len(devices))
         self._workers = [_WorkerProcess(job, device, cores) for device in devices]
 
@@ -82,14 +77,11 @@ class _Driver:
     def _feed(self) -> None:
         for worker in self._workers:
             while len(worker.units) < IN_FLIGHT and not worker.told_end and worker.ready:
-                unit = self._next()
+                unit = self._backlog.take()
                 # A unit that is in flight elsewhere may come back, so the end is told when all are done.
                 if unit is None and any(other.units for other in self._workers):
                     break
                 worker.send(unit)
-
-    def _next(self) -> Unit | None:
-        return self._again.popleft() if self._again else next(self._units, None)
 
     def _hear(self, worker: _WorkerProcess) -> None:
         try:
@@ -105,9 +97,8 @@ class _Driver:
         elif isinstance(message, Usage):
             self._progress.usage(worker.name, message.values)
         elif isinstance(message, Finished):
-            worker.units.pop(message.unit)
             worker.starts = 0
-            self._progress.finished(message)
+            self._backlog.settle(worker.units.pop(message.unit), message)
 
     def _ended(self, worker: _WorkerProcess) -> None:
         worker.end()
@@ -118,13 +109,7 @@ class _Driver:
         if worker.starts > _MOST_STARTS and not worker.ready:
             raise ServerStartError(f"{worker.name}: its process ended {worker.starts} times while it started")
         self._progress.restarted(worker.name, len(worker.units))
-        for unit in reversed(worker.units.values()):
-            self._deaths[unit.name] += 1
-            if self._deaths[unit.name] >= MOST_DEATHS:
-                reason = f"the process that worked on it ended {MOST_DEATHS} times"
-                self._progress.finished(Finished(unit.name, error=f"{unit.source}: {reason}"))
-            else:
-                self._again.appendleft(unit)
+        self._backlog.put_back(worker.units.values(), "the process that worked on it has ended")
         time.sleep(_PAUSE)
         worker.start()
 

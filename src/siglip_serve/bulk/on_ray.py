@@ -11,16 +11,15 @@ import logging
 import os
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
 
+from siglip_serve.bulk.backlog import IN_FLIGHT, Backlog
 from siglip_serve.bulk.job import Job
-from siglip_serve.bulk.local import IN_FLIGHT, MOST_DEATHS
 from siglip_serve.bulk.progress import Progress
 from siglip_serve.bulk.units import Unit
 from siglip_serve.bulk.worker import Finished, Worker
@@ -65,7 +64,7 @@ def run_ray(job: Job, units: Iterable[Unit], progress: Progress, options: RayOpt
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ServerStartError(f"--address {options.address or 'of the environment'}: {error}") from error
     try:
-        _Driver(job, units, progress, _actors(job, options)).run()
+        _Driver(units, progress, _actors(job, options)).run()
     finally:
         ray.shutdown()
 
@@ -173,11 +172,8 @@ class _Actor:
 
 
 class _Driver:
-    def __init__(self, job: Job, units: Iterable[Unit], progress: Progress, actors: list[_Actor]) -> None:
-        self._job, self._progress, self._actors = job, progress, actors
-        self._units: Iterator[Unit] = iter(units)
-        self._again: deque[Unit] = deque()
-        self._deaths: Counter[str] = Counter()
+    def __init__(self, units: Iterable[Unit], progress: Progress, actors: list[_Actor]) -> None:
+        self._progress, self._backlog, self._actors = progress, Backlog(units, progress), actors
 
     def run(self) -> None:
         for actor in self._actors:
@@ -192,20 +188,12 @@ class _Driver:
         """Hand out units. False when nothing is left and nothing under way."""
         now = time.monotonic()
         for actor in self._actors:
-            while actor.ready and actor.units < IN_FLIGHT and (unit := self._next()) is not None:
+            while actor.ready and actor.units < IN_FLIGHT and (unit := self._backlog.take()) is not None:
                 actor.calls[actor.handle.do.remote(unit)] = unit
             if actor.ready and "usage" not in actor.calls.values() and now > actor.asked + _USAGE_SECONDS:
                 actor.asked = now
                 actor.calls[actor.handle.usage.remote()] = "usage"
-        if any(actor.units for actor in self._actors) or self._again:
-            return True
-        unit = next(self._units, None)
-        if unit is not None:
-            self._again.append(unit)
-        return unit is not None
-
-    def _next(self) -> Unit | None:
-        return self._again.popleft() if self._again else next(self._units, None)
+        return any(actor.units for actor in self._actors) or not self._backlog.empty
 
     def _hear(self, actor: _Actor, call: Any) -> None:
         asked = actor.calls.pop(call)
@@ -216,7 +204,7 @@ class _Driver:
             return
         except RayError as error:
             if isinstance(asked, Unit):
-                self._progress.finished(Finished(asked.name, error=f"{asked.source}: {error}"))
+                self._backlog.settle(asked, Finished(asked.name, error=f"{asked.source}: {error}"))
             return
         if asked == "ready":
             description, refused = answer
@@ -226,19 +214,14 @@ class _Driver:
             self._progress.note(f"{actor.name}: {description}")
         elif asked == "usage":
             self._progress.usage(actor.name, answer)
-        else:
-            self._progress.finished(answer)
+        elif isinstance(asked, Unit):
+            self._backlog.settle(asked, answer)
 
     def _died(self, actor: _Actor, asked: Unit | str, error: RayActorError) -> None:
         if actor.ready:
             self._progress.restarted(actor.name, actor.units + isinstance(asked, Unit))
         actor.ready = False
         if isinstance(asked, Unit):
-            self._deaths[asked.name] += 1
-            if self._deaths[asked.name] >= MOST_DEATHS:
-                reason = f"the actor that worked on it ended {MOST_DEATHS} times: {error}"
-                self._progress.finished(Finished(asked.name, error=f"{asked.source}: {reason}"))
-            else:
-                self._again.append(asked)
+            self._backlog.put_back([asked], f"the actor that worked on it has ended ({error})")
         if "ready" not in actor.calls.values():
             actor.calls[actor.handle.ready.remote()] = "ready"

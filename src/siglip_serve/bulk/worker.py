@@ -37,6 +37,7 @@ STAGES = ("read", "decode", "embed", "write")
 _READERS = 2
 _TASK_ROWS = 16  # pictures that one process decodes at a time
 _TASK_ROWS_GPU = 64
+_NOT_DECODED = Decoded(error="not decoded")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ class _Batch:
     work: _Work
     slot: int
     items: list[Item] = field(default_factory=list)
-    decoded: list[Decoded | None] = field(default_factory=list)
+    decoded: list[Decoded] = field(default_factory=list)
+    embeddings: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    text_embeddings: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
     ready: threading.Event = field(default_factory=threading.Event)
     waiting: int = 1  # tasks under way, and one for the reader itself
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -128,7 +131,7 @@ class Worker:
             self._free.put(slot)
         self._units: queue.SimpleQueue[Unit | None] = queue.SimpleQueue()
         self._batches: queue.SimpleQueue[_Batch | _Work | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[_Batch | _Work | None] = queue.SimpleQueue()
         self._seconds = dict.fromkeys(STAGES, 0.0)
         self._pictures = 0
         self.description = f"{device}, {self._towers.dtype}, {count} decoders"
@@ -142,7 +145,11 @@ class Worker:
         elapsed = max(1e-9, time.perf_counter() - self._begin)
         busy = {**self._seconds, "decode": self._decoders.seconds / self._decoders.count}
         busy["read"] /= _READERS
-        return {"pictures": self._pictures, "seconds": elapsed, **{name: busy[name] / elapsed for name in STAGES}}
+        return {
+            "pictures": self._pictures,
+            "seconds": elapsed,
+            **{name: busy[name] / elapsed for name in STAGES},
+        }
 
     def run(self, report: Callable[[Finished], None]) -> None:
         """Do all units.
@@ -174,7 +181,7 @@ class Worker:
             begin, self_waited = time.perf_counter(), 0.0
             try:
                 self_waited = self._read(work)
-            except (OSError, ValueError, SiglipServeError) as error:
+            except (OSError, ValueError, LookupError, NotImplementedError, SiglipServeError) as error:
                 work.error = f"{unit.source}: {error}"
             self._seconds["read"] += time.perf_counter() - begin - self_waited
             self._batches.put(work)  # after its last batch
@@ -213,7 +220,7 @@ class Worker:
     def _submit(self, batch: _Batch, items: Sequence[Item]) -> None:
         """Have the last pictures of a batch decoded."""
         first = len(batch.items) - len(items)
-        batch.decoded += [None] * len(items)
+        batch.decoded += [_NOT_DECODED] * len(items)
         with batch.lock:
             batch.waiting += 1
         text = self._job.columns.text
@@ -226,22 +233,35 @@ class Worker:
         self._decoders.submit(Task(batch.slot, first, [item.data for item in items], texts), done)
 
     def _embed(self, batch: _Batch) -> None:
-        """Run the towers over a batch, and keep the results with its unit."""
+        """Run the towers over a batch, and pass the results on to the thread that writes."""
         batch.ready.wait()
         begin = time.perf_counter()
-        work = batch.work
         try:
-            if not work.error:
-                self._keep(batch, [found or Decoded(error="not decoded") for found in batch.decoded])
+            if not batch.work.error:
+                self._run_towers(batch)
         except SiglipServeError as error:
-            work.error = str(error)
+            batch.work.error = str(error)
         finally:
             self._free.put(batch.slot)
         self._pictures += len(batch.items)
         self._seconds["embed"] += time.perf_counter() - begin
+        self._done.put(batch)
 
-    def _keep(self, batch: _Batch, decoded: Sequence[Decoded]) -> None:
-        rows = batch.work.rows
+    def _run_towers(self, batch: _Batch) -> None:
+        if all(found.error for found in batch.decoded):
+            return
+        pixels = self._decoders.slots[batch.slot, : len(batch.items)]
+        batch.embeddings = self._towers.embed_images(pixels, [found.size for found in batch.decoded])
+        if self._job.columns.text:
+            ids = np.zeros((len(batch.items), *tensor_dims(self._config)["INPUT_IDS"]), dtype=np.int64)
+            for number, found in enumerate(batch.decoded):
+                if found.ids is not None:
+                    ids[number] = found.ids
+            batch.text_embeddings = self._towers.embed_ids(ids)
+
+    def _keep(self, batch: _Batch) -> None:
+        """Add a batch to the rows of its unit."""
+        rows, decoded = batch.work.rows, batch.decoded
         reasons = [item.error or found.error for item, found in zip(batch.items, decoded, strict=True)]
         good = [number for number, reason in enumerate(reasons) if not reason]
         rows.failed += [
@@ -249,14 +269,14 @@ class Worker:
         ]
         if not good:
             return
-        pixels = self._decoders.slots[batch.slot, : len(batch.items)]
-        embeddings = self._towers.embed_images(pixels, [found.size for found in decoded])[good]
+        embeddings = batch.embeddings[good]
         rows.embeddings.append(embeddings)
         self._keep_columns(
             rows, [batch.items[number] for number in good], [decoded[number] for number in good]
         )
         if self._job.columns.text:
-            self._keep_texts(rows, decoded, good)
+            rows.text_embeddings.append(batch.text_embeddings[good])
+            rows.no_text += [decoded[number].ids is None for number in good]
         if self._towers.labels is not None:
             for names, probabilities in self._towers.labels(embeddings):
                 rows.columns.setdefault("labels", []).append(names)
@@ -275,17 +295,12 @@ class Worker:
         for name, values in columns.items():
             rows.columns.setdefault(name, []).extend(values)
 
-    def _keep_texts(self, rows: Rows, decoded: Sequence[Decoded], good: Sequence[int]) -> None:
-        ids = np.zeros((len(decoded), *tensor_dims(self._config)["INPUT_IDS"]), dtype=np.int64)
-        for number, found in enumerate(decoded):
-            if found.ids is not None:
-                ids[number] = found.ids
-        embedded: NDArray[np.float32] = self._towers.embed_ids(ids)[list(good)]
-        rows.text_embeddings.append(embedded)
-        rows.no_text += [decoded[number].ids is None for number in good]
-
     def _write_units(self, report: Callable[[Finished], None]) -> None:
         while (work := self._done.get()) is not None:
+            if isinstance(work, _Batch):
+                if not work.work.error:
+                    self._keep(work)
+                continue
             begin = time.perf_counter()
             if not work.error:
                 try:

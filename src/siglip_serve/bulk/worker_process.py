@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,6 +86,7 @@ def main(arguments: Sequence[str]) -> None:
     channel = _Channel(int(arguments[0]))
     assignment: Assignment = channel.receive()
     job = assignment.job
+    threading.excepthook = _end_process
     try:
         worker = Worker(job, job.load_config(), assignment.device, job.settings.decoders, assignment.cores)
     except SiglipServeError as error:
@@ -98,6 +100,12 @@ def main(arguments: Sequence[str]) -> None:
     stopped.set()
     channel.send(Usage(worker.usage()))
     os._exit(0)  # threads of C++ libraries, such as Lance's, would end an orderly exit with an abort
+
+
+def _end_process(fault: threading.ExceptHookArgs) -> None:
+    """End the process if a thread fails: its work would never be finished, and a new process can do it."""
+    sys.__excepthook__(fault.exc_type, fault.exc_value or fault.exc_type(), fault.exc_traceback)
+    os._exit(1)
 
 
 def _receive(channel: _Channel, worker: Worker) -> None:
