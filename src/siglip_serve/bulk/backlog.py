@@ -12,12 +12,16 @@ from siglip_serve.bulk.worker import Finished
 __all__ = ["IN_FLIGHT", "Backlog"]
 
 IN_FLIGHT = 3  # units of one worker: two are read, and one waits
+_SHARED_DEATHS = 2  # of workers that had other units in flight too
 _MOST_DEATHS = 8  # of workers that had a unit in flight, until the unit counts as failed
 _ATTEMPTS = 3  # for a unit that cannot be read or written
 
 
 class Backlog:
     """Hands out units.
+
+    A unit may be the reason why its worker has died, and so may each of the others that were in flight. After
+    two deaths it is handed out alone, so that it takes no others along, and after eight it is given up.
 
     Args:
         units: to be done.
@@ -30,6 +34,12 @@ class Backlog:
         self._again: deque[Unit] = deque()
         self._deaths: Counter[str] = Counter()
         self._failures: Counter[str] = Counter()
+
+    def has_room(self, in_flight: Iterable[Unit]) -> bool:
+        """Return True if a worker may take the next unit in addition to those that it has in flight."""
+        held = list(in_flight)
+        alone = any(map(self._is_suspect, [*held, *list(self._again)[:1]]))
+        return len(held) < (1 if alone else IN_FLIGHT)
 
     def take(self) -> Unit | None:
         """The next unit, or None if none is left at the moment."""
@@ -65,3 +75,6 @@ class Backlog:
                 self._progress.finished(
                     Finished(unit.name, error=f"{unit.source}: {reason}, {_MOST_DEATHS} times")
                 )
+
+    def _is_suspect(self, unit: Unit) -> bool:
+        return self._deaths[unit.name] >= _SHARED_DEATHS

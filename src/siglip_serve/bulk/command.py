@@ -17,7 +17,7 @@ from siglip_serve.bulk.options import bulk_parser, job_of
 from siglip_serve.bulk.outputs import finish_output, finished_units
 from siglip_serve.bulk.progress import Progress, Summary
 from siglip_serve.bulk.storage import Folder
-from siglip_serve.bulk.units import Unit, plan_units
+from siglip_serve.bulk.units import Unit, copy_plans, plan_units
 from siglip_serve.errors import SiglipServeError
 
 __all__ = ["main"]
@@ -50,8 +50,8 @@ def _run(options: argparse.Namespace) -> int:
     folder = open_job(job, config, write=not options.dry_run)
     if options.dry_run:
         with TemporaryDirectory() as plans:
-            begun = folder.names(".")
-            _describe(options, folder, _plan(options, job, folder if begun else Folder(plans)))
+            copy_plans(folder, Folder(plans))
+            _describe(options, folder, _plan(options, job, Folder(plans)))
         return 0
     units = _plan(options, job, folder)
     done = finished_units(folder, job.format)

@@ -23,8 +23,11 @@ from siglip_serve.errors import ServerStartError
 
 __all__ = ["Decoders"]
 
-# Not `-m`: its classes would then have another name than here.
-_PROGRAM = f"import sys; from {decoder.__name__} import main; main(sys.argv[1:])"
+# Not `-m`: its classes would then have another name than here. Ctrl-C is for the driver, from the beginning.
+_PROGRAM = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    f"from {decoder.__name__} import main; main(sys.argv[1:])"
+)
 _ATTEMPTS = 3  # of a task whose process dies
 _START_SECONDS = 300.0  # a machine may be busy
 _PATIENCE = 30.0  # seconds for a task, in addition to those that its pictures may take, several times over
@@ -113,7 +116,7 @@ class Decoders:
 class _Process:
     def __init__(self, memory: int, setup: Setup) -> None:
         ours, theirs = socket.socketpair()
-        self._seconds = _PATIENCE + 4 * setup.limits.max_seconds
+        self._seconds = 4 * setup.limits.max_seconds
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -148,7 +151,7 @@ class _Process:
         """The results of a task, or None if the process has died or does not answer."""
         with suppress(EOFError, OSError):
             self._channel.send(task)
-            if self._channel.poll(self._seconds * len(task.files)):
+            if self._channel.poll(_PATIENCE + self._seconds * len(task.files)):
                 found: Sequence[Decoded] = self._channel.recv()
                 return found
         return None

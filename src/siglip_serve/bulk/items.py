@@ -17,6 +17,7 @@ from siglip_serve_client.commands.embed.archives import ArchiveMember, printable
 
 from siglip_serve.bulk.storage import is_remote, open_file, read_bytes, read_stream
 from siglip_serve.bulk.units import InputOptions, Unit
+from siglip_serve.errors import SiglipServeError
 
 __all__ = ["Columns", "Item", "read_items"]
 
@@ -104,17 +105,28 @@ def _lines(unit: Unit) -> Iterator[str]:
     for raw in rest.splitlines():
         line = raw.strip()
         if line.startswith(b'"'):
-            yield str(json.loads(line))
+            yield _unquoted(line)
         elif line:
             yield line.decode("utf-8", "surrogateescape")
+
+
+def _unquoted(line: bytes) -> str:
+    """A path that is written as JSON. Other text is a path that begins with a quote."""
+    try:
+        path = str(json.loads(line))
+        path.encode("utf-8", "surrogateescape")
+        return path
+    except ValueError:
+        return line.decode("utf-8", "surrogateescape")
 
 
 def _read_alone(key: str, where: str, columns: Columns, values: dict[str, str | None] | None = None) -> Item:
     kept: dict[str, str | None] = dict.fromkeys(columns.all_kept) if values is None else values
     try:
         return Item(printable(key), printable(where), read_bytes(where, columns.max_bytes + 1), kept)
-    except OSError as error:
-        return Item(printable(key), printable(where), values=kept, error=error.strerror or str(error))
+    except (OSError, ValueError, SiglipServeError) as error:  # ValueError: names that no file can have
+        reason = getattr(error, "strerror", None) or str(error)
+        return Item(printable(key), printable(where), values=kept, error=printable(reason))
 
 
 def _ahead(read: Callable[[Any], Item], arguments: Iterator[Any]) -> Iterator[Item]:
@@ -244,8 +256,10 @@ def _check_columns(path: str, names: Sequence[str], wanted: Sequence[str]) -> No
 
 
 def _as_text(value: Any) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
+    if value is None:
+        return None
+    if isinstance(value, str):  # JSON can hold half of a surrogate pair, which no column can
+        return value.encode("utf-8", "replace").decode("utf-8")
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     return json.dumps(value, default=str)

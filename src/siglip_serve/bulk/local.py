@@ -12,7 +12,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 
 from siglip_serve.bulk import worker_process
-from siglip_serve.bulk.backlog import IN_FLIGHT, Backlog
+from siglip_serve.bulk.backlog import Backlog
 from siglip_serve.bulk.job import Job
 from siglip_serve.bulk.progress import Progress
 from siglip_serve.bulk.units import Unit
@@ -25,8 +25,11 @@ __all__ = ["devices_of", "run_local"]
 
 _MOST_STARTS = 3  # in a row that fail
 _PAUSE = 1.0  # seconds before a process is replaced
-# Not `-m`: its classes would then have another name than here.
-_PROGRAM = f"import sys; from {worker_process.__name__} import main; main(sys.argv[1:])"
+# Not `-m`: its classes would then have another name than here. Ctrl-C is for the driver, from the beginning.
+_PROGRAM = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    f"from {worker_process.__name__} import main; main(sys.argv[1:])"
+)
 
 
 def devices_of(job: Job) -> list[str]:
@@ -76,7 +79,7 @@ class _Driver:
 
     def _feed(self) -> None:
         for worker in self._workers:
-            while len(worker.units) < IN_FLIGHT and not worker.told_end and worker.ready:
+            while worker.ready and not worker.told_end and self._backlog.has_room(worker.units.values()):
                 unit = self._backlog.take()
                 # A unit that is in flight elsewhere may come back, so the end is told when all are done.
                 if unit is None and any(other.units for other in self._workers):

@@ -8,26 +8,28 @@ no room yet wait, which is what makes an autoscaling cluster grow.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError, RayTaskError
 
 from siglip_serve.bulk.backlog import IN_FLIGHT, Backlog
 from siglip_serve.bulk.job import Job
 from siglip_serve.bulk.progress import Progress
 from siglip_serve.bulk.units import Unit
-from siglip_serve.bulk.worker import Finished, Worker
+from siglip_serve.bulk.worker import Finished, Worker, end_with_any_thread
 from siglip_serve.errors import ServerStartError, SettingsError, SiglipServeError
 
 __all__ = ["RayOptions", "run_ray"]
 
 _USAGE_SECONDS = 2.0
+_STARTS = 3  # of a worker, until its actor gives up
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class _RayWorker:
         call = self._waiting.setdefault(unit.name, _Call())
         self._worker.add(unit)
         call.ended.wait()
-        del self._waiting[unit.name]
+        self._waiting.pop(unit.name, None)
         return call.outcome
 
     def usage(self) -> dict[str, float]:
@@ -121,24 +123,29 @@ class _RayWorker:
         return self._worker.usage() if self._worker else {}
 
     def _run(self) -> None:
+        end_with_any_thread()  # if the device fails, too; Ray restarts the actor
         try:
-            self._worker = Worker(
-                self._job, self._job.load_config(), self._device, self._job.settings.decoders, self._cores
-            )
-        except SiglipServeError as error:
-            self._refused = str(error)
+            self._worker = self._start()
+        except (SiglipServeError, OSError, RuntimeError) as error:  # RuntimeError: torch's, of the device
+            self._refused = f"{ray.util.get_node_ip_address()}: {error}"
             return
         finally:
             self._started.set()
-        try:
-            self._worker.run(self._report)
-        finally:
-            os._exit(1)  # the device has failed, and Ray restarts the actor
+        self._worker.run(self._report)
+
+    def _start(self) -> Worker:
+        config, decoders = self._job.load_config(), self._job.settings.decoders
+        start = partial(Worker, self._job, config, self._device, decoders, self._cores)
+        for _ in range(_STARTS - 1):
+            with suppress(ServerStartError):  # a process that decodes was killed
+                return start()
+        return start()
 
     def _report(self, outcome: Finished) -> None:
-        call = self._waiting[outcome.unit]
-        call.outcome = outcome
-        call.ended.set()
+        call = self._waiting.get(outcome.unit)
+        if call is not None:  # None: the unit was asked for twice, because the first answer was late
+            call.outcome = outcome
+            call.ended.set()
 
 
 @dataclass
@@ -166,9 +173,13 @@ class _Actor:
     asked: float = 0.0
 
     @property
-    def units(self) -> int:
-        """Number of units in flight."""
-        return sum(isinstance(call, Unit) for call in self.calls.values())
+    def units(self) -> list[Unit]:
+        """Units in flight."""
+        return [call for call in self.calls.values() if isinstance(call, Unit)]
+
+    def ask_ready(self) -> None:
+        """Ask whether it takes units. Ray answers when there is room for the actor."""
+        self.calls[self.handle.ready.remote()] = "ready"
 
 
 class _Driver:
@@ -177,7 +188,7 @@ class _Driver:
 
     def run(self) -> None:
         for actor in self._actors:
-            actor.calls[actor.handle.ready.remote()] = "ready"
+            actor.ask_ready()
         while self._feed():
             owners = {call: actor for actor in self._actors for call in actor.calls}
             done, _ = ray.wait(list(owners), num_returns=1, timeout=_USAGE_SECONDS)
@@ -188,7 +199,10 @@ class _Driver:
         """Hand out units. False when nothing is left and nothing under way."""
         now = time.monotonic()
         for actor in self._actors:
-            while actor.ready and actor.units < IN_FLIGHT and (unit := self._backlog.take()) is not None:
+            while actor.ready and self._backlog.has_room(actor.units):
+                unit = self._backlog.take()
+                if unit is None:
+                    break
                 actor.calls[actor.handle.do.remote(unit)] = unit
             if actor.ready and "usage" not in actor.calls.values() and now > actor.asked + _USAGE_SECONDS:
                 actor.asked = now
@@ -199,12 +213,12 @@ class _Driver:
         asked = actor.calls.pop(call)
         try:
             answer = ray.get(call)
-        except RayActorError as error:
-            self._died(actor, asked, error)
-            return
-        except RayError as error:
+        except RayTaskError as error:
             if isinstance(asked, Unit):
                 self._backlog.settle(asked, Finished(asked.name, error=f"{asked.source}: {error}"))
+            return
+        except RayError:  # of the actor, its node, or the node's memory
+            self._died(actor, asked)
             return
         if asked == "ready":
             description, refused = answer
@@ -217,11 +231,11 @@ class _Driver:
         elif isinstance(asked, Unit):
             self._backlog.settle(asked, answer)
 
-    def _died(self, actor: _Actor, asked: Unit | str, error: RayActorError) -> None:
+    def _died(self, actor: _Actor, asked: Unit | str) -> None:
         if actor.ready:
-            self._progress.restarted(actor.name, actor.units + isinstance(asked, Unit))
+            self._progress.restarted(actor.name, len(actor.units) + isinstance(asked, Unit))
         actor.ready = False
         if isinstance(asked, Unit):
-            self._backlog.put_back([asked], f"the actor that worked on it has ended ({error})")
+            self._backlog.put_back([asked], "the actor that worked on it has ended")
         if "ready" not in actor.calls.values():
-            actor.calls[actor.handle.ready.remote()] = "ready"
+            actor.ask_ready()

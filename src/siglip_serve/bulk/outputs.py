@@ -26,6 +26,7 @@ FINISHED: Mapping[Format, tuple[str, str]] = {
     "lance": (_FRAGMENTS, ".json"),
 }
 _TEXTS = ("id", "path", "sha256")
+_VECTORS = ("embedding", "text_embedding")
 
 
 @dataclass
@@ -119,7 +120,7 @@ def finish_output(folder: Folder, form: Format) -> None:
 def _write_fragment(folder: Folder, unit: str, table: Any) -> None:
     from lance.fragment import write_fragments
 
-    written = write_fragments(table, folder.join(_DATASET), mode="create", data_storage_version="stable")
+    written = write_fragments(table, folder.join(_DATASET), mode="overwrite", data_storage_version="stable")
     described = {
         "fragments": [each.to_json() for each in written],
         "schema": table.schema.serialize().to_pybytes().hex(),
@@ -150,16 +151,28 @@ def _columns(rows: Rows, job: Job, width: int) -> dict[str, Any]:
         kinds["probabilities"] = pyarrow.list_(pyarrow.float32())
     columns = {name: pyarrow.array(rows.columns.get(name, []), kind) for name, kind in kinds.items()}
     if job.columns.text:
-        columns["text_embedding"] = _lists(_stored(rows.text_embeddings, width, job), rows.no_text)
+        columns["text_embedding"] = _lists(
+            _stored(rows.text_embeddings, width, job), rows.no_text, job.format
+        )
     return columns
 
 
-def _lists(vectors: NDArray[Any], missing: Sequence[bool] | None = None) -> Any:
+def _lists(vectors: NDArray[Any], missing: Sequence[bool] | None = None, form: Format = "parquet") -> Any:
+    """Vectors [N, D] as a column of lists of a fixed size.
+
+    Where some may be missing, Parquet needs lists of any size: pyarrow writes no null of a fixed size.
+    """
     import pyarrow
 
-    values = pyarrow.array(vectors.reshape(-1))
-    mask = None if missing is None else pyarrow.array(missing)
-    return pyarrow.FixedSizeListArray.from_arrays(values, vectors.shape[1], mask=mask)
+    if missing is None or form == "lance":
+        mask = None if missing is None else pyarrow.array(missing, pyarrow.bool_())
+        values = pyarrow.array(vectors.reshape(-1))
+        return pyarrow.FixedSizeListArray.from_arrays(values, vectors.shape[1], mask=mask)
+    absent = np.array(missing, dtype=bool)
+    ends = np.cumsum(np.where(absent, 0, vectors.shape[1]))
+    offsets = pyarrow.array(np.concatenate([[0], ends]), pyarrow.int32())
+    values = pyarrow.array(vectors[~absent].reshape(-1))
+    return pyarrow.ListArray.from_arrays(offsets, values, mask=pyarrow.array(absent))
 
 
 def _parquet(table: Any) -> memoryview:
@@ -168,7 +181,7 @@ def _parquet(table: Any) -> memoryview:
     from pyarrow import parquet
 
     sink = pyarrow.BufferOutputStream()
-    vectors = [field.name for field in table.schema if pyarrow.types.is_fixed_size_list(field.type)]
+    vectors = [name for name in table.schema.names if name in _VECTORS]
     texts = [name for name in table.schema.names if name not in vectors]
     parquet.write_table(
         table,

@@ -201,14 +201,16 @@ class _Writing:
             if kind is None:
                 self._upload()
             return
-        with self._file:
+        try:
+            with self._file:
+                if kind is None:
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
             if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-        if kind is None:
-            os.replace(self._aside, self._path)  # noqa: PTH105
-        else:
-            os.unlink(self._aside)  # noqa: PTH108
+                os.replace(self._aside, self._path)  # noqa: PTH105
+        finally:
+            with suppress(FileNotFoundError):  # it has its name
+                os.unlink(self._aside)  # noqa: PTH108
 
     def _upload(self) -> None:
         filesystem, place = _place(self._path)
@@ -243,7 +245,10 @@ def _place(uri: str) -> tuple[Any, str]:
 def _native(scheme: str, bucket: str, query: str) -> Any:
     from pyarrow.fs import FileSystem
 
-    filesystem, _ = FileSystem.from_uri(f"{scheme}://{bucket}" + (f"?{query}" if query else ""))
+    try:
+        filesystem, _ = FileSystem.from_uri(f"{scheme}://{bucket}" + (f"?{query}" if query else ""))
+    except ValueError as error:  # pyarrow's, for what is no URI
+        raise StorageError(f"{scheme}://{bucket}: {error}") from error
     return filesystem
 
 

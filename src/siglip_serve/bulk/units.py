@@ -31,7 +31,7 @@ from siglip_serve.bulk.storage import (
     size_of,
 )
 
-__all__ = ["InputOptions", "Unit", "plan_units"]
+__all__ = ["InputOptions", "Unit", "copy_plans", "plan_units"]
 
 Kind = Literal["tar", "parquet", "lance", "listing"]
 
@@ -86,18 +86,22 @@ def plan_units(
         inputs: files, folders, patterns with `*` or `{000..009}`, and listings (.txt, .lst, .list). Patterns
             of local files may have `?`, `[` and `**` too.
         options: as the command was given.
-        output: keeps what was found in folders and patterns, so that a later run finds the same units.
+        output: keeps what was found in folders and patterns, and the lengths of listings, so that a later run
+            has the same units.
         note: called with a sentence about files that are left out.
 
     Raises:
-        StorageError: an input does not exist, or has no pictures. The message names it.
+        StorageError: an input does not exist, has no pictures, or is a listing that has changed since it was
+            first divided. The message names it.
     """
-    search = partial(_searched, options=options, output=output, known=set(output.names(_PLANS)), note=note)
+    known = set(output.names(_PLANS))
+    search = partial(_searched, options=options, output=output, known=known, note=note)
     pictures: list[str] = []
     for given in map(_absolute, inputs):
         if _has_magic(given):
             yield from search(given, [given])
         elif _suffix(given) in _LISTINGS:
+            _check_length(given, output, known)
             yield from _slices(given, given, options.items)
         elif given.lower().endswith(TAR_SUFFIXES):
             _require(given)
@@ -108,6 +112,27 @@ def plan_units(
             yield from search(given, [given])
     if pictures:
         yield from search("\n".join(pictures), pictures)
+
+
+def copy_plans(output: Folder, target: Folder) -> None:
+    """Copy what `plan_units` keeps in an output."""
+    for name in output.names(_PLANS):
+        target.write(f"{_PLANS}/{name}", output.read(f"{_PLANS}/{name}") or b"")
+
+
+def _check_length(listing: str, output: Folder, known: set[str]) -> None:
+    """Refuse a listing that has changed: its parts would no longer be those of the finished files."""
+    name = f"{_label(listing)}.bytes"
+    length = _require(listing)
+    if name not in known:
+        output.write(f"{_PLANS}/{name}", str(length).encode())
+        return
+    before = (output.read(f"{_PLANS}/{name}") or b"").decode()
+    if before != str(length):
+        raise StorageError(
+            f"{listing}: had {before} bytes when the job began, and has {length}; list further pictures in "
+            "another file, or choose another output"
+        )
 
 
 def _searched(
@@ -251,8 +276,8 @@ def _slices(listing: str, given: str, items: int) -> Iterator[Unit]:
 
 
 def _line(path: str) -> bytes:
-    """A line of a listing. Names with line breaks, and those that begin with a quote, are written as JSON."""
-    if path.startswith('"') or not path.isprintable():
+    """A line of a listing. Names that would be read as something else are written as JSON."""
+    if path.startswith('"') or path != path.strip() or not path.isprintable():
         return json.dumps(path).encode() + b"\n"
     return path.encode("utf-8", "surrogateescape") + b"\n"
 

@@ -7,6 +7,7 @@ picture fails, so results do not depend on the order in which anything happens.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
@@ -30,7 +31,7 @@ from siglip_serve.checkpoint.model_config import ModelConfig
 from siglip_serve.errors import SiglipServeError
 from siglip_serve.machine import available_cores
 
-__all__ = ["STAGES", "Finished", "Worker"]
+__all__ = ["STAGES", "Finished", "Worker", "end_with_any_thread"]
 
 STAGES = ("read", "decode", "embed", "write")
 
@@ -86,6 +87,16 @@ class _Work:
     unit: Unit
     rows: Rows = field(default_factory=Rows)
     error: str = ""
+
+
+def end_with_any_thread() -> None:
+    """Have this process end when one of its threads fails. The others would wait for that thread forever."""
+
+    def end(failure: threading.ExceptHookArgs) -> None:
+        threading.__excepthook__(failure)
+        os._exit(1)
+
+    threading.excepthook = end
 
 
 class Worker:
@@ -181,7 +192,7 @@ class Worker:
             begin, self_waited = time.perf_counter(), 0.0
             try:
                 self_waited = self._read(work)
-            except (OSError, ValueError, LookupError, NotImplementedError, SiglipServeError) as error:
+            except (OSError, ValueError, LookupError, RuntimeError, SiglipServeError) as error:
                 work.error = f"{unit.source}: {error}"
             self._seconds["read"] += time.perf_counter() - begin - self_waited
             self._batches.put(work)  # after its last batch
@@ -305,7 +316,7 @@ class Worker:
             if not work.error:
                 try:
                     write_unit(self._folder, self._job, work.unit.name, work.rows, self._width)
-                except OSError as error:
+                except (OSError, ValueError, RuntimeError) as error:  # also of pyarrow and Lance
                     work.error = f"{self._folder.path}: {error}"
             self._seconds["write"] += time.perf_counter() - begin
             name = work.unit.name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ from typing import Any
 
 from siglip_serve.bulk.job import Job
 from siglip_serve.bulk.units import Unit
-from siglip_serve.bulk.worker import Worker
-from siglip_serve.errors import SiglipServeError
+from siglip_serve.bulk.worker import Worker, end_with_any_thread
+from siglip_serve.errors import ServerStartError, SiglipServeError
 
 __all__ = ["Assignment", "Ready", "Refused", "Usage", "main"]
 
@@ -86,9 +85,11 @@ def main(arguments: Sequence[str]) -> None:
     channel = _Channel(int(arguments[0]))
     assignment: Assignment = channel.receive()
     job = assignment.job
-    threading.excepthook = _end_process
+    end_with_any_thread()
     try:
         worker = Worker(job, job.load_config(), assignment.device, job.settings.decoders, assignment.cores)
+    except ServerStartError:
+        raise  # a process that decodes has been killed: the next start may succeed
     except SiglipServeError as error:
         channel.send(Refused(str(error)))
         return
@@ -100,12 +101,6 @@ def main(arguments: Sequence[str]) -> None:
     stopped.set()
     channel.send(Usage(worker.usage()))
     os._exit(0)  # threads of C++ libraries, such as Lance's, would end an orderly exit with an abort
-
-
-def _end_process(fault: threading.ExceptHookArgs) -> None:
-    """End the process if a thread fails: its work would never be finished, and a new process can do it."""
-    sys.__excepthook__(fault.exc_type, fault.exc_value or fault.exc_type(), fault.exc_traceback)
-    os._exit(1)
 
 
 def _receive(channel: _Channel, worker: Worker) -> None:
