@@ -22,11 +22,12 @@ PIP = $(BIN)/pip install --disable-pip-version-check $$(test -t 2 || echo --quie
 SERVER := $(VENV)/.server
 DEV := $(VENV)/.dev
 GATEWAY_CLIENTS := $(VENV)/.gateway-clients
+BULK_READERS := $(VENV)/.bulk-readers
 # Two processes; tests that share a server stay in one of them. ARGS="-n 0" runs all in one process.
 PARALLEL := -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-unit test-gateway lint validate bench load mutants chaos tools format clean
+.PHONY: help install serve test test-unit test-gateway test-bulk lint validate bench load mutants chaos tools format clean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +55,9 @@ test-unit: $(DEV) ## The tests that need no server
 
 test-gateway: $(GATEWAY_CLIENTS) ## The clients of OpenAI, Cohere, LangChain, LlamaIndex, LiteLLM, Weaviate, Immich before the gateway
 	$(BIN)/python -m pytest -n 0 -rs tests/unit/gateway tests/triton/gateway $(ARGS)
+
+test-bulk: $(BULK_READERS) ## Outputs of siglip-serve bulk opened by pandas, polars, datasets, DuckDB and LanceDB
+	$(BIN)/python -m pytest -n 0 -rs tests/unit/bulk tests/bulk $(ARGS)
 
 lint: $(DEV) ## Style and types
 	$(BIN)/ruff check .
@@ -132,5 +136,11 @@ $(DEV): $(SERVER)
 $(GATEWAY_CLIENTS): $(DEV)
 	@echo "Installing LangChain, LlamaIndex and LiteLLM into $(VENV): 370 MB more ..."
 	@$(PIP) -e '.[server,validate,dev,gateway-clients]'
+	$(BIN)/pip check
+	@touch $@
+
+$(BULK_READERS): $(DEV)
+	@echo "Installing pandas, polars, datasets, DuckDB and LanceDB into $(VENV): 520 MB more ..."
+	@$(PIP) -e '.[server,validate,dev,bulk-readers]'
 	$(BIN)/pip check
 	@touch $@
