@@ -75,8 +75,9 @@ def reaches_the_build(path: str) -> bool:
     return kept
 
 
-def test_hadolint_accepts_the_dockerfile() -> None:
-    done = run(program("hadolint"), "--failure-threshold", "style", DOCKER / "Dockerfile")
+@pytest.mark.parametrize("name", ["Dockerfile", "bulk.Dockerfile"])
+def test_hadolint_accepts_the_dockerfiles(name: str) -> None:
+    done = run(program("hadolint"), "--failure-threshold", "style", DOCKER / name)
     assert done.returncode == 0, done.stdout
 
 

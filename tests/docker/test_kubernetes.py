@@ -17,6 +17,7 @@ from paths import ROOT
 from siglip_gateway.app import create_app
 from siglip_gateway.command import _parser as gateway_parser
 from siglip_gateway.options import GatewayOptions
+from siglip_serve.bulk.options import bulk_parser
 from siglip_serve.launcher.command import _parser as server_parser
 
 FOLDER = ROOT / "deployments" / "kubernetes"
@@ -147,3 +148,28 @@ def test_keys_are_a_component(tmp_path: Path) -> None:
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     volumes = {volume["name"]: volume for volume in pod["spec"]["template"]["spec"]["volumes"]}
     assert "secret" in volumes[mounts[str(file.parent)]]
+
+
+def test_the_bulk_jobs_pods_are_valid_and_fit_its_command() -> None:
+    (made,) = rendered_objects(FOLDER / "bulk").values()
+    assert (made["apiVersion"], made["kind"]) == ("ray.io/v1", "RayJob")
+    cluster = made["spec"]["rayClusterSpec"]
+    head, (workers,) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
+    for group in (head, workers):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"}, **group["template"]}
+        kubernetes_validate.validate(pod, VERSION, strict=True)
+        (container,) = group["template"]["spec"]["containers"]
+        assert container["image"] == "siglip-serve-bulk:latest"
+        assert container["securityContext"]["readOnlyRootFilesystem"]
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+    program, command, *words = made["spec"]["entrypoint"].split()
+    assert (program, command) == ("siglip-serve", "bulk")
+    given = bulk_parser().parse_args(words)
+    assert (given.on, given.device, given.address) == ("ray", "cuda", "")
+    assert given.workers == workers["maxReplicas"]
+    limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert limits["nvidia.com/gpu"] == "1"
+    assert given.worker_cpus <= int(limits["cpu"])
+    assert head["rayStartParams"]["num-cpus"] == "0"
+    dockerfile = (ROOT / "docker" / "bulk.Dockerfile").read_text(encoding="utf-8")
+    assert f"ARG RAY_VERSION={cluster['rayVersion']}\n" in dockerfile

@@ -32,6 +32,7 @@ class Backlog:
         self._units: Iterator[Unit] = iter(units)
         self._progress = progress
         self._again: deque[Unit] = deque()
+        self._failed: deque[Unit] = deque()
         self._deaths: Counter[str] = Counter()
         self._failures: Counter[str] = Counter()
 
@@ -43,20 +44,24 @@ class Backlog:
 
     def take(self) -> Unit | None:
         """The next unit, or None if none is left at the moment."""
-        return self._again.popleft() if self._again else next(self._units, None)
+        if self._again:
+            return self._again.popleft()
+        unit = next(self._units, None)
+        return self._failed.popleft() if unit is None and self._failed else unit
 
     @property
     def empty(self) -> bool:
         """True if no unit is left at the moment."""
-        if not self._again and (unit := next(self._units, None)) is not None:
-            self._again.append(unit)
-        return not self._again
+        unit = self.take()
+        if unit is not None:
+            self._again.appendleft(unit)
+        return unit is None
 
     def settle(self, unit: Unit, outcome: Finished) -> None:
         """Take the outcome of a unit. One that failed comes again after the others."""
         self._failures[unit.name] += bool(outcome.error)
         if outcome.error and self._failures[unit.name] < _ATTEMPTS:
-            self._again.append(unit)
+            self._failed.append(unit)  # storage that was away may be back by then
         else:
             self._progress.finished(outcome)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from siglip_serve.bulk import local, unit_queue
+from siglip_serve.bulk import backlog, local
 from siglip_serve.bulk.job import Job
 from siglip_serve.bulk.local import run_local
 from siglip_serve.bulk.progress import Progress, Summary
@@ -48,7 +48,7 @@ while (unit := channel.recv()) is not None:
 def drive(folder: Path, way: str, sources: list[str], monkeypatch: pytest.MonkeyPatch) -> Summary:
     monkeypatch.setattr(local, "_PROGRAM", PROGRAM)
     monkeypatch.setattr(local, "_PAUSE", 0.0)
-    monkeypatch.setattr(unit_queue, "_MOST_DEATHS", 3)
+    monkeypatch.setattr(backlog, "_MOST_DEATHS", 3)
     units = [Unit(f"u{number}", "tar", source) for number, source in enumerate(sources)]
     progress = Progress(len(units), 0, "none")
     with redirect_stderr(io.StringIO()):
@@ -61,7 +61,7 @@ def test_a_unit_that_ends_its_worker_is_given_up_alone(
 ) -> None:
     found = drive(tmp_path, "", ["a", "deadly", "b", "c", "d"], monkeypatch)
     assert found.units == 4
-    assert found.lost == {"u1": "deadly: the process that worked on it ended 3 times"}
+    assert found.lost == {"u1": "deadly: the process that worked on it has ended, 3 times"}
     assert found.restarts == 3
 
 
