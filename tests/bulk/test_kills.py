@@ -16,6 +16,7 @@ from bulk_inputs import BROKEN, small_jpeg, write_tar
 from bulk_jobs import bulk, bulk_words, snapshot
 from paths import TINY
 
+from siglip_serve.bulk import decoders as decoders_module
 from siglip_serve.bulk.decoder import Decoded, Setup, Task
 from siglip_serve.bulk.decoders import Decoders, _Process
 from siglip_serve.bulk.items import Columns
@@ -148,6 +149,20 @@ def test_pictures_are_decoded_again_when_their_process_ends(setup: Setup) -> Non
     assert decoders.restarts == 1
     assert decoders.slots[0, 0].any()
     assert not decoders.slots[0, 1].any()
+    decoders.close()
+
+
+def test_a_decoder_that_hangs_is_replaced(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoders = Decoders(1, setup)
+    hanging = decoders._processes[0]._process
+    monkeypatch.setattr(decoders_module, "_PATIENCE", 1.0)
+    hanging.send_signal(signal.SIGSTOP)
+    answers: list[list[Decoded]] = []
+    decoders.submit(Task(0, 0, [small_jpeg(1)]), lambda results: answers.append(list(results)))
+    wait_for(lambda: answers)
+    assert [result.error for result in answers[0]] == [""]
+    assert decoders.restarts >= 1
+    assert hanging.returncode == -signal.SIGKILL
     decoders.close()
 
 

@@ -183,6 +183,8 @@ def test_parts_cover_all_units_once(job: Job, tmp_path: Path, capsys: pytest.Cap
     [
         (["missing.tar", "-o", "out"], "missing.tar: no such file or folder"),
         (["-o", "out"], "no inputs are named"),
+        (["a.tar", "-o", "out", "--keep", "width"], "column 'width': the output has one of this name"),
+        (["a.tar", "-o", "out", "--labels", "latin"], "latin: not UTF-8"),
         (["a.tar", "-o", "file/out"], "Not a directory"),
     ],
 )
@@ -195,6 +197,7 @@ def test_a_job_that_cannot_run_ends_with_status_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
+    (tmp_path / "latin").write_bytes("Bär".encode("latin-1"))
     assert in_process(words) == 2
     assert message in capsys.readouterr().err
 

@@ -20,7 +20,7 @@ from tests.chaos.server import ChaosError, Recipe
 
 __all__ = ["PARTS", "main", "parse"]
 
-PARTS = ("fuzz", "gateway", "kills", "starts", "overload", "deadlines", "abandoned", "front", "soak")
+PARTS = ("fuzz", "gateway", "bulk", "kills", "starts", "overload", "deadlines", "abandoned", "front", "soak")
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -98,6 +98,16 @@ def _add_others(parser: argparse.ArgumentParser) -> None:
     add("--busy", type=int, default=8, help="busy processes")
     add("--frozen-starts", type=int, default=10, help="starts of which a model process is frozen for 3 s")
     add("--starts-minutes", type=float, default=180, help="longest time")
+    add = parser.add_argument_group("bulk").add_argument
+    add("--pictures", type=int, default=20_000, help="of a job")
+    add("--bulk-kills", type=int, default=20, help="kills of each job")
+    add(
+        "--bulk-on",
+        nargs="*",
+        default=["local", "ray"],
+        choices=("local", "ray"),
+        help="jobs: on this machine, on a Ray cluster of three nodes; none: the undisturbed run alone",
+    )
     add = parser.add_argument_group("overload, deadlines, soak").add_argument
     add("--overload-seconds", type=float, default=60, help="of each protocol")
     add("--deadline-seconds", type=float, default=60, help="of each kind of impatient caller")

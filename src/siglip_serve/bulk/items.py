@@ -47,7 +47,7 @@ class Columns:
     @property
     def all_kept(self) -> tuple[str, ...]:
         """Columns that are copied, the captions first."""
-        return ((self.text,) if self.text else ()) + self.kept
+        return tuple(dict.fromkeys(((self.text,) if self.text else ()) + self.kept))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any, get_args, get_type_hints
 
 from siglip_serve.bulk.items import Columns
 from siglip_serve.bulk.job import Format, Job, Labels, VectorType
+from siglip_serve.bulk.outputs import OWN_COLUMNS
 from siglip_serve.bulk.progress import ProgressForm
 from siglip_serve.bulk.units import InputOptions
 from siglip_serve.config import Settings
@@ -39,18 +40,25 @@ def job_of(options: argparse.Namespace) -> Job:
     """Build the job that parsed options describe.
 
     Raises:
-        SiglipServeError: a file of labels is empty, or a template has no place for a label.
+        SiglipServeError: a file of labels is empty or not UTF-8, a template has no place for a label, or a
+            column would have the name of one of the output's own.
         OSError: the file of labels cannot be read.
     """
     own = {name: getattr(options, name) for name in _SETTINGS}
     labels: tuple[str, ...] = ()
     if options.labels:
-        lines = options.labels.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = options.labels.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise SiglipServeError(f"{options.labels}: not UTF-8: {error}") from error
         labels = tuple(line.strip() for line in lines if line.strip())
         if not labels:
             raise SiglipServeError(f"{options.labels}: no labels, expected one per line")
     if options.template.count("{}") < 1:
         raise SiglipServeError(f"--template: {options.template!r} has no {{}} where the label goes")
+    taken = OWN_COLUMNS.intersection([options.text_column, *options.keep])
+    if taken:
+        raise SiglipServeError(f"column {min(taken)!r}: the output has one of this name; rename the input's")
     return Job(
         settings=Settings(checkpoint=options.checkpoint, **own),
         output=options.output,

@@ -16,7 +16,15 @@ from siglip_serve.bulk.job import Format, Job, VectorType
 from siglip_serve.bulk.storage import Folder
 from siglip_serve.embeddings.unit import l2_normalize
 
-__all__ = ["FINISHED", "Rows", "finish_output", "finished_units", "stored_vectors", "write_unit"]
+__all__ = [
+    "FINISHED",
+    "OWN_COLUMNS",
+    "Rows",
+    "finish_output",
+    "finished_units",
+    "stored_vectors",
+    "write_unit",
+]
 
 _EMBEDDINGS, _FAILED, _FRAGMENTS, _DATASET = "embeddings", "failed", "fragments", "embeddings.lance"
 # The folder and the suffix of the file that says that a unit is finished. It is written last.
@@ -27,6 +35,8 @@ FINISHED: Mapping[Format, tuple[str, str]] = {
 }
 _TEXTS = ("id", "path", "sha256")
 _VECTORS = ("embedding", "text_embedding")
+# Names that a column of the input cannot have in the output.
+OWN_COLUMNS = frozenset([*_TEXTS, *_VECTORS, "size", "height", "width", "labels", "probabilities"])
 
 
 @dataclass
