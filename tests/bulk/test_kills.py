@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -153,7 +154,7 @@ def test_pictures_are_decoded_again_when_their_process_ends(setup: Setup) -> Non
 
 
 def test_a_decoder_that_hangs_is_replaced(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoders = Decoders(1, setup)
+    decoders = Decoders(1, replace(setup, limits=ImageLimits(max_seconds=0.5)))
     hanging = decoders._processes[0]._process
     monkeypatch.setattr(decoders_module, "_PATIENCE", 1.0)
     hanging.send_signal(signal.SIGSTOP)
