@@ -31,7 +31,7 @@ def main(words: Sequence[str], refuse: Callable[[argparse.ArgumentParser, Sequen
         refuse: called with unknown arguments.
     """
     parser = bulk_parser()
-    options, unknown = parser.parse_known_args(words)
+    options, unknown = parser.parse_known_intermixed_args(words)  # inputs may stand between options
     if unknown:
         refuse(parser, unknown)
     try:
