@@ -53,7 +53,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     listing = root / "names.txt"
     listing.write_text("\n".join([*map(str, paths), "missing.jpg"]))
     (root / "labels.txt").write_text("\n".join(LABELS))
-    words = (archive, table, listing, "-o", root / "out", "--text-column", "txt")
+    words: tuple[str | Path, ...] = (archive, table, listing, "-o", root / "out", "--text-column", "txt")
     words += ("--labels", root / "labels.txt", "--template", "a drawing of {}", "--top", "2", *SETTINGS)
     return Job(words, root / "out", bulk(*words, "--progress", "json"))
 

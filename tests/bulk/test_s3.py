@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bulk_inputs import BROKEN, small_jpeg, write_tar
@@ -109,8 +110,8 @@ def _times(store: fs.S3FileSystem) -> dict[str, object]:
     return {info.path: info.mtime for info in found}
 
 
-def _rows(store: fs.S3FileSystem, folder: str) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = []
+def _rows(store: fs.S3FileSystem, folder: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
     for info in store.get_file_info(fs.FileSelector(folder)):
         rows += parquet.read_table(info.path, filesystem=store).to_pylist()
     return rows

@@ -49,9 +49,8 @@ class Backlog:
         unit = next(self._units, None)
         return self._failed.popleft() if unit is None and self._failed else unit
 
-    @property
-    def empty(self) -> bool:
-        """True if no unit is left at the moment."""
+    def is_empty(self) -> bool:
+        """Return True if no unit is left at the moment."""
         unit = self.take()
         if unit is not None:
             self._again.appendleft(unit)

@@ -8,6 +8,7 @@ no room yet wait, which is what makes an autoscaling cluster grow.
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 import time
 from collections.abc import Iterable
@@ -127,7 +128,7 @@ class _RayWorker:
         try:
             self._worker = self._start()
         except (SiglipServeError, OSError, RuntimeError) as error:  # RuntimeError: torch's, of the device
-            self._refused = f"{ray.util.get_node_ip_address()}: {error}"
+            self._refused = f"{socket.gethostname()}: {error}"
             return
         finally:
             self._started.set()
@@ -207,7 +208,7 @@ class _Driver:
             if actor.ready and "usage" not in actor.calls.values() and now > actor.asked + _USAGE_SECONDS:
                 actor.asked = now
                 actor.calls[actor.handle.usage.remote()] = "usage"
-        return any(actor.units for actor in self._actors) or not self._backlog.empty
+        return any(actor.units for actor in self._actors) or not self._backlog.is_empty()
 
     def _hear(self, actor: _Actor, call: Any) -> None:
         asked = actor.calls.pop(call)

@@ -24,9 +24,9 @@ def test_units_are_handed_out_in_their_order() -> None:
     made = units(IN_FLIGHT + 2)
     backlog = Backlog(made, Progress(len(made), 0, "none"))
     assert take(backlog) == made[:IN_FLIGHT]
-    assert not backlog.empty
+    assert not backlog.is_empty()
     assert take(backlog) == made[IN_FLIGHT:]
-    assert backlog.empty
+    assert backlog.is_empty()
     assert backlog.take() is None
 
 
@@ -42,7 +42,7 @@ def test_a_unit_that_ends_its_worker_takes_no_others_along() -> None:
         else:
             for unit in held:
                 backlog.settle(unit, Finished(unit.name, rows=1))
-    assert backlog.empty
+    assert backlog.is_empty()
     assert progress.summary.units == 5
     assert progress.summary.lost == {"u1": "/1.tar: its worker has ended, 8 times"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 from pathlib import Path
+from typing import Any
 
 import lance
 import numpy as np
@@ -23,7 +24,7 @@ WIDTH = 20
 
 def rows(count: int, seed: int = 0) -> Rows:
     vectors = np.random.default_rng(seed).normal(0, 2, (count, WIDTH)).astype(np.float32)
-    columns = {
+    columns: dict[str, list[Any]] = {
         "id": [f"{seed}-{number}" for number in range(count)],
         "path": ["a.tar"] * count,
         "sha256": ["0"] * count,
