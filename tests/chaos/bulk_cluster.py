@@ -14,7 +14,7 @@ from tests.chaos.bulk_job import below, command_of
 __all__ = ["RayCluster"]
 
 _NODES = 3
-_NODE = {"num_cpus": 1, "object_store_memory": 80_000_000}
+_NODE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80_000_000}
 
 
 class RayCluster:
