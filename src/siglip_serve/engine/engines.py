@@ -13,6 +13,7 @@ from siglip_serve.engine.passes import (
     OUTPUTS,
     Arrays,
     Batch,
+    NaflexRunner,
     Runner,
     VisionRunner,
     in_passes,
@@ -102,12 +103,11 @@ class NaflexEngine:
     """Run a NaFlex vision tower: uint8 patches -> float32 outputs. Arguments as for `VisionEngine`."""
 
     def __init__(self, tower: NaflexVisionTower, image: NaflexImageConfig, plan: Plan) -> None:
-        self.plan = _use_device(plan.for_vision("naflex", tower.config.hidden_size))
+        self.plan = _use_device(plan.for_vision("naflex", tower.config.hidden_size, tower.config.hidden_act))
         self._most = image.max_patches
         # Made before the runner packs the weights of the tower.
         self._explainer = SiglipExplainer(tower, self.plan.heatmap_blocks, self.plan.heatmap_vectors)
-        device = torch.device(self.plan.device)
-        self.runner = TorchNaflex(tower, image, device, _dtype(self.plan), plan.max_rows)
+        self.runner = _naflex_runner(tower, image, self.plan)
 
     def __call__(self, rows: PatchRows, outputs: Iterable[str] = ("EMBEDDING",)) -> Batch:
         """Run the tower over all rows, in passes of images with about as many patches.
@@ -174,6 +174,14 @@ def _vision_runner(tower: AnyVisionTower, image: ImageConfig, plan: Plan) -> Vis
     from siglip_serve.engine.openvino.runners import OpenVinoVision
 
     return OpenVinoVision(tower, image, plan)
+
+
+def _naflex_runner(tower: NaflexVisionTower, image: NaflexImageConfig, plan: Plan) -> NaflexRunner:
+    if plan.backend == "torch":
+        return TorchNaflex(tower, image, torch.device(plan.device), _dtype(plan), plan.max_rows)
+    from siglip_serve.engine.openvino.naflex import OpenVinoNaflex
+
+    return OpenVinoNaflex(tower, image, plan)
 
 
 def _text_runner(tower: AnyTextTower, plan: Plan) -> Runner:

@@ -21,7 +21,6 @@ _FUSED_CAPABILITY = (8, 0)
 # siglip-tiny, of a quarter of this width, is slower in float8; base is a third faster
 # (benchmarks/results/vision_waterfall.csv).
 _FLOAT8_WIDTH = 512
-_OTHERS: dict[Family, str] = {"clip": "CLIP's", "naflex": "those of NaFlex"}
 
 
 @dataclass(frozen=True)
@@ -91,15 +90,24 @@ class Plan:
     def _for_tower(self, family: Family, activation: str) -> Plan:
         if family == "siglip":
             return self if activation == FUSED_ACTIVATION else self._without_fused(activation)
-        theirs = _OTHERS[family]
+        if family == "naflex":
+            return self._for_naflex()
         if self.backend not in ("auto", "torch"):
-            raise SettingsError(f"backend {self.backend}: runs SigLIP's towers only; torch runs {theirs}")
+            raise SettingsError(f"backend {self.backend}: runs SigLIP's towers only; torch runs CLIP's")
         if self.dtype in ("float8", "int8"):
             raise SettingsError(
-                f"dtype {self.dtype}: for SigLIP's towers only; float32, bfloat16 and float16 are for "
-                f"{theirs}"
+                f"dtype {self.dtype}: for SigLIP's towers only; float32, bfloat16 and float16 are for CLIP's"
             )
         return replace(self, backend="torch")
+
+    def _for_naflex(self) -> Plan:
+        if self.backend == "fused":
+            raise SettingsError("backend fused: runs no towers of NaFlex; torch and openvino do")
+        if self.dtype in ("float8", "int8"):
+            raise SettingsError(
+                f"dtype {self.dtype}: not for towers of NaFlex; float32, bfloat16 and float16 are"
+            )
+        return self._torch_on_gpus()
 
     def _without_fused(self, activation: str) -> Plan:
         if self.backend == "fused" or self.dtype == "float8":
@@ -108,6 +116,10 @@ class Plan:
                 f"{what}: for towers with {FUSED_ACTIVATION} only, this one has {activation}; "
                 "backend torch runs it"
             )
+        return self._torch_on_gpus()
+
+    def _torch_on_gpus(self) -> Plan:
+        """Choose torch for a tower that no other backend runs on a GPU, unless another one was asked for."""
         on_gpu = self.device.startswith("cuda") and self.backend == "auto"
         return replace(self, backend="torch") if on_gpu else self
 
