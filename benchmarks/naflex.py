@@ -25,6 +25,10 @@ from siglip_serve.machine import available_cores
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 PACKAGES = ["torch", "transformers", "openvino", "triton", "numpy"]
+DEFAULTS = {
+    "cpu": {"pictures": 200, "batch": 40, "seconds": 0},
+    "cuda": {"pictures": 640, "batch": 640, "seconds": 10},
+}
 ALONE = 4  # pictures that are also embedded one by one
 
 
@@ -98,12 +102,15 @@ def main() -> None:
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default %(default)s")
     add("--width", choices=WIDTHS, nargs="+", default=["narrow", "base"], help="default: narrow and base")
-    add("--pictures", type=int, default=200, help="default %(default)s")
-    add("--batch", type=int, default=40, help="pictures of one call while time is taken, default %(default)s")
+    add("--pictures", type=int, help="default: 200, on a GPU 640")
+    add("--batch", type=int, help="pictures of one call while time is taken, default: 40, on a GPU 640")
     add("--largest-aspect", type=float, default=8.0, help="1: squares of one size, default %(default)s")
-    add("--seconds", type=float, default=0.0, help="repeat for so long, default: once")
+    add("--seconds", type=float, help="repeat for so long, default: once, on a GPU 10 s")
     add("--output", type=Path, help="CSV file to append to")
     options = parser.parse_args()
+    for name, value in DEFAULTS[options.device].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     for width in options.width:
         table = measure(width, options)
         for row in table:

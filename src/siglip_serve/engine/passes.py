@@ -87,9 +87,11 @@ class NaflexRunner(Protocol):
 
     Attributes:
         max_rows: most rows of one call.
+        grouped: images of one call should have about as many patches, and no more padding than they need.
     """
 
     max_rows: int
+    grouped: bool
 
     def __call__(self, rows: PatchRows, /, wanted: Sequence[str]) -> Finish:
         """Start a pass over 1 to `max_rows` images. See `Runner`; PATCH_EMBEDDINGS end with zeros."""

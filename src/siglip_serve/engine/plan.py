@@ -88,10 +88,12 @@ class Plan:
         return self._resolve_gpu() if self.device.startswith("cuda") else self._resolve_cpu()
 
     def _for_tower(self, family: Family, activation: str) -> Plan:
-        if family == "siglip":
+        if family == "naflex" and self.dtype == "int8":
+            raise SettingsError(
+                "dtype int8: not for towers of NaFlex; float32, bfloat16, and on GPUs float16 and float8 are"
+            )
+        if family != "clip":
             return self if activation == FUSED_ACTIVATION else self._without_fused(activation)
-        if family == "naflex":
-            return self._for_naflex()
         if self.backend not in ("auto", "torch"):
             raise SettingsError(f"backend {self.backend}: runs SigLIP's towers only; torch runs CLIP's")
         if self.dtype in ("float8", "int8"):
@@ -100,15 +102,6 @@ class Plan:
             )
         return replace(self, backend="torch")
 
-    def _for_naflex(self) -> Plan:
-        if self.backend == "fused":
-            raise SettingsError("backend fused: runs no towers of NaFlex; torch and openvino do")
-        if self.dtype in ("float8", "int8"):
-            raise SettingsError(
-                f"dtype {self.dtype}: not for towers of NaFlex; float32, bfloat16 and float16 are"
-            )
-        return self._torch_on_gpus()
-
     def _without_fused(self, activation: str) -> Plan:
         if self.backend == "fused" or self.dtype == "float8":
             what = "backend fused" if self.backend == "fused" else "dtype float8"
@@ -116,10 +109,6 @@ class Plan:
                 f"{what}: for towers with {FUSED_ACTIVATION} only, this one has {activation}; "
                 "backend torch runs it"
             )
-        return self._torch_on_gpus()
-
-    def _torch_on_gpus(self) -> Plan:
-        """Choose torch for a tower that no other backend runs on a GPU, unless another one was asked for."""
         on_gpu = self.device.startswith("cuda") and self.backend == "auto"
         return replace(self, backend="torch") if on_gpu else self
 

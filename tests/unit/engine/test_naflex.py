@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import cast
 
 import numpy as np
 import pytest
@@ -136,7 +137,8 @@ def test_rows_that_fail_are_those_of_the_caller(
         return run(some, wanted)
 
     monkeypatch.setattr(engine, "runner", partial(fail))
-    monkeypatch.setattr(engine.runner, "max_rows", 8, raising=False)
+    for name, value in (("max_rows", 8), ("grouped", True)):
+        monkeypatch.setattr(engine.runner, name, value, raising=False)
     batch = engine(rows[:40])
     np.testing.assert_array_equal(batch.failed, (rows.grids[:40] == thin).all(axis=1))
     good = ~batch.failed
@@ -147,8 +149,8 @@ def test_rows_that_fail_are_those_of_the_caller(
 @pytest.mark.parametrize(
     ("dtype", "backend", "message"),
     [
-        ("auto", "fused", "backend fused: runs no towers of NaFlex; torch and openvino do"),
-        ("int8", "auto", "dtype int8: not for towers of NaFlex"),
+        ("int8", "auto", "dtype int8: not for towers of NaFlex; float32, bfloat16, and on GPUs float16"),
+        ("auto", "fused", "backend fused: not for CPUs"),
     ],
 )
 def test_refuses_plans_that_run_no_naflex(
@@ -158,8 +160,16 @@ def test_refuses_plans_that_run_no_naflex(
         make_engine(config, Plan("cpu", dtype, backend))
 
 
-def test_openvino_is_the_choice_for_cpus() -> None:
-    assert Plan("cpu").for_vision("naflex", 768).backend == "openvino"
+def test_auto_is_the_choice_of_siglip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("siglip_serve.engine.plan.gpu_capabilities", lambda: ((9, 0),))
+    for device, dtype, backend in (
+        ("cpu", "float32", "openvino"),
+        ("cuda:0", "float8", "fused"),
+        ("cuda:0", "float32", "torch"),
+    ):
+        resolved = Plan(device, cast("Dtype", dtype)).for_vision("naflex", 768)
+        assert (resolved.dtype, resolved.backend) == (dtype, backend)
+    assert Plan("cuda:0").for_vision("naflex", 768, "gelu").backend == "torch"
 
 
 def test_texts_run_as_those_of_siglip(model: Siglip2Model, config: ModelConfig) -> None:

@@ -33,7 +33,10 @@ class OpenVinoNaflex:
 
     Attributes:
         max_rows: most rows of one call.
+        grouped: see `NaflexRunner`.
     """
+
+    grouped = True
 
     def __init__(self, tower: NaflexVisionTower, image: NaflexImageConfig, plan: Plan) -> None:
         self.max_rows = plan.max_rows or VISION_ROWS["cpu"]

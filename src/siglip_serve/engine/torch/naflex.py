@@ -22,6 +22,8 @@ __all__ = ["TorchNaflex", "explain_alone", "outputs_of_places"]
 class TorchNaflex:
     """Run a NaFlex vision tower: uint8 patches -> outputs. Arguments as for `TorchVision`."""
 
+    grouped = True
+
     def __init__(
         self,
         tower: NaflexVisionTower,
