@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 from functools import partial
+from itertools import product
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from benchmarks.naflex_ways import MOST, PATCH, SIDE, WIDTHS, Setup, Way, aspects, padding
@@ -20,6 +23,7 @@ from benchmarks.random_towers import fill, make_pixels
 from siglip_serve.checkpoint.model_config import ImageConfig, NaflexImageConfig, NaflexVisionConfig
 from siglip_serve.config import Backend, Dtype
 from siglip_serve.engine.engines import NaflexEngine, VisionEngine
+from siglip_serve.engine.fused import ragged
 from siglip_serve.engine.patches import PatchRows
 from siglip_serve.engine.plan import Plan
 from siglip_serve.images.patches import patch_grid
@@ -37,10 +41,12 @@ CHOICES: tuple[tuple[Backend, Dtype], ...] = (
     ("fused", "float8"),
 )
 _TIMES = 20
+_HEADS = ((12, 64), (16, 72))  # and their depths, of base and so400m
 
 
 def prepare(width: str, options: argparse.Namespace) -> Setup:
-    """All ways for towers of a width, with random weights."""
+    """All ways for towers of a width, with random weights. Exits if the attention kernel is wrong."""
+    check_attention()
     config = NaflexVisionConfig(
         **WIDTHS[width],
         image_size=SIDE,
@@ -71,6 +77,24 @@ def prepare(width: str, options: argparse.Namespace) -> Setup:
         asked = partial(_ask, fixed, squares)
         ways.append(Way("square", backend, fixed.plan.dtype, asked, 0.0, _timer(fixed.runner)))
     return Setup(ways)
+
+
+def check_attention() -> None:
+    """Compare the attention kernel with torch's in float32 at random lengths; exit if it is wrong."""
+    worst = 0.0
+    for tokens, (heads, depth), dtype in product((1, 100, 256, 600), _HEADS, (torch.bfloat16, torch.float16)):
+        lengths = torch.randint(1, tokens + 1, (5,), device=DEVICE, dtype=torch.int32)
+        real = torch.arange(tokens, device=DEVICE) < lengths[:, None]
+        qkv = torch.randn(5 * tokens, 3 * heads * depth, device=DEVICE).to(dtype)
+        got = ragged.attend(qkv, lengths, heads)
+        q, k, v = qkv.float().view(5, tokens, 3, heads, depth).permute(2, 0, 3, 1, 4)
+        exact = F.scaled_dot_product_attention(q, k, v, real[:, None, None]).transpose(1, 2).flatten(2)
+        difference = got.view(5, tokens, -1).float()[real] - exact[real]
+        error = float(difference.norm() / exact[real].norm()) / torch.finfo(dtype).eps
+        worst = max(worst, error)
+        if not (error < 1 and got.isfinite().all()):
+            sys.exit(f"attention of {tokens} tokens, depth {depth}, {dtype}: error of {error:.2f} steps")
+    print(f"attention: error of at most {worst:.2f} rounding steps", flush=True)
 
 
 def _square_of(naflex: NaflexVisionTower) -> VisionTower:
