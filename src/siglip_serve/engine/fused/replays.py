@@ -112,7 +112,7 @@ class Replays:
             _copy(rows, slot.device)
             slot.copied.record()
         compute.wait_event(slot.copied)
-        _copy(slot.device, self._inputs)
+        _copy(_first(slot.device, n), self._inputs)
         slot.read.record(compute)
 
     @torch.inference_mode()
