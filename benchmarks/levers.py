@@ -87,7 +87,7 @@ class LeveredVision:
         self._head = FoldedPooling(tower.head, dtype) if levers.fold else tower.head.to(dtype)
         size = tower.config.image_size
         rows = torch.zeros(rows_of_a_pass(self._tokens, max_rows), size, size, 3, dtype=torch.uint8)
-        self.replays = Replays(self._forward, rows, device, levers.graphs)
+        self.replays = Replays(self._forward, [rows], device, levers.graphs)
         self.max_rows = self.replays.max_rows
 
     @torch.inference_mode()

@@ -30,13 +30,17 @@ _LEVERS = {
     "attention kernel": "own attention kernel",
     "float8": "float8, if asked for",
 }
-_NAFLEX_WAYS = {
-    "ours": "NaFlex",
-    "transformers": "NaFlex, transformers",
-    "square, torch": "squares, backend `torch`",
-    "square, openvino": "squares, backend `openvino`",
-}
+_NAFLEX_TOWERS = {"naflex": "NaFlex", "square": "squares"}
 _WAYS = {"torch as it is": "plain torch", "attention kernel": "`fused`", "float8": "`fused`, float8"}
+
+
+_NAFLEX_KEYS = (
+    Key("width", "width"),
+    Key("tower", "tower", _NAFLEX_TOWERS),
+    Key("backend", "backend"),
+    Key("dtype", "dtype"),
+    Key("pictures", "pictures"),
+)
 
 
 def _lever(geometry: str, rows: str) -> Column:
@@ -161,22 +165,22 @@ _SPEED: Mapping[str, Table | Summary] = {
         ),
     ),
     "naflex": Table(
-        Source("naflex.csv", {}),
-        (Key("width", "width"), Key("tower", "way", _NAFLEX_WAYS), Key("pictures", "pictures")),
+        Source("naflex.csv", {"device": _EPYC}),
+        _NAFLEX_KEYS,
         (
             Column("padding", Cell("{padding:.3f}", {})),
             Column("img/s", Cell("{images_per_second:.2f}", {})),
-            Column("CPU ms per image", Cell("{cpu_ms_per_image:.0f}", {})),
+            Column("CPU ms per image", Cell("{cpu_ms_per_image:.1f}", {})),
         ),
     ),
     "naflex-fidelity": Table(
-        Source("naflex.csv", {"way": "ours"}),
-        (Key("width", "width"), Key("pictures", "pictures")),
+        Source("naflex.csv", {"device": _EPYC, "tower": "naflex", "backend": ("openvino", "torch")}),
+        _NAFLEX_KEYS,
         (
-            Column("to transformers", Cell("{difference_to_transformers:.1e}", {})),
+            Column("to transformers", Cell("{difference:.1e}", {})),
+            Column("unit vectors", Cell("{unit_difference:.1e}", {})),
             Column("to one by one", Cell("{difference_one_by_one:.1e}", {})),
-            Column("smallest cosine, images", Cell("{image_cosine_min:.7f}", {})),
-            Column("smallest cosine, texts", Cell("{text_cosine_min:.7f}", {})),
+            Column("smallest cosine", Cell("{cosine_min:.7f}", {})),
         ),
     ),
     "cpu-processors": Table(

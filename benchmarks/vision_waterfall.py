@@ -22,11 +22,11 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 from tqdm import tqdm
 
 from benchmarks.inputs import GEOMETRIES
 from benchmarks.levers import LeveredVision, Levers
+from benchmarks.random_towers import fill, make_pixels
 from benchmarks.records import about, cosine, write_csv
 from siglip_serve.checkpoint.config import load_config
 from siglip_serve.checkpoint.model_config import ImageConfig, VisionConfig
@@ -67,33 +67,8 @@ def _random_tower(geometry: str, scale: float) -> tuple[VisionTower, ImageConfig
     vision = VisionConfig(**GEOMETRIES[geometry], layer_norm_eps=1e-6, hidden_act="gelu_pytorch_tanh")
     torch.manual_seed(0)
     tower = VisionTower(vision).eval().requires_grad_(False)
-    for module in tower.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=scale * module.in_features**-0.5)
-            nn.init.normal_(module.bias, std=0.1)
-        elif isinstance(module, nn.LayerNorm):
-            nn.init.normal_(module.weight, 1, 0.2)
-            nn.init.normal_(module.bias, std=0.2)
-    nn.init.normal_(tower.head.probe, std=1)
-    nn.init.trunc_normal_(tower.head.attention.in_proj_weight, std=scale * vision.hidden_size**-0.5)
-    nn.init.normal_(tower.embeddings.position_embedding.weight, std=0.5)
+    fill(tower, scale)
     return tower, ImageConfig(vision.image_size, "bicubic", 1 / 255, (0.5,) * 3, (0.5,) * 3)
-
-
-def make_pixels(rows: int, size: int) -> NDArray[np.uint8]:
-    """Draw other pictures than float8 is calibrated on: sharp rectangles on soft colours, with grain."""
-    rng = np.random.default_rng(1)
-    coarse = torch.from_numpy(rng.normal(128, 60, (rows, 3, 6, 6)).astype(np.float32))
-    pictures = (
-        nn.functional.interpolate(coarse, size=(size, size), mode="bicubic").permute(0, 2, 3, 1).numpy()
-    )
-    for picture in pictures:
-        for _ in range(6):
-            top, left = rng.integers(0, size, 2)
-            height, width = rng.integers(size // 16, size // 2, 2)
-            picture[top : top + height, left : left + width] = rng.uniform(0, 255, 3)
-    grain = rng.normal(0, 12, (rows, size, size, 1))
-    return np.clip(pictures + grain, 0, 255).astype(np.uint8)
 
 
 def load_pixels(folder: Path, image: ImageConfig) -> NDArray[np.uint8]:

@@ -12,7 +12,9 @@ import numpy as np
 from images import encode
 from PIL import Image
 
-__all__ = ["BROKEN", "small_jpeg", "write_parquet", "write_pictures", "write_tar"]
+from siglip_serve.bulk.items import Item
+
+__all__ = ["BROKEN", "outcome", "small_jpeg", "write_parquet", "write_pictures", "write_tar"]
 
 BROKEN = b"\xff\xd8 not a picture"
 
@@ -21,6 +23,16 @@ def small_jpeg(seed: int, side: int = 128) -> bytes:
     """Make a JPEG file of coloured clouds, another one for each seed. It takes less than a millisecond."""
     clouds = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return encode(Image.fromarray(clouds).resize((side, side), Image.Resampling.BICUBIC), "JPEG", quality=80)
+
+
+def outcome(item: Item) -> bytes | str:
+    """The bytes of a picture, or the reason why it cannot be read."""
+    if item.error or isinstance(item.data, bytes):
+        return item.error or item.data
+    try:
+        return item.data.read()
+    except (OSError, ValueError) as error:
+        return getattr(error, "strerror", None) or str(error)
 
 
 def write_pictures(folder: Path, seeds: Iterable[int], name: str = "{:06}.jpg") -> list[Path]:

@@ -122,7 +122,7 @@ def test_refuses_before_the_server_starts(checkpoint: Path, log: Path) -> None:
             ServerStartError,
             "takes images of one size, but the checkpoint is a NaFlex",
         ),
-        (exact_options(checkpoint, log, backend="openvino"), SettingsError, "torch runs those of NaFlex"),
+        (exact_options(checkpoint, log, dtype="int8"), SettingsError, "dtype int8: not for towers of NaFlex"),
         (
             exact_options(checkpoint, log, max_num_patches="5000"),
             SettingsError,

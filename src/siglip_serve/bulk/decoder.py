@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from siglip_serve.bulk.storage import FileRange
 from siglip_serve.checkpoint.model_config import ImageConfig, ModelConfig
 from siglip_serve.config import Color, PreprocessMode
 from siglip_serve.errors import InvalidInputError
@@ -55,13 +56,13 @@ class Task:
     Attributes:
         slot: where the batch lies in the shared memory.
         first: row of the first picture.
-        files: the encoded pictures.
+        files: the encoded pictures, or where their bytes lie on this machine.
         texts: their captions, None where there is none; empty if there are no captions at all.
     """
 
     slot: int
     first: int
-    files: Sequence[bytes]
+    files: Sequence[bytes | FileRange]
     texts: Sequence[str | None] = ()
 
 
@@ -71,12 +72,14 @@ class Decoded:
 
     Attributes:
         size: height and width of the upright picture.
+        bytes: of the file.
         sha256: of the file, hexadecimal.
         ids: token ids int64 of its caption, or None.
         error: the reason why there are no pixels.
     """
 
     size: tuple[int, int] = (0, 0)
+    bytes: int = 0
     sha256: str = ""
     ids: NDArray[np.int64] | None = None
     error: str = ""
@@ -125,15 +128,23 @@ class _Decoder:
         self._tokenize = _tokenizer(setup.config) if setup.texts else None
 
     def __call__(self, task: Task) -> list[Decoded]:
-        on_gpu: Sequence[Any] = self._on_gpu(task.files) if self._on_gpu else [None] * len(task.files)
+        files = [_read(file) for file in task.files]
+        on_gpu: Sequence[Any] = [None] * len(files)
+        if self._on_gpu:
+            on_gpu = self._on_gpu([file if isinstance(file, bytes) else b"" for file in files])
         texts = task.texts or [None] * len(task.files)
         rows = self._slots[task.slot, task.first : task.first + len(task.files)]
         return [
             self._decode(file, done, row, text)
-            for file, done, row, text in zip(task.files, on_gpu, rows, texts, strict=True)
+            for file, done, row, text in zip(files, on_gpu, rows, texts, strict=True)
         ]
 
-    def _decode(self, file: bytes, done: Any, row: NDArray[np.uint8], text: str | None) -> Decoded:
+    def _decode(
+        self, file: bytes | Exception, done: Any, row: NDArray[np.uint8], text: str | None
+    ) -> Decoded:
+        if isinstance(file, Exception):
+            row[...] = 0
+            return Decoded(error=getattr(file, "strerror", None) or str(file))
         try:
             if done is None:
                 picture = self._preprocess.decode(file)
@@ -146,7 +157,16 @@ class _Decoder:
             row[...] = 0  # the rest of the batch must not depend on what was there before
             return Decoded(error=str(error))
         ids = self._tokenize(text) if self._tokenize and text is not None else None
-        return Decoded((int(size[0]), int(size[1])), hashlib.sha256(file).hexdigest(), ids)
+        return Decoded((int(size[0]), int(size[1])), len(file), hashlib.sha256(file).hexdigest(), ids)
+
+
+def _read(file: bytes | FileRange) -> bytes | OSError | ValueError:
+    if isinstance(file, bytes):
+        return file
+    try:
+        return file.read()
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        return error
 
 
 def _gpu_reader(image: ImageConfig, setup: Setup) -> Callable[[Sequence[bytes]], Sequence[Any]]:

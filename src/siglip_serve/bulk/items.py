@@ -7,21 +7,30 @@ import os
 import tarfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from siglip_serve_client.commands.embed.archives import ArchiveMember, printable
 
-from siglip_serve.bulk.storage import is_remote, open_file, read_bytes, read_stream
+from siglip_serve.bulk.storage import (
+    FileRange,
+    is_remote,
+    local_path,
+    open_file,
+    read_bytes,
+    read_stream,
+)
 from siglip_serve.bulk.units import InputOptions, Unit
 from siglip_serve.errors import SiglipServeError
 
 __all__ = ["Columns", "Item", "read_items"]
 
 _AHEAD = 64  # pictures with a file of their own that are read at the same time
+_COMPRESSED = (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5")  # gzip, bzip2, xz, zstd
 _ROWS = 64  # of a table in memory at once
 
 
@@ -57,14 +66,14 @@ class Item:
     Attributes:
         key: its path or URI, `shard.tar/member` or `table.parquet#row`.
         path: of the file that holds it.
-        data: the encoded picture.
+        data: the encoded picture, or where its bytes lie on this machine.
         values: what the kept columns hold, None where there is nothing.
         error: the reason if it cannot be read.
     """
 
     key: str
     path: str
-    data: bytes = b""
+    data: bytes | FileRange = b""
     values: dict[str, str | None] = field(default_factory=dict)
     error: str = ""
 
@@ -85,11 +94,26 @@ def read_items(unit: Unit, columns: Columns, options: InputOptions) -> Iterator[
 
 
 def _listed(unit: Unit, columns: Columns) -> Iterator[Item]:
-    def read(path: str) -> Item:
-        where = path if is_remote(path) else os.path.join(columns.base, path)  # noqa: PTH118
-        return _read_alone(path, where, columns)
+    remote: list[str] = []  # consecutive lines, to be read at the same time
+    for path in _lines(unit):
+        if is_remote(path):
+            remote.append(path)
+            continue
+        yield from _read_remote(remote, columns)
+        remote = []
+        yield _local(path, path, columns, dict.fromkeys(columns.all_kept))
+    yield from _read_remote(remote, columns)
 
-    yield from _ahead(read, _lines(unit))
+
+def _local(key: str, path: str, columns: Columns, values: dict[str, str | None]) -> Item:
+    """A picture in a file of its own on this machine, which is read where it is decoded."""
+    where = os.path.join(columns.base, local_path(path))  # noqa: PTH118
+    return Item(printable(key), printable(where), FileRange(where, 0, columns.max_bytes + 1), values)
+
+
+def _read_remote(paths: Sequence[str], columns: Columns) -> Iterator[Item]:
+    values: dict[str, str | None] = dict.fromkeys(columns.all_kept)
+    return _ahead(lambda path: _read_alone(path, path, columns, values), iter(paths))
 
 
 def _lines(unit: Unit) -> Iterator[str]:
@@ -120,13 +144,12 @@ def _unquoted(line: bytes) -> str:
         return line.decode("utf-8", "surrogateescape")
 
 
-def _read_alone(key: str, where: str, columns: Columns, values: dict[str, str | None] | None = None) -> Item:
-    kept: dict[str, str | None] = dict.fromkeys(columns.all_kept) if values is None else values
+def _read_alone(key: str, where: str, columns: Columns, values: dict[str, str | None]) -> Item:
     try:
-        return Item(printable(key), printable(where), read_bytes(where, columns.max_bytes + 1), kept)
+        return Item(printable(key), printable(where), read_bytes(where, columns.max_bytes + 1), values)
     except (OSError, ValueError, SiglipServeError) as error:  # ValueError: names that no file can have
         reason = getattr(error, "strerror", None) or str(error)
-        return Item(printable(key), printable(where), values=kept, error=printable(reason))
+        return Item(printable(key), printable(where), values=values, error=printable(reason))
 
 
 def _ahead(read: Callable[[Any], Item], arguments: Iterator[Any]) -> Iterator[Item]:
@@ -147,29 +170,71 @@ def _ahead(read: Callable[[Any], Item], arguments: Iterator[Any]) -> Iterator[It
 
 def _archived(unit: Unit, columns: Columns, options: InputOptions) -> Iterator[Item]:
     """Pictures of a tar archive. Members of one sample follow each other and share the name up to a dot."""
-    with read_stream(unit.source) as stream:
-        sample: list[tuple[str, bytes]] = []
-        try:
-            # A stream: nothing is sought or extracted.
+    sample: list[_Member] = []
+    damage = ""
+    try:
+        with _open_archive(unit.source) as (archive, length):
+            while (member := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # they would be kept until the end
+                if not member.isfile():
+                    continue
+                if sample and _stem(sample[0].name) != _stem(member.name):
+                    yield from _sample(unit, sample, columns)
+                    sample = []
+                found = _read_member(unit, archive, member, columns, options, length)
+                if found is not None:
+                    sample.append(found)
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        damage = f"not a tar archive, or a damaged one: {error}"
+    yield from _sample(unit, sample, columns)
+    if damage:
+        yield Item(printable(unit.source), printable(unit.source), error=damage)
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A member of an archive that belongs to a sample, and whether it is a picture."""
+
+    name: str
+    data: bytes | FileRange
+    picture: bool
+
+
+@contextmanager
+def _open_archive(path: str) -> Iterator[tuple[tarfile.TarFile, int]]:
+    """An archive, and its bytes if its members can be read where they lie, or else 0."""
+    with read_stream(path) as stream:
+        in_place = not is_remote(path) and stream.peek(2)[:2] not in _COMPRESSED
+        if not in_place:  # a stream: nothing is sought or extracted
             with tarfile.open(fileobj=stream, mode="r|*", tarinfo=ArchiveMember) as archive:
-                for member in archive:
-                    if not member.isfile():
-                        continue
-                    if sample and _stem(sample[0][0]) != _stem(member.name):
-                        yield from _sample(unit, sample, columns, options)
-                        sample = []
-                    sample.append((member.name, _content(archive, member, columns.max_bytes + 1)))
-        except (tarfile.TarError, EOFError, zlib.error) as error:
-            yield from _sample(unit, sample, columns, options)
-            reason = f"not a tar archive, or a damaged one: {error}"
-            yield Item(printable(unit.source), printable(unit.source), error=reason)
+                yield archive, 0
             return
-        yield from _sample(unit, sample, columns, options)
+    with (
+        Path(local_path(path)).open("rb", buffering=0) as file,
+        tarfile.open(fileobj=file, mode="r:", tarinfo=ArchiveMember) as archive,
+    ):
+        yield archive, os.fstat(file.fileno()).st_size
 
 
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo, most: int) -> bytes:
+def _read_member(
+    unit: Unit,
+    archive: tarfile.TarFile,
+    member: tarfile.TarInfo,
+    columns: Columns,
+    options: InputOptions,
+    length: int,
+) -> _Member | None:
+    picture = options.is_image(member.name)
+    if not picture and not columns.all_kept:
+        return None
+    most = columns.max_bytes + 1
+    if picture and length and not member.issparse():
+        if member.offset_data + member.size > length:
+            raise tarfile.ReadError("unexpected end of data")
+        place = FileRange(local_path(unit.source), member.offset_data, min(member.size, most))
+        return _Member(member.name, place, True)
     file = archive.extractfile(member)
-    return file.read(most) if file is not None else b""
+    return _Member(member.name, file.read(most) if file is not None else b"", picture)
 
 
 def _stem(name: str) -> str:
@@ -177,20 +242,20 @@ def _stem(name: str) -> str:
     return f"{folder}/{file.partition('.')[0]}"
 
 
-def _sample(
-    unit: Unit, members: Sequence[tuple[str, bytes]], columns: Columns, options: InputOptions
-) -> Iterator[Item]:
-    pictures = [(name, data) for name, data in members if options.is_image(name)]
+def _sample(unit: Unit, members: Sequence[_Member], columns: Columns) -> Iterator[Item]:
+    pictures = [member for member in members if member.picture]
     if not pictures:
         return
-    values = _beside(members, columns.all_kept) if columns.all_kept else {}
-    for name, data in pictures:
-        yield Item(printable(f"{unit.source}/{name}"), printable(unit.source), data, values)
+    texts = {member.name: member.data for member in members if isinstance(member.data, bytes)}
+    values = _beside(texts, columns.all_kept) if columns.all_kept else {}
+    for member in pictures:
+        key = printable(f"{unit.source}/{member.name}")
+        yield Item(key, printable(unit.source), member.data, values)
 
 
-def _beside(members: Sequence[tuple[str, bytes]], wanted: Sequence[str]) -> dict[str, str | None]:
+def _beside(members: Mapping[str, bytes], wanted: Sequence[str]) -> dict[str, str | None]:
     """Texts of a sample, by suffix of the member or by key of its JSON member."""
-    own = {PurePosixPath(name).suffix.lstrip("."): data for name, data in members}
+    own = {PurePosixPath(name).suffix.lstrip("."): data for name, data in members.items()}
     try:
         described = json.loads(own.get("json", b"{}"))
     except ValueError:
@@ -216,8 +281,9 @@ def _tabled(unit: Unit, columns: Columns) -> Iterator[Item]:
         if isinstance(data, bytes):
             return Item(printable(key), printable(unit.source), data, values)
         if isinstance(data, str):
-            where = data if is_remote(data) else os.path.join(columns.base, data)  # noqa: PTH118
-            return _read_alone(key, where, columns, values)
+            if is_remote(data):
+                return _read_alone(key, data, columns, values)
+            return _local(key, data, columns, values)
         reason = f"the cell holds {type(data).__name__}, expected bytes or a path"
         return Item(printable(key), printable(unit.source), values=values, error=reason)
 

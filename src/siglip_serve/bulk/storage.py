@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from typing import Any
 from siglip_serve.errors import InvalidInputError
 
 __all__ = [
+    "FileRange",
     "Folder",
     "StorageError",
     "is_remote",
     "list_below",
+    "local_path",
     "open_file",
     "read_bytes",
     "read_stream",
@@ -48,13 +51,40 @@ def read_bytes(path: str, most: int) -> bytes:
         OSError: it cannot be read.
     """
     if not is_remote(path):
-        with open(local_path(path), "rb", buffering=0) as file:  # noqa: PTH123 - called for each picture
-            data = file.read(most)
-            while len(data) < most and (more := file.read(most - len(data))):
-                data += more
-            return data
+        return FileRange(local_path(path), 0, most).read()
     with read_stream(path) as stream:
         return bytes(stream.read(most))
+
+
+@dataclass(frozen=True)
+class FileRange:
+    """A part of a file of this machine, to be read by the process that needs it.
+
+    Attributes:
+        path: of this machine.
+        start: its first byte.
+        size: bytes that are read at most.
+    """
+
+    path: str
+    start: int
+    size: int
+
+    def read(self) -> bytes:
+        """Read it.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        with open(self.path, "rb", buffering=0) as file:  # noqa: PTH123 - called for each picture
+            if self.start:
+                file.seek(self.start)
+            parts = []
+            left = self.size
+            while left and (part := file.read(left)):
+                parts.append(part)
+                left -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def read_stream(path: str) -> Any:

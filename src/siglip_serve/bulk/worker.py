@@ -298,7 +298,7 @@ class Worker:
             "id": [item.key for item in items],
             "path": [item.path for item in items],
             "sha256": [found.sha256 for found in decoded],
-            "size": [len(item.data) for item in items],
+            "size": [found.bytes for found in decoded],
             "height": [found.size[0] for found in decoded],
             "width": [found.size[1] for found in decoded],
         }

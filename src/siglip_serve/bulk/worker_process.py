@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from siglip_serve.errors import ServerStartError, SiglipServeError
 __all__ = ["Assignment", "Ready", "Refused", "Usage", "main"]
 
 _USAGE_SECONDS = 1.0
+_SWITCH_SECONDS = 0.0005  # the thread that feeds the GPU need not wait longer for the others
 
 # torch's OpenMP reads it when torch is first imported. Threads that spin while they wait would take the cores
 # from the processes that decode.
@@ -86,6 +88,7 @@ def main(arguments: Sequence[str]) -> None:
     assignment: Assignment = channel.receive()
     job = assignment.job
     end_with_any_thread()
+    sys.setswitchinterval(_SWITCH_SECONDS)
     try:
         worker = Worker(job, job.load_config(), assignment.device, job.settings.decoders, assignment.cores)
     except ServerStartError:

@@ -13,6 +13,7 @@ from siglip_serve.engine.passes import (
     OUTPUTS,
     Arrays,
     Batch,
+    NaflexRunner,
     Runner,
     VisionRunner,
     in_passes,
@@ -102,15 +103,14 @@ class NaflexEngine:
     """Run a NaFlex vision tower: uint8 patches -> float32 outputs. Arguments as for `VisionEngine`."""
 
     def __init__(self, tower: NaflexVisionTower, image: NaflexImageConfig, plan: Plan) -> None:
-        self.plan = _use_device(plan.for_vision("naflex", tower.config.hidden_size))
+        self.plan = _use_device(plan.for_vision("naflex", tower.config.hidden_size, tower.config.hidden_act))
         self._most = image.max_patches
         # Made before the runner packs the weights of the tower.
         self._explainer = SiglipExplainer(tower, self.plan.heatmap_blocks, self.plan.heatmap_vectors)
-        device = torch.device(self.plan.device)
-        self.runner = TorchNaflex(tower, image, device, _dtype(self.plan), plan.max_rows)
+        self.runner = _naflex_runner(tower, image, self.plan)
 
     def __call__(self, rows: PatchRows, outputs: Iterable[str] = ("EMBEDDING",)) -> Batch:
-        """Run the tower over all rows, in passes of images with about as many patches.
+        """Run the tower over all rows. Where padding costs much, images of a pass have about as many patches.
 
         Args:
             rows: N images, at least one.
@@ -121,6 +121,8 @@ class NaflexEngine:
             patches. Those after the image's own are zeros.
         """
         wanted = [name for name in OUTPUTS if name in set(outputs)]
+        if not self.runner.grouped:
+            return in_passes(rows, self.runner.max_rows, lambda some: self.runner(some, wanted))
         joined: Arrays = {}
         failed = np.zeros(len(rows), dtype=np.bool_)
         for group in group_rows(rows.counts, self.runner.max_rows):
@@ -168,12 +170,28 @@ def _vision_runner(tower: AnyVisionTower, image: ImageConfig, plan: Plan) -> Vis
     if plan.backend == "fused":
         from siglip_serve.engine.fused.runners import FusedVision
 
-        float8, blocks = plan.dtype == "float8", min(plan.heatmap_blocks, len(tower.encoder.layers))
-        device = torch.device(plan.device)
-        return FusedVision(tower, image, device, _dtype(plan), float8, plan.max_rows, blocks)
+        return FusedVision(tower, image, *_fused_options(plan, len(tower.encoder.layers)))
     from siglip_serve.engine.openvino.runners import OpenVinoVision
 
     return OpenVinoVision(tower, image, plan)
+
+
+def _naflex_runner(tower: NaflexVisionTower, image: NaflexImageConfig, plan: Plan) -> NaflexRunner:
+    if plan.backend == "torch":
+        return TorchNaflex(tower, image, torch.device(plan.device), _dtype(plan), plan.max_rows)
+    if plan.backend == "fused":
+        from siglip_serve.engine.fused.naflex import FusedNaflex
+
+        return FusedNaflex(tower, image, *_fused_options(plan, len(tower.encoder.layers)))
+    from siglip_serve.engine.openvino.naflex import OpenVinoNaflex
+
+    return OpenVinoNaflex(tower, image, plan)
+
+
+def _fused_options(plan: Plan, layers: int) -> tuple[torch.device, torch.dtype, bool, int, int]:
+    """Return the arguments of a fused runner behind its tower and image."""
+    blocks = min(plan.heatmap_blocks, layers)
+    return torch.device(plan.device), _dtype(plan), plan.dtype == "float8", plan.max_rows, blocks
 
 
 def _text_runner(tower: AnyTextTower, plan: Plan) -> Runner:

@@ -24,6 +24,7 @@ __all__ = [
     "Arrays",
     "Batch",
     "Finish",
+    "NaflexRunner",
     "Runner",
     "VisionRunner",
     "end_if_lost",
@@ -79,6 +80,24 @@ class VisionRunner(Runner, Protocol):
         Returns:
             Tensors of one image on the device of the tower. The next call may overwrite them.
         """
+
+
+class NaflexRunner(Protocol):
+    """One way to run a NaFlex vision tower on one device.
+
+    Attributes:
+        max_rows: most rows of one call.
+        grouped: images of one call should have about as many patches, and no more padding than they need.
+    """
+
+    max_rows: int
+    grouped: bool
+
+    def __call__(self, rows: PatchRows, /, wanted: Sequence[str]) -> Finish:
+        """Start a pass over 1 to `max_rows` images. See `Runner`; PATCH_EMBEDDINGS end with zeros."""
+
+    def explain(self, explainer: Any, rows: PatchRows, vectors: Tensor) -> Explanation[Tensor]:
+        """Explain the embedding of one image without padding. See `VisionRunner`."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ _FUSED_CAPABILITY = (8, 0)
 # siglip-tiny, of a quarter of this width, is slower in float8; base is a third faster
 # (benchmarks/results/vision_waterfall.csv).
 _FLOAT8_WIDTH = 512
-_OTHERS: dict[Family, str] = {"clip": "CLIP's", "naflex": "those of NaFlex"}
 
 
 @dataclass(frozen=True)
@@ -89,15 +88,17 @@ class Plan:
         return self._resolve_gpu() if self.device.startswith("cuda") else self._resolve_cpu()
 
     def _for_tower(self, family: Family, activation: str) -> Plan:
-        if family == "siglip":
+        if family == "naflex" and self.dtype == "int8":
+            raise SettingsError(
+                "dtype int8: not for towers of NaFlex; float32, bfloat16, and on GPUs float16 and float8 are"
+            )
+        if family != "clip":
             return self if activation == FUSED_ACTIVATION else self._without_fused(activation)
-        theirs = _OTHERS[family]
         if self.backend not in ("auto", "torch"):
-            raise SettingsError(f"backend {self.backend}: runs SigLIP's towers only; torch runs {theirs}")
+            raise SettingsError(f"backend {self.backend}: runs SigLIP's towers only; torch runs CLIP's")
         if self.dtype in ("float8", "int8"):
             raise SettingsError(
-                f"dtype {self.dtype}: for SigLIP's towers only; float32, bfloat16 and float16 are for "
-                f"{theirs}"
+                f"dtype {self.dtype}: for SigLIP's towers only; float32, bfloat16 and float16 are for CLIP's"
             )
         return replace(self, backend="torch")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import lance
 import pyarrow
 import pytest
-from bulk_inputs import small_jpeg, write_parquet, write_pictures, write_tar
+from bulk_inputs import outcome, small_jpeg, write_parquet, write_pictures, write_tar
 
 from siglip_serve.bulk.items import Columns, Item, read_items
 from siglip_serve.bulk.storage import Folder
@@ -35,15 +35,15 @@ def test_captions_lie_beside_pictures(tmp_path: Path) -> None:
     columns = Columns(text="txt", kept=("caption", "width", "bad", "none"))
     first, second, third = read(path, columns)
     assert first.values == {"txt": "ein Bär", "caption": "a bear", "width": "3", "bad": "?", "none": None}
-    assert (first.key, first.path, first.data) == (f"{path}/a/1.jpg", str(path), b"first")
+    assert (first.key, first.path, outcome(first)) == (f"{path}/a/1.jpg", str(path), b"first")
     assert second.values == third.values == dict.fromkeys(columns.all_kept)
-    assert (second.data, third.data) == (b"second", b"third")
+    assert (outcome(second), outcome(third)) == (b"second", b"third")
 
 
 def test_other_members_are_read_on_demand(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "shard.tar", {"a.jpg": b"1", "b.picture": b"2"})
-    assert [item.data for item in read(path)] == [b"1"]
-    assert [item.data for item in read(path, all_files=True)] == [b"1", b"2"]
+    assert [outcome(item) for item in read(path)] == [b"1"]
+    assert [outcome(item) for item in read(path, all_files=True)] == [b"1", b"2"]
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
@@ -52,14 +52,14 @@ def test_pictures_before_the_end_of_a_cut_archive_are_kept(tmp_path: Path, mode:
     members = {f"{number:02}.jpg": small_jpeg(number) for number in range(20)}
     suffix = ".tar" if mode == "w" else ".tar.gz"
     whole = write_tar(tmp_path / f"whole{suffix}", members, mode)
-    assert [item.data for item in read(whole)] == list(members.values())
+    assert [outcome(item) for item in read(whole)] == list(members.values())
     data = whole.read_bytes()
     path = tmp_path / f"cut{suffix}"
     # Zeros fill an archive up to 10,240 bytes, and the first 1,024 of them are its end.
     path.write_bytes(data[: int(cut * (len(data) if mode == "w:gz" else 20 * 3_500))])
     *kept, last = read(path)
     assert 2 < len(kept) < 20
-    assert [item.data for item in kept] == list(members.values())[: len(kept)]
+    assert [outcome(item) for item in kept] == list(members.values())[: len(kept)]
     assert (last.key, last.data) == (str(path), b"")
     assert last.error.startswith("not a tar archive, or a damaged one: ")
 
@@ -86,12 +86,12 @@ def test_cells_of_parquet_files(tmp_path: Path) -> None:
     assert third.error == "the cell holds NoneType, expected bytes or a path"
     structs = [{"bytes": b"4", "path": None}, {"bytes": None, "path": alone.name}]
     path = write_parquet(tmp_path / "structs.parquet", {"image": structs})
-    assert [item.data for item in read(path, Columns(base=str(tmp_path)))] == [b"4", alone.read_bytes()]
+    assert [outcome(item) for item in read(path, Columns(base=str(tmp_path)))] == [b"4", alone.read_bytes()]
     names = {"picture": [str(alone), alone.name, "missing.jpg"]}
     path = write_parquet(tmp_path / "paths.parquet", names)
     whole, relative, missing = read(path, Columns(image="picture", base=str(tmp_path)))
-    assert whole.data == relative.data == alone.read_bytes()
-    assert missing.error == "No such file or directory"
+    assert outcome(whole) == outcome(relative) == alone.read_bytes()
+    assert outcome(missing) == "No such file or directory"
 
 
 def test_a_missing_column_is_answered_with_those_that_there_are(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_rows_of_a_lance_dataset(tmp_path: Path) -> None:
     table = pyarrow.table({"image": [b"1", b"2", b"3"], "caption": ["x", None, "z"]})
     lance.write_dataset(table, str(path), max_rows_per_file=2)
     items = read(path, Columns(text="caption"))
-    assert [item.data for item in items] == [b"1", b"2", b"3"]
+    assert [outcome(item) for item in items] == [b"1", b"2", b"3"]
     assert [item.values["caption"] for item in items] == ["x", None, "z"]
     assert [item.key for item in items] == [f"{path}#0", f"{path}#1", f"{path}#{1 << 32}"]
     with pytest.raises(ValueError, match=r"set\.lance: has no column 'picture', but image, caption"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import cast
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from siglip_serve.towers.load import load_text
 from siglip_serve.towers.naflex import load_vision
 
 MOST = 64
+BACKENDS: tuple[Backend, ...] = ("torch", "openvino")
 ASPECTS = np.exp(np.linspace(np.log(1 / 8), np.log(8), 200))
 PICTURES = [
     photo(max(8, round(40 * aspect**0.5)), max(8, round(40 * aspect**-0.5)), seed)
@@ -57,14 +59,15 @@ def make_engine(config: ModelConfig, plan: Plan) -> NaflexEngine:
     return NaflexEngine(load_vision(config.path), config.image, plan)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_one_batch_equals_transformers_and_one_by_one(
-    model: Siglip2Model, config: ModelConfig, rows: PatchRows
+    backend: Backend, model: Siglip2Model, config: ModelConfig, rows: PatchRows
 ) -> None:
     processor = Siglip2ImageProcessorPil.from_pretrained(config.path)
     inputs = processor(PICTURES, return_tensors="pt")
     with torch.inference_mode():
         found = model.vision_model(**inputs)
-    engine = make_engine(config, Plan("cpu", "float32"))
+    engine = make_engine(config, Plan("cpu", "float32", backend))
     got = engine(rows, OUTPUTS).outputs
     assert {name: list(array.shape[1:]) for name, array in got.items()}.items() <= tensor_dims(config).items()
     np.testing.assert_allclose(got["EMBEDDING"], found.pooler_output, atol=1e-5, rtol=0)
@@ -93,18 +96,19 @@ def test_padding_is_bounded_in_every_pass() -> None:
         assert 1 - counts[group].mean() / counts[group].max() <= 0.1 + 1e-9
 
 
-def test_bfloat16_is_close(config: ModelConfig, rows: PatchRows) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_is_close(backend: Backend, config: ModelConfig, rows: PatchRows) -> None:
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16")
     exact, rough = (
-        make_engine(config, Plan("cpu", dtype))(rows[::20]).outputs["EMBEDDING"] for dtype in dtypes
+        make_engine(config, Plan("cpu", dtype, backend))(rows[::20]).outputs["EMBEDDING"] for dtype in dtypes
     )
     cosine = (exact * rough).sum(1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(rough, axis=1)
     assert 0.999 < cosine.min() < 1
 
 
-@pytest.mark.parametrize("blocks", [0, 2])
-def test_maps_sum_to_the_cosine(config: ModelConfig, rows: PatchRows, blocks: int) -> None:
-    engine = make_engine(config, Plan("cpu", "float32", heatmap_blocks=blocks))
+@pytest.mark.parametrize(("backend", "blocks"), [("torch", 0), ("torch", 2), ("openvino", 2)])
+def test_maps_sum_to_the_cosine(config: ModelConfig, rows: PatchRows, backend: Backend, blocks: int) -> None:
+    engine = make_engine(config, Plan("cpu", "float32", backend, heatmap_blocks=blocks))
     vectors = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     for index in (0, 77, 199):
@@ -133,7 +137,8 @@ def test_rows_that_fail_are_those_of_the_caller(
         return run(some, wanted)
 
     monkeypatch.setattr(engine, "runner", partial(fail))
-    monkeypatch.setattr(engine.runner, "max_rows", 8, raising=False)
+    for name, value in (("max_rows", 8), ("grouped", True)):
+        monkeypatch.setattr(engine.runner, name, value, raising=False)
     batch = engine(rows[:40])
     np.testing.assert_array_equal(batch.failed, (rows.grids[:40] == thin).all(axis=1))
     good = ~batch.failed
@@ -144,9 +149,8 @@ def test_rows_that_fail_are_those_of_the_caller(
 @pytest.mark.parametrize(
     ("dtype", "backend", "message"),
     [
-        ("float32", "openvino", "backend openvino: runs SigLIP's towers only; torch runs those of NaFlex"),
-        ("auto", "fused", "backend fused: runs SigLIP's towers only"),
-        ("int8", "auto", "dtype int8: for SigLIP's towers only"),
+        ("int8", "auto", "dtype int8: not for towers of NaFlex; float32, bfloat16, and on GPUs float16"),
+        ("auto", "fused", "backend fused: not for CPUs"),
     ],
 )
 def test_refuses_plans_that_run_no_naflex(
@@ -154,6 +158,18 @@ def test_refuses_plans_that_run_no_naflex(
 ) -> None:
     with pytest.raises(SettingsError, match=message):
         make_engine(config, Plan("cpu", dtype, backend))
+
+
+def test_auto_is_the_choice_of_siglip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("siglip_serve.engine.plan.gpu_capabilities", lambda: ((9, 0),))
+    for device, dtype, backend in (
+        ("cpu", "float32", "openvino"),
+        ("cuda:0", "float8", "fused"),
+        ("cuda:0", "float32", "torch"),
+    ):
+        resolved = Plan(device, cast("Dtype", dtype)).for_vision("naflex", 768)
+        assert (resolved.dtype, resolved.backend) == (dtype, backend)
+    assert Plan("cuda:0").for_vision("naflex", 768, "gelu").backend == "torch"
 
 
 def test_texts_run_as_those_of_siglip(model: Siglip2Model, config: ModelConfig) -> None:

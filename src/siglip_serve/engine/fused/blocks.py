@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from siglip_serve.engine.fused import attention, kernels
+from siglip_serve.engine.fused import attention, kernels, ragged
 from siglip_serve.towers.siglip import Block
 
 __all__ = ["Blocks", "Layer", "Stack", "attend", "attend_by_cudnn", "attend_by_torch", "columns"]
@@ -39,12 +39,15 @@ _ATTENTION = [
 
 
 class Stack(Protocol):
-    """Blocks, and the LayerNorm behind them, that run as one."""
+    """Blocks, and the LayerNorm behind them, that run as one.
 
-    def __call__(self, x: Tensor, rows: int) -> Tensor:
+    With `lengths`, [rows] int32 on the device, attention reads each row up to its length.
+    """
+
+    def __call__(self, x: Tensor, rows: int, lengths: Tensor | None = None) -> Tensor:
         """Tokens [M, W] of `rows` images or texts -> normalised tokens [M, W]. x is overwritten."""
 
-    def stream(self, x: Tensor, rows: int, count: int) -> Tensor:
+    def stream(self, x: Tensor, rows: int, count: int, lengths: Tensor | None = None) -> Tensor:
         """Tokens [M, W] -> the residual stream behind the first `count` blocks, [M, W] float32.
 
         x is overwritten.
@@ -68,21 +71,21 @@ class Blocks:
             self._layers.append(Layer(block, dtype, self._offset))
             self._offset = self._layers[-1].offset_after
 
-    def __call__(self, x: Tensor, rows: int) -> Tensor:
+    def __call__(self, x: Tensor, rows: int, lengths: Tensor | None = None) -> Tensor:
         """Run all blocks. See `Stack`."""
         for layer in self._layers:
-            x = self._run(layer, x, rows)
+            x = self._run(layer, x, rows, lengths)
         return kernels.layer_norm(x, self._offset, self._final)
 
-    def stream(self, x: Tensor, rows: int, count: int) -> Tensor:
+    def stream(self, x: Tensor, rows: int, count: int, lengths: Tensor | None = None) -> Tensor:
         """Run the first `count` blocks. See `Stack`."""
         for layer in self._layers[:count]:
-            x = self._run(layer, x, rows)
+            x = self._run(layer, x, rows, lengths)
         return x.float() + (self._layers[count].offset1 if count < len(self._layers) else self._offset)
 
-    def _run(self, layer: Layer, x: Tensor, rows: int) -> Tensor:
+    def _run(self, layer: Layer, x: Tensor, rows: int, lengths: Tensor | None) -> Tensor:
         h = kernels.layer_norm(x, layer.offset1, layer.norm1)
-        y = attend(torch.addmm(layer.b_qkv, h, layer.w_qkv), rows, layer.heads)
+        y = attend(torch.addmm(layer.b_qkv, h, layer.w_qkv), rows, layer.heads, lengths)
         x.addmm_(y, layer.w_out)
         h = kernels.layer_norm(x, layer.offset2, layer.norm2)
         z = torch._addmm_activation(layer.b_fc1, h, layer.w_fc1, use_gelu=True)
@@ -115,17 +118,20 @@ class Layer:
         self.offset_after = self.offset2 + mlp.fc2.bias
 
 
-def attend(qkv: Tensor, rows: int, heads: int) -> Tensor:
+def attend(qkv: Tensor, rows: int, heads: int, lengths: Tensor | None = None) -> Tensor:
     """Self-attention by the fastest kernel that there is for the GPU and the shape.
 
     Args:
         qkv: [rows * T, 3 * W], queries, keys and values, head by head.
         rows: images or texts.
         heads: of depth W / heads.
+        lengths: [rows] int32 on the device, how many of a row's first tokens are attended to; None: all.
 
     Returns:
         [rows * T, W] of the same dtype.
     """
+    if lengths is not None:
+        return ragged.attend(qkv, lengths, heads)
     if attention.is_supported(qkv, rows, heads):
         return attention.attend(qkv, rows, heads)
     return attend_by_cudnn(qkv, rows, heads)

@@ -57,24 +57,24 @@ class Float8Blocks:
         self._one = torch.ones((), device=final.weight.device)
         self._norm_scale = self._one / kernels.largest_norm_scale(len(final.weight))
 
-    def __call__(self, x: Tensor, rows: int) -> Tensor:
+    def __call__(self, x: Tensor, rows: int, lengths: Tensor | None = None) -> Tensor:
         """Run all blocks. See `Stack`."""
-        branch = self._run(x, rows, len(self._layers))
+        branch = self._run(x, rows, len(self._layers), lengths)
         return kernels.layer_norm(x, self._offset, self._final, branch)
 
-    def stream(self, x: Tensor, rows: int, count: int) -> Tensor:
+    def stream(self, x: Tensor, rows: int, count: int, lengths: Tensor | None = None) -> Tensor:
         """Run the first `count` blocks. See `Stack`."""
-        branch = self._run(x, rows, count)
+        branch = self._run(x, rows, count, lengths)
         offset = self._layers[count].offset1 if count < len(self._layers) else self._offset
         return x.float() + offset + (branch[0] * branch[1][:, None] if branch else 0)
 
-    def _run(self, x: Tensor, rows: int, count: int) -> kernels.Branch | None:
+    def _run(self, x: Tensor, rows: int, count: int, lengths: Tensor | None) -> kernels.Branch | None:
         """Run the first `count` blocks. x is overwritten, and lacks the branch of the last block."""
         branch: kernels.Branch | None = None
         for layer in self._layers[:count]:
             h = kernels.normalize_quantize(x, layer.offset1, layer.eps, branch)
             qkv = _multiply(h, layer.qkv, self._norm_scale, torch.bfloat16)
-            x.addmm_(attend(qkv, rows, layer.heads), layer.w_out)
+            x.addmm_(attend(qkv, rows, layer.heads, lengths), layer.w_out)
             h = kernels.normalize_quantize(x, layer.offset2, layer.eps)
             z = _multiply(h, layer.fc1, self._norm_scale, kernels.FLOAT8)
             z, row_scale = kernels.gelu_quantize(z, layer.middle_scale)

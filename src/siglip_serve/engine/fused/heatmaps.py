@@ -15,7 +15,7 @@ from siglip_serve.engine.passes import is_out_of_memory
 from siglip_serve.heatmaps.attribution import Explanation, SiglipExplainer
 from siglip_serve.towers.siglip import Block, BlockTrace, TowerTrace, trace_blocks
 
-__all__ = ["RecordedHeatmaps"]
+__all__ = ["RecordedHeatmaps", "trace_stream"]
 
 _MOST_RECORDED = 8  # vectors: more keep the GPU busy while the next kernel is launched
 
@@ -43,7 +43,7 @@ class RecordedHeatmaps:
     ) -> None:
         self._stream, self._layers = stream, layers
         self._device, self._dtype, self._graphs = device, dtype, graphs
-        self._traces = Replays(self._trace, pixels, device, graphs)
+        self._traces = Replays(self._trace, [pixels], device, graphs)
         self._explainers: dict[tuple[SiglipExplainer, int], _RecordedExplainer | None] = {}
         # Explanations run one after the other, so all share the same memory.
         self._pool = torch.cuda.graph_pool_handle() if graphs else None
@@ -69,10 +69,7 @@ class RecordedHeatmaps:
 
     def _trace(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """[1, S, S, 3] uint8 -> the parts of a `TowerTrace`, one after the other"""
-        stream = self._stream(pixels)
-        # Without a cache of weights: a recording must not keep what it computes for the next one.
-        with torch.autocast(self._device.type, self._dtype, cache_enabled=False):
-            found = trace_blocks(stream[None], self._layers)
+        found = trace_stream(self._stream(pixels), self._layers, self._dtype)
         parts = [
             part for block in found.blocks for part in (block.queries, block.keys, block.values, block.mlp)
         ]
@@ -88,6 +85,13 @@ class RecordedHeatmaps:
             if not is_out_of_memory(error):
                 raise
             return None
+
+
+def trace_stream(stream: Tensor, layers: Sequence[Block], dtype: torch.dtype) -> TowerTrace:
+    """Trace the residual stream [T, W] float32 of one image through blocks, with products in `dtype`."""
+    # Without a cache of weights: a recording must not keep what it computes for the next one.
+    with torch.autocast(stream.device.type, dtype, cache_enabled=False):
+        return trace_blocks(stream[None], layers)
 
 
 class _RecordedExplainer:

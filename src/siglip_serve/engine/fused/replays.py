@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -22,47 +22,47 @@ class Replays:
     """Run a computation on a GPU, recorded for several numbers of rows.
 
     Args:
-        compute: rows on the device -> tensors with as many rows. It runs the same kernels every time.
-        rows: the most rows of one call, of the dtype and shape of all later ones.
+        compute: inputs on the device -> tensors with as many rows. It runs the same kernels every time.
+        inputs: the most rows of one call, of the dtypes and shapes of all later ones.
         device: device of the computation. On the CPU rows are computed at once.
         graphs: record, which needs a CUDA device. Without, `compute` is called each time.
 
     Attributes:
-        max_rows: most rows of one call. They are fewer than `rows` if there is no memory for more.
+        max_rows: most rows of one call. They are fewer than those of `inputs` if there is no memory for more.
     """
 
     def __init__(
         self,
-        compute: Callable[[Tensor], tuple[Tensor, ...]],
-        rows: Tensor,
+        compute: Callable[..., tuple[Tensor, ...]],
+        inputs: Sequence[Tensor],
         device: torch.device,
         graphs: bool,
     ) -> None:
         self._compute, self._device = compute, device
-        self._input = rows.to(device)
+        self._inputs = [rows.to(device) for rows in inputs]
         self._recorded: dict[int, tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]] = {}
-        self.max_rows = len(rows)
+        self.max_rows = len(inputs[0])
         if device.type == "cuda":
             # Two slots: one is filled while the rows of the other are computed.
-            self._slots = [_Slot(rows, device), _Slot(rows, device)]
+            self._slots = [_Slot(inputs, device), _Slot(inputs, device)]
             self._copies = torch.cuda.Stream(device)
         if graphs:
             self._record_all()
 
-    def __call__(self, rows: NDArray[Any]) -> tuple[Tensor, ...]:
-        """Compute n <= max_rows rows.
+    def __call__(self, *inputs: NDArray[Any]) -> tuple[Tensor, ...]:
+        """Compute n <= max_rows rows of each input.
 
         Returns:
             The computed tensors [n, ...] on the device. The next call overwrites them.
         """
-        n = len(rows)
-        self._send(rows)
+        n = len(inputs[0])
+        self._send([torch.from_numpy(rows) for rows in inputs])
         return tuple(output[:n] for output in self.replay_of(n)())
 
     def replay_of(self, n: int) -> Callable[[], tuple[Tensor, ...]]:
-        """Return the function that computes the first n rows of the input, rounded up to a recorded size."""
+        """Return the function that computes the first n rows of the inputs, rounded up to a recorded size."""
         if not self._recorded:
-            return lambda: self._compute(self._input[:n])
+            return lambda: self._compute(*_first(self._inputs, n))
         graph, outputs = self._recorded[min(size for size in self._recorded if size >= n)]
 
         def replay() -> tuple[Tensor, ...]:
@@ -89,28 +89,30 @@ class Replays:
 
         return finish
 
-    def _send(self, rows: NDArray[Any]) -> None:
-        """Copy rows into the input. A full batch uses its own stream while the previous call computes."""
-        n, source = len(rows), torch.from_numpy(rows)
+    def _send(self, rows: Sequence[Tensor]) -> None:
+        """Copy rows into the inputs. A full batch uses its own stream while the previous call computes."""
+        n = len(rows[0])
         if self._device.type != "cuda":
-            self._input[:n].copy_(source)
+            _copy(rows, self._inputs)
             return
         slot = self._slots[0]
         self._slots.reverse()
         slot.copied.synchronize()
-        if not source.is_pinned():
-            source = slot.host[:n].copy_(source)
+        rows = [
+            source if source.is_pinned() else host[:n].copy_(source)
+            for source, host in zip(rows, slot.host, strict=True)
+        ]
         compute = torch.cuda.current_stream(self._device)
         if n < self.max_rows:  # usually the only pass: fewer calls count more than overlap
-            self._input[:n].copy_(source, non_blocking=True)
+            _copy(rows, self._inputs)
             slot.copied.record(compute)
             return
         with torch.cuda.stream(self._copies):
             self._copies.wait_event(slot.read)
-            slot.device[:n].copy_(source, non_blocking=True)
+            _copy(rows, slot.device)
             slot.copied.record()
         compute.wait_event(slot.copied)
-        self._input[:n].copy_(slot.device[:n])
+        _copy(_first(slot.device, n), self._inputs)
         slot.read.record(compute)
 
     @torch.inference_mode()
@@ -119,7 +121,7 @@ class Replays:
         sizes = {size for size in BUCKETS if size < self.max_rows} | {self.max_rows}
         for rows in sorted(sizes, reverse=True):  # the largest first: the others fit into its memory
             try:
-                self._recorded[rows] = record(partial(self._compute, self._input[:rows]), pool)
+                self._recorded[rows] = record(partial(self._compute, *_first(self._inputs, rows)), pool)
             except RuntimeError as error:
                 if rows == 1 or not is_out_of_memory(error):
                     raise
@@ -129,11 +131,21 @@ class Replays:
 class _Slot:
     """Buffers in which rows wait on their way to the device."""
 
-    def __init__(self, rows: Tensor, device: torch.device) -> None:
+    def __init__(self, inputs: Sequence[Tensor], device: torch.device) -> None:
         # Copies from pageable memory go through a buffer of the driver's and block the caller.
-        self.host = rows.pin_memory()
-        self.device = self.host.to(device)
+        self.host = [rows.pin_memory() for rows in inputs]
+        self.device = [rows.to(device) for rows in self.host]
         self.copied, self.read = torch.cuda.Event(), torch.cuda.Event()
+
+
+def _first(tensors: Sequence[Tensor], rows: int) -> list[Tensor]:
+    return [tensor[:rows] for tensor in tensors]
+
+
+def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """Start to copy sources into the first rows of targets."""
+    for source, target in zip(sources, targets, strict=True):
+        target[: len(source)].copy_(source, non_blocking=True)
 
 
 def record(compute: Callable[[], _Computed], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, _Computed]:

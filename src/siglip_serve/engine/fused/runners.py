@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,9 +21,10 @@ from siglip_serve.engine.fused.replays import Replays
 from siglip_serve.engine.passes import Finish
 from siglip_serve.errors import SettingsError
 from siglip_serve.heatmaps.attribution import Explanation, SiglipExplainer
+from siglip_serve.towers.naflex import NaflexVisionTower
 from siglip_serve.towers.siglip import Block, TextTower, VisionTower
 
-__all__ = ["FusedText", "FusedVision"]
+__all__ = ["FusedText", "FusedVision", "make_stack"]
 
 _CALIBRATION_TOKENS = 12_000
 _FLOAT8_MULTIPLE = 16  # of the sides of a matrix of 8 bits
@@ -65,19 +67,12 @@ class FusedVision:
         self._tokens, self._width = tower.context, tower.config.hidden_size
         self._embed = FoldedPatchEmbedding(tower.embeddings, image, dtype)
         self._before = len(tower.encoder.blocks) - blocks
-        # Heatmaps are traced through the blocks of the tower, with matrices rounded to 16 bits. In 16 bits
-        # the stack then shares their memory; in float8 it is made of the exact ones.
-        traced = tower.encoder.blocks[self._before :]
-        if float8:
-            self._blocks: Stack = _float8_blocks(tower, image)
-            _round_matrices(traced, dtype)
-        else:
-            _round_matrices(traced, dtype)
-            self._blocks = Blocks(tower.encoder.blocks, tower.post_layernorm, dtype)
+        drawn = partial(_drawn_tokens, tower, image) if float8 else None
+        self._blocks, traced = make_stack(tower, dtype, blocks, drawn)
         self._head = FoldedPooling(tower.head, dtype)
         size, graphs = tower.config.image_size, device.type == "cuda"
         rows = torch.zeros(rows_of_a_pass(self._tokens, max_rows), size, size, 3, dtype=torch.uint8)
-        self.replays = Replays(self._forward, rows, device, graphs)
+        self.replays = Replays(self._forward, [rows], device, graphs)
         self._heatmaps = RecordedHeatmaps(self._stream, traced, rows[:1], device, dtype, graphs)
         self.max_rows = self.replays.max_rows
         self.staging: NDArray[np.uint8] | None = None
@@ -123,7 +118,7 @@ class FusedText:
         self._blocks = Blocks(tower.encoder.blocks, tower.final_layer_norm, dtype)
         self._head = tower.head.to(dtype)
         rows = torch.zeros(rows_of_a_pass(tower.context, max_rows), tower.context, dtype=torch.int64)
-        self._replays = Replays(self._forward, rows, device, device.type == "cuda")
+        self._replays = Replays(self._forward, [rows], device, device.type == "cuda")
         self.max_rows = self._replays.max_rows
 
     @torch.inference_mode()
@@ -139,18 +134,50 @@ class FusedText:
         return (self._head(x.view(len(ids), -1, x.shape[-1])[:, -1]).float(),)
 
 
-def _float8_blocks(tower: VisionTower, image: ImageConfig) -> Float8Blocks:
+def make_stack(
+    tower: VisionTower | NaflexVisionTower,
+    dtype: torch.dtype,
+    blocks: int,
+    drawn: Callable[[int], Tensor] | None,
+) -> tuple[Stack, list[Block]]:
+    """Make the blocks of a tower run as one, and round the matrices of those that heatmaps trace.
+
+    Args:
+        tower: on the device, float32. It is taken over.
+        dtype: bfloat16 or float16, for what is not float8.
+        blocks: how many of the last blocks are traced.
+        drawn: makes the input of the first block, [B, T, W] float32, of at least that number of tokens of
+            drawn pictures, to calibrate float8 on. None: no float8.
+
+    Returns:
+        The stack, and the traced blocks.
+
+    Raises:
+        SettingsError: float8, and the tower's widths are not multiples of 16.
+    """
+    layers, final = tower.encoder.blocks, tower.post_layernorm
+    traced = layers[len(layers) - blocks :]
+    # The traced blocks have matrices of 16 bits. In 16 bits the stack then shares their memory; in float8 it
+    # is made of the exact ones.
+    if drawn is None:
+        _round_matrices(traced, dtype)
+        return Blocks(layers, final, dtype), traced
     config = tower.config
     if config.hidden_size % _FLOAT8_MULTIPLE or config.intermediate_size % _FLOAT8_MULTIPLE:
         raise SettingsError(
             f"dtype float8: hidden_size {config.hidden_size} and intermediate_size "
             f"{config.intermediate_size} have to be multiples of {_FLOAT8_MULTIPLE}; use bfloat16"
         )
-    rows = -(-_CALIBRATION_TOKENS // tower.context)
+    stack = Float8Blocks(layers, final, drawn(_CALIBRATION_TOKENS))
+    _round_matrices(traced, dtype)
+    return stack, traced
+
+
+def _drawn_tokens(tower: VisionTower, image: ImageConfig, least: int) -> Tensor:
+    rows = -(-least // tower.context)
     pixels = torch.from_numpy(draw_pictures(rows, tower.config.image_size))
     embed = FoldedPatchEmbedding(tower.embeddings, image, torch.float32)
-    tokens = embed(pixels.to(tower.post_layernorm.weight.device)).view(rows, tower.context, -1)
-    return Float8Blocks(tower.encoder.blocks, tower.post_layernorm, tokens)
+    return embed(pixels.to(tower.post_layernorm.weight.device)).view(rows, tower.context, -1)
 
 
 def _round_matrices(layers: Sequence[Block], dtype: torch.dtype) -> None:

@@ -18,7 +18,7 @@ _HINTS = {"float32": "f32", "bfloat16": "bf16"}
 
 
 class Compiled:
-    """A graph with one input and one float32 output, compiled for this CPU.
+    """A graph with one float32 output, compiled for this CPU.
 
     Args:
         model: the graph.
@@ -36,18 +36,18 @@ class Compiled:
         }
         self._request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
 
-    def __call__(self, rows: NDArray[Any]) -> NDArray[np.float32]:
-        """Compute the output of any number of rows.
+    def __call__(self, *inputs: NDArray[Any]) -> NDArray[np.float32]:
+        """Compute the output of any number of rows. All inputs [n, ...] have as many.
 
         Raises:
             torch.OutOfMemoryError: there is not enough memory for these rows.
         """
         try:
-            outputs = self._request.infer([np.ascontiguousarray(rows)], share_inputs=True)
+            outputs = self._request.infer([np.ascontiguousarray(rows) for rows in inputs], share_inputs=True)
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, MemoryError) or "Failed to allocate" in str(error):
                 # The error that torch raises: `passes.in_passes` then halves the pass.
-                raise torch.OutOfMemoryError(f"OpenVINO: no memory for {len(rows)} rows") from error
+                raise torch.OutOfMemoryError(f"OpenVINO: no memory for {len(inputs[0])} rows") from error
             raise
         result: NDArray[np.float32] = outputs[0]
         return result

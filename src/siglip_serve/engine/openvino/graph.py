@@ -20,7 +20,8 @@ from openvino import Model, PartialShape, Type
 from openvino import opset13 as op
 from torch import Tensor, nn
 
-from siglip_serve.checkpoint.model_config import ImageConfig
+from siglip_serve.checkpoint.model_config import ImageConfig, NaflexImageConfig
+from siglip_serve.towers.naflex import NaflexVisionTower
 from siglip_serve.towers.siglip import (
     MLP,
     Attention,
@@ -30,7 +31,11 @@ from siglip_serve.towers.siglip import (
     VisionTower,
 )
 
-__all__ = ["build_head", "build_text", "build_vision"]
+__all__ = ["PADDING", "build_head", "build_naflex", "build_naflex_head", "build_text", "build_vision"]
+
+# Added to the scores of padding. Minus infinity would need care where a whole block of keys is padding.
+PADDING = np.float32(-1e30)
+_SAME = 0  # of a new shape: the length that the tensor has
 
 Node = Any
 
@@ -46,10 +51,7 @@ def build_vision(tower: VisionTower, image: ImageConfig) -> Model:
     # The patch convolution is one matrix product. Bytes are moved before they become floats.
     x = op.reshape(x, _ints(-1, grid, patch, grid, patch * 3), False)
     x = op.reshape(op.transpose(x, _ints(0, 1, 3, 2, 4)), _ints(-1, tokens, patch * patch * 3), False)
-    # x * rescale, then (x - mean) / std, in the reference's order, so that float32 rounds alike.
-    x = op.multiply(op.convert(x, Type.f32), np.float32(image.rescale))
-    mean, std = (np.tile(np.array(value, np.float32), patch * patch) for value in (image.mean, image.std))
-    x = op.divide(op.subtract(x, mean), std)
+    x = _normalize(x, image, patch)
     projection = tower.embeddings.patch_embedding
     x = _linear(x, projection.weight.permute(0, 2, 3, 1).flatten(1), cast(Tensor, projection.bias))
     x = op.add(x, _constant(tower.embeddings.position_embedding.weight))
@@ -59,11 +61,35 @@ def build_vision(tower: VisionTower, image: ImageConfig) -> Model:
 
 def build_head(tower: VisionTower) -> Model:
     """Build the pooling head: patch tokens [B, T, D] -> the embedding [B, D], both float32."""
-    head, width = tower.head, tower.config.hidden_size
-    tokens = op.parameter(PartialShape([-1, tower.context, width]), Type.f32, "tokens")
-    x = _pool(tokens, head)
-    x = op.add(x, _mlp(_layer_norm(x, head.layernorm), head.mlp))
-    return Model([x], [tokens], "head")
+    tokens = op.parameter(PartialShape([-1, tower.context, tower.config.hidden_size]), Type.f32, "tokens")
+    return Model([_head(tokens, tower.head)], [tokens], "head")
+
+
+def build_naflex(tower: NaflexVisionTower, image: NaflexImageConfig) -> Model:
+    """Build a NaFlex vision tower for any number of patches.
+
+    Inputs: uint8 patches [B, T, 3 P P], the positions of their grids [B, T, D] float32, and what attention
+    adds to the scores of each token, [B, T] float32: 0, or `PADDING`. Output: float32 tokens [B, T, D].
+    """
+    patch, width = tower.config.patch_size, tower.config.hidden_size
+    patches = op.parameter(PartialShape([-1, -1, 3 * patch**2]), Type.u8, "patches")
+    positions = op.parameter(PartialShape([-1, -1, width]), Type.f32, "positions")
+    padding = op.parameter(PartialShape([-1, -1]), Type.f32, "padding")
+    projection = tower.embeddings.patch_embedding
+    x = _linear(_normalize(patches, image, patch), projection.weight, projection.bias)
+    x = op.add(x, positions)
+    x = _encoder(x, tower.encoder, _SAME, op.unsqueeze(padding, _ints(1, 2)))
+    return Model([_layer_norm(x, tower.post_layernorm)], [patches, positions, padding], "naflex")
+
+
+def build_naflex_head(tower: NaflexVisionTower) -> Model:
+    """Build the pooling head of a NaFlex tower.
+
+    Inputs: tokens [B, T, D] and the padding [B, T] of `build_naflex`. Output: the embedding [B, D].
+    """
+    tokens = op.parameter(PartialShape([-1, -1, tower.config.hidden_size]), Type.f32, "tokens")
+    padding = op.parameter(PartialShape([-1, -1]), Type.f32, "padding")
+    return Model([_head(tokens, tower.head, op.unsqueeze(padding, _ints(2)))], [tokens, padding], "head")
 
 
 def build_text(tower: TextTower) -> Model:
@@ -79,28 +105,44 @@ def build_text(tower: TextTower) -> Model:
     return Model([x], [ids], "text")
 
 
-def _encoder(x: Node, encoder: Encoder, tokens: int) -> Node:
+def _normalize(x: Node, image: ImageConfig, patch: int) -> Node:
+    """Bytes of patches [..., 3 P P] -> float32, in the reference's order, so that it rounds alike"""
+    x = op.multiply(op.convert(x, Type.f32), np.float32(image.rescale))
+    mean, std = (np.tile(np.array(value, np.float32), patch**2) for value in (image.mean, image.std))
+    return op.divide(op.subtract(x, mean), std)
+
+
+def _encoder(x: Node, encoder: Encoder, tokens: int, mask: Node | None = None) -> Node:
     for block in encoder.blocks:
-        x = op.add(x, _attention(_layer_norm(x, block.layer_norm1), block.self_attn, tokens))
+        x = op.add(x, _attention(_layer_norm(x, block.layer_norm1), block.self_attn, tokens, mask))
         x = op.add(x, _mlp(_layer_norm(x, block.layer_norm2), block.mlp))
     return x
 
 
-def _attention(x: Node, attention: Attention, tokens: int) -> Node:
-    """[B, T, D] -> [B, T, D]"""
+def _attention(x: Node, attention: Attention, tokens: int, mask: Node | None) -> Node:
+    """[B, T, D] -> [B, T, D], after a mask [B, 1, 1, T] was added to the scores"""
     weights, biases = attention.qkv_proj.weight.chunk(3), attention.qkv_proj.bias.chunk(3)
+    width = weights[0].shape[0]
     # With three products and plain attention the CPU plugin fuses everything from the transposes of the heads
     # to the weighted sum into one kernel. One product of all three would have to be split again.
     q, k, v = (
         _heads(_linear(x, weight, bias), attention.heads, tokens)
         for weight, bias in zip(weights, biases, strict=True)
     )
-    y = _weighted_sum(q, k, v, weights[0].shape[0] // attention.heads)
-    y = op.reshape(op.transpose(y, _ints(0, 2, 1, 3)), _ints(-1, tokens, weights[0].shape[0]), False)
+    scores = op.multiply(op.matmul(q, k, False, True), np.float32((width // attention.heads) ** -0.5))
+    scores = scores if mask is None else op.add(scores, mask)
+    y = op.matmul(op.softmax(scores, -1), v, False, False)
+    y = op.reshape(op.transpose(y, _ints(0, 2, 1, 3)), _ints(0, tokens, width), True)
     return _linear(y, attention.out_proj.weight, attention.out_proj.bias)
 
 
-def _pool(tokens: Node, head: AttentionPooling) -> Node:
+def _head(tokens: Node, head: AttentionPooling, mask: Node | None = None) -> Node:
+    """[B, T, D] -> [B, D]; a mask [B, T, 1] is added to the scores"""
+    x = _pool(tokens, head, mask)
+    return op.add(x, _mlp(_layer_norm(x, head.layernorm), head.mlp))
+
+
+def _pool(tokens: Node, head: AttentionPooling, mask: Node | None) -> Node:
     """Attend to all tokens by the probe: [B, T, D] -> [B, D].
 
     The probe is the same for all images, so its product with the key projection is a constant. Each head's
@@ -115,15 +157,11 @@ def _pool(tokens: Node, head: AttentionPooling) -> Node:
     keys = torch.einsum("hd,hdx->hx", q, w_k.unflatten(0, (heads, width)))  # [H, D]
     values = w_v.unflatten(0, (heads, width))  # [H, D/H, D]
     scores = op.matmul(tokens, _constant(keys.float()), False, True)  # [B, T, H]
+    scores = scores if mask is None else op.add(scores, mask)
     means = op.matmul(op.softmax(scores, 1), tokens, True, False)  # [B, H, D]
     y = op.matmul(op.unsqueeze(means, _ints(2)), _constant(values.float()), False, True)  # [B, H, 1, D/H]
     y = op.add(op.reshape(y, _ints(-1, w_q.shape[0]), False), _constant(b_v.float()))
     return _linear(y, attention.out_proj.weight, attention.out_proj.bias)
-
-
-def _weighted_sum(q: Node, k: Node, v: Node, width: int) -> Node:
-    scores = op.multiply(op.matmul(q, k, False, True), np.float32(width**-0.5))
-    return op.matmul(op.softmax(scores, -1), v, False, False)
 
 
 def _heads(x: Node, heads: int, tokens: int) -> Node:

@@ -12,10 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from paths import ROOT
 from random_checkpoints import random_model, save_checkpoint
-from torch import Tensor
 
 from siglip_serve.checkpoint.config import load_config
 from siglip_serve.checkpoint.model_config import ModelConfig
@@ -33,17 +31,6 @@ from siglip_serve.errors import SettingsError
 from siglip_serve.towers.siglip import load_text, load_vision
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def gelu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fuse the tanh form of the GELU behind a product, as on a GPU; on a CPU torch takes the exact form."""
-
-    def product(bias: Tensor, x: Tensor, weight: Tensor, *, use_gelu: bool) -> Tensor:
-        assert use_gelu
-        return F.gelu(torch.addmm(bias, x, weight), approximate="tanh")
-
-    monkeypatch.setattr(torch, "_addmm_activation", product)
 
 
 @pytest.fixture(scope="module")
@@ -150,27 +137,9 @@ def test_cuts_more_rows_than_are_recorded(config: ModelConfig, monkeypatch: pyte
     np.testing.assert_allclose(got, plain(config, pixels(3))["EMBEDDING"], rtol=1e-3, atol=1e-4)
 
 
-def test_float8_is_close(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole stack, with torch in place of the float8 kernels, which the interpreter rounds wrongly."""
-
-    def normalize_quantize(
-        x: torch.Tensor, offset: torch.Tensor, eps: float, branch: kernels.Branch | None = None
-    ) -> torch.Tensor:
-        if branch is not None:
-            x += (branch[0].float() * branch[1][:, None]).to(x.dtype)
-        width = x.shape[1]
-        normalized = torch.nn.functional.layer_norm(x.float() + offset, (width,), eps=eps)
-        return (normalized * kernels.largest_norm_scale(width)).to(kernels.FLOAT8)
-
-    def gelu_quantize(x: torch.Tensor, scale: torch.Tensor) -> kernels.Branch:
-        y = torch.nn.functional.gelu(x.float() * scale, approximate="tanh")
-        largest = y.abs().amax(1, keepdim=True) / 448
-        return (y / largest).to(kernels.FLOAT8), largest[:, 0]
-
-    monkeypatch.setattr(kernels, "normalize_quantize", normalize_quantize)
-    monkeypatch.setattr(kernels, "gelu_quantize", gelu_quantize)
+def test_float8_is_close(float8_kernels: pytest.MonkeyPatch, config: ModelConfig) -> None:
     # A few pictures: Triton's interpreter would take a minute to cut as many as are drawn for a GPU.
-    monkeypatch.setattr(fused_module, "_CALIBRATION_TOKENS", 90)
+    float8_kernels.setattr(fused_module, "_CALIBRATION_TOKENS", 90)
     got = fused(config, torch.bfloat16, float8=True)(pixels(2), ["EMBEDDING"])()["EMBEDDING"]
     expected = plain(config, pixels(2))["EMBEDDING"]
     cosine = (got * expected).sum(1) / np.linalg.norm(got, axis=1) / np.linalg.norm(expected, axis=1)
