@@ -27,12 +27,14 @@ def small_jpeg(seed: int, side: int = 128) -> bytes:
 
 def outcome(item: Item) -> bytes | str:
     """The bytes of a picture, or the reason why it cannot be read."""
-    if item.error or isinstance(item.data, bytes):
-        return item.error or item.data
+    if item.error:
+        return item.error
+    if isinstance(item.data, bytes):
+        return item.data
     try:
         return item.data.read()
     except (OSError, ValueError) as error:
-        return getattr(error, "strerror", None) or str(error)
+        return str(getattr(error, "strerror", None) or error)
 
 
 def write_pictures(folder: Path, seeds: Iterable[int], name: str = "{:06}.jpg") -> list[Path]:
