@@ -45,7 +45,7 @@ class Job:
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     root = tmp_path_factory.mktemp("bulk")
     members = {f"{number}.jpg": small_jpeg(number) for number in range(4)}
-    members |= {"0.txt": b"a dog", "2.json": b'{"txt": "a house"}', "1.json": b"{", "4.jpg": BROKEN}
+    members |= {"0.txt": b"a dog", "2.json": b'{"txt": "a house"}', "1.json": b"{", "00.jpg": BROKEN}
     archive = write_tar(root / "shard.tar", dict(sorted(members.items())))
     cells = [small_jpeg(10), BROKEN, small_jpeg(11), None]
     table = write_parquet(root / "table.parquet", {"image": cells, "txt": ["a bird", "x", None, "y"]}, rows=2)
@@ -128,7 +128,7 @@ def test_labels_are_those_of_zero_shot(job: Job) -> None:
 def test_failures_are_listed_with_reasons(job: Job) -> None:
     reasons = {key: row["reason"] for key, row in read_output(job.output, "failed").items()}
     root = job.output.parent
-    names = [f"{root}/shard.tar/4.jpg", f"{root}/table.parquet#1", f"{root}/table.parquet#3", "missing.jpg"]
+    names = [f"{root}/shard.tar/00.jpg", f"{root}/table.parquet#1", f"{root}/table.parquet#3", "missing.jpg"]
     assert sorted(reasons) == sorted(names)
     assert reasons["missing.jpg"] == "No such file or directory"
     assert reasons[names[2]] == "the cell holds NoneType, expected bytes or a path"
