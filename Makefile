@@ -12,6 +12,7 @@ METRICS_PORT ?= 8002
 SAMPLE ?= checkpoints/siglip-tiny/samples/dog.jpg
 URL ?= 127.0.0.1:$(GRPC_PORT)
 DATA ?= data/drawings
+OUTPUT ?= validation
 ARGS ?=
 
 APT := -o Dir::State::Lists=$(CURDIR)/.tools/lists -o Dir::Cache=$(CURDIR)/.tools/archives -o Debug::NoLocking=1
@@ -36,7 +37,8 @@ help: ## This list
 	@echo "google/siglip-so400m-patch14-384 or openai/clip-vit-large-patch14, owner/name@revision), TEAMS_CHECKPOINT"
 	@echo "(that of the football teams, named alike), DEVICE (auto, cpu, cuda), HOST, HTTP_PORT, GRPC_PORT,"
 	@echo "METRICS_PORT, and ARGS for any further option of siglip-serve serve. PYTHON chooses the interpreter (3.11 or 3.12)."
-	@echo "Variables of validate: URL (host:port of gRPC), DATA (an ImageNet-shaped folder), CHECKPOINT."
+	@echo "Variables of validate: URL (host:port of gRPC), DATA (an ImageNet-shaped folder), CHECKPOINT,"
+	@echo "OUTPUT (a folder for both reports), and ARGS for further options of validate.siglip_vision."
 	@echo "Variables of load: URL, and ARGS for options of siglip-serve bench."
 
 install: $(SERVER) ## A virtual environment in .venv with all that serving needs
@@ -66,9 +68,9 @@ lint: $(DEV) ## Style and types
 	for model in model_repository/*/1/model.py; do $(BIN)/mypy $$model || exit 1; done
 
 validate: $(DEV) $(filter data/drawings/%,$(DATA)/LOC_synset_mapping.txt) ## Accuracy and parity of a running server; DATA=/imagenet for the real thing
-	$(BIN)/python -m validate.siglip_vision --url $(URL) --data $(DATA) --shots 1 5 10 --baselines \
+	$(BIN)/python -m validate.siglip_vision --url $(URL) --data $(DATA) --output $(OUTPUT) --shots 1 5 10 --baselines \
 	  $(if $(wildcard $(DATA)/never_trained.txt),--styles --class-list $(DATA)/never_trained.txt) $(ARGS)
-	$(BIN)/python -m validate.parity --url $(URL) --data $(DATA) --checkpoint $(CHECKPOINT) --valid-per-class 4
+	$(BIN)/python -m validate.parity --url $(URL) --data $(DATA) --output $(OUTPUT) --checkpoint $(CHECKPOINT) --valid-per-class 4
 
 bench: $(DEV) ## Speed on this machine's CPU, small; figures and plots go to build/bench
 	$(PIP) -e '.[bench]'

@@ -18,16 +18,27 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 _SHARED_SERVERS = {"server", "exact_server", "sharing_server", "front", "gateway_url"}
+# Files that share the server whose processes they kill.
+_MORTAL = ("test_embed_interrupted.py", "test_launcher.py", "triton/client/test_restarts.py")
 _OWN_SERVERS = (
     "test_clip.py",
     "test_costly_images.py",
     "test_gpu_jpeg.py",
+    "test_hangs.py",
     "test_healing.py",
-    "test_launcher.py",
     "test_naflex.py",
-    "test_restarts.py",
     "test_turns.py",
 )
+# What takes longest comes first, so that no process is left with it at the end.
+_FIRST = ("servers", "mortal")
+
+
+def _scope_of(test: str) -> str:
+    """Name what must run in one process: a file, or all files that share servers."""
+    file = test.partition("::")[0]
+    if "/triton/" not in file or file.endswith(_OWN_SERVERS):
+        return file
+    return "mortal" if file.endswith(_MORTAL) else "servers"
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -38,23 +49,21 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
     """
     from xdist.scheduler import LoadScopeScheduling
 
-    def process_of(test: str) -> str:
-        file = test.partition("::")[0]
-        return "servers" if "/triton/" in file and not file.endswith(_OWN_SERVERS) else file
-
     config.option.loadscopereorder = False
     scheduler = LoadScopeScheduling(config, log)
-    scheduler._split_scope = process_of
+    scheduler._split_scope = _scope_of
     return scheduler
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Refuse a shared server in a file that may run in another process than the shared servers.
+    """Put first what takes longest, and refuse a shared server in a file that may run in another process.
 
     Raises:
         UsageError: such a test is to move to another file.
     """
     for item in items:
         shared = _SHARED_SERVERS.intersection(getattr(item, "fixturenames", ()))
-        if shared and item.path.name in _OWN_SERVERS:
+        if shared and "/triton/" in item.nodeid and _scope_of(item.nodeid) != "servers":
             raise pytest.UsageError(f"{item.nodeid}: shares a server, which files of own servers must not")
+    order = {scope: place for place, scope in enumerate(_FIRST)}
+    items.sort(key=lambda item: order.get(_scope_of(item.nodeid), len(order)))

@@ -13,6 +13,7 @@ import sys
 import tokenize
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -54,6 +55,7 @@ def python_files(folders: Iterable[Path]) -> list[Path]:
     return sorted(file for file in found if not {".venv", "__pycache__"} & set(file.parts))
 
 
+@cache  # two tests read all sources
 def texts(source: str) -> list[Text]:
     """Everything in a module's source that a person reads.
 

@@ -114,12 +114,12 @@ def test_metadata_names_the_checkpoints_dimensions(server: TritonServer) -> None
 
 
 def test_concurrent_requests_keep_their_own_rows(server: TritonServer) -> None:
-    """Sends 100 requests of 1 to 16 rows over both protocols; each row is recognised by its embedding."""
+    """Sends 50 requests of 1 to 16 rows over both protocols; each row is recognised by its embedding."""
     pictures = [encode(photo(90, 70, seed), "JPEG") for seed in range(40)]
     grpc = GrpcCaller(server.grpc_url)
     known = np.concatenate([grpc.embed([picture]) for picture in pictures])
     rng = np.random.default_rng(7)
-    requests = [rng.integers(len(pictures), size=rng.integers(1, 17)) for _ in range(100)]
+    requests = [rng.integers(len(pictures), size=rng.integers(1, 17)) for _ in range(50)]
 
     def send(number: int) -> NDArray[np.float32]:
         rows = [pictures[i] for i in requests[number]]

@@ -41,7 +41,7 @@ TritonPythonModel.execute = _hang
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+def hanging(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     """A server whose tokenizer waits without end when it gets a certain text."""
     folder = tmp_path_factory.mktemp("hangs")
     repository = folder / "model_repository"
@@ -55,14 +55,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
         models=("embed_text",),
         gateway_port=None,
         settings={"dtype": "float32"},
-        hung_after=4.0,
+        hung_after=3.0,
     )
     with TritonServer(options) as running:
         yield running
 
 
-def processes(server: TritonServer) -> list[psutil.Process]:
-    family = psutil.Process(server.pid).children(recursive=True)
+def processes(hanging: TritonServer) -> list[psutil.Process]:
+    family = psutil.Process(hanging.pid).children(recursive=True)
     alive = [process for process in family if process.status() != psutil.STATUS_ZOMBIE]
     return [process for process in alive if any(f"/{MODEL}/" in word for word in process.cmdline())]
 
@@ -72,9 +72,9 @@ def said(log: Path) -> list[str]:
     return [line.removeprefix(f"siglip-serve: {MODEL}: ") for line in lines]
 
 
-def hang(server: TritonServer) -> str:
+def hang(hanging: TritonServer) -> str:
     """Send the text that hangs the model once, and return how that ends."""
-    caller = GrpcCaller(server.grpc_url)
+    caller = GrpcCaller(hanging.grpc_url)
     tensor = caller.module.InferInput("INPUT_TEXT", [1, 1], "BYTES")
     tensor.set_data_from_numpy(np.array([[MAGIC.encode()]], dtype=np.object_))
     with pytest.raises(InferenceServerException) as caught:
@@ -83,42 +83,42 @@ def hang(server: TritonServer) -> str:
 
 
 @pytest.mark.parametrize("others", [8, 0])
-def test_a_hung_process_costs_other_callers_time_and_no_answers(others: int, server: TritonServer) -> None:
+def test_a_hung_process_costs_other_callers_time_and_no_answers(others: int, hanging: TritonServer) -> None:
     """Without other callers nothing waits in a queue, until the launcher asks the model itself."""
-    before = len(said(server.log_file))
-    (process,) = processes(server)
-    with Client(f"grpc://{server.grpc_url}", timeout=120) as client, ThreadPoolExecutor(others + 1) as pool:
+    before = len(said(hanging.log_file))
+    (process,) = processes(hanging)
+    with Client(f"grpc://{hanging.grpc_url}", timeout=120) as client, ThreadPoolExecutor(others + 1) as pool:
         right = client.embed_text("a dog")
-        victim = pool.submit(hang, server)
+        victim = pool.submit(hang, hanging)
         time.sleep(1)
         answers = pool.map(lambda _: client.embed_text("a dog"), range(2 * others))
         for answer in answers:
             np.testing.assert_allclose(answer, right, atol=1e-5)
         assert "is not healthy" in victim.result(120)
         np.testing.assert_allclose(client.embed_text("a dog"), right, atol=1e-5)
-    hung, died, *rest = said(server.log_file)[before:]
-    assert hung.startswith(f"process {process.pid} did nothing for 4 s while ")
+    hung, died, *rest = said(hanging.log_file)[before:]
+    assert hung.startswith(f"process {process.pid} did nothing for 3 s while ")
     assert hung.endswith("waited for it; killing it")
     assert died == f"model process {process.pid} died; loading the model again"
     assert all(line.startswith("served again after ") for line in rest)
-    assert process not in processes(server)
+    assert process not in processes(hanging)
 
 
-def test_leaves_an_idle_and_a_busy_server_alone(server: TritonServer) -> None:
-    before, pids = said(server.log_file), [process.pid for process in processes(server)]
+def test_leaves_an_idle_and_a_busy_server_alone(hanging: TritonServer) -> None:
+    before, pids = said(hanging.log_file), [process.pid for process in processes(hanging)]
     end = threading.Event()
 
     def call() -> None:
-        with Client(f"grpc://{server.grpc_url}", timeout=120) as client:
+        with Client(f"grpc://{hanging.grpc_url}", timeout=120) as client:
             while not end.is_set():
                 client.embed_texts([f"text {time.monotonic_ns()} {row}" for row in range(64)])
 
-    time.sleep(10)  # idle
+    time.sleep(6)  # idle
     with ThreadPoolExecutor(8) as pool:
         calls = [pool.submit(call) for _ in range(8)]
-        time.sleep(10)
+        time.sleep(6)
         end.set()
         for one in calls:
             one.result()
-    assert said(server.log_file) == before
-    assert [process.pid for process in processes(server)] == pids
+    assert said(hanging.log_file) == before
+    assert [process.pid for process in processes(hanging)] == pids

@@ -29,7 +29,12 @@ TOWER, DECODER = "siglip_vision_model", "siglip_vision_process"
 
 
 def options(log: Path, **more: Any) -> ServeOptions:
-    given = {"models": ("embed_image",), "device": "cpu", "settings": {"decoders": "1"}, **more}
+    given = {
+        "models": ("embed_image",),
+        "device": "cpu",
+        "settings": {"decoders": "1", "preprocess": "pil"},
+        **more,
+    }
     return ServeOptions(ROOT / "model_repository", str(TINY), log_file=log, **given)
 
 

@@ -37,7 +37,7 @@ Arrays = dict[str, NDArray[Any]]
 
 
 @contextmanager
-def serve(folder: Path, **settings: str) -> Iterator[TritonServer]:
+def serve(folder: Path) -> Iterator[TritonServer]:
     repository = Path(shutil.copytree(ROOT / "model_repository", folder / "models"))
     config = repository / MODEL / "configs" / "cpu.pbtxt"
     one, two = "kind: KIND_CPU count: 1", "kind: KIND_CPU count: 2"
@@ -48,7 +48,7 @@ def serve(folder: Path, **settings: str) -> Iterator[TritonServer]:
         str(TINY),
         models=(MODEL,),
         log_file=folder / "log",
-        settings={"dtype": "float32", "decoders": "2", "threads": "1", **settings},
+        settings={"dtype": "float32", "decoders": "2", "threads": "1"},
     )
     with TritonServer(options) as server:
         yield server
@@ -208,9 +208,3 @@ def test_killed_process_gives_its_turn_back(tmp_path: Path) -> None:
             kind(slice(0, 5))
         pid = server.pid
     assert not turn_files(pid)
-
-
-def test_turns_off_creates_no_file(tmp_path: Path) -> None:
-    with serve(tmp_path, turns="off") as server:
-        assert len(towers(server)) == 2
-        assert not turn_files(server.pid)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from readers import reader
 from transformers import CLIPImageProcessorPil
 
 from siglip_serve.checkpoint.model_config import ImageConfig
-from siglip_serve.images.preprocess import Preprocessor
 from siglip_serve.images.resize import Mode, Resample, fit
 
 # Side of the square, and what the shortest side is resized to before it is cut out.
@@ -92,6 +92,6 @@ def test_pixels_of_files(name: str) -> None:
         config = image_config(64, 72)
         expected = reference_pixels(ImageOps.exif_transpose(image), config)
         long = max(image.size) > 16 * min(image.size)
-    exact = Preprocessor(config, "pil")(FILES[name])
+    exact = reader(config, "pil")(FILES[name])
     assert np.abs(exact.astype(int) - expected).max() <= (1 if long else 0)
-    assert np.abs(Preprocessor(config, "fast")(FILES[name]).astype(int) - expected).max() <= 2
+    assert np.abs(reader(config, "fast")(FILES[name]).astype(int) - expected).max() <= 2

@@ -8,15 +8,13 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import psutil
 from images import encode, photo
 from siglip_serve_client import Client
-from wire import ROOT, TINY
 
-from siglip_serve.launcher import ServeOptions, TritonServer
+from siglip_serve.launcher import TritonServer
 
 PICTURES = [encode(photo(60, 50, number), "JPEG") for number in range(8)]
 CALLERS = 3
@@ -34,14 +32,7 @@ def model_processes(server: TritonServer, model: str) -> list[psutil.Process]:
     return found
 
 
-def test_killed_processes_cost_callers_time_but_no_answer(log: Path) -> None:
-    options = ServeOptions(
-        ROOT / "model_repository",
-        str(TINY),
-        models=("embed_image",),
-        log_file=log,
-        settings={"dtype": "float32"},
-    )
+def test_killed_processes_cost_callers_time_but_no_answer(mortal_server: TritonServer) -> None:
     ended = threading.Event()
     answered: Counter[str] = Counter()
 
@@ -61,8 +52,8 @@ def test_killed_processes_cost_callers_time_but_no_answer(log: Path) -> None:
             assert not any(future.done() for future in calls), [future.exception() for future in calls]
             time.sleep(0.05)
 
-    with TritonServer(options) as server, ThreadPoolExecutor(2 * CALLERS) as pool:
-        urls = [f"grpc://{server.grpc_url}", f"http://{server.http_url}"]
+    with ThreadPoolExecutor(2 * CALLERS) as pool:
+        urls = [f"grpc://{mortal_server.grpc_url}", f"http://{mortal_server.http_url}"]
         with Client(urls[0]) as over_grpc, Client(urls[1]) as over_http:
             expected = [over_grpc.embed_image(picture) for picture in PICTURES]
             clients = zip((over_grpc, over_http), urls, strict=True)
@@ -70,9 +61,9 @@ def test_killed_processes_cost_callers_time_but_no_answer(log: Path) -> None:
             try:
                 let_answer(20)
                 for model in ("siglip_vision_process", "siglip_vision_model"):
-                    model_processes(server, model)[0].kill()
+                    model_processes(mortal_server, model)[0].kill()
                     let_answer(20)
-                os.kill(server.pid, signal.SIGKILL)
+                os.kill(mortal_server.pid, signal.SIGKILL)
                 let_answer(20)
             finally:
                 ended.set()

@@ -243,7 +243,7 @@ def test_callers_that_give_up_leave_the_server_whole(http: httpx.Client, gateway
             httpx.Client(base_url=gateway_url, trust_env=False) as client,
             pytest.raises(httpx.TimeoutException),
         ):
-            client.post("/v1/embeddings", json={"input": pictures}, timeout=0.03)
+            client.post("/v1/embeddings", json={"input": 3 * pictures}, timeout=0.03)
 
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(give_up, range(16)))

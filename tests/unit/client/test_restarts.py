@@ -70,7 +70,7 @@ def test_repeats_requests_whose_connection_breaks(wire: tuple[str, Wire], kind: 
         with Client(url, timeout=60) as client:
             client.embed_text("a dog")
             cable.hold()
-            after(0.3, cable, away=1.5)
+            after(0.3, cable, away=0.6)
             with ThreadPoolExecutor(4) as pool:
                 texts = ["a dog", "a cat", "a car", "a cow"]
                 rows = list(pool.map(client.embed_text, texts))
@@ -81,7 +81,7 @@ def test_repeats_requests_whose_connection_breaks(wire: tuple[str, Wire], kind: 
             async with AsyncClient(url, timeout=60) as client:
                 await client.embed_text("a dog")
                 cable.hold()
-                after(0.3, cable, away=1.5)
+                after(0.3, cable, away=0.6)
                 return await asyncio.gather(*(client.embed_text(f"{n} dogs") for n in range(5)))
 
         rows = asyncio.run(ask())

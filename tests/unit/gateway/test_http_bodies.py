@@ -103,7 +103,7 @@ def test_refuses_bodies_with_a_reason(sent: bytes, status: int, message: str) ->
     asyncio.run(check())
 
 
-@pytest.mark.parametrize("bomb", [gzip.compress(b"\0" * 300 * LIMIT), zlib.compress(b"\0" * 300 * LIMIT, 9)])
+@pytest.mark.parametrize("bomb", [gzip.compress(b"\0" * 64 * LIMIT), zlib.compress(b"\0" * 64 * LIMIT, 9)])
 def test_a_small_body_cannot_become_large(bomb: bytes) -> None:
     async def check() -> None:
         encoding = "gzip" if bomb[:2] == b"\x1f\x8b" else "deflate"

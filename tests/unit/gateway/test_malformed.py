@@ -1,4 +1,7 @@
-"""Malformed bodies, 1,000 per API: each is answered in the form of its API, with a status of the caller's."""
+"""Malformed bodies, 250 per API: each is answered in the form of its API, with a status of the caller's.
+
+`make chaos` sends many more, to a gateway before a real server.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import pytest
 from gateways import URI, StandIn, gateway
 from malformed_json import mutated
 
+BODIES = 250
 SEEDS: dict[str, list[Any]] = {
     "/v1/embeddings": [
         {"model": "m", "input": ["a", URI, {"image": URI}, {"text": "b"}], "encoding_format": "float"},
@@ -72,15 +76,15 @@ def test_malformed_bodies_are_answered(path: str) -> None:
     generator = random.Random(7)
     statuses = []
     with gateway(StandIn()) as client:
-        for number in range(1000):
+        for number in range(BODIES):
             body = malformed(SEEDS[path], generator)
             answer = client.post(path, content=body)
             statuses.append(answer.status_code)
             assert answer.status_code in {200, 400}, (number, body, answer.text)
             if answer.status_code == 400:
                 assert answer.json().keys() == FIELDS[path], (number, body)
-    assert statuses.count(400) > 300  # otherwise the bodies are not malformed
-    assert statuses.count(200) > 20
+    assert statuses.count(400) > 0.3 * BODIES  # otherwise the bodies are not malformed
+    assert statuses.count(200) > 0.02 * BODIES
 
 
 @pytest.mark.parametrize("path", SEEDS)
@@ -135,7 +139,7 @@ def test_malformed_forms_are_answered() -> None:
     )
     statuses = []
     with gateway(StandIn()) as client:
-        for number in range(1000):
+        for number in range(BODIES):
             body = bytearray(form)
             for _ in range(generator.randrange(1, 4)):
                 at = generator.randrange(len(body))

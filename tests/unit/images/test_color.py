@@ -22,6 +22,7 @@ from profiles import (
     grey_profile,
     lab_in_srgb,
 )
+from readers import reader
 
 from siglip_serve.checkpoint.model_config import ImageConfig
 from siglip_serve.config import Color, load_settings
@@ -39,7 +40,7 @@ both_spaces = pytest.mark.parametrize(
 
 def decode(data: bytes, mode: Mode = "fast", color: Color = "srgb") -> NDArray[np.int64]:
     """RGB [H, W, 3] of a file."""
-    return Preprocessor(CONFIG, mode, color=color).decode(data).astype(np.int64)
+    return reader(CONFIG, mode, color=color).decode(data).astype(np.int64)
 
 
 def close(found: NDArray[np.int64], expected: NDArray[Any], levels: float = 1.6) -> None:

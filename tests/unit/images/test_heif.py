@@ -14,12 +14,12 @@ import pytest
 from images import photo
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from readers import reader
 
 from siglip_serve.checkpoint.model_config import ImageConfig
 from siglip_serve.errors import ImageError, ImageTooLargeError
 from siglip_serve.images.decode import decode_file
 from siglip_serve.images.formats import ImageLimits
-from siglip_serve.images.preprocess import Preprocessor
 from siglip_serve.images.resize import Mode
 
 CONFIG = ImageConfig(size=8, resample="bicubic", rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -37,7 +37,7 @@ def heic(image: Image.Image, **options: Any) -> bytes:
 
 def decode(data: bytes, mode: Mode = "fast", limits: ImageLimits | None = None) -> NDArray[np.int64]:
     """RGB [H, W, 3] of a file."""
-    return Preprocessor(CONFIG, mode, limits or ImageLimits()).decode(data).astype(np.int64)
+    return reader(CONFIG, mode, limits).decode(data).astype(np.int64)
 
 
 def close(found: NDArray[np.int64], expected: Image.Image | NDArray[Any]) -> None:
@@ -61,7 +61,7 @@ def test_reads_the_pixels(mode: Mode) -> None:
     data = heic(picture, chroma=420)  # as telephones store it, with fewer pixels of colour
     assert data[8:12] == b"heic"
     assert np.abs(decode(data, mode) - np.asarray(picture)).mean() < 3
-    assert Preprocessor(CONFIG, mode)(data).shape == (8, 8, 3)
+    assert reader(CONFIG, mode)(data).shape == (8, 8, 3)
 
 
 def test_reads_a_grid_of_tiles() -> None:

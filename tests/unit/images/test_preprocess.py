@@ -17,6 +17,7 @@ import images
 import numpy as np
 import pytest
 from PIL import Image
+from readers import reader
 
 from siglip_serve.checkpoint.model_config import ImageConfig
 from siglip_serve.errors import ImageError, ImageTooLargeError, InvalidInputError, SettingsError
@@ -35,7 +36,7 @@ every_mode = pytest.mark.parametrize("mode", MODES)
 
 
 def preprocessor(mode: Mode, **limits: int) -> Preprocessor:
-    return Preprocessor(CONFIG, mode, ImageLimits(**limits))
+    return reader(CONFIG, mode, ImageLimits(**limits))
 
 
 def flat(color: tuple[int, ...] | int, mode: str = "RGB", size: tuple[int, int] = (20, 10)) -> Image.Image:

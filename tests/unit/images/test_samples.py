@@ -12,11 +12,11 @@ import images
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from readers import reader
 from samples import BLACK_IS_ZERO, CMYK, PALETTE, RGB, WHITE_IS_ZERO, YCBCR, Tiff, png_of
 
 from siglip_serve.checkpoint.model_config import ImageConfig
 from siglip_serve.errors import ImageError
-from siglip_serve.images.preprocess import Preprocessor
 from siglip_serve.images.resize import Mode
 
 CONFIG = ImageConfig(size=8, resample="bicubic", rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -33,7 +33,7 @@ every_layout = pytest.mark.parametrize(
 
 
 def decode(data: bytes, mode: Mode = "pil") -> NDArray[np.float64]:
-    return Preprocessor(CONFIG, mode).decode(data).astype(np.float64)
+    return reader(CONFIG, mode).decode(data).astype(np.float64)
 
 
 def refusal(data: bytes) -> str:

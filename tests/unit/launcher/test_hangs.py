@@ -18,7 +18,7 @@ from siglip_serve.launcher.hangs import Hangs, Probes, Work, read_work
 
 SLEEPS = "import time; time.sleep(600)"
 COMPUTES = "while True: pass"
-AFTER = 1.5
+AFTER = 1.0
 Make = Callable[[str], int]
 
 
@@ -63,7 +63,7 @@ def look(
 
 
 def for_a_while() -> Callable[[object], bool]:
-    end = time.monotonic() + 4 * AFTER
+    end = time.monotonic() + 3 * AFTER
     return lambda _: time.monotonic() > end
 
 
@@ -72,7 +72,7 @@ def test_kills_a_process_that_does_nothing_while_requests_wait(make: Make) -> No
     processes = {hung: "hung", idle: "idle", busy: "busy", other: "unknown"}
     work = {"hung": Work(2, 7), "idle": Work(0, 7), "busy": Work(9, 7)}
     said = look(processes, lambda: work, until=bool)
-    assert said == [f"hung: process {hung} did nothing for 2 s while 2 requests waited for it; killing it"]
+    assert said == [f"hung: process {hung} did nothing for 1 s while 2 requests waited for it; killing it"]
     assert [alive(pid) for pid in (hung, idle, busy, other)] == [False, True, True, True]
 
 
@@ -133,7 +133,7 @@ def test_kills_a_server_that_does_nothing_and_tells_nothing(
         raise error
 
     said = look({pid: "server"}, work, until=bool if killed else for_a_while())
-    told = f"tritonserver: process {pid} did not answer for 2 s; killing it"
+    told = f"tritonserver: process {pid} did not answer for 1 s; killing it"
     assert said == [told] * killed
     assert alive(pid) != killed
 

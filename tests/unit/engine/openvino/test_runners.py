@@ -150,10 +150,11 @@ def test_halves_a_pass_that_does_not_fit_into_memory(monkeypatch: pytest.MonkeyP
 
 
 class _Int8:
-    """A narrow tower, pictures, and engines on them."""
+    """A narrow tower of one block, pictures, and engines on them."""
 
     def __init__(self, path: Path) -> None:
-        self.config = load_config(save_checkpoint(random_model(GEOMETRIES["whole patches"]), path / "model"))
+        narrow = {**GEOMETRIES["whole patches"], "num_hidden_layers": 1}
+        self.config = load_config(save_checkpoint(random_model(narrow), path / "model"))
         self.pictures, self.cache = path / "pictures", path / "cache"
         (self.pictures / "some").mkdir(parents=True)
         for index in range(20):
