@@ -1,6 +1,8 @@
 """Exact and approximate search over a million stored vectors, next to NumPy's own product.
 
     python -m benchmarks.search --output benchmarks/results/search.csv
+    python -m benchmarks.search --part index --append --output benchmarks/results/search.csv
+    python -m benchmarks.search --part lance --append --output benchmarks/results/search.csv
 
 The vectors are drawn from a seed: clusters of clusters around a common mean, in directions of falling
 variance, which is how embeddings of photographs lie. Queries near rows stand for pictures, and queries with
@@ -32,7 +34,7 @@ from siglip_serve_client.compact import compact
 
 from benchmarks.records import about, write_csv
 
-__all__ = ["main", "make_folder", "overlap", "vectors"]
+__all__ = ["main", "make_folder", "overlap", "times", "vectors"]
 
 Floats = NDArray[np.float32]
 Search = Callable[[Floats], list[int]]
@@ -41,6 +43,12 @@ NEAREST, QUERIES, BLOCK, SEED = 10, 40, 20_000, 7
 KINDS = ("float32", "float16", "int8", "binary")
 PROBES = (4, 8, 16, 32, 64, 128)
 PACKAGES = ("numpy", "pyarrow", "pylance")
+COLUMNS = (
+    *("search", "default", "image_best_ms", "image_ms", "image_overlap", "text_best_ms", "text_ms"),
+    *("text_overlap", "load_s", "private_mb", "resident_mb", "disk_mb", "duplicates_s"),
+)
+# Lists that Lance reads, and how many times as many rows it scores once more from the file.
+LANCE = ((20, 10), (50, 10), (50, 50), (100, 50))
 
 
 def vectors(rows: int, width: int, seed: int = SEED) -> Iterator[Floats]:
@@ -107,15 +115,20 @@ def make_folder(folder: Path, kind: str, rows: int, width: int) -> Path:
     return folder
 
 
-def measured(search: Search, queries: Floats) -> tuple[list[list[int]], float]:
-    """Rows found for each query, and the median milliseconds. The first query is asked twice."""
+def measured(search: Search, queries: Floats) -> tuple[list[list[int]], list[float]]:
+    """Rows found for each query, and the milliseconds of each. The first query is asked twice."""
     search(queries[0])
     found, spent = [], []
     for query in queries:
         begin = time.perf_counter()
         found.append(search(query))
         spent.append((time.perf_counter() - begin) * 1000)
-    return found, float(np.median(spent))
+    return found, spent
+
+
+def times(kind: str, spent: list[float]) -> dict[str, str]:
+    """Columns of the fastest and the median query."""
+    return {f"{kind}_best_ms": f"{min(spent):.1f}", f"{kind}_ms": f"{np.median(spent):.1f}"}
 
 
 def overlap(found: list[list[int]], exact: list[list[int]]) -> float:
@@ -131,21 +144,19 @@ def main() -> None:
     for kind, folder in folders.items():
         if not (folder / "bulk.json").is_file():
             make_folder(folder, kind, options.rows, options.width)
-    rows: list[dict[str, str]] = []
     # One process at a time, so that the memory of each is its own.
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         matrix = pool.apply(_matrix, (folders["float32"],))
         exact = matrix.pop("found")
-        for kind, folder in folders.items():
-            row = pool.apply(_exact, (folder, exact))
-            rows.append({"search": f"exact, {kind}", "numpy_ms": matrix["ms"], **row})
-            print(rows[-1], flush=True)
-        for row in pool.apply(_lists, (folders["float32"], exact)):
-            rows.append({"numpy_ms": matrix["ms"], **row})
-            print(rows[-1], flush=True)
+        if options.part == "exact":
+            rows = [pool.apply(_exact, (folder, exact)) for folder in folders.values()]
+        else:
+            rows = pool.apply(_lists if options.part == "index" else _lance, (folders["float32"], exact))
     constant = {"rows": str(options.rows), "width": str(options.width), **about(PACKAGES)}
-    columns = dict.fromkeys(name for row in rows for name in row)
-    write_csv(options.output, [{**{name: row.get(name, "") for name in columns}, **constant} for row in rows])
+    filled = [{**{name: row.get(name, "") for name in COLUMNS}, **matrix, **constant} for row in rows]
+    for row in filled:
+        print(row, flush=True)
+    write_csv(options.output, filled, options.append)
 
 
 def _queries(collection: Collection) -> dict[str, Floats]:
@@ -169,9 +180,9 @@ def _matrix(folder: Path) -> dict[str, Any]:
         return [int(row) for row in best[np.argsort(-scores[best])]]
 
     queries = _queries(collection)
-    _, milliseconds = measured(lambda query: (matrix @ query)[:1].tolist(), queries["image"])
+    _, spent = measured(lambda query: (matrix @ query)[:1].tolist(), queries["image"])
     found = {name: [search(query) for query in asked] for name, asked in queries.items()}
-    return {"found": {**found, "queries": queries}, "ms": f"{milliseconds:.0f}"}
+    return {"found": {**found, "queries": queries}, **times("numpy", spent)}
 
 
 def _exact(folder: Path, exact: dict[str, Any]) -> dict[str, str]:
@@ -180,12 +191,12 @@ def _exact(folder: Path, exact: dict[str, Any]) -> dict[str, str]:
     search = ExactSearch(collection)
     search.search(exact["queries"]["image"][0], NEAREST)
     load = time.perf_counter() - begin
-    row = {"load_s": f"{load:.2f}"}
+    row = {"search": f"exact, {folder.name}", "load_s": f"{load:.2f}"}
     for name, asked in exact["queries"].items():
-        found, milliseconds = measured(lambda query: _rows_of(search.search(query, NEAREST)), asked)
-        row |= {f"{name}_ms": f"{milliseconds:.0f}", f"{name}_overlap": f"{overlap(found, exact[name]):.4f}"}
-    memory = psutil.Process().memory_full_info()
-    row["private_mb"] = f"{memory.uss / 1e6:.0f}"
+        found, spent = measured(lambda query: _rows_of(search.search(query, NEAREST)), asked)
+        row |= {**times(name, spent), f"{name}_overlap": f"{overlap(found, exact[name]):.4f}"}
+    memory = psutil.Process().memory_info()
+    row["private_mb"] = f"{(memory.rss - memory.shared) / 1e6:.0f}"
     row["resident_mb"] = f"{memory.rss / 1e6:.0f}"
     row["disk_mb"] = f"{sum(file.stat().st_size for file in (folder / 'embeddings').glob('*.npy')) / 1e6:.0f}"
     if collection.kind == "float32":
@@ -205,16 +216,55 @@ def _lists(folder: Path, exact: dict[str, Any]) -> list[dict[str, str]]:
         row = {"search": f"index, {probes} of {len(lists.centres)} lists", "load_s": load}
         row["default"] = "yes" if probes == lists.probes else ""
         for name, asked in exact["queries"].items():
-            found, milliseconds = measured(
+            found, spent = measured(
                 lambda query, probes=probes: _rows_of(lists.search(query, NEAREST, probes)[0]),  # type: ignore[misc]
                 asked,
             )
-            row |= {
-                f"{name}_ms": f"{milliseconds:.1f}",
-                f"{name}_overlap": f"{overlap(found, exact[name]):.4f}",
-            }
+            row |= {**times(name, spent), f"{name}_overlap": f"{overlap(found, exact[name]):.4f}"}
         rows.append({**row, "disk_mb": f"{size / 1e6:.0f}"})
     return rows
+
+
+def _lance(folder: Path, exact: dict[str, Any]) -> list[dict[str, str]]:
+    """Lance's IVF-PQ, the index of LanceDB, on the same vectors."""
+    import lance
+    import pyarrow
+
+    vectors = np.load(next((folder / "embeddings").glob("*.npy")), mmap_mode="r")
+    rows, width = vectors.shape
+    schema = pyarrow.schema(
+        [("row", pyarrow.int64()), ("embedding", pyarrow.list_(pyarrow.float32(), width))]
+    )
+
+    def batches() -> Iterator[Any]:
+        for start in range(0, rows, BLOCK):
+            part = np.ascontiguousarray(vectors[start : start + BLOCK])
+            numbers = pyarrow.array(np.arange(start, start + len(part)))
+            lists = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(part.reshape(-1)), width)
+            yield pyarrow.record_batch([numbers, lists], schema=schema)
+
+    place = folder.with_name("lance")
+    shutil.rmtree(place, ignore_errors=True)
+    data = lance.write_dataset(batches(), str(place), schema=schema)
+    written = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+    begin = time.perf_counter()
+    data.create_index("embedding", "IVF_PQ", num_partitions=1000, num_sub_vectors=width // 8, metric="cosine")
+    load = f"{time.perf_counter() - begin:.1f}"
+    size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file()) - written
+    found = []
+    for probes, refine in LANCE:
+        row = {"search": f"Lance IVF-PQ, {probes} of 1000 lists, refine {refine}", "load_s": load}
+
+        def search(query: Floats, probes: int = probes, refine: int = refine) -> list[int]:
+            asked = {"column": "embedding", "q": query, "k": NEAREST, "nprobes": probes}
+            table = data.to_table(columns=["row"], nearest={**asked, "refine_factor": refine})
+            return [int(row) for row in table.column("row").to_pylist()]
+
+        for name, queries in exact["queries"].items():
+            rows_found, spent = measured(search, queries)
+            row |= {**times(name, spent), f"{name}_overlap": f"{overlap(rows_found, exact[name]):.4f}"}
+        found.append({**row, "disk_mb": f"{size / 1e6:.0f}"})
+    return found
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -222,6 +272,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, default=1_000_000, help="default: %(default)s")
     parser.add_argument("--width", type=int, default=768, help="default: %(default)s")
     parser.add_argument("--data", type=Path, default=Path("data/search"), help="default: %(default)s")
+    parser.add_argument(
+        "--part", choices=("exact", "index", "lance"), default="exact", help="default: %(default)s"
+    )
+    parser.add_argument("--append", action="store_true", help="keep the rows of the file")
     parser.add_argument("--output", type=Path, required=True, help="CSV file")
     return parser
 

@@ -114,8 +114,8 @@ class QueryEmbedder:
         torch.set_num_threads(threads)
         torch.backends.cudnn.allow_tf32 = False  # as a server has it
         device = "cuda:0" if gpu_capabilities() and torch.cuda.is_available() else "cpu"
-        # float8 and int8 are dtypes of other devices, or need images to calibrate: the query does without.
-        dtype = "auto" if own.dtype in ("float8", "int8") else own.dtype
+        # The others are of one kind of device, or need images to calibrate: the query does without.
+        dtype = own.dtype if own.dtype in ("float32", "bfloat16") else "auto"
         return Plan(device, dtype, threads=threads, cache=own.cache_folder)
 
 

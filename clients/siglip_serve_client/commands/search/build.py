@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from siglip_serve_client.commands.search.clusters import centres_of, nearest_centres
 from siglip_serve_client.commands.search.collection import Collection, CollectionError
 from siglip_serve_client.commands.search.exact import best_of, cosines
-from siglip_serve_client.commands.search.kinds import lengths, widened
+from siglip_serve_client.commands.search.kinds import kind_of, lengths, widened
 from siglip_serve_client.commands.search.lists import (
     ARRAYS,
     DESCRIPTION,
@@ -119,7 +119,8 @@ def _written(collection: Collection, folder: Path, progress: Progress) -> Lists:
         rows = block if dtype == np.int8 else collection.unit(block).astype(np.float16)
         own = places[start : start + len(rows)]
         vectors[own[own >= 0]] = rows[own >= 0]
-        sizes[own[own >= 0]] = lengths(widened(rows[own >= 0], "int8" if dtype == np.int8 else "float16", 0))
+        stored = widened(rows[own >= 0], kind_of(rows.dtype), collection.width)
+        sizes[own[own >= 0]] = lengths(stored, kind_of(rows.dtype))
         progress("write", len(rows))
     vectors.flush()
     lists = Lists(centres, starts, order, vectors, sizes, {})

@@ -68,7 +68,7 @@ class Collection:
         Raises:
             CollectionError: a file is damaged, or is no longer there.
         """
-        most = max(1, _BLOCK // self.width)
+        most = max(1, _BLOCK // self.parts[0].stored_width)
         for start, part in zip(self.starts[first_part:].tolist(), self.parts[first_part:], strict=False):
             row = start
             try:
@@ -116,7 +116,7 @@ class Collection:
                 continue
             vectors = np.empty((part.rows, part.stored_width), part.dtype)
             row = 0
-            for block in part.blocks(max(1, _BLOCK // self.width)):
+            for block in part.blocks(max(1, _BLOCK // part.stored_width)):
                 vectors[row : row + len(block)] = block
                 row += len(block)
             parts.append(ArrayPart(vectors, {self.id_column: part.texts(self.id_column)}))

@@ -20,6 +20,7 @@ from siglip_serve_client.commands.search.kinds import (
     lengths,
     packed,
     precise,
+    products,
     widened,
 )
 
@@ -85,11 +86,12 @@ class ExactSearch:
         made = np.empty(len(collection), np.float32) if known is None else known
         unit = _unit(query).astype(np.float32)
         for start, block in collection.blocks():
-            wide = widened(block, collection.kind, collection.width)
             if known is None:
-                made[start : start + len(block)] = lengths(wide)
+                wide = widened(block, collection.kind, collection.width)
+                made[start : start + len(block)] = lengths(wide, collection.kind)
             with np.errstate(over="ignore", invalid="ignore"):
-                found = (wide @ unit) / made[start : start + len(block)]
+                found = products(block, collection.kind, collection.width, unit)
+                found /= made[start : start + len(block)]
             found[np.isnan(found)] = -np.inf
             yield start, found
         with self._lock:

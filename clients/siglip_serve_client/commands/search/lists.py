@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from siglip_serve_client.commands.search.collection import Collection, CollectionError
 from siglip_serve_client.commands.search.exact import Hit, best_of, cosines
-from siglip_serve_client.commands.search.kinds import Kind, kind_of, widened
+from siglip_serve_client.commands.search.kinds import Kind, kind_of, products
 
 __all__ = ["ARRAYS", "DESCRIPTION", "VERSION", "Lists", "fingerprint", "index_folder", "open_lists"]
 
@@ -71,7 +71,7 @@ class Lists:
         compared = 0
         for number in near.tolist():
             start, stop = self.starts[number : number + 2].tolist()
-            found = widened(self.vectors[start:stop], self.kind, len(unit)) @ unit / self.lengths[start:stop]
+            found = products(self.vectors[start:stop], self.kind, len(unit), unit) / self.lengths[start:stop]
             rows = best_of(found, count + _MARGIN)
             best, scores = np.concatenate([best, start + rows]), np.concatenate([scores, found[rows]])
             compared += stop - start

@@ -1,0 +1,34 @@
+"""The tables of the search in `docs/bulk.md`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from benchmarks.table_parts import Cell, Column, Key, Source, Summary, Table
+
+__all__ = ["SEARCH"]
+
+_KINDS = {f"exact, {kind}": kind for kind in ("float32", "float16", "int8", "binary")}
+
+
+def _column(heading: str, template: str) -> Column:
+    return Column(heading, Cell(template, {}))
+
+
+SEARCH: Mapping[str, Table | Summary] = {
+    "search-exact": Table(
+        Source("search.csv", {"search": tuple(_KINDS)}),
+        (Key("stored as", "search", _KINDS),),
+        (
+            _column("MB", "{disk_mb:,.0f}"),
+            _column("fastest of 40", "{image_best_ms:.0f}"),
+            _column("median", "{image_ms:.0f}"),
+            _column("numpy, fastest", "{numpy_best_ms:.0f}"),
+            _column("numpy, median", "{numpy_ms:.0f}"),
+            _column("first query, s", "{load_s:.1f}"),
+            _column("own memory, MB", "{private_mb:.0f}"),
+            _column("overlap, images", "{image_overlap:.3f}"),
+            _column("overlap, texts", "{text_overlap:.3f}"),
+        ),
+    ),
+}
