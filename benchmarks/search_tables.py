@@ -8,6 +8,13 @@ from benchmarks.table_parts import Cell, Column, Key, Source, Summary, Table
 
 __all__ = ["SEARCH"]
 
+_LISTS = {
+    **{f"index, {probes} of 2000 lists": f"{probes} of 2,000" for probes in (8, 16, 32, 64, 128)},
+    **{
+        f"Lance IVF-PQ, {probes} of 1000 lists, refine {refine}": f"Lance: {probes} of 1,000, refine {refine}"
+        for probes, refine in ((20, 10), (50, 10), (50, 50), (100, 50))
+    },
+}
 _KINDS = {f"exact, {kind}": kind for kind in ("float32", "float16", "int8", "binary")}
 
 
@@ -29,6 +36,18 @@ SEARCH: Mapping[str, Table | Summary] = {
             _column("own memory, MB", "{private_mb:.0f}"),
             _column("overlap, images", "{image_overlap:.3f}"),
             _column("overlap, texts", "{text_overlap:.3f}"),
+        ),
+    ),
+    "search-index": Table(
+        Source("search.csv", {"search": tuple(_LISTS)}),
+        (Key("lists read", "search", _LISTS),),
+        (
+            _column("fastest of 40", "{image_best_ms:.0f}"),
+            _column("median", "{image_ms:.0f}"),
+            _column("recall@10, images", "{image_overlap:.3f}"),
+            _column("recall@10, texts", "{text_overlap:.3f}"),
+            _column("to build, s", "{load_s:.0f}"),
+            _column("MB", "{disk_mb:,.0f}"),
         ),
     ),
 }

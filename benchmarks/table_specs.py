@@ -409,7 +409,15 @@ _QUALITY: Mapping[str, Table | Summary] = {
     ),
 }
 
-TABLES: Mapping[str, Table | Summary] = {**_SPEED, **_CLIENTS, **_QUALITY, **VECTORS, **PEERS, **TEAMS}
+TABLES: Mapping[str, Table | Summary] = {
+    **_SPEED,
+    **_CLIENTS,
+    **_QUALITY,
+    **VECTORS,
+    **SEARCH,
+    **PEERS,
+    **TEAMS,
+}
 
 FIGURES: Mapping[str, tuple[Source, Cell]] = {
     "peer-gpu": (
