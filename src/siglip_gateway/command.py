@@ -238,7 +238,7 @@ def _add_access(group: argparse._ArgumentGroup) -> None:
 
 def _add_search(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--search", metavar="PATH", help="output of `siglip-serve embed` or `siglip-serve bulk` that is searched"
+        "--search", metavar="PATH", help="output of `siglip-serve embed` or `bulk` that is searched"
     )
     group.add_argument(
         "--search-images", metavar="FOLDER", help="folder with its images, which may then be shown"

@@ -34,7 +34,12 @@ PROGRAMS = ("locustfile.py", "perf_data.py")
 # The launcher starts them as programs of their own.
 DOORS, GATEWAY_PROGRAM = GATEWAY / "doors" / "__main__.py", GATEWAY / "__main__.py"
 # Modules that the client's command may import, when it runs: its client alone needs none of them.
-COMMANDS = {"siglip_serve.launcher.command", "siglip_serve.bulk.query", "siglip_serve.errors"}
+COMMANDS = {
+    "siglip_serve.launcher.command",
+    "siglip_serve.bulk.command",
+    "siglip_serve.bulk.query",
+    "siglip_serve.errors",
+}
 EXCEPTIONS = {"siglip_base_model": "siglip_vision.SiglipVisionModel", "jersey_process": "team.JerseyProcess"}
 
 

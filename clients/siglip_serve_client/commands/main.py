@@ -101,9 +101,16 @@ def _gateway() -> Callable[[Sequence[str], _Refuse], int]:
     return command.main
 
 
+def _bulk() -> Callable[[Sequence[str], _Refuse], int]:
+    from siglip_serve.bulk import command
+
+    return command.main
+
+
 # Commands of packages that may not be installed: how to import each, the extra that brings it, and its help.
 # Their options belong to those packages.
 _ELSEWHERE = {
     "serve": (_serve, "server", "run the server"),
+    "bulk": (_bulk, "bulk", "embed pictures of any number without a server"),
     "gateway": (_gateway, "gateway", "serve the APIs of OpenAI, Cohere, Weaviate and Immich"),
 }

@@ -1,1 +1,1 @@
-"""Embed files without a server."""
+"""Embed many pictures without a server: `siglip-serve bulk`."""

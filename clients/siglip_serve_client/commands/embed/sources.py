@@ -10,15 +10,18 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
+from siglip_serve_client.commands.embed.archives import (
+    IMAGE_SUFFIXES,
+    TAR_SUFFIXES,
+    ArchiveMember,
+    printable,
+)
 from siglip_serve_client.commands.install_hint import install_hint
 
 __all__ = ["Item", "Sources", "SourcesError"]
 
-_JPEG, _PNG, _TIFF = {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"}, {".png", ".apng"}, {".tif", ".tiff"}
-_SUFFIXES = _JPEG | _PNG | _TIFF | {".webp", ".gif", ".bmp", ".avif", ".avifs"}
-_TAR = (".tar", ".tar.gz", ".tgz")
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _ROWS = 64  # of a Parquet column in memory at once
 _NAMED = 5  # of the files that are left out
@@ -114,7 +117,7 @@ class Sources:
             elif _is_parquet(path):
                 yield from _parquet_items(path, self._column)
             else:
-                yield Item(_text(str(path)), path.read_bytes)
+                yield Item(printable(str(path)), path.read_bytes)
 
     def _files(self) -> Iterator[Path]:
         self._left_out, self._some_left_out = 0, []
@@ -141,32 +144,34 @@ class Sources:
         return {self._output.name + end for end in ("", ".partial", ".failed.csv")}
 
     def _is_image(self, path: Path) -> bool:
-        return self._all_files or path.suffix.lower() in _SUFFIXES
+        return self._all_files or path.suffix.lower() in IMAGE_SUFFIXES
 
     def _leave_out(self, path: Path) -> None:
         self._left_out += 1
         if len(self._some_left_out) < _NAMED:
-            self._some_left_out.append(_text(str(path)))
+            self._some_left_out.append(printable(str(path)))
 
     def _tar_items(self, path: Path) -> Iterator[Item]:
         try:
             # A stream: nothing is sought or extracted.
-            with tarfile.open(path, "r|*", tarinfo=_Member) as archive:
+            with tarfile.open(path, "r|*", tarinfo=ArchiveMember) as archive:
                 for member in archive:
                     if not member.isfile():
                         continue
                     if self._is_image(path / member.name):
                         file = archive.extractfile(member)
                         data = file.read() if file is not None else b""
-                        yield Item(_text(f"{path}/{member.name}"), lambda data=data: data)  # type: ignore[misc]
+                        yield Item(printable(f"{path}/{member.name}"), lambda data=data: data)  # type: ignore[misc]
                     else:
                         self._leave_out(path / member.name)
         except (tarfile.TarError, EOFError, zlib.error) as error:
-            yield Item(_text(str(path)), _failing(OSError(f"not a tar archive, or a damaged one: {error}")))
+            yield Item(
+                printable(str(path)), _failing(OSError(f"not a tar archive, or a damaged one: {error}"))
+            )
 
 
 def _is_tar(path: Path) -> bool:
-    return path.name.lower().endswith(_TAR)
+    return path.name.lower().endswith(TAR_SUFFIXES)
 
 
 def _is_parquet(path: Path) -> bool:
@@ -199,22 +204,6 @@ def _paths(argument: str) -> Iterator[Path]:
             yield path
 
 
-class _Member(tarfile.TarInfo):
-    """A member of an archive that must end with zeros, as archives do.
-
-    `tarfile` takes a header that is cut off, missing or damaged for the end, unless it is the first.
-    """
-
-    @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
-        try:
-            return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f"no member and no end at byte {archive.offset}: {error}") from error
-
-
 def _parquet_items(path: Path, column: str) -> Iterator[Item]:
     table = _parquet(path)
     if column not in table.schema_arrow.names:
@@ -223,7 +212,7 @@ def _parquet_items(path: Path, column: str) -> Iterator[Item]:
     row = 0
     for batch in table.iter_batches(_ROWS, columns=[column]):
         for value in batch.column(0).to_pylist():
-            yield Item(_text(f"{path}#{row}"), _cell(value))
+            yield Item(printable(f"{path}#{row}"), _cell(value))
             row += 1
 
 
@@ -251,8 +240,3 @@ def _parquet(path: Path) -> Any:
         return pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
         raise SourcesError(f"{path}: not a Parquet file: {error}") from error
-
-
-def _text(name: str) -> str:
-    # File names may be no UTF-8, but the result files are UTF-8.
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

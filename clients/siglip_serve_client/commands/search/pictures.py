@@ -7,11 +7,10 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from siglip_serve_client.commands.embed.archives import TAR_SUFFIXES
 from siglip_serve_client.commands.embed.stored import StoredError, open_parquet
 
 __all__ = ["read_picture"]
-
-_ENDS = (".tar", ".tar.gz", ".tgz")
 
 
 def read_picture(name: str, path: str, base: Path, column: str) -> bytes:
@@ -38,9 +37,9 @@ def read_picture(name: str, path: str, base: Path, column: str) -> bytes:
 def _archive(name: str, path: str) -> str | None:
     """The tar archive that an id begins with, or None."""
     if path:
-        return path if path.lower().endswith(_ENDS) and name.startswith(f"{path}/") else None
+        return path if path.lower().endswith(TAR_SUFFIXES) and name.startswith(f"{path}/") else None
     lower = name.lower()
-    ends = [lower.find(f"{end}/") + len(end) for end in _ENDS if f"{end}/" in lower]
+    ends = [lower.find(f"{end}/") + len(end) for end in TAR_SUFFIXES if f"{end}/" in lower]
     return name[: min(ends)] if ends else None
 
 
