@@ -137,11 +137,9 @@ def test_the_own_checkpoint_embeds_the_query(tmp_path: Path, capsys: pytest.Capt
     embedder = QueryEmbedder.open(str(TINY), {})
     files = sorted(map(str, SAMPLES.glob("*.jpg")))
     rows = np.stack([embedder.image(Path(file).read_bytes()) for file in files])
-    about = {"checkpoint": str(TINY), "checkpoint_name": "siglip-tiny", "checkpoint_revision": "local"}
-    own = {"preprocess": "fast", "color": "stored", "max_num_patches": 0, "tower_dtype": "auto"}
-    folder = write_bulk(
-        tmp_path / "out", rows, ids=files, **about, **own, checkpoint_fingerprint=fingerprint(TINY)
-    )
+    about: dict[str, Any] = {"checkpoint": str(TINY), "checkpoint_name": "siglip-tiny"}
+    about |= {"preprocess": "fast", "color": "stored", "max_num_patches": 0, "tower_dtype": "auto"}
+    folder = write_bulk(tmp_path / "out", rows, ids=files, **about, checkpoint_fingerprint=fingerprint(TINY))
     dog = next(file for file in files if file.endswith("dog.jpg"))
     for query in (["--text", "a dog"], ["--image", dog]):
         assert main(["search", str(folder), *query, "-k", "1", "--json"]) == 0
@@ -150,7 +148,7 @@ def test_the_own_checkpoint_embeds_the_query(tmp_path: Path, capsys: pytest.Capt
     bad.write_bytes(b"no picture")
     assert main(["search", str(folder), "--image", str(bad)]) == 2
     assert f"--image {bad}: " in capsys.readouterr().err
-    write_bulk(folder, rows, ids=files, **about, **own, checkpoint_fingerprint="0")
+    write_bulk(folder, rows, ids=files, **about, checkpoint_fingerprint="0")
     assert main(["search", str(folder), "--text", "a dog"]) == 2
     assert "made with other weights of siglip-tiny" in capsys.readouterr().err
 

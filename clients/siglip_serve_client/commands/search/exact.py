@@ -77,10 +77,14 @@ class ExactSearch:
         """The scores of each block, with its first row."""
         collection = self.collection
         if collection.kind == "binary":
-            bits = packed(query)
+            bits, later = packed(query), np.empty(0)
             for start, block in collection.blocks():
-                rows = np.arange(start, start + len(block))
-                yield start, 1 - 2 * bits_that_differ(block, bits) / collection.width - rows * _PER_ROW
+                if len(later) < len(block):
+                    later = np.arange(len(block)) * _PER_ROW
+                scores = bits_that_differ(block, bits) * (-2 / collection.width)
+                scores -= later[: len(block)]
+                scores += 1 - start * _PER_ROW
+                yield start, scores
             return
         known = self._lengths
         made = np.empty(len(collection), np.float32) if known is None else known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -112,6 +113,8 @@ class LancePart:
             import lance
         except ModuleNotFoundError as error:
             raise StoredError(f"{folder}: {error}; `{install_hint('lance')}` adds it") from error
+        # It warns of child processes, and none of a search reads the dataset.
+        warnings.filterwarnings("ignore", "lance is not fork-safe")
         self._data = lance.dataset(str(folder))
         self.rows = self._data.count_rows()
         self.schema = self._data.schema
