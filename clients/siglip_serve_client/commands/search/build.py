@@ -61,9 +61,9 @@ def build_index(
 ) -> tuple[Lists, list[Measured]]:
     """Build the index next to the embeddings, replacing an earlier one, and choose its number of probes.
 
-    All vectors are read three times. Memory: a sample of at most 512 MiB, and 12 bytes per row. Random rows
-    are then searched for with 1, 2, 4... probes, until the index finds the wanted share of their exact
-    nearest ten.
+    All vectors are read three times. Memory: a sample of at most 512 MiB, two copies of it, and 24 bytes per
+    row. Random rows are then searched for with 1, 2, 4... probes, until the index finds the wanted share of
+    their exact nearest ten.
 
     Args:
         recall: above 0, at most 1.

@@ -26,12 +26,13 @@ __all__ = ["ARRAYS", "DESCRIPTION", "VERSION", "Lists", "fingerprint", "index_fo
 
 VERSION, DESCRIPTION = 1, "index.json"
 ARRAYS = ("centres", "starts", "rows", "vectors", "lengths")
+_MAPPED = ("vectors", "rows", "lengths")  # as long as the collection
 _MARGIN = 64
 
 
 @dataclass(frozen=True)
 class Lists:
-    """An open index. Its vectors stay on disk.
+    """An open index. What is as long as the collection stays on disk.
 
     Attributes:
         described: what `index.json` says: `probes` reach the recall that was asked for when it was built.
@@ -110,7 +111,7 @@ def open_lists(collection: Collection) -> Lists:
         if described["version"] != VERSION:
             raise CollectionError(f"{folder}: version {described['version']}, expected {VERSION}; {again}")
         arrays = {
-            name: np.load(folder / f"{name}.npy", mmap_mode="r" if name == "vectors" else None)
+            name: np.load(folder / f"{name}.npy", mmap_mode="r" if name in _MAPPED else None)
             for name in ARRAYS
         }
         lists = Lists(**arrays, described=described)
