@@ -145,7 +145,7 @@ def open_collection(path: Path) -> Collection:
     except StoredError as error:
         raise CollectionError(str(error)) from error
     except OSError as error:
-        raise CollectionError(f"{path}: {error.strerror or error}") from error
+        raise CollectionError(f"{error.filename or path}: {error.strerror or error}") from error
     except (ValueError, KeyError, zipfile.BadZipFile) as error:
         maker = "bulk" if path.is_dir() else "embed"
         raise CollectionError(f"{path}: no output of siglip-serve {maker} ({error})") from error
