@@ -65,6 +65,22 @@ def test_groups_are_those_of_a_plain_comparison(
         np.testing.assert_allclose(group.scores, wide[group.rows] @ first / norms, atol=1e-6)
 
 
+@pytest.mark.parametrize("apart", [1, 2, 5])
+def test_no_pair_is_lost_at_the_edges_of_blocks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, apart: int
+) -> None:
+    """Each row has one near-duplicate, the same number of rows later, so no other pair joins the two."""
+    monkeypatch.setattr(collections, "_BLOCK", 16 * 7)
+    monkeypatch.setattr(duplicates, "_HELD", 16 * 23)
+    monkeypatch.setattr(duplicates, "_TILE", (3, 5))
+    row = np.arange(60)
+    first = row[row % (2 * apart) < apart]
+    rows = np.random.default_rng(8).standard_normal((60, 16)).astype(np.float32)
+    rows[first + apart] = rows[first]
+    found = near_duplicates(open_collection(write_bulk(tmp_path / "out", rows, "npy")), 0.999)
+    assert [group.rows.tolist() for group in found] == [[one, one + apart] for one in first.tolist()]
+
+
 def test_the_threshold_is_exact_and_equal_files_are_marked(tmp_path: Path) -> None:
     """Cosines of 1e-7 to both sides of the threshold, which float32 does not tell apart."""
     angles = np.arccos(0.98) + np.array([-1e-6, 1e-6])
