@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from benchmarks.peer_tables import PEERS
+from benchmarks.search_tables import SEARCH
 from benchmarks.table_parts import Cell, Column, Key, Source, Summary, Table
 from benchmarks.team_tables import JERSEY, TEAMS
 from benchmarks.vector_tables import VECTORS
@@ -412,7 +413,15 @@ _QUALITY: Mapping[str, Table | Summary] = {
     ),
 }
 
-TABLES: Mapping[str, Table | Summary] = {**_SPEED, **_CLIENTS, **_QUALITY, **VECTORS, **PEERS, **TEAMS}
+TABLES: Mapping[str, Table | Summary] = {
+    **_SPEED,
+    **_CLIENTS,
+    **_QUALITY,
+    **VECTORS,
+    **SEARCH,
+    **PEERS,
+    **TEAMS,
+}
 
 FIGURES: Mapping[str, tuple[Source, Cell]] = {
     "peer-gpu": (

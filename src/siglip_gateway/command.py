@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import uvicorn
 from siglip_serve_client import AsyncClient, ClientError
+from siglip_serve_client.commands.search.collection import CollectionError
 from siglip_serve_client.projection import Projection, read_projection
 
 from siglip_gateway.app import create_app
@@ -24,7 +25,6 @@ from siglip_gateway.backend import Backend, Checkpoint
 from siglip_gateway.dimensions import mismatch
 from siglip_gateway.options import ENVIRONMENT, GatewayOptions, read_keys
 from siglip_gateway.search import Search, open_search
-from siglip_gateway.search_index import IndexFileError
 
 __all__ = ["main"]
 
@@ -80,7 +80,7 @@ def _problem(options: GatewayOptions, given: argparse.Namespace) -> str | None:
         return f"--projection: {error}"
     try:
         search = open_search(options)
-    except IndexFileError as error:
+    except CollectionError as error:
         return str(error)
     if search is not None and given.check_width not in {None, search.index.width}:
         width = search.index.width
@@ -238,7 +238,7 @@ def _add_access(group: argparse._ArgumentGroup) -> None:
 
 def _add_search(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--search", metavar="FILE", help="output of `siglip-serve embed` that is searched: .npz or .parquet"
+        "--search", metavar="PATH", help="output of `siglip-serve embed` or `bulk` that is searched"
     )
     group.add_argument(
         "--search-images", metavar="FOLDER", help="folder with its images, which may then be shown"

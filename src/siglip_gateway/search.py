@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from siglip_serve_client.commands.search.checkpoints import mismatch
+from siglip_serve_client.commands.search.collection import CollectionError
+from siglip_serve_client.commands.search.exact import Hit
 
 from siglip_gateway.backend import Checkpoint
 from siglip_gateway.options import GatewayOptions
 from siglip_gateway.refusals import Refusal
 from siglip_gateway.search_images import SearchImages
-from siglip_gateway.search_index import Hit, IndexFileError, SearchIndex
+from siglip_gateway.search_index import SearchIndex
 
 __all__ = ["Search", "open_search"]
 
@@ -33,22 +36,8 @@ class Search:
         self._pool = ThreadPoolExecutor(_THREADS, "siglip-gateway-search")
 
     def mismatch(self, checkpoint: Checkpoint) -> str | None:
-        """A sentence about an index that was not made with the checkpoint, or None if it may have been.
-
-        A checkpoint has one name as a folder and as a hub id, so only the last part of names is compared.
-        """
-        index = self.index
-        if index.width != checkpoint.width:
-            return (
-                f"the index has vectors of {index.width} numbers, and those of {checkpoint.name} have "
-                f"{checkpoint.width}; embed its images with this checkpoint"
-            )
-        if index.checkpoint and _last(index.checkpoint) != _last(checkpoint.name):
-            return (
-                f"the index was made with {index.checkpoint}, and the server runs {checkpoint.name}, whose "
-                "vectors do not compare with it; embed its images with this checkpoint"
-            )
-        return None
+        """A sentence about an index that was not made with the checkpoint, or None if it may have been."""
+        return mismatch(self.index.collection, checkpoint.name, checkpoint.width)
 
     async def find(self, query: NDArray[np.float32], count: int) -> list[tuple[Hit, str, bool]]:
         """The best rows with their names, and if they have a picture, best first."""
@@ -88,21 +77,17 @@ def open_search(options: GatewayOptions) -> Search | None:
     """The search that the options name, or None.
 
     Raises:
-        IndexFileError: the index cannot be read, or there is no such folder of pictures.
+        CollectionError: the index cannot be read, or there is no such folder of pictures.
     """
     if options.search is None:
         if options.search_images is not None:
-            raise IndexFileError("--search-images: expected --search with it")
+            raise CollectionError("--search-images: expected --search with it")
         return None
     index = SearchIndex.open(Path(options.search))
     if options.search_images is None:
         return Search(index, None)
     folder = Path(options.search_images)
     if not folder.is_dir():
-        raise IndexFileError(f"{folder}: no such folder")
+        raise CollectionError(f"{folder}: no such folder")
     base = Path(options.search_base) if options.search_base else Path.cwd()
     return Search(index, SearchImages(folder, base, index.names))
-
-
-def _last(name: str) -> str:
-    return name.rstrip("/").rpartition("/")[2]

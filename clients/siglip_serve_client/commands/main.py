@@ -1,4 +1,4 @@
-"""The command `siglip-serve`: serve, gateway, embed, fit-projection, classify, explain, teams and others."""
+"""The command `siglip-serve`: serve, gateway, embed, search, classify, explain, teams and others."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from siglip_serve_client.commands.fit_projection import add_fit_projection
 from siglip_serve_client.commands.health import add_health
 from siglip_serve_client.commands.install_hint import install_hint
 from siglip_serve_client.commands.options import add_connection
+from siglip_serve_client.commands.search.command import add_search
 from siglip_serve_client.commands.teams.command import add_teams
 from siglip_serve_client.errors import ClientError, UnreachableError
 
@@ -71,6 +72,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction[argpa
         commands.add_parser(name, help=text)
     add_embed(commands)
     add_fit_projection(commands)
+    add_search(commands)
     add_classify(commands)
     add_explain(commands)
     add_connection(add_teams(commands))

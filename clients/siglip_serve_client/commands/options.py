@@ -15,13 +15,25 @@ __all__ = ["API_KEY", "above_zero", "add_connection", "connected", "endpoint", "
 API_KEY = "SIGLIP_API_KEY"
 
 
-def add_connection(parser: argparse.ArgumentParser) -> None:
-    """Add `--url` and `--ca-file`. The key comes from the environment, which other users cannot read."""
+def add_connection(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup,
+    flag: str = "--url",
+    default: str = "127.0.0.1:8001",
+) -> None:
+    """Add `--url` and `--ca-file`. The key comes from the environment, which other users cannot read.
+
+    Args:
+        flag: in place of `--url`. Its value is the option `url` all the same.
+        default: an empty text means no server.
+    """
     parser.add_argument(
-        "--url",
-        default="127.0.0.1:8001",
+        flag,
+        dest="url",
+        metavar="URL",
+        default=default,
         help="host:port of the server's gRPC endpoint, or a URL of the scheme grpc, grpcs, http or https "
-        f"(default: %(default)s); the key for a proxy is read from the environment variable {API_KEY}",
+        f"(default: {default or 'no server'}); the key for a proxy is read from the environment variable "
+        f"{API_KEY}",
     )
     parser.add_argument(
         "--ca-file", type=Path, help="PEM file of the certificates to trust, instead of the system's"

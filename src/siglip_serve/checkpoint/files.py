@@ -15,7 +15,15 @@ from typing import Any
 
 from siglip_serve.errors import CheckpointError
 
-__all__ = ["fingerprint", "is_open_clip", "main_file", "read_json", "resolve", "weight_files"]
+__all__ = [
+    "fingerprint",
+    "is_open_clip",
+    "main_file",
+    "public_name",
+    "read_json",
+    "resolve",
+    "weight_files",
+]
 
 _CONFIG, _OPEN_CLIP = "config.json", "open_clip_config.json"
 # Names of the weights, the preferred one first. A name that ends with `.index.json` lists shards.
@@ -58,6 +66,18 @@ def resolve(checkpoint: str) -> Path:
             f"checkpoint {checkpoint!r}: no such directory, and not a hub id of the form owner/name@revision"
         )
     return _download(name, revision or None)
+
+
+def public_name(checkpoint: str, path: Path) -> tuple[str, str]:
+    """Name a checkpoint as users see it: its hub id and revision, or the name of its directory and `local`.
+
+    Args:
+        checkpoint: as given to `resolve`.
+        path: as returned by `resolve`.
+    """
+    if path.parent.name == "snapshots":
+        return checkpoint.partition("@")[0], path.name
+    return path.name, "local"
 
 
 def main_file(path: Path) -> Path:

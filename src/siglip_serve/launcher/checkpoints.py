@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from siglip_serve.checkpoint.config import limit_patches, load_config, tensor_dims
-from siglip_serve.checkpoint.files import main_file, weight_files
+from siglip_serve.checkpoint.files import main_file, public_name, weight_files
 from siglip_serve.checkpoint.model_config import ModelConfig
 from siglip_serve.config import CheckpointUse, Settings
 from siglip_serve.engine.calibration import check_calibration
@@ -98,11 +98,10 @@ def _describe(named: str, path: Path, settings: Settings, device: str) -> Served
     config = limit_patches(load_config(path), settings.max_num_patches)
     plan = Plan(device, settings.dtype, settings.backend)
     dtype = _plan(plan, config).dtype
-    hub = path.parent.name == "snapshots"
-    name = named.partition("@")[0] if hub else path.name
+    name, revision = public_name(named, path)
     parameters = {
         "checkpoint_name": name,
-        "checkpoint_revision": path.name if hub else "local",
+        "checkpoint_revision": revision,
         "dtype": dtype,
         "preprocess": settings.preprocess,
         "color": settings.color,

@@ -193,7 +193,7 @@ def _add_gateway(group: argparse._ArgumentGroup) -> None:
         type=Path,
         default=None,
         metavar="FILE",
-        help="output of `siglip-serve embed` that the gateway searches: .npz or .parquet",
+        help="output of `siglip-serve embed` or `siglip-serve bulk` that the gateway searches",
     )
     add(
         "--search-images",

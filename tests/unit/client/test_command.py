@@ -29,7 +29,17 @@ def test_without_arguments_it_prints_its_help_and_exits_with_0() -> None:
     done = subprocess.run([PROGRAM], capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: siglip-serve")
-    for command in ("serve", "embed", "fit-projection", "classify", "explain", "teams", "bench", "health"):
+    for command in (
+        "serve",
+        "embed",
+        "search",
+        "fit-projection",
+        "classify",
+        "explain",
+        "teams",
+        "bench",
+        "health",
+    ):
         assert re.search(rf"\n    {command}\s", done.stdout)
 
 

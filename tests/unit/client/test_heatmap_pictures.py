@@ -9,7 +9,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 from siglip_serve_client import Explanation
-from siglip_serve_client.commands.explain.heatmap_grid import _drawable, _grid, _lines, _ticks, heatmap_grid
+from siglip_serve_client.commands.drawing import drawable
+from siglip_serve_client.commands.explain.heatmap_grid import _grid, _lines, _ticks, heatmap_grid
 
 COLORS = [(255, 0, 255), (0, 255, 255), (255, 255, 0), (40, 90, 200), (200, 90, 40), (90, 200, 40), (9, 9, 9)]
 LONG = (
@@ -99,7 +100,7 @@ def test_long_titles_are_wrapped_and_then_cut() -> None:
     assert len(cut) == 2
     assert cut[1].endswith("…")
     assert LONG.startswith(f"{cut[0]} {cut[1][:-1]}")
-    font = _drawable("x")[1]
+    font = drawable("x", 16)[1]
     assert all(font.getlength(line) <= 220 for line in cut)
     word = _lines("x" * 200, 180)
     assert len(word) == 2
@@ -107,7 +108,7 @@ def test_long_titles_are_wrapped_and_then_cut() -> None:
 
 
 def test_letters_that_no_font_has_are_escaped() -> None:
-    text, font = _drawable("a \U0001f436\U0010fffd")
+    text, font = drawable("a \U0001f436\U0010fffd", 16)
     assert text.startswith("a ")
     assert "\\U0010fffd" in text
     missing = bytes(font.getmask("\uffff"))

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from gateways import PNG, URI, WIDTH, StandIn, encoded, gateway, vector
 from PIL import Image
+from siglip_serve_client.commands.search.collection import CollectionError
 from siglip_serve_client.errors import UnreachableError
 from starlette.testclient import TestClient
 
 from siglip_gateway.app import create_app
 from siglip_gateway.options import GatewayOptions
-from siglip_gateway.search_index import IndexFileError
 
 NAMES = ["dog.png", "cat.png", "deep/bird.png", "none.png"]
 WORDS = ["a dog", "a cat", "a bird"]
@@ -200,11 +200,11 @@ def test_pictures_count_as_requests_of_the_own_api(client: TestClient) -> None:
     ],
 )
 def test_options_that_cannot_work_are_refused_at_the_start(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(IndexFileError, match=message):
+    with pytest.raises(CollectionError, match=message):
         create_app(GatewayOptions(**options), StandIn())
 
 
 def test_a_folder_that_is_missing_is_refused_at_the_start(tmp_path: Path) -> None:
     options = GatewayOptions(search=index(tmp_path / "a.npz"), search_images=str(tmp_path / "none"))
-    with pytest.raises(IndexFileError, match="no such folder"):
+    with pytest.raises(CollectionError, match="no such folder"):
         create_app(options, StandIn())

@@ -148,13 +148,18 @@ def open_parquet(path: Path) -> Any:
     except ModuleNotFoundError as error:
         raise StoredError(f"{path}: {error}; `{install_hint('parquet')}` adds it") from error
     try:
-        return pyarrow.parquet.ParquetFile(path)
+        # Mapped: otherwise the columns of a whole row group are read into memory.
+        return pyarrow.parquet.ParquetFile(path, memory_map=True)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"not a Parquet file: {error}") from error
 
 
 def identity_of(table: Any) -> dict[str, str]:
-    """Read what an open Parquet file says of itself, as `StoredVectors.identity`."""
+    """Read what a Parquet file says of itself, as `StoredVectors.identity`.
+
+    Args:
+        table: with its Arrow schema as `schema_arrow`.
+    """
     return {
         name.removeprefix(_METADATA).decode(): value.decode()
         for name, value in (table.schema_arrow.metadata or {}).items()

@@ -5,21 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TypeAlias
 
 import cmap
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from siglip_serve_client._operations.explain import Colormap, Explanation
+from siglip_serve_client.commands.drawing import FAINT, INK, PAPER, Font, drawable, font_of
 
 __all__ = ["heatmap_grid"]
 
-Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
-
-_PAPER, _INK, _FAINT = (255, 255, 255), (34, 34, 34), (105, 105, 105)
 _MARGIN, _BAR, _TICKS, _LINE, _SCORE = 14, 12, 62, 20, 24
 _TITLE_SIZE, _SCORE_SIZE, _TICK_SIZE = 16, 13, 11
 _MOST_LINES = 2
@@ -28,8 +24,6 @@ _LEAST_TITLE = 180
 # Their middle is 0: the limits of their bars are equally far from it.
 _DIVERGING: frozenset[Colormap] = frozenset({"bwr"})
 _ASPECT = 1.6  # of the whole sheet, about that of a screen
-# Pillow's own font has ASCII letters only. These fonts have more, on systems that have the fonts.
-_FURTHER_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial.ttf")
 
 
 @dataclass(frozen=True)
@@ -61,7 +55,7 @@ def heatmap_grid(
     layout, titles = _arrange(explanation)
     columns, rows = _grid(1 + len(titles), layout.cell)
     size = (_MARGIN + columns * layout.cell[0], _MARGIN + rows * layout.cell[1])
-    sheet = Image.new("RGB", size, _PAPER)
+    sheet = Image.new("RGB", size, PAPER)
     maps = explanation.patch_maps
     for index, (left, top) in enumerate(_places(layout, columns, 1 + len(titles))):
         below = (left, top + layout.title)
@@ -107,7 +101,7 @@ def _places(layout: _Layout, columns: int, count: int) -> Iterator[tuple[int, in
 
 def _lines(text: str, room: int) -> list[str]:
     """The text in at most `_MOST_LINES` lines of `room` pixels. Longer text ends in an ellipsis."""
-    text, font = _drawable(" ".join(text.split()))
+    text, font = drawable(" ".join(text.split()), _TITLE_SIZE)
     lines: list[str] = []
     while text and len(lines) < _MOST_LINES:
         count = _fitting(text, room, font)
@@ -130,27 +124,12 @@ def _fitting(text: str, room: int, font: Font, end: str = "") -> int:
     return low
 
 
-def _drawable(text: str) -> tuple[str, Font]:
-    """The text with escapes for letters that no font has, and the font that has the most letters."""
-    fonts = [font for name in (None, *_FURTHER_FONTS) if (font := _font(_TITLE_SIZE, name)) is not None]
-    missing = [{letter for letter in set(text) if not _has(font, letter)} for font in fonts]
-    best = min(range(len(fonts)), key=lambda index: len(missing[index]))
-    escaped = [
-        letter.encode("unicode_escape").decode() if letter in missing[best] else letter for letter in text
-    ]
-    return "".join(escaped), fonts[best]
-
-
-def _has(font: Font, letter: str) -> bool:
-    return letter.isspace() or bytes(font.getmask(letter)) != bytes(font.getmask("\uffff"))
-
-
 def _title(sheet: Image.Image, place: tuple[int, int], lines: list[str], score: str) -> None:
     """A title above a place. Titles of one line and of two end at the same height."""
     draw, (left, bottom) = ImageDraw.Draw(sheet), place
-    draw.text((left, bottom - _SCORE + 1), score, _FAINT, _default(_SCORE_SIZE))
+    draw.text((left, bottom - _SCORE + 1), score, FAINT, font_of(_SCORE_SIZE))
     for number, line in enumerate(reversed(lines), 1):
-        draw.text((left, bottom - _SCORE - number * _LINE), line, _INK, _drawable(line)[1])
+        draw.text((left, bottom - _SCORE - number * _LINE), line, INK, drawable(line, _TITLE_SIZE)[1])
 
 
 def _limits(maps: NDArray[np.float32], colormap: Colormap) -> tuple[float, float]:
@@ -168,18 +147,18 @@ def _bar(
     colors = np.rint(cmap.Colormap(colormap).lut(255)[::-1, :3] * 255).astype(np.uint8)
     strip = Image.fromarray(colors[:, None]).resize((_BAR, height), Image.Resampling.BILINEAR)
     sheet.paste(strip, place)
-    draw, font = ImageDraw.Draw(sheet), _default(_TICK_SIZE)
+    draw, font = ImageDraw.Draw(sheet), font_of(_TICK_SIZE)
     low, high = limits
     right = place[0] + _BAR + 4
     first, last = _ticks(low, high)
-    draw.text((right, place[1]), last, _FAINT, font, anchor="lt")
+    draw.text((right, place[1]), last, FAINT, font, anchor="lt")
     if height >= 2 * _TICK_SIZE:
-        draw.text((right, place[1] + height), first, _FAINT, font, anchor="lb")
+        draw.text((right, place[1] + height), first, FAINT, font, anchor="lb")
     if low < 0 < high:
         zero = round(height * high / (high - low))
         if 1.5 * _TICK_SIZE < zero < height - 1.5 * _TICK_SIZE:
-            draw.line((place[0], place[1] + zero, right - 2, place[1] + zero), _INK)
-            draw.text((right, place[1] + zero), "0", _FAINT, font, anchor="lm")
+            draw.line((place[0], place[1] + zero, right - 2, place[1] + zero), INK)
+            draw.text((right, place[1] + zero), "0", FAINT, font, anchor="lm")
 
 
 def _ticks(low: float, high: float) -> tuple[str, str]:
@@ -189,18 +168,3 @@ def _ticks(low: float, high: float) -> tuple[str, str]:
     # Adding 0 makes a rounded -0 a plain one.
     first, last = (f"{round(value, decimals) + 0.0:+.{decimals}f}" for value in (low, high))
     return first, last
-
-
-def _default(size: int) -> Font:
-    return ImageFont.load_default(size)
-
-
-@lru_cache(maxsize=16)
-def _font(size: int, name: str | None) -> Font | None:
-    """The font of this name, or Pillow's own without a name, or None if the system has no such font."""
-    if name is None:
-        return _default(size)
-    try:
-        return ImageFont.truetype(name, size)
-    except OSError:
-        return None

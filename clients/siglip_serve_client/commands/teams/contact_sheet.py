@@ -7,17 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
+from siglip_serve_client.commands.drawing import FAINT, INK, PAPER, font_of, plural, shortened, thumbnail
 from siglip_serve_client.commands.teams.labelled import (
-    FAINT,
-    INK,
     OUTLIER,
     OUTLIERS,
-    PAPER,
-    Font,
     Labelled,
-    font_of,
     team_color,
     team_name,
     text_color,
@@ -72,7 +68,7 @@ def _heading(picture: Image.Image, number: int, count: int, top: int) -> None:
     draw = ImageDraw.Draw(picture)
     color = INK if number == OUTLIERS else team_color(number)
     draw.rectangle((2 * _GAP, top, picture.width - 2 * _GAP, top + _HEADING - 18), fill=color)
-    text = f"{team_name(number)}: {_plural(count, 'crop')}"
+    text = f"{team_name(number)}: {plural(count, 'crop')}"
     if number == OUTLIERS:
         text += f" with an outlier score above {OUTLIER:g}, in the colour of the nearest team"
     if count > _MOST_SHOWN:
@@ -98,36 +94,18 @@ def _cell(
         draw.rectangle(frame, outline=team_color(int(players.teams.labels[row])), width=3)
     small, font = font_of(11), font_of(12)
     middle, right = y + _CELL_HEIGHT + 13, x + _CELL_WIDTH
-    name = _shortened(players.names[row], small, _CELL_WIDTH)
+    name = shortened(players.names[row], small, _CELL_WIDTH)
     draw.text((x, middle), name, font=small, fill=INK, anchor="lm")
     track = players.tracks[row] if players.tracks else ""
     value = f"{players.teams.outlier_score[row]:.1f}" if far else f"{players.teams.margin[row]:.2f}"
     number = f"#{row}" + f" t{track}" * bool(track)
-    number = _shortened(number, font, _CELL_WIDTH - font.getlength(value) - 4)
+    number = shortened(number, font, _CELL_WIDTH - font.getlength(value) - 4)
     draw.text((x, middle + 15), number, font=font, fill=FAINT, anchor="lm")
     draw.text((right, middle + 15), value, font=font, fill=FAINT, anchor="rm")
 
 
 def _thumbnail(crop: Image.Image | Path) -> Image.Image:
-    if isinstance(crop, Path):
-        with Image.open(crop) as file:
-            upright = ImageOps.exif_transpose(file).convert("RGB")
-    else:
-        upright = crop.convert("RGB")
-    # ImageOps.contain would give very thin crops a side of 0 pixels.
-    scale = min(_CELL_WIDTH / upright.width, _CELL_HEIGHT / upright.height)
-    size = (max(1, round(upright.width * scale)), max(1, round(upright.height * scale)))
-    return upright.resize(size, Image.Resampling.LANCZOS)
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + "s" * (count != 1)
-
-
-def _shortened(text: str, font: Font, width: float) -> str:
-    # Names of files differ at their ends. Pillow's font has no ellipsis.
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(f"..{text}") > width:
-        text = text[1:]
-    return f"..{text}"
+    if not isinstance(crop, Path):
+        return thumbnail(crop, _CELL_WIDTH, _CELL_HEIGHT)
+    with Image.open(crop) as file:
+        return thumbnail(file, _CELL_WIDTH, _CELL_HEIGHT)

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ImageFont
 
 from siglip_serve_client._operations.teams import Teams
+from siglip_serve_client.commands.drawing import INK, PAPER, Color
 
 __all__ = [
-    "FAINT",
-    "INK",
     "OUTLIER",
     "OUTLIERS",
-    "PAPER",
-    "Color",
-    "Font",
     "Labelled",
-    "font_of",
     "team_color",
     "team_name",
     "text_color",
@@ -32,9 +24,6 @@ __all__ = [
 OUTLIER = 2.0
 # The number of the outliers as a group of their own; -1 are players whom the server gave no team.
 OUTLIERS = -2
-
-Color: TypeAlias = tuple[int, int, int]
-Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 # Okabe and Ito's palette, which colour-blind people can tell apart.
 _PALETTE: tuple[Color, ...] = (
@@ -48,9 +37,6 @@ _PALETTE: tuple[Color, ...] = (
     (40, 40, 40),
 )
 _UNASSIGNED: Color = (150, 150, 150)
-INK: Color = (34, 34, 34)
-FAINT: Color = (105, 105, 105)
-PAPER: Color = (255, 255, 255)
 
 
 @dataclass(frozen=True)
@@ -107,8 +93,3 @@ def team_color(number: int) -> Color:
 def text_color(ground: Color) -> Color:
     red, green, blue = ground
     return PAPER if 0.299 * red + 0.587 * green + 0.114 * blue < 140 else INK
-
-
-@lru_cache(maxsize=16)
-def font_of(size: int) -> Font:
-    return ImageFont.load_default(size)

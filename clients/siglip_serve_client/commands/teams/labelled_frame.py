@@ -9,13 +9,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw
 
+from siglip_serve_client.commands.drawing import INK, PAPER, Font, font_of
 from siglip_serve_client.commands.teams.labelled import (
-    INK,
     OUTLIERS,
-    PAPER,
-    Font,
     Labelled,
-    font_of,
     team_color,
     team_name,
     text_color,

@@ -11,14 +11,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw
 
+from siglip_serve_client.commands.drawing import FAINT, INK, PAPER, Color, font_of
 from siglip_serve_client.commands.teams.labelled import (
-    FAINT,
-    INK,
     OUTLIER,
-    PAPER,
-    Color,
     Labelled,
-    font_of,
     team_color,
     team_name,
 )

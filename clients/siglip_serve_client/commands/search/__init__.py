@@ -1,0 +1,1 @@
+"""`siglip-serve search`: search in stored embeddings."""

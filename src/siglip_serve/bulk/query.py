@@ -1,0 +1,123 @@
+"""Embed one text or one picture in this process, as the engines of a server do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from siglip_serve.checkpoint.config import limit_patches, load_config, tensor_dims
+from siglip_serve.checkpoint.files import fingerprint, public_name, resolve
+from siglip_serve.checkpoint.model_config import ModelConfig, NaflexImageConfig
+from siglip_serve.config import Settings, load_settings
+from siglip_serve.engine.engines import NaflexEngine, TextEngine, VisionEngine
+from siglip_serve.engine.patches import PatchRows
+from siglip_serve.engine.plan import Plan
+from siglip_serve.errors import SettingsError
+from siglip_serve.images.patches import grid_of
+from siglip_serve.images.preprocess import Preprocessor
+from siglip_serve.machine import available_cores, gpu_capabilities
+from siglip_serve.texts.tokenizer import load_tokenizer
+from siglip_serve.towers import load, naflex
+
+__all__ = ["QueryEmbedder"]
+
+
+@dataclass(frozen=True)
+class QueryEmbedder:
+    """A checkpoint that embeds single texts and pictures. A tower is loaded when it is called.
+
+    Args:
+        config: the checkpoint's JSON files.
+        name, revision: of the checkpoint, as a server tells them.
+        settings: arithmetic of the towers, and how images are read.
+    """
+
+    config: ModelConfig
+    name: str
+    revision: str
+    settings: Settings
+
+    @classmethod
+    def open(cls, checkpoint: str, settings: Mapping[str, str]) -> QueryEmbedder:
+        """Read the JSON files of a checkpoint: a directory, a hub id or `<hub id>@<revision>`.
+
+        Args:
+            settings: by name, those of `siglip_serve.config.Settings` that the stored vectors were made with.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or it is of a family that is not served.
+            SettingsError: a setting is unknown, or has a value that it cannot have.
+        """
+        known = load_settings({}, {"checkpoint": checkpoint, **settings})
+        path = resolve(checkpoint)
+        name, revision = public_name(checkpoint, path)
+        return cls(limit_patches(load_config(path), known.max_num_patches), name, revision, known)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the weights."""
+        return fingerprint(self.config.path)
+
+    @property
+    def width(self) -> int:
+        """D, the numbers of an embedding."""
+        return int(tensor_dims(self.config)["EMBEDDING"][0])
+
+    def text(self, text: str, truncation: bool = False) -> NDArray[np.float32]:
+        """Embed a text: float32 [D], not scaled to length 1.
+
+        Args:
+            truncation: cut a text that has too many tokens.
+
+        Raises:
+            CheckpointError: the weights do not belong to the configuration.
+            SettingsError: the checkpoint has no text tower.
+            TextError: too many tokens, or an empty text.
+        """
+        if self.config.vision_only:
+            raise SettingsError(f"{self.name}: has no text tower, so only pictures can be searched for")
+        ids = load_tokenizer(self.config)(text, truncation)
+        engine = TextEngine(load.load_text(self.config.path), self._plan())
+        return _one(engine(np.asarray(ids, np.int64)[None]).rows(0, 1)["EMBEDDING"])
+
+    def image(self, data: bytes) -> NDArray[np.float32]:
+        """Embed an image file: float32 [D], not scaled to length 1.
+
+        Raises:
+            CheckpointError: the weights do not belong to the configuration.
+            SettingsError: the checkpoint has no vision tower.
+            ImageError, ImageTooLargeError: not a decodable image, or one beyond the default limits.
+        """
+        config = self.config
+        if config.text_only:
+            raise SettingsError(f"{self.name}: has no vision tower, so only texts can be searched for")
+        mode = self.settings.preprocess
+        reader = Preprocessor(config.image, "fast" if mode == "gpu" else mode, color=self.settings.color)
+        try:
+            picture = reader.decode(data)
+            pixels = reader.resize(picture)[None]
+        finally:
+            reader.close()
+        if isinstance(config.image, NaflexImageConfig):
+            grids = np.array([grid_of(config, *picture.shape[:2])])
+            engine = NaflexEngine(naflex.load_vision(config.path), config.image, self._plan())
+            return _one(engine(PatchRows(pixels, grids)).rows(0, 1)["EMBEDDING"])
+        tower = VisionEngine(load.load_vision(config.path), config.image, self._plan())
+        return _one(tower(pixels).rows(0, 1)["EMBEDDING"])
+
+    def _plan(self) -> Plan:
+        own, threads = self.settings, available_cores()
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.allow_tf32 = False  # as a server has it
+        device = "cuda:0" if gpu_capabilities() and torch.cuda.is_available() else "cpu"
+        # The others are of one kind of device, or need images to calibrate: the query does without.
+        dtype = own.dtype if own.dtype in ("float32", "bfloat16") else "auto"
+        return Plan(device, dtype, threads=threads, cache=own.cache_folder)
+
+
+def _one(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    return rows[0].copy()
