@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from benchmarks.bulk_tables import BULK, BULK_FIGURES
 from benchmarks.peer_tables import PEERS
 from benchmarks.search_tables import SEARCH
 from benchmarks.table_parts import Cell, Column, Key, Source, Summary, Table
@@ -172,6 +173,22 @@ _SPEED: Mapping[str, Table | Summary] = {
             Column("padding", Cell("{padding:.3f}", {})),
             Column("img/s", Cell("{images_per_second:.2f}", {})),
             Column("CPU ms per image", Cell("{cpu_ms_per_image:.1f}", {})),
+        ),
+    ),
+    "naflex-gpu": Table(
+        Source("naflex.csv", {"device": "NVIDIA H200", "largest_aspect": "8.0"}),
+        (
+            Key("tower", "tower", _NAFLEX_TOWERS),
+            Key("backend", "backend", {"fused": "fused", "torch": "torch"}),
+            Key("dtype", "dtype"),
+        ),
+        (
+            Column("padding", Cell("{padding:.3f}", {})),
+            Column("img/s", Cell("{images_per_second:,.0f}", {})),
+            Column(
+                "smallest cosine with float32",
+                Cell("{cosine_min:.6f}", {"dtype": ("bfloat16", "float16", "float8")}),
+            ),
         ),
     ),
     "naflex-fidelity": Table(
@@ -419,11 +436,13 @@ TABLES: Mapping[str, Table | Summary] = {
     **_QUALITY,
     **VECTORS,
     **SEARCH,
+    **BULK,
     **PEERS,
     **TEAMS,
 }
 
 FIGURES: Mapping[str, tuple[Source, Cell]] = {
+    **BULK_FIGURES,
     "peer-gpu": (
         Source("peers.csv", {"device": _H200_X1, "concurrency": "256", "side": "ours"}),
         Cell("{ratio:.1f}", {}),
