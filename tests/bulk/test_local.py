@@ -167,6 +167,14 @@ def test_a_dry_run_writes_nothing(job: Job, tmp_path: Path, capsys: pytest.Captu
     assert not (tmp_path / "new").exists()
 
 
+def test_a_wrong_column_leaves_the_output_free(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = write_parquet(tmp_path / "table.parquet", {"picture": [small_jpeg(1)]})
+    assert in_process([table, "-o", tmp_path / "out"]) == 2
+    assert "has no column 'image', but picture" in capsys.readouterr().err
+    assert in_process([table, "-o", tmp_path / "out", "--column", "picture", "--dry-run"]) == 0
+    assert not (tmp_path / "out" / "bulk.json").exists()
+
+
 def test_parts_cover_all_units_once(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inputs = job.words[:3]
     named: list[str] = []

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from siglip_serve_client.commands.install_hint import install_hint
 
+from siglip_serve.bulk.items import check_columns
 from siglip_serve.bulk.job import Job, open_job
 from siglip_serve.bulk.options import bulk_parser, job_of
 from siglip_serve.bulk.outputs import finish_output, finished_units
@@ -47,13 +48,14 @@ def main(words: Sequence[str], refuse: Callable[[argparse.ArgumentParser, Sequen
 def _run(options: argparse.Namespace) -> int:
     job = job_of(options)
     config = job.load_config()
-    folder = open_job(job, config, write=not options.dry_run)
+    folder = open_job(job, config, write=False)
     if options.dry_run:
         with TemporaryDirectory() as plans:
             copy_plans(folder, Folder(plans))
             _describe(options, folder, _plan(options, job, Folder(plans)))
         return 0
     units = _plan(options, job, folder)
+    open_job(job, config)  # the columns exist: the output now belongs to these settings
     done = finished_units(folder, job.format)
     left = [unit for unit in units if unit.name not in done]
     folder.remove_stale()
@@ -95,6 +97,9 @@ def _plan(options: argparse.Namespace, job: Job, folder: Folder) -> list[Unit]:
     if not options.inputs:
         raise SiglipServeError("no inputs are named")
     units = {unit.name: unit for unit in plan_units(options.inputs, job.inputs, folder, _note)}
+    table = next((unit for unit in units.values() if unit.kind in ("parquet", "lance")), None)
+    if table is not None:
+        check_columns(table, job.columns)
     number, count = options.part
     return list(islice(units.values(), number - 1, None, count))
 

@@ -18,6 +18,7 @@ from siglip_serve_client.commands.embed.archives import ArchiveMember, printable
 
 from siglip_serve.bulk.storage import (
     FileRange,
+    StorageError,
     is_remote,
     local_path,
     open_file,
@@ -27,7 +28,7 @@ from siglip_serve.bulk.storage import (
 from siglip_serve.bulk.units import InputOptions, Unit
 from siglip_serve.errors import SiglipServeError
 
-__all__ = ["Columns", "Item", "read_items"]
+__all__ = ["Columns", "Item", "check_columns", "read_items"]
 
 _AHEAD = 64  # pictures with a file of their own that are read at the same time
 _COMPRESSED = (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5")  # gzip, bzip2, xz, zstd
@@ -83,7 +84,7 @@ def read_items(unit: Unit, columns: Columns, options: InputOptions) -> Iterator[
 
     Raises:
         OSError: the file of the unit cannot be opened, or its reading was interrupted.
-        ValueError: a table has not the columns. The message names those that it has.
+        StorageError: a table has not the columns. The message names those that it has.
     """
     if unit.kind == "listing":
         yield from _listed(unit, columns)
@@ -91,6 +92,16 @@ def read_items(unit: Unit, columns: Columns, options: InputOptions) -> Iterator[
         yield from _archived(unit, columns, options)
     else:
         yield from _tabled(unit, columns)
+
+
+def check_columns(unit: Unit, columns: Columns) -> None:
+    """Check that the table of a unit has the columns of a job.
+
+    Raises:
+        StorageError: it has not. The message names those that it has.
+        OSError: it cannot be read.
+    """
+    next(_rows(unit, columns), None)
 
 
 def _listed(unit: Unit, columns: Columns) -> Iterator[Item]:
@@ -297,7 +308,7 @@ def _rows(unit: Unit, columns: Columns) -> Iterator[tuple[int, dict[str, Any]]]:
         import lance
 
         table = lance.dataset(unit.source)
-        _check_columns(unit.source, table.schema.names, wanted)
+        _require(unit.source, table.schema.names, wanted)
         number = unit.start << 32  # as Lance numbers the rows of a fragment
         fragment: Any = table.get_fragment(unit.start)
         for batch in fragment.to_batches(columns=wanted, batch_size=_ROWS):
@@ -308,17 +319,17 @@ def _rows(unit: Unit, columns: Columns) -> Iterator[tuple[int, dict[str, Any]]]:
 
     with open_file(unit.source) as file:
         opened = parquet.ParquetFile(file)
-        _check_columns(unit.source, opened.schema_arrow.names, wanted)
+        _require(unit.source, opened.schema_arrow.names, wanted)
         number = sum(opened.metadata.row_group(group).num_rows for group in range(unit.start))
         for batch in opened.iter_batches(_ROWS, row_groups=[unit.start], columns=wanted):
             yield from enumerate(batch.to_pylist(), number)
             number += batch.num_rows
 
 
-def _check_columns(path: str, names: Sequence[str], wanted: Sequence[str]) -> None:
+def _require(path: str, names: Sequence[str], wanted: Sequence[str]) -> None:
     missing = [name for name in wanted if name not in names]
     if missing:
-        raise ValueError(f"{path}: has no column {missing[0]!r}, but {', '.join(names)}")
+        raise StorageError(f"{path}: has no column {missing[0]!r}, but {', '.join(names)}")
 
 
 def _as_text(value: Any) -> str | None:

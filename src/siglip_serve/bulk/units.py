@@ -145,7 +145,7 @@ def _searched(
     note: Callable[[str], None],
 ) -> Iterator[Unit]:
     """The units of arguments that have to be searched, which happens only once."""
-    label = _label(name)
+    label = _label(name) + ("-all" if options.all_files else "")
     if f"{label}.jsonl" not in known:
         _search(given, label, options, output)
     first, *units = (output.read(f"{_PLANS}/{label}.jsonl") or b"{}").splitlines()

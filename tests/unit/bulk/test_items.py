@@ -11,7 +11,7 @@ import pytest
 from bulk_inputs import outcome, small_jpeg, write_parquet, write_pictures, write_tar
 
 from siglip_serve.bulk.items import Columns, Item, read_items
-from siglip_serve.bulk.storage import Folder
+from siglip_serve.bulk.storage import Folder, StorageError
 from siglip_serve.bulk.units import InputOptions, plan_units
 
 
@@ -96,7 +96,7 @@ def test_cells_of_parquet_files(tmp_path: Path) -> None:
 
 def test_a_missing_column_is_answered_with_those_that_there_are(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "table.parquet", {"image": [b"1"], "text": ["a"]})
-    with pytest.raises(ValueError, match=r"table\.parquet: has no column 'caption', but image, text"):
+    with pytest.raises(StorageError, match=r"table\.parquet: has no column 'caption', but image, text"):
         read(path, Columns(text="caption"))
 
 
@@ -108,5 +108,5 @@ def test_rows_of_a_lance_dataset(tmp_path: Path) -> None:
     assert [outcome(item) for item in items] == [b"1", b"2", b"3"]
     assert [item.values["caption"] for item in items] == ["x", None, "z"]
     assert [item.key for item in items] == [f"{path}#0", f"{path}#1", f"{path}#{1 << 32}"]
-    with pytest.raises(ValueError, match=r"set\.lance: has no column 'picture', but image, caption"):
+    with pytest.raises(StorageError, match=r"set\.lance: has no column 'picture', but image, caption"):
         read(path, Columns(image="picture"))
