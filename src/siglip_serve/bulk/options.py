@@ -183,13 +183,14 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         group = groups.setdefault(title, parser.add_argument_group(title))
         kind = types[found.name]
         choices = get_args(kind) or None
+        default = f" (default: {found.default})" if found.default != "" else ""
         group.add_argument(
             f"--{found.name.replace('_', '-')}",
             type=str if choices else kind,
             choices=choices,
             default=found.default,
             metavar=found.metadata["metavar"] or (None if choices else "N"),
-            help=f"{found.metadata['help']} (default: {found.default})".replace("%", "%%"),
+            help=(found.metadata["help"] + default).replace("%", "%%"),
         )
 
 

@@ -135,10 +135,12 @@ class Progress:
             shares = ", ".join(f"{stage} {found.busy[stage]:.0%}" for stage in STAGES)
             lines.append(f"busy: {shares}; the slowest stage is {found.slowest}")
         if found.failed:
-            lines.append(f"{found.failed} pictures have no embedding; the reasons are in {output}/failed")
+            pictures = "1 picture has" if found.failed == 1 else f"{found.failed} pictures have"
+            lines.append(f"{pictures} no embedding; the reasons are in {output}/failed")
         lines += [f"not finished: {name}: {reason}" for name, reason in list(found.lost.items())[:_NAMED]]
         if found.lost:
-            lines.append(f"{len(found.lost)} units are not finished; the same command tries them again")
+            units = "1 unit is" if len(found.lost) == 1 else f"{len(found.lost)} units are"
+            lines.append(f"{units} not finished; the same command tries again")
         return "\n".join(lines)
 
     def _show(self) -> None:
