@@ -18,6 +18,7 @@ from pathlib import Path
 
 from siglip_serve.errors import ServerStartError
 from siglip_serve.launcher.family import STOPPED_TOO_LONG, Stopped, find, kill
+from siglip_serve.launcher.ports import bind
 from siglip_serve.launcher.processes import end
 from siglip_serve.machine import available_cores
 
@@ -169,7 +170,7 @@ class Doors:
         """Bind a port that others may bind as well if they set `option`; return it."""
         held = self._held.enter_context(socket.socket())
         held.setsockopt(socket.SOL_SOCKET, option, 1)
-        held.bind((address, port))
+        bind(held, address, port)
         return int(held.getsockname()[1])
 
 

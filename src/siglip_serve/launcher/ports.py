@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import secrets
 import socket
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from siglip_serve.errors import ServerStartError
 
-__all__ = ["free_ports", "numeric_address"]
+__all__ = ["bind", "free_ports", "numeric_address"]
+
+# Above the well-known ports, and below those that Linux gives to connections and where any port will do.
+_QUIET = range(10_000, 32_768)
+_TRIES = 64
 
 
 def numeric_address(host: str) -> str:
@@ -44,9 +49,25 @@ def free_ports(address: str, wanted: Mapping[str, int]) -> list[int]:
             probe = held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((address, port))
+                bind(probe, address, port)
             except OSError as error:
                 reason = f"cannot be bound: {error.strerror}; choose another one with --{use.lower()}-port"
                 raise ServerStartError(f"{use} port {port} on {address} {reason}") from error
             found.append(int(probe.getsockname()[1]))
         return found
+
+
+def bind(socket_: socket.socket, address: str, port: int) -> None:
+    """Bind to a port, or for 0 to one that nothing else is likely to take before its owner listens.
+
+    The system's own choice may be given away again at once: to an outgoing connection, or to another server
+    that starts at the same time, since a port that is held with SO_REUSEADDR counts as free.
+
+    Raises:
+        OSError: the port cannot be bound.
+    """
+    for _ in range(_TRIES if port == 0 else 0):
+        with suppress(OSError):
+            socket_.bind((address, secrets.choice(_QUIET)))
+            return
+    socket_.bind((address, port))

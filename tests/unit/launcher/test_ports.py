@@ -47,3 +47,8 @@ def test_refuses_one_port_for_two_uses() -> None:
 def test_refuses_a_port_out_of_range(port: int) -> None:
     with pytest.raises(ServerStartError, match=f"^HTTP port {port}: expected 0 to 65535$"):
         free_ports("127.0.0.1", {"HTTP": port})
+
+
+def test_a_free_port_is_none_that_the_system_gives_to_connections() -> None:
+    (port,) = free_ports("127.0.0.1", {"HTTP": 0})
+    assert 10_000 <= port < 32_768
