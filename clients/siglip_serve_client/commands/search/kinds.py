@@ -33,6 +33,8 @@ _LEAST_INFINITE = np.float32(65536)
 _HALF_BITS = np.int32(-0x70002000)
 _HALF_SCALE = np.float32(2.0**112)  # exponents are 127 - 15 too small there
 _HALF = np.float32(0.5)
+# Numbers that are widened at a time. Arrays beyond 32 MiB would come fresh from the system each time.
+_AT_ONCE = 2**18
 _ONES = [np.uint64(int(word * 8, 16)) for word in ("55", "33", "0f")]
 _BYTES, _WORDS, _TOP = np.uint64(0x00FF00FF00FF00FF), np.uint64(0x0001000100010001), np.uint64(48)
 _TABLE = np.array([value.bit_count() for value in range(256)], np.uint8)
@@ -72,9 +74,17 @@ def widened(rows: NDArray[Any], kind: Kind, width: int) -> NDArray[np.float32]:
 
 def products(rows: NDArray[Any], kind: Kind, width: int, query: NDArray[np.float32]) -> NDArray[np.float32]:
     """The inner products [N] of stored rows, as `widened` has them, with a query [D]."""
+    if kind in ("float32", "float64"):
+        return np.asarray(widened(rows, kind, width) @ query)
+    found = np.empty(len(rows), np.float32)
+    step = max(1, _AT_ONCE // width)
+    for start in range(0, len(rows), step):
+        some = rows[start : start + step]
+        wide = some.astype(np.float32) if kind == "int8" else widened(some, kind, width)
+        np.matmul(wide, query, out=found[start : start + step])
     if kind == "int8":  # the half steps add the same to all
-        return np.asarray(rows.astype(np.float32) @ query + _HALF * query.sum())
-    return np.asarray(widened(rows, kind, width) @ query)
+        found += _HALF * query.sum()
+    return found
 
 
 def precise(rows: NDArray[Any], kind: Kind, width: int) -> NDArray[np.float64]:
