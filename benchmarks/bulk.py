@@ -17,7 +17,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, get_args
@@ -51,15 +51,24 @@ def write_tars(folder: Path, pictures: int, per_tar: int, size: tuple[int, int])
     return tars
 
 
+def bulk_command(inputs: Sequence[Path], output: Path, checkpoint: Path, device: str) -> list[str]:
+    """The words that run a job with this interpreter."""
+    program = "from siglip_serve_client.commands.main import main; raise SystemExit(main())"
+    words = [sys.executable, "-c", program, "bulk", *map(str, inputs), "-o", str(output)]
+    return [*words, "--checkpoint", str(checkpoint), "--device", device]
+
+
+def child_environment() -> dict[str, str]:
+    """Variables of a process that imports from where this one does."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
 def run_bulk(options: argparse.Namespace, tars: list[Path], output: Path) -> dict[str, Any]:
     """The last line of progress of a job, and the seconds of the whole command."""
-    program = "from siglip_serve_client.commands.main import main; raise SystemExit(main())"
-    words = [sys.executable, "-c", program, "bulk", *map(str, tars), "-o", str(output)]
-    words += ["--checkpoint", str(options.checkpoint), "--device", options.device, "--dtype", options.dtype]
+    words = [*bulk_command(tars, output, options.checkpoint, options.device), "--dtype", options.dtype]
     words += ["--preprocess", options.preprocess, "--progress", "json", "--decoders", str(options.decoders)]
     begin = time.perf_counter()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(words, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(words, env=child_environment(), stdout=subprocess.PIPE, text=True, check=True)
     last: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return {**last, "command_seconds": time.perf_counter() - begin}
 
@@ -76,8 +85,9 @@ def engine_rate(options: argparse.Namespace, device: str) -> float:
         options.dtype,
         str(options.seconds),
     ]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    return float(subprocess.run(words, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    return float(
+        subprocess.run(words, env=child_environment(), stdout=subprocess.PIPE, text=True, check=True).stdout
+    )
 
 
 def measure_engine(arguments: list[str]) -> None:

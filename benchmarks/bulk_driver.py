@@ -7,15 +7,14 @@ unreadable. The job is ended after some seconds.
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import psutil
 
+from benchmarks.bulk import bulk_command, child_environment
 from benchmarks.records import about, write_csv
 from siglip_serve.bulk.outputs import finished_units
 from siglip_serve.bulk.storage import Folder
@@ -38,13 +37,10 @@ def measure(options: argparse.Namespace) -> dict[str, str]:
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         listing, output = Path(scratch, "pictures.txt"), Path(scratch, "output")
         write_listing(listing, options.lines)
-        program = "from siglip_serve_client.commands.main import main; raise SystemExit(main())"
-        words = [sys.executable, "-c", program, "bulk", str(listing), "-o", str(output)]
-        words += ["--checkpoint", str(options.checkpoint), "--device", "cpu", "--progress", "none"]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        words = [*bulk_command([listing], output, options.checkpoint, "cpu"), "--progress", "none"]
         begin = time.perf_counter()
         first, most = 0.0, 0
-        with subprocess.Popen(words, env=environment) as driver:
+        with subprocess.Popen(words, env=child_environment()) as driver:
             watched = psutil.Process(driver.pid)
             while time.perf_counter() < begin + options.seconds and driver.poll() is None:
                 most = max(most, watched.memory_info().rss)

@@ -23,7 +23,7 @@ _IN_FLIGHT = 3  # units of a worker, at most
 _LONGEST = 570.0  # seconds of a job
 _PAUSE = (2.0, 12.0)  # seconds between two kills
 _ENDED = (0, 1)  # exit statuses; 1: pictures that cannot be decoded
-_WORKER, _DECODER = "bulk.worker_process import", "bulk.decoder import"
+_WORKER, _DECODER = "siglip_serve.bulk.worker_process", "siglip_serve.bulk.decoder"
 
 _Blows = Mapping[str, Callable[[], bool]]  # each returns False if there is nothing to kill
 

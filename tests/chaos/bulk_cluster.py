@@ -43,7 +43,7 @@ class RayCluster:
 
     def kill_decoder(self) -> bool:
         """Kill the process that has decoded longest."""
-        return self._kill("bulk.decoder import")
+        return self._kill("siglip_serve.bulk.decoder")
 
     def kill_raylet(self) -> bool:
         """Kill the oldest node, and add another some seconds later."""

@@ -13,7 +13,7 @@ from typing import NoReturn
 from siglip_serve_client.commands.install_hint import install_hint
 
 from siglip_serve.bulk.items import check_columns
-from siglip_serve.bulk.job import Job, open_job
+from siglip_serve.bulk.job import Job, keep_manifest, open_job
 from siglip_serve.bulk.options import bulk_parser, job_of
 from siglip_serve.bulk.outputs import finish_output, finished_units
 from siglip_serve.bulk.progress import Progress, Summary
@@ -48,14 +48,14 @@ def main(words: Sequence[str], refuse: Callable[[argparse.ArgumentParser, Sequen
 def _run(options: argparse.Namespace) -> int:
     job = job_of(options)
     config = job.load_config()
-    folder = open_job(job, config, write=False)
+    folder = open_job(job, config)
     if options.dry_run:
         with TemporaryDirectory() as plans:
             copy_plans(folder, Folder(plans))
             _describe(options, folder, _plan(options, job, Folder(plans)))
         return 0
     units = _plan(options, job, folder)
-    open_job(job, config)  # the columns exist: the output now belongs to these settings
+    keep_manifest(job, config, folder)
     done = finished_units(folder, job.format)
     left = [unit for unit in units if unit.name not in done]
     folder.remove_stale()

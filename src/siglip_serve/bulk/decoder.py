@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
-import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -97,7 +96,6 @@ def main(arguments: Sequence[str]) -> None:
     Args:
         arguments: descriptors of the socket and of the shared memory.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to end
     channel, memory = Connection(int(arguments[0])), int(arguments[1])
     try:
         setup: Setup = channel.recv()

@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import os
 import queue
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from multiprocessing.connection import Connection
 
 import numpy as np
 from numpy.typing import NDArray
 
 from siglip_serve.bulk import decoder
+from siglip_serve.bulk.child import start_child
 from siglip_serve.bulk.decoder import Decoded, Setup, Task, map_slots
 from siglip_serve.errors import ServerStartError
 
 __all__ = ["Decoders"]
 
-# Not `-m`: its classes would then have another name than here. Ctrl-C is for the driver, from the beginning.
-_PROGRAM = (
-    "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-    f"from {decoder.__name__} import main; main(sys.argv[1:])"
-)
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 _ATTEMPTS = 3  # of a task whose process dies
 _START_SECONDS = 300.0  # a machine may be busy
 _PATIENCE = 30.0  # seconds for a task, in addition to those that its pictures may take, several times over
@@ -131,23 +124,8 @@ def _unpin(memory: NDArray[np.uint8]) -> None:
 
 class _Process:
     def __init__(self, memory: int, setup: Setup) -> None:
-        ours, theirs = socket.socketpair()
         self._seconds = 4 * setup.limits.max_seconds
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            "OPENBLAS_NUM_THREADS": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, str(theirs.fileno()), str(memory)],
-                pass_fds=[theirs.fileno(), memory],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-            )
-        self._channel = Connection(ours.detach())
+        self._process, self._channel = start_child(decoder.__name__, [memory], _ONE_THREAD)
         with suppress(OSError):
             self._channel.send(setup)
 

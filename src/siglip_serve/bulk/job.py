@@ -12,13 +12,12 @@ from siglip_serve.bulk.items import Columns
 from siglip_serve.bulk.storage import Folder
 from siglip_serve.bulk.units import InputOptions
 from siglip_serve.checkpoint.config import limit_patches, load_config
-from siglip_serve.checkpoint.files import fingerprint, resolve
+from siglip_serve.checkpoint.files import fingerprint, public_name, resolve
 from siglip_serve.checkpoint.model_config import ModelConfig
 from siglip_serve.config import Settings
 from siglip_serve.errors import SettingsError
-from siglip_serve.images.formats import ImageLimits
 
-__all__ = ["Format", "Job", "Labels", "VectorType", "open_job"]
+__all__ = ["Format", "Job", "Labels", "VectorType", "keep_manifest", "open_job"]
 
 Format = Literal["parquet", "npy", "lance"]
 VectorType = Literal["float32", "float16", "int8", "binary"]
@@ -68,17 +67,6 @@ class Job:
     labels: Labels = field(default_factory=Labels)
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
-    @property
-    def limits(self) -> ImageLimits:
-        """Limits of one image."""
-        own = self.settings
-        return ImageLimits(
-            own.max_image_bytes,
-            own.max_image_pixels,
-            own.max_decode_seconds,
-            own.max_decode_megabytes * 1_000_000,
-        )
-
     def load_config(self) -> ModelConfig:
         """Read the checkpoint's JSON files, downloading them if it is a hub id.
 
@@ -91,17 +79,16 @@ class Job:
     def identity(self, config: ModelConfig) -> dict[str, Any]:
         """Everything that two runs of one output must share, as JSON values."""
         own = self.settings
-        path = config.path
-        hub = path.parent.name == "snapshots"
+        name, revision = public_name(own.checkpoint, config.path)
         return {
             "version": _VERSION,
             "format": self.format,
             "dtype": self.vectors,
             "width": config.vision.embedding_size,
             "normalized": self.normalized,
-            "checkpoint_name": own.checkpoint.partition("@")[0] if hub else path.name,
-            "checkpoint_revision": path.name if hub else "local",
-            "checkpoint_fingerprint": fingerprint(path),
+            "checkpoint_name": name,
+            "checkpoint_revision": revision,
+            "checkpoint_fingerprint": fingerprint(config.path),
             "tower_dtype": own.dtype,
             "preprocess": own.preprocess,
             "color": own.color,
@@ -119,34 +106,34 @@ class Job:
         }
 
 
-def open_job(job: Job, config: ModelConfig, write: bool = True) -> Folder:
-    """Open the output of a job, and leave its manifest there if it is new.
+def open_job(job: Job, config: ModelConfig) -> Folder:
+    """Open the output of a job. Nothing is written.
 
     Args:
         job: to be run.
         config: of its checkpoint.
-        write: leave the manifest.
 
     Raises:
-        SettingsError: the output belongs to a job with other settings. The message names the first that
-            differs.
+        SettingsError: the output belongs to a job with other settings. The message names those that differ.
     """
     if config.text_only:
         raise SettingsError(f"checkpoint {job.settings.checkpoint!r}: has no image tower")
     folder = Folder(job.output)
-    identity = job.identity(config)
     stored = folder.read(_MANIFEST)
-    if stored is None:
-        if write:
-            made = {"siglip_serve": version("siglip-serve"), "checkpoint": job.settings.checkpoint}
-            folder.write(_MANIFEST, json.dumps({**identity, **made}, indent=2).encode() + b"\n")
-        return folder
-    try:
-        known = json.loads(stored)
-    except ValueError as error:
-        raise SettingsError(f"{folder.join(_MANIFEST)}: not valid JSON: {error}") from error
-    _check_same(folder.path, known, identity)
+    if stored is not None:
+        try:
+            known = json.loads(stored)
+        except ValueError as error:
+            raise SettingsError(f"{folder.join(_MANIFEST)}: not valid JSON: {error}") from error
+        _check_same(folder.path, known, job.identity(config))
     return folder
+
+
+def keep_manifest(job: Job, config: ModelConfig, folder: Folder) -> None:
+    """Write the manifest of a job, unless its output has one. The output then belongs to its settings."""
+    if folder.read(_MANIFEST) is None:
+        made = {"siglip_serve": version("siglip-serve"), "checkpoint": job.settings.checkpoint}
+        folder.write(_MANIFEST, json.dumps({**job.identity(config), **made}, indent=2).encode() + b"\n")
 
 
 def _check_same(output: str, known: Mapping[str, Any], identity: Mapping[str, Any]) -> None:

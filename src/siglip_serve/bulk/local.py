@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 
 from siglip_serve.bulk import worker_process
 from siglip_serve.bulk.backlog import Backlog
+from siglip_serve.bulk.child import start_child
 from siglip_serve.bulk.job import Job
 from siglip_serve.bulk.progress import Progress
 from siglip_serve.bulk.units import Unit
@@ -25,11 +22,6 @@ __all__ = ["devices_of", "run_local"]
 
 _MOST_STARTS = 3  # in a row that fail
 _PAUSE = 1.0  # seconds before a process is replaced
-# Not `-m`: its classes would then have another name than here. Ctrl-C is for the driver, from the beginning.
-_PROGRAM = (
-    "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-    f"from {worker_process.__name__} import main; main(sys.argv[1:])"
-)
 
 
 def devices_of(job: Job) -> list[str]:
@@ -137,15 +129,7 @@ class _WorkerProcess:
     def start(self) -> None:
         self.units: dict[str, Unit] = {}
         self.ready = self.told_end = False
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                stdin=subprocess.DEVNULL,
-            )
-        self.channel = Connection(ours.detach())
+        self._process, self.channel = start_child(worker_process.__name__)
         self._put(self._assignment)
 
     def send(self, unit: Unit | None) -> None:

@@ -7,6 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from siglip_serve_client.commands.options import positive
+
 from siglip_serve.bulk.items import Columns
 from siglip_serve.bulk.job import Format, Job, Labels, VectorType
 from siglip_serve.bulk.outputs import OWN_COLUMNS
@@ -130,7 +132,7 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     add("--all-files", action="store_true", help="read every file of folders and archives as a picture")
     add(
         "--unit-items",
-        type=_positive,
+        type=positive,
         default=4096,
         help="lines of a listing per file (default: %(default)s)",
     )
@@ -169,7 +171,7 @@ def _add_labels(parser: argparse.ArgumentParser) -> None:
         help="compare pictures with the labels in FILE, one per line",
     )
     add("--template", default="{}", help="text around a label (default: %(default)s)")
-    add("--top", type=_positive, default=5, help="likeliest labels that are kept (default: %(default)s)")
+    add("--top", type=positive, default=5, help="likeliest labels that are kept (default: %(default)s)")
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -192,12 +194,6 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
             metavar=found.metadata["metavar"] or (None if choices else "N"),
             help=(found.metadata["help"] + default).replace("%", "%%"),
         )
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from siglip_serve.checkpoint.config import limit_patches, load_config, tensor_dims
 from siglip_serve.checkpoint.files import fingerprint, public_name, resolve
-from siglip_serve.checkpoint.model_config import ModelConfig, NaflexImageConfig
+from siglip_serve.checkpoint.model_config import ModelConfig
 from siglip_serve.config import Settings, load_settings
-from siglip_serve.engine.engines import NaflexEngine, TextEngine, VisionEngine
+from siglip_serve.engine.engines import NaflexEngine, open_text, open_vision
 from siglip_serve.engine.patches import PatchRows
 from siglip_serve.engine.plan import Plan
 from siglip_serve.errors import SettingsError
@@ -21,7 +21,6 @@ from siglip_serve.images.patches import grid_of
 from siglip_serve.images.preprocess import Preprocessor
 from siglip_serve.machine import available_cores, gpu_capabilities
 from siglip_serve.texts.tokenizer import load_tokenizer
-from siglip_serve.towers import load, naflex
 
 __all__ = ["QueryEmbedder"]
 
@@ -81,7 +80,7 @@ class QueryEmbedder:
         if self.config.vision_only:
             raise SettingsError(f"{self.name}: has no text tower, so only pictures can be searched for")
         ids = load_tokenizer(self.config)(text, truncation)
-        engine = TextEngine(load.load_text(self.config.path), self._plan())
+        engine = open_text(self.config, self._plan())
         return _one(engine(np.asarray(ids, np.int64)[None]).rows(0, 1)["EMBEDDING"])
 
     def image(self, data: bytes) -> NDArray[np.float32]:
@@ -102,21 +101,18 @@ class QueryEmbedder:
             pixels = reader.resize(picture)[None]
         finally:
             reader.close()
-        if isinstance(config.image, NaflexImageConfig):
+        engine = open_vision(config, self._plan())
+        if isinstance(engine, NaflexEngine):
             grids = np.array([grid_of(config, *picture.shape[:2])])
-            engine = NaflexEngine(naflex.load_vision(config.path), config.image, self._plan())
             return _one(engine(PatchRows(pixels, grids)).rows(0, 1)["EMBEDDING"])
-        tower = VisionEngine(load.load_vision(config.path), config.image, self._plan())
-        return _one(tower(pixels).rows(0, 1)["EMBEDDING"])
+        return _one(engine(pixels).rows(0, 1)["EMBEDDING"])
 
     def _plan(self) -> Plan:
-        own, threads = self.settings, available_cores()
-        torch.set_num_threads(threads)
-        torch.backends.cudnn.allow_tf32 = False  # as a server has it
+        own = self.settings
         device = "cuda:0" if gpu_capabilities() and torch.cuda.is_available() else "cpu"
         # The others are of one kind of device, or need images to calibrate: the query does without.
         dtype = own.dtype if own.dtype in ("float32", "bfloat16") else "auto"
-        return Plan(device, dtype, threads=threads, cache=own.cache_folder)
+        return Plan(device, dtype, threads=available_cores(), cache=own.cache_folder)
 
 
 def _one(rows: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +18,7 @@ from siglip_serve.errors import CheckpointError, SettingsError
 from siglip_serve.images.patches import grid_of
 
 if TYPE_CHECKING:
-    from siglip_serve.engine.engines import NaflexEngine, TextEngine, VisionEngine
+    from siglip_serve.engine.engines import TextEngine
 
 __all__ = ["LabelScorer", "Towers"]
 
@@ -44,26 +44,16 @@ class Towers:
     """
 
     def __init__(self, job: Job, config: ModelConfig, device: str, cores: int) -> None:
-        import torch
+        from siglip_serve.engine.engines import open_text, open_vision
 
-        from siglip_serve.engine.engines import NaflexEngine, TextEngine, VisionEngine
-        from siglip_serve.towers import load, naflex
-
-        threads = job.settings.threads or cores
-        torch.set_num_threads(threads)
-        torch.backends.cudnn.allow_tf32 = False  # float32 is the exact mode, in the patch convolution too
-        plan = _plan(job, device, threads)
+        plan = replace(Plan.of(job.settings, device, cores), heatmap_blocks=0)
         self._config = config
-        self._vision: VisionEngine | NaflexEngine
-        if isinstance(config.image, NaflexImageConfig):
-            self._vision = NaflexEngine(naflex.load_vision(config.path), config.image, plan)
-        else:
-            self._vision = VisionEngine(load.load_vision(config.path), config.image, plan)
+        self._vision = open_vision(config, plan)
         self._text: TextEngine | None = None
         if job.columns.text or job.labels.names:
             if config.vision_only:
                 raise CheckpointError(f"checkpoint {job.settings.checkpoint!r}: has no text tower")
-            self._text = TextEngine(load.load_text(config.path), plan)
+            self._text = open_text(config, plan)
         self.dtype = self._vision.plan.dtype
         most = self._vision.runner.max_rows
         self.batch_rows = most * (1 if device == "cpu" else _PASSES)
@@ -135,17 +125,3 @@ class LabelScorer:
             ([names[column] for column in row], scores[number, row].astype(np.float32))
             for number, row in enumerate(best)
         ]
-
-
-def _plan(job: Job, device: str, threads: int) -> Plan:
-    own = job.settings
-    return Plan(
-        device=device,
-        dtype=own.dtype,
-        backend=own.backend,
-        max_rows=own.max_rows,
-        threads=threads,
-        cache=own.cache_folder,
-        calibration=own.calibration_folder,
-        heatmap_blocks=0,
-    )

@@ -29,6 +29,7 @@ from siglip_serve.bulk.units import Unit
 from siglip_serve.checkpoint.config import tensor_dims
 from siglip_serve.checkpoint.model_config import ModelConfig
 from siglip_serve.errors import SiglipServeError
+from siglip_serve.images.formats import ImageLimits
 from siglip_serve.machine import available_cores
 
 __all__ = ["STAGES", "Finished", "Worker", "end_with_any_thread"]
@@ -132,7 +133,7 @@ class Worker:
             job.settings.preprocess,
             device,
             job.settings.color,
-            job.limits,
+            ImageLimits.of(job.settings),
             shape,
             bool(job.columns.text),
         )

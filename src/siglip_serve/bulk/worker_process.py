@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -83,7 +82,6 @@ def main(arguments: Sequence[str]) -> None:
     Args:
         arguments: the descriptor of the socket.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides when to end
     channel = _Channel(int(arguments[0]))
     assignment: Assignment = channel.receive()
     job = assignment.job

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from siglip_serve.checkpoint.model_config import Family, ImageConfig, NaflexImageConfig
+from siglip_serve.checkpoint.model_config import Family, ImageConfig, ModelConfig, NaflexImageConfig
 from siglip_serve.engine.passes import (
     OUTPUTS,
     Arrays,
@@ -25,11 +25,13 @@ from siglip_serve.engine.torch.naflex import TorchNaflex
 from siglip_serve.engine.torch.runners import TorchText, TorchVision
 from siglip_serve.errors import SettingsError
 from siglip_serve.heatmaps.attribution import Explanation, SiglipExplainer, explainer_of
+from siglip_serve.machine import available_cores
+from siglip_serve.towers import naflex
 from siglip_serve.towers.clip import ClipTextTower, ClipVisionTower
-from siglip_serve.towers.load import AnyTextTower, AnyVisionTower
+from siglip_serve.towers.load import AnyTextTower, AnyVisionTower, load_text, load_vision
 from siglip_serve.towers.naflex import NaflexVisionTower
 
-__all__ = ["NaflexEngine", "TextEngine", "VisionEngine"]
+__all__ = ["NaflexEngine", "TextEngine", "VisionEngine", "open_text", "open_vision"]
 
 _TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -162,6 +164,30 @@ class TextEngine:
             projection.
         """
         return in_passes(ids, self.runner.max_rows, lambda part: self.runner(part, ["EMBEDDING"]))
+
+
+def open_vision(config: ModelConfig, plan: Plan) -> VisionEngine | NaflexEngine:
+    """Load the vision tower of a checkpoint, and give torch the threads of the plan.
+
+    Raises:
+        CheckpointError: the weights do not belong to the configuration.
+        SettingsError: the device, or the tower's family, cannot run the plan.
+    """
+    _prepare_torch(plan)
+    if isinstance(config.image, NaflexImageConfig):
+        return NaflexEngine(naflex.load_vision(config.path), config.image, plan)
+    return VisionEngine(load_vision(config.path), config.image, plan)
+
+
+def open_text(config: ModelConfig, plan: Plan) -> TextEngine:
+    """Load the text tower of a checkpoint. See `open_vision`."""
+    _prepare_torch(plan)
+    return TextEngine(load_text(config.path), plan)
+
+
+def _prepare_torch(plan: Plan) -> None:
+    torch.set_num_threads(plan.threads or available_cores())
+    torch.backends.cudnn.allow_tf32 = False  # float32 is the exact mode, in the patch convolution too
 
 
 def _vision_runner(tower: AnyVisionTower, image: ImageConfig, plan: Plan) -> VisionRunner:

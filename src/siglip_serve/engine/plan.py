@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from siglip_serve.checkpoint.model_config import Family
-from siglip_serve.config import Backend, Dtype
+from siglip_serve.config import Backend, Dtype, Settings
 from siglip_serve.errors import SettingsError
 from siglip_serve.machine import gpu_capabilities, processor_flags
 
@@ -48,6 +48,25 @@ class Plan:
     calibration: Path | None = None
     heatmap_blocks: int = 2
     heatmap_vectors: int = 32
+
+    @classmethod
+    def of(cls, settings: Settings, device: str, threads: int) -> Plan:
+        """Take the options of a device's towers from the settings.
+
+        Args:
+            threads: CPU threads, unless the settings give a number.
+        """
+        return cls(
+            device=device,
+            dtype=settings.dtype,
+            backend=settings.backend,
+            max_rows=settings.max_rows,
+            threads=settings.threads or threads,
+            cache=settings.cache_folder,
+            calibration=settings.calibration_folder,
+            heatmap_blocks=settings.heatmap_blocks,
+            heatmap_vectors=settings.heatmap_prompts,
+        )
 
     @property
     def wide_dtype(self) -> Dtype:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import pybase64
 from PIL import features
 
+from siglip_serve.config import Settings
 from siglip_serve.errors import ImageError, ImageTooLargeError, InvalidInputError
 from siglip_serve.images.heif import HEIF_HINT, HEIF_INSTALLED
 from siglip_serve.images.jpeg import PlainFrame, plain_frame
@@ -35,6 +36,16 @@ class ImageLimits:
     max_pixels: int = 64_000_000
     max_seconds: float = 2.0
     max_memory: int = 512_000_000
+
+    @classmethod
+    def of(cls, settings: Settings) -> ImageLimits:
+        """Take the limits of the settings."""
+        return cls(
+            settings.max_image_bytes,
+            settings.max_image_pixels,
+            settings.max_decode_seconds,
+            settings.max_decode_megabytes * 1_000_000,
+        )
 
 
 DEFAULT_LIMITS = ImageLimits()

@@ -93,24 +93,8 @@ def fill_dims(model: Any) -> Any:
 
 
 def engine_plan(context: Context) -> Plan:
-    """Plan how this model's tower runs, as the settings say, and give torch its threads."""
-    import torch
-
-    settings = context.settings
-    threads = settings.threads or available_cores()
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.allow_tf32 = False  # float32 is the exact mode, in the patch convolution too
-    return Plan(
-        device=context.device,
-        dtype=settings.dtype,
-        backend=settings.backend,
-        max_rows=settings.max_rows,
-        threads=threads,
-        cache=settings.cache_folder,
-        calibration=settings.calibration_folder,
-        heatmap_blocks=settings.heatmap_blocks,
-        heatmap_vectors=settings.heatmap_prompts,
-    )
+    """Plan how this model's tower runs, as the settings say."""
+    return Plan.of(context.settings, context.device, available_cores())
 
 
 def open_turns(context: Context) -> Turns:

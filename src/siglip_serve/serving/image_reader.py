@@ -41,12 +41,7 @@ class ImageReader:
             torch.set_num_threads(1)  # the other cores belong to the other instances
         AvifImagePlugin.DEFAULT_MAX_THREADS = 1
         Image.MAX_IMAGE_PIXELS = None  # our own limit stands in its place, at the same point: the header
-        self.limits = ImageLimits(
-            settings.max_image_bytes,
-            settings.max_image_pixels,
-            settings.max_decode_seconds,
-            settings.max_decode_megabytes * 1_000_000,
-        )
+        self.limits = ImageLimits.of(settings)
         self._slow_places = open_places(context, context.processes - 1)
         self._alone = context.processes == 1
         self._quick = settings.slow_request_seconds

@@ -66,14 +66,13 @@ class SiglipTextModel(BatchModel[NDArray[np.int64], Outputs]):
     """
 
     def __init__(self, context: Context) -> None:
-        from siglip_serve.engine.engines import TextEngine
-        from siglip_serve.towers.load import load_text
+        from siglip_serve.engine.engines import open_text
 
         super().__init__(context)
         config = context.config
         self._shape = tensor_dims(config)["INPUT_IDS"]
         with readable_start():
-            self._engine = TextEngine(load_text(config.path), engine_plan(context))
+            self._engine = open_text(config, engine_plan(context))
             self._engine(np.zeros((1, *self._shape), dtype=np.int64)).rows(0, 1)
         self._vocabulary, self._width = config.text.vocab_size, config.text.projection_size
         self._known = RowCache(context.settings.text_cache_rows)

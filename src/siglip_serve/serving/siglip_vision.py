@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from siglip_serve.checkpoint.config import tensor_dims
-from siglip_serve.checkpoint.model_config import NaflexImageConfig
 from siglip_serve.errors import InvalidInputError
 from siglip_serve.images.patches import grid_of
 from siglip_serve.serving.context import Context, engine_plan, open_turns, readable_start
@@ -237,11 +236,10 @@ class SiglipVisionModel(BatchModel[Any, Outputs]):
 
 def _open_tower(context: Context) -> tuple[VisionEngine | NaflexEngine, TowerInput[Any]]:
     """Load the vision tower of the checkpoint, and find how its rows are read."""
-    from siglip_serve.engine.engines import NaflexEngine, VisionEngine
-    from siglip_serve.towers import load, naflex
+    from siglip_serve.engine.engines import NaflexEngine, open_vision
 
-    config, plan = context.config, engine_plan(context)
-    if isinstance(config.image, NaflexImageConfig):
-        return NaflexEngine(naflex.load_vision(config.path), config.image, plan), PatchInput(config)
-    engine = VisionEngine(load.load_vision(config.path), config.image, plan)
+    config = context.config
+    engine = open_vision(config, engine_plan(context))
+    if isinstance(engine, NaflexEngine):
+        return engine, PatchInput(config)
     return engine, PixelInput(config, engine.staging)

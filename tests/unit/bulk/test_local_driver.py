@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from siglip_serve.bulk import backlog, local
+from siglip_serve.bulk import backlog, child, local
 from siglip_serve.bulk.job import Job
 from siglip_serve.bulk.local import run_local
 from siglip_serve.bulk.progress import Progress, Summary
@@ -26,7 +26,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from siglip_serve.bulk.worker import Finished
 from siglip_serve.bulk.worker_process import Ready, Refused
-channel = Connection(int(sys.argv[1]))
+channel = Connection(int(sys.argv[2]))
 job = channel.recv().job
 with Path(job.output, "starts").open("a") as file:
     file.write(".")
@@ -46,7 +46,7 @@ while (unit := channel.recv()) is not None:
 
 
 def drive(folder: Path, way: str, sources: list[str], monkeypatch: pytest.MonkeyPatch) -> Summary:
-    monkeypatch.setattr(local, "_PROGRAM", PROGRAM)
+    monkeypatch.setattr(child, "_PROGRAM", PROGRAM)
     monkeypatch.setattr(local, "_PAUSE", 0.0)
     monkeypatch.setattr(backlog, "_MOST_DEATHS", 3)
     units = [Unit(f"u{number}", "tar", source) for number, source in enumerate(sources)]

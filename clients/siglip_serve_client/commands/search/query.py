@@ -83,7 +83,7 @@ def _by_server(options: argparse.Namespace, collection: Collection, data: bytes)
 
 
 def _in_process(options: argparse.Namespace, collection: Collection, data: bytes) -> NDArray[np.float32]:
-    opened, refused = _library()
+    opened, refused, wrong_input = _library()
     try:
         embedder = opened(options.checkpoint or _own_checkpoint(collection), _own_settings(collection))
         names = embedder.name, embedder.width, embedder.revision
@@ -101,8 +101,9 @@ def _in_process(options: argparse.Namespace, collection: Collection, data: bytes
     except refused as error:
         what = "--text" if options.image is None else f"--image {options.image}"
         hint = "" if options.checkpoint else "; --checkpoint names its folder or hub id"
-        is_input = type(error).__name__ in ("TextError", "ImageError", "ImageTooLargeError", "ImageCostError")
-        raise QueryError(f"{what}: {error}" if is_input else f"{error}{hint}") from error
+        raise QueryError(
+            f"{what}: {error}" if isinstance(error, wrong_input) else f"{error}{hint}"
+        ) from error
 
 
 def _own_checkpoint(collection: Collection) -> str:
@@ -126,15 +127,18 @@ def _own_settings(collection: Collection) -> dict[str, str]:
     return {name: identity[key] for name, key in names.items() if identity.get(key)}
 
 
-def _library() -> tuple[Callable[[str, Mapping[str, str]], Embedder], type[Exception]]:
-    """How a checkpoint is opened, and the library's errors. torch takes seconds, so it is imported here."""
+def _library() -> tuple[Callable[[str, Mapping[str, str]], Embedder], type[Exception], type[Exception]]:
+    """How a checkpoint is opened, the library's errors, and those of a wrong input.
+
+    torch takes seconds, so it is imported here.
+    """
     # Its threads would otherwise spin between operations, and take the cores of whatever runs besides.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from siglip_serve.bulk.query import QueryEmbedder
-        from siglip_serve.errors import SiglipServeError
+        from siglip_serve.errors import InvalidInputError, SiglipServeError
     except ModuleNotFoundError as error:
         raise QueryError(
             f"{error}; `{install_hint('runtime')}` adds it, or name a running server with --server"
         ) from error
-    return QueryEmbedder.open, SiglipServeError
+    return QueryEmbedder.open, SiglipServeError, InvalidInputError
