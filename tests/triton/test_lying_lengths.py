@@ -22,7 +22,7 @@ from wire import ROOT, TINY, post
 from siglip_serve.launcher import ServeOptions, TritonServer
 
 PICTURE = encode(photo(60, 40), "JPEG")
-HONEST, ROUNDS = 20, 5
+HONEST, ROUNDS, LIES = 20, 5, 5
 Tensors = dict[str, tuple[list[int], list[bytes]]]
 ONE_PICTURE: Tensors = {"INPUT_IMAGE": ([1, 1], [PICTURE])}
 ONE_TEXT: Tensors = {"INPUT_TEXT": ([1, 1], [b"a dog"])}
@@ -92,7 +92,7 @@ def test_refuses_a_liar_and_serves_twenty_honest_callers(
     done = threading.Event()
 
     def lie() -> set[str]:
-        told = set()
+        told = {send(server, model, tensors, 1)}
         while not done.is_set():
             told.add(send(server, model, tensors, 1))
         return told
@@ -148,24 +148,18 @@ def test_clients_ask_again_where_callers_speak_with_triton_itself(tmp_path: Any)
         direct_grpc=True,
         settings={"dtype": "float32"},
     )
-    done = threading.Event()
     with TritonServer(options) as server, Client(f"grpc://{server.grpc_url}") as client:
         right = client.embed_text("a dog")
 
-        def lie() -> int:
-            count = 0
-            while not done.is_set():
+        def lie() -> None:
+            for _ in range(LIES):
                 told = over_grpc(server, "embed_text", STRINGS["embed_text"], 1)
                 assert "incomplete string data" in told
-                count += 1
                 time.sleep(0.1)  # a client asks five times
-            return count
 
         with ThreadPoolExecutor(HONEST + 1) as pool:
             liar = pool.submit(lie)
-            try:
-                for answer in pool.map(lambda _: client.embed_text("a dog"), range(HONEST * ROUNDS)):
+            while not liar.done():  # as many honest calls as fit, however fast the machine is
+                for answer in pool.map(lambda _: client.embed_text("a dog"), range(HONEST)):
                     np.testing.assert_allclose(answer, right, atol=1e-5)
-            finally:
-                done.set()
-            assert liar.result() > 1
+            liar.result()
