@@ -5,8 +5,6 @@ A test that needs other options starts its own server, with only the models that
 
 from __future__ import annotations
 
-import re
-import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,18 +60,19 @@ def sharing_server(exact_server: TritonServer) -> TritonServer:
 
 @pytest.fixture(scope="session")
 def mortal_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    """A server of `embed_image` whose processes tests kill: two decode processes and a queue of eight images.
+    """A server of `embed_image` whose processes tests kill: two decode processes.
 
     It was started by a thread that has ended. Its decode processes do without torch, so they start quickly.
     """
     folder = tmp_path_factory.mktemp("mortal_server")
-    repository = Path(shutil.copytree(ROOT / "model_repository", folder / "models"))
-    config = repository / "siglip_vision_process" / "config.pbtxt"
-    config.write_text(re.sub(r"max_queue_size: \d+", "max_queue_size: 8", config.read_text()))
     settings = {"dtype": "float32", "decoders": "2", "preprocess": "pil"}
     running = TritonServer(
         ServeOptions(
-            repository, str(TINY), models=("embed_image",), log_file=folder / "log", settings=settings
+            ROOT / "model_repository",
+            str(TINY),
+            models=("embed_image",),
+            log_file=folder / "log",
+            settings=settings,
         )
     )
     thread = threading.Thread(target=running.start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
 import time
@@ -21,6 +22,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import serialize_byte_tensor
 from wire import GrpcCaller, decoded
 
+from siglip_gateway.doors.grpc_door import open_door
 from siglip_serve.launcher import TritonServer
 
 SMALL, LARGE = encode(photo(80, 60), "JPEG"), encode(photo(2400, 1600), "JPEG")
@@ -78,6 +80,24 @@ def test_computes_little_for_callers_whose_deadline_passed(server: TritonServer,
     time.sleep(1)
     assert late > 50  # or this test asks for too little
     assert decoded(metrics) - before - 1 <= late / 10  # some were being decoded
+
+
+def test_refuses_an_overload_and_loses_no_request(server: TritonServer) -> None:
+    """Through a door with few places: of many calls at once some are answered and the others refused."""
+
+    async def burst() -> Counter[str]:
+        async with (
+            open_door("127.0.0.1:0", server.grpc_url, max_in_flight=2, max_waiting=6) as (_, _, port),
+            grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
+        ):
+            infer = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer
+            message = request(LARGE)
+            calls = [infer(message, timeout=60) for _ in range(40)]
+            return Counter([(await call.code()).name for call in calls])
+
+    outcomes = asyncio.run(burst())
+    assert outcomes.keys() == {"OK", "UNAVAILABLE"}
+    assert outcomes["OK"] >= 8
 
 
 def test_streams_are_answered_and_may_be_given_up(server: TritonServer) -> None:

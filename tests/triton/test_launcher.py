@@ -12,7 +12,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -50,24 +49,6 @@ def test_outlives_the_thread_that_started_it(mortal_server: TritonServer) -> Non
     time.sleep(2)
     assert GrpcCaller(mortal_server.grpc_url).embed([PICTURE]).shape[0] == 1
     assert mortal_server.pid == pid
-
-
-def test_refuses_an_overload_and_loses_no_request(mortal_server: TritonServer) -> None:
-    """The queue holds eight: many requests at once are either answered or refused as UNAVAILABLE."""
-    large = encode(photo(3000, 2000), "JPEG")
-    caller = GrpcCaller(mortal_server.grpc_url)
-
-    def ask(_: int) -> str:
-        try:
-            caller.embed([large])
-        except InferenceServerException as error:
-            return str(error.status())
-        return "answered"
-
-    with ThreadPoolExecutor(40) as pool:
-        answers = list(pool.map(ask, range(40)))
-    assert set(answers) == {"answered", "StatusCode.UNAVAILABLE"}
-    assert caller.embed([PICTURE]).shape[0] == 1
 
 
 def test_loads_a_model_once_when_one_of_its_processes_dies(mortal_server: TritonServer) -> None:

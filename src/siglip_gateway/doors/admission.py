@@ -3,10 +3,6 @@
 A call that Triton has cannot be taken back: cancelling it may end the server, so it is computed for no
 caller. Callers that give up again and again would fill Triton with such calls. While it has as many of them
 as allowed, further calls wait here, in order. A call whose caller gives up here costs Triton nothing.
-
-One call is let in after 50 ms even so. A model's batcher in Triton does not see a request that arrives just
-before the model's process is ready again. It looks for it after 500 ms, or as soon as the next one arrives.
-There are at most as many such calls as calls that end, so that they do not pile up before a slow model.
 """
 
 from __future__ import annotations
@@ -21,11 +17,10 @@ __all__ = ["Admission", "Admissions", "FullError"]
 T = TypeVar("T")
 
 _MANY_NAMES = 64  # more than there are models, so callers have made up names
-# Enough for a few callers that lose their patience at any time, and little work for a CPU.
-_MOST_FORGOTTEN = 4
+# Each call that is computed in vain delays the next by its share of a pass, which is long on a CPU. With 4
+# a caller beside 16 that cancel waited two to four times as long as with 2.
+_MOST_FORGOTTEN = 2
 _SHARE_FORGOTTEN = 8  # of as many calls one more, so that a GPU with hundreds of them never waits for a few
-_PAUSE = 0.05  # seconds in which no call is let in although some wait and there are places
-_LONG_PAUSE = 0.5  # the same, while no call has ended since the last pause
 _WIDEN = 2  # calls that are let in for each that ends, so that after a wait the number grows again
 
 
@@ -57,8 +52,6 @@ class Admission:
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()  # a task that nothing refers to may be collected
         self._forgotten: set[asyncio.Task[Any]] = set()
-        self._last, self._pause = 0.0, _PAUSE  # when a call was let in, and how long none may be
-        self._timer = False  # the end of the pause is awaited
 
     @property
     def in_flight(self) -> int:
@@ -121,11 +114,10 @@ class Admission:
 
     async def _enter(self) -> None:
         if self._may_pass() and not self._waiters:
-            self._count()
+            self._admitted += 1
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters.append(turn)
-        self._await_pause()
         try:
             await turn
         except asyncio.CancelledError:
@@ -142,41 +134,18 @@ class Admission:
             task.exception()  # nothing else asks for it
         self._forgotten.discard(task)
         self._admitted -= 1
-        self._pause = _PAUSE
         self._let_in()
 
     def _let_in(self) -> None:
         for _ in range(_WIDEN):
             if self._has_waiter() and self._may_pass():
-                self._admit_first()
+                self._admitted += 1
+                self._waiters.popleft().set_result(None)
 
     def _has_waiter(self) -> bool:
         while self._waiters and self._waiters[0].cancelled():
             self._waiters.popleft()
         return bool(self._waiters)
-
-    def _admit_first(self) -> None:
-        self._count()
-        self._waiters.popleft().set_result(None)
-
-    def _count(self) -> None:
-        self._admitted += 1
-        self._last = asyncio.get_running_loop().time()
-
-    def _await_pause(self) -> None:
-        if not self._timer:
-            self._timer = True
-            loop = asyncio.get_running_loop()
-            loop.call_at(max(self._last + self._pause, loop.time() + 0.01), self._end_pause)
-
-    def _end_pause(self) -> None:
-        self._timer = False
-        over = asyncio.get_running_loop().time() - self._last >= self._pause
-        if self._has_waiter() and over and self._admitted < self._most:
-            self._admit_first()
-            self._pause = _LONG_PAUSE
-        if self._waiters:
-            self._await_pause()
 
 
 class Admissions:

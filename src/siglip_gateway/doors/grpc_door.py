@@ -2,9 +2,8 @@
 
 A deadline that expires early, or a cancelled call, ends the server of Triton 24.10 with a segmentation fault
 in its gRPC handler. Behind the door each call runs in a task of its own, without a deadline, until Triton has
-answered. A caller that gives up leaves this task alone. So that Triton computes nothing for such a caller,
-the time that it still waits becomes the request parameter `timeout`, after which Triton drops the request
-from its queues.
+answered. A caller that gives up leaves this task alone. So that nothing is computed for such a caller, the
+time that it still waits becomes the request parameter `timeout`, after which our models drop the request.
 
 A request whose strings are not as long as they say is refused here. Triton would refuse other requests with
 it. All others pass through as bytes, and so do answers. Metadata, status codes and messages stay as they are.
@@ -30,7 +29,7 @@ from siglip_gateway.doors.admission import Admissions, FullError
 from siglip_gateway.doors.grpc_tensors import check_request, model_of
 from siglip_gateway.doors.length_prefixes import TensorError
 from siglip_gateway.doors.protobuf_fields import Field
-from siglip_gateway.doors.timeout_parameter import with_timeout
+from siglip_gateway.doors.timeout_parameter import now, with_timeout
 
 __all__ = ["MAX_WAITING", "GrpcDoor", "open_door", "serve"]
 
@@ -42,7 +41,7 @@ _INFER, _STREAM = f"{_SERVICE}ModelInfer", f"{_SERVICE}ModelStreamInfer"
 # gRPC's own words for a connection that is not there or broke. Triton's messages have none of them.
 _NO_CONNECTION = re.compile("connect|socket|stream removed|goaway|broken pipe|cancelling all", re.IGNORECASE)
 _NOT_A_MESSAGE = "Unable to parse request"  # gRPC's words for bytes that are no message of the method
-_EXPIRED = "Request timeout expired"  # Triton's words for a request that it dropped from a queue
+_EXPIRED = "Request timeout expired"  # Triton's words, and our models', for a request that waited too long
 
 MAX_WAITING = 2048
 _MAX_OTHERS = 2048  # streams, and calls of other methods than ModelInfer
@@ -113,17 +112,19 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
         await _refuse_late(context)
         fields = await _checked(request, context) if method == _INFER else []
 
-        async def ask() -> tuple[Any, bytes, bool]:
-            left = context.time_remaining() if method == _INFER else None
-            sent = request if left is None else with_timeout(request, fields, left)
-            call = self._channel.unary_unary(method)(sent, metadata=_metadata(context))
-            return call, await _answer(call), sent is not request
+        by_deadline = False
+        if method == _INFER:
+            request, by_deadline = with_timeout(request, fields, context.time_remaining(), now())
+
+        async def ask() -> tuple[Any, bytes]:
+            call = self._channel.unary_unary(method)(request, metadata=_metadata(context))
+            return call, await _answer(call)
 
         if method == _INFER:
             admitted = self._inferences.run(model_of(request, fields), ask)
         else:
             admitted = self._others.run(b"", ask)
-        call, answer, by_deadline = await _or_refuse(admitted, context)
+        call, answer = await _or_refuse(admitted, context)
         await _pass_initial_metadata(call, context)
         await _pass_status(call, context, by_deadline)
         return answer
@@ -202,8 +203,8 @@ async def _pass_requests(requests: AsyncIterator[bytes], call: Any, context: Any
             except (IndexError, ValueError) as error:
                 refused.append(_refusal(error))
                 break
-            left = context.time_remaining()
-            await call.write(request if left is None else with_timeout(request, fields, left))
+            bounded, _ = with_timeout(request, fields, context.time_remaining(), now())
+            await call.write(bounded)
     await call.done_writing()
 
 

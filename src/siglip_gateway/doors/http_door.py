@@ -35,6 +35,7 @@ from siglip_gateway.doors.http_tensors import check_binary_inputs
 from siglip_gateway.doors.json_nesting import pieces_of, refuse_deep_json
 from siglip_gateway.doors.json_shapes import refuse_huge_shapes
 from siglip_gateway.doors.refusal import SERVER, RefusedError, error_answer
+from siglip_gateway.doors.timeout_parameter import ARRIVED, now
 
 __all__ = ["MAX_BODY", "MAX_IN_FLIGHT", "HttpDoor", "Limits", "serve"]
 
@@ -43,7 +44,7 @@ MAX_IN_FLIGHT = 256
 # 512 MiB. Triton needs up to four times as much memory for a body as it has bytes.
 MAX_BODY = 512 * 2**20
 
-_ANSWER_TIME = 1800.0  # seconds; Triton itself drops what waits in its queues for ten minutes
+_ANSWER_TIME = 1800.0  # seconds
 _HEALTH_TIME = 5.0
 _IDLE = 2.0  # seconds after which an unused connection to Triton is closed, to free its descriptors
 _SPARE_FILES = 128
@@ -138,7 +139,7 @@ class HttpDoor:
             def relay() -> Coroutine[Any, Any, web.Response]:
                 nonlocal handed_over
                 handed_over = True  # the memory belongs to the call from now on, which may outlast its caller
-                return self._relay(request.method, target, _passed_on(request, body), body, held)
+                return self._relay(request.method, target, _passed_on(request, body, arrived), body, held)
 
             try:
                 target = self._target(request)
@@ -151,6 +152,7 @@ class HttpDoor:
                     given = ", ".join(request.headers.getall(_JSON_SIZE))[:100]
                     raise RefusedError(400, f"{_JSON_SIZE}: got {given!r}, expected one number")
                 check_binary_inputs(body.parts, body.size, size or 0)
+                arrived = now()
                 return await self._admission.run(relay)
             finally:
                 if not handed_over:
@@ -287,8 +289,9 @@ def _json_size(request: web.BaseRequest) -> int | None:
     return int(sizes[0]) if len(sizes) == 1 and re.fullmatch("[0-9]{1,18}", sizes[0]) else None
 
 
-def _passed_on(request: web.BaseRequest, body: Body) -> CIMultiDict[str]:
+def _passed_on(request: web.BaseRequest, body: Body, arrived: int) -> CIMultiDict[str]:
     headers = _without(request.headers, _OF_A_CONNECTION | _OF_A_BODY)
+    headers[ARRIVED] = str(arrived)  # a request's own timeout counts from there
     if body.parts or "Content-Length" in request.headers:
         headers["Content-Length"] = str(body.size)
     return headers

@@ -1,6 +1,10 @@
-"""Triton's request parameter `timeout`, written into the bytes of a request without parsing the rest.
+"""The time that a request may wait, written into its bytes without parsing the rest.
 
-A `ModelInferRequest` of the KServe protocol carries it as an entry of its map `parameters`:
+Triton knows the parameter `timeout` and would drop a request that has waited for so long. But a model whose
+queue has such a policy may overlook waiting requests for half a second, so the models drop it themselves. A
+request does not tell them when it came. This is what the door adds as the parameter `arrived`.
+
+A `ModelInferRequest` of the KServe protocol carries parameters as entries of a map:
 
     map<string, InferParameter> parameters = 4;    // an InferParameter is a oneof with int64_param = 2
 
@@ -9,45 +13,61 @@ The last entry of a name wins, so an entry at the end of the message replaces on
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 
 from siglip_gateway.doors.protobuf_fields import Field, read_varint
 
-__all__ = ["with_timeout"]
+__all__ = ["ARRIVED", "now", "with_timeout"]
+
+ARRIVED = "arrived"  # a parameter of our models, and a header that Triton's HTTP server makes one of
 
 _PARAMETERS = 4 << 3 | 2  # tag of an entry: field 4, a length follows
-_NAME = b"\x0a\x07timeout\x12"  # in the entry: field 1, 7 bytes; then the tag of field 2, the value
+_KEY, _VALUE = 1 << 3 | 2, 2 << 3 | 2  # tags in the entry: fields 1 and 2, a length follows each
+_TIMEOUT = b"timeout"
+_OWN = bytes([_KEY, len(_TIMEOUT)]) + _TIMEOUT + bytes([_VALUE])  # how an entry of that name begins
 _INT64 = 2 << 3  # tag in the value: field 2, a varint follows
 _RESERVE = 0.25  # seconds to compute and to answer, or a quarter of a shorter time
 _LONGEST = 10**15  # microseconds; Triton counts in nanoseconds of 64 bits
 
 
-def with_timeout(message: bytes, fields: Iterable[Field], seconds: float) -> bytes:
-    """Bound the time that a request may wait in each of Triton's queues.
+def with_timeout(
+    message: bytes, fields: Iterable[Field], seconds: float | None, arrived: int
+) -> tuple[bytes, bool]:
+    """Bound the time until a model takes up a request.
 
-    The bound is a little below the time that the caller waits, because a request that leaves the queue at the
-    last moment would be computed in vain.
+    The bound is a little below the time that the caller waits, because a request that is taken up at the last
+    moment would be computed in vain.
 
     Args:
         message: a serialized `ModelInferRequest`.
         fields: of the message (`protobuf_fields.walk`).
-        seconds: time that its caller still waits, above 0.
+        seconds: time that its caller still waits, above 0; None without an end.
+        arrived: when the door took the request (`now`).
 
     Returns:
-        The message with the parameter `timeout` in microseconds at its end. Unchanged is a message that has
-        a shorter timeout of its own, or one of a wrong type, which Triton refuses.
+        The message, and if `timeout` was added. At its end are the parameter `timeout` in microseconds,
+        unless it has a shorter one of its own, and `arrived`, from which that time counts. It is unchanged
+        without a bound, or with a timeout of a wrong type, which Triton refuses.
     """
     try:
         own = _own_timeout(message, fields)
     except (IndexError, ValueError):
-        return message
-    if own is not None and 0 < own <= seconds * 1e6:  # 0 is no limit, and so is a negative number
-        return message
-    waiting = max(seconds - _RESERVE, seconds * 0.75)
-    microseconds = max(1, min(round(waiting * 1e6), _LONGEST))
-    value = bytes([_INT64]) + _write_varint(microseconds)
-    entry = _NAME + bytes([len(value)]) + value
-    return message + bytes([_PARAMETERS, len(entry)]) + entry
+        return message, False
+    bound = own if own is not None and own > 0 else None  # 0 is no limit, and so is a negative number
+    added = b""
+    if seconds is not None and (bound is None or bound > seconds * 1e6):
+        waiting = max(seconds - _RESERVE, seconds * 0.75)
+        bound = max(1, min(round(waiting * 1e6), _LONGEST))
+        added = _entry(_TIMEOUT, bound)
+    if bound is None:
+        return message, False
+    return message + added + _entry(ARRIVED.encode(), arrived), bool(added)
+
+
+def now() -> int:
+    """Read the clock that all processes of this machine share: microseconds since some moment."""
+    return time.monotonic_ns() // 1000
 
 
 def _own_timeout(message: bytes, fields: Iterable[Field]) -> int | None:
@@ -58,8 +78,8 @@ def _own_timeout(message: bytes, fields: Iterable[Field]) -> int | None:
     """
     found = None
     for tag, start, end in fields:
-        if tag == _PARAMETERS and message.startswith(_NAME, start, end):
-            found = _int64(message[start + len(_NAME) : end])
+        if tag == _PARAMETERS and message.startswith(_OWN, start, end):
+            found = _int64(message[start + len(_OWN) : end])
     return found
 
 
@@ -70,6 +90,13 @@ def _int64(value: bytes) -> int:
         raise ValueError("expected int64_param")
     number, _ = read_varint(value, start + 1)
     return number if number < 1 << 63 else -1
+
+
+def _entry(name: bytes, number: int) -> bytes:
+    """Write a parameter that is an int64."""
+    value = bytes([_INT64]) + _write_varint(number)
+    entry = bytes([_KEY, len(name)]) + name + bytes([_VALUE, len(value)]) + value
+    return bytes([_PARAMETERS, len(entry)]) + entry
 
 
 def _write_varint(value: int) -> bytes:

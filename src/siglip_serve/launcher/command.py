@@ -22,7 +22,6 @@ from siglip_serve.launcher.doors import GATEWAY
 from siglip_serve.launcher.options import ServeOptions
 from siglip_serve.launcher.ports import free_ports, numeric_address
 from siglip_serve.launcher.server import TritonServer
-from siglip_serve.launcher.tritonserver import is_embedded
 
 __all__ = ["main"]
 
@@ -145,10 +144,9 @@ def _add_addresses(group: argparse._ArgumentGroup) -> None:
     for name, protocol in (("grpc", "gRPC"), ("http", "HTTP")):
         add(
             f"--direct-{name}",
-            action=argparse.BooleanOptionalAction,
-            default=None,
-            help=f"callers speak {protocol} with Triton itself instead of with a door in front of it "
-            "(default: only where Triton is not that of the wheel)",
+            action="store_true",
+            help=f"callers speak {protocol} with Triton itself instead of with a door in front of it, which "
+            "bounds what waits and drops what its caller has given up",
         )
     add(
         "--shared-memory",
@@ -282,11 +280,11 @@ def _gateway_line(server: TritonServer) -> str:
 def _unprotected(options: ServeOptions) -> tuple[str, ...]:
     """Say what other hosts can do to a Triton that they reach without a door in front of it."""
     reached = not ip_address(numeric_address(options.host)).is_loopback
-    if not (options.direct_http and reached and is_embedded()):
+    if not (options.direct_http and reached):
         return ()
     return (
         f"--direct-http with --host {options.host} lets other hosts reach Triton itself over HTTP. Nothing "
-        "limits their bodies or what gzip inflates to, deeply nested JSON ends the server, and under "
+        "limits their bodies or what gzip inflates to, deeply nested JSON may end the server, and under "
         "overload requests stay without an answer.",
     )
 

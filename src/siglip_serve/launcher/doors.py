@@ -28,7 +28,7 @@ GATEWAY = "gateway"
 
 _LOOPBACK = "127.0.0.1"
 _MOST_HTTP = 256  # requests that Triton's HTTP server may have from all processes of the door
-_MOST_ON_GPU = 8192  # inferences of one model from all processes of the gRPC door
+_MOST_ON_GPU = 4096  # inferences of one model from all processes of the gRPC door
 _MOST_PER_CORE, _LEAST = 8, 64
 _PAUSE = 1.0  # seconds between two starts of a process that dies at once
 

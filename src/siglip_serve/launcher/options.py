@@ -24,8 +24,7 @@ class ServeOptions:
         settings: further settings by name (`siglip_serve.config.Settings`), as strings.
         shared_memory: let clients on this machine pass tensors through system shared memory.
         log_file: file of the server's log; default: `~/.local/state/siglip-serve/<HTTP port>.log`.
-        direct_grpc, direct_http: True gives callers Triton's own port, False a door in front of it; None puts
-            doors in front of the Triton of the `nvidia-pytriton` wheel only, because later ones need none.
+        direct_grpc, direct_http: give callers Triton's own port instead of that of a door in front of it.
         gateway_port: port of the gateway on 127.0.0.1; None runs none, 0 chooses a free one.
         gateway_projection: file of `siglip-serve fit-projection` for the gateway.
         search: output of `siglip-serve embed` that the gateway searches, or None.
@@ -48,8 +47,8 @@ class ServeOptions:
     shared_memory: bool = False
     settings: Mapping[str, str] = field(default_factory=dict)
     log_file: Path | None = None
-    direct_grpc: bool | None = None
-    direct_http: bool | None = None
+    direct_grpc: bool = False
+    direct_http: bool = False
     gateway_port: int | None = None
     gateway_projection: Path | None = None
     search: Path | None = None

@@ -46,7 +46,7 @@ from siglip_serve.launcher.processes import end, spawn
 from siglip_serve.launcher.stage import Stage
 from siglip_serve.launcher.start import Start, UnluckyStartError
 from siglip_serve.launcher.status import Status, StatusServer
-from siglip_serve.launcher.tritonserver import is_embedded, server_command, server_options
+from siglip_serve.launcher.tritonserver import server_command, server_options
 from siglip_serve.launcher.watcher import Actions, Repeated, Watcher
 
 __all__ = ["TritonServer"]
@@ -352,4 +352,4 @@ class TritonServer:
 def _doors_of(options: ServeOptions) -> list[str]:
     """Choose the protocols that callers speak with a door."""
     direct = {"http": options.direct_http, "grpc": options.direct_grpc}
-    return [kind for kind, wanted in direct.items() if (is_embedded() if wanted is None else not wanted)]
+    return [kind for kind, wanted in direct.items() if not wanted]

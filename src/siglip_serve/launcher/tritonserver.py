@@ -12,14 +12,9 @@ from pathlib import Path
 
 from siglip_serve.errors import ServerStartError
 
-__all__ = ["is_embedded", "library_path", "server_command", "server_options"]
+__all__ = ["library_path", "server_command", "server_options"]
 
-_FORWARDED_HEADERS = "(?i)^(normalized|base64_encoded|color_order|embed_model|truncation)$"
-
-
-def is_embedded() -> bool:
-    """Find out if the server is that of the `nvidia-pytriton` wheel: Triton 24.10."""
-    return _pytriton() is not None
+_FORWARDED_HEADERS = "(?i)^(normalized|base64_encoded|color_order|embed_model|truncation|arrived)$"
 
 
 def server_command(backends: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -12,7 +13,7 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from siglip_serve.embeddings.unit import check_values
-from siglip_serve.errors import InvalidInputError, ParameterError
+from siglip_serve.errors import InvalidInputError, ParameterError, UnavailableError
 
 __all__ = ["Request", "has_input"]
 
@@ -20,7 +21,7 @@ __all__ = ["Request", "has_input"]
 _PARAMETERS = frozenset(
     {"base64_encoded", "color_order", "embed_model", "normalized", "softmax", "truncation"}
 )
-_LONGEST_REMEMBERED = 256
+_ARRIVED = "arrived"  # microseconds of this machine's monotonic clock; the doors say when a request came
 # Strategies of transformers, which clients of other SigLIP repositories send. A text is one sequence, so all
 # that cut are the same.
 _STRATEGIES = {"longest_first": True, "only_first": True, "only_second": True, "do_not_truncate": False}
@@ -34,6 +35,7 @@ class Request:
 
     Raises:
         ParameterError: a parameter is unknown, or not UTF-8.
+        UnavailableError: the request has waited for longer than its `timeout`, so that its caller has gone.
     """
 
     __slots__ = ("_parameters", "_request")
@@ -44,8 +46,9 @@ class Request:
             text = request.parameters() or ""
         except UnicodeDecodeError as error:
             raise ParameterError(f"a parameter's name or value is not UTF-8 ({error.reason})") from error
-        read = _read_parameters if len(text) <= _LONGEST_REMEMBERED else _read_parameters.__wrapped__
-        self._parameters = read(text)
+        self._parameters = _read_parameters(text)
+        if _ARRIVED in self._parameters:
+            self._check_time()
 
     def strings(self, name: str) -> list[bytes]:
         """Return the rows of a BYTES input [n] or [n, 1], none if it was not sent."""
@@ -138,6 +141,17 @@ class Request:
         """Tell if a parameter was sent."""
         return name in self._parameters
 
+    def _check_time(self) -> None:
+        """Refuse a request that has waited for as long as Triton's own parameter `timeout` says."""
+        try:
+            arrived = int(self._parameters[_ARRIVED])
+        except (TypeError, ValueError):
+            got = self._parameters[_ARRIVED]
+            raise ParameterError(f"parameter {_ARRIVED!r}: got {got!r}, expected microseconds") from None
+        limit = self._request.timeout()
+        if limit and time.monotonic_ns() // 1000 - arrived > limit:
+            raise UnavailableError("Request timeout expired")
+
     def _tensor(self, name: str) -> Any:
         """Return a required input.
 
@@ -158,13 +172,12 @@ def has_input(request: Any, name: str) -> bool:
     return pb_utils.get_input_tensor_by_name(request, name) is not None
 
 
-@lru_cache(maxsize=256)
 def _read_parameters(text: str) -> Mapping[str, Any]:
-    """Parameters by name, from their JSON, which is the same for most requests."""
+    """Parameters by name, from their JSON."""
     # They may come as HTTP headers, whose names have no case.
     parameters = {name.lower(): value for name, value in json.loads(text or "{}").items()}
     for name in parameters:
-        if name not in _PARAMETERS and not name.startswith("triton_"):
+        if name not in _PARAMETERS and name != _ARRIVED and not name.startswith("triton_"):
             known = ", ".join(sorted(_PARAMETERS))
             raise ParameterError(f"parameter {name!r}: unknown; the parameters are {known}")
     return parameters

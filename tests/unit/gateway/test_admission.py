@@ -176,33 +176,6 @@ def test_the_end_waits_for_forgotten_calls() -> None:
     check(test)
 
 
-def test_one_call_is_let_in_after_a_pause_in_which_none_ends() -> None:
-    async def test(work: Work) -> None:
-        callers = [work.call(name) for name in "abcdef"]
-        await settle()
-        for name, caller in zip("abcd", callers, strict=False):
-            assert name in work.started
-            await give_up(caller)
-        held_back = [work.call(name) for name in "ghi"]
-        await asyncio.sleep(0)
-        assert work.started == list("abcdef")
-        async with asyncio.timeout(10):
-            while "g" not in work.started:
-                await asyncio.sleep(0.01)
-        assert work.started == list("abcdefg")
-        for name in "abcdefg":
-            await work.end(name)
-        async with asyncio.timeout(10):
-            while "i" not in work.started:
-                await asyncio.sleep(0.01)
-        for name in "hi":
-            await work.end(name)
-        assert await asyncio.gather(*callers[4:], *held_back) == list("efghi")
-        assert work.admission.is_idle
-
-    check(test)
-
-
 class Models:
     """Calls of several models, each of which runs until it is told to end."""
 

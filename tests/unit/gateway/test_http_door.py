@@ -15,6 +15,7 @@ from http_doors import exchange, exchange_bytes, free_address, open_before, requ
 from siglip_gateway.doors import http_connections
 from siglip_gateway.doors.http_door import Limits, open_door
 from siglip_gateway.doors.json_nesting import MOST_LEVELS
+from siglip_gateway.doors.timeout_parameter import now
 
 DEEP = b"[" * (MOST_LEVELS + 1) + b"]" * (MOST_LEVELS + 1)
 JSON_SIZE = "Inference-Header-Content-Length"
@@ -52,7 +53,9 @@ def test_passes_requests_through_unchanged() -> None:
             "Content-Type": "application/octet-stream",
             "Connection": "keep-alive, X-Hop",
             "X-Hop": "1",
+            "Arrived": "5",
         }
+        begin = now()
         async with open_before(echo) as opened:
             sent = request_bytes(
                 b"{}\x00\xff", *(f"{n}: {v}" for n, v in headers.items()), path="/v2/a%2Fb?x=%20&y"
@@ -64,8 +67,9 @@ def test_passes_requests_through_unchanged() -> None:
         passed = dict(came["headers"])
         assert passed.pop("Content-Length") == "4"
         assert passed.pop("Host") == "test"
+        assert begin <= int(passed.pop("arrived")) <= now()  # in place of the caller's own
         assert passed == {
-            name: value for name, value in headers.items() if name not in ("Connection", "X-Hop")
+            name: value for name, value in headers.items() if name not in ("Connection", "X-Hop", "Arrived")
         }
 
     asyncio.run(check())

@@ -15,8 +15,16 @@ SECOND = 1_000_000
 WAIT = 750_000  # in a queue, of a caller who waits for a second
 
 
-def with_timeout(message: bytes, seconds: float) -> bytes:
-    return timeout_parameter.with_timeout(message, list(walk(message, 0, len(message))), seconds)
+ARRIVED = 2**40 + 7
+
+
+def with_timeout(message: bytes, seconds: float | None) -> bytes:
+    changed, added = timeout_parameter.with_timeout(
+        message, list(walk(message, 0, len(message))), seconds, ARRIVED
+    )
+    if added:
+        assert b"\x07timeout" in changed[len(message) :]
+    return changed
 
 
 def request(**parameters: Any) -> Any:
@@ -43,8 +51,24 @@ def test_adds_a_little_less_than_the_time_that_is_left(seconds: float, microseco
     given = request(normalized=("bool_param", True), timeouts=("int64_param", 5))
     changed = service_pb2.ModelInferRequest.FromString(with_timeout(given.SerializeToString(), seconds))
     assert changed.parameters["timeout"].int64_param == pytest.approx(microseconds, rel=1e-8)
-    del changed.parameters["timeout"]
+    assert changed.parameters["arrived"].int64_param == ARRIVED
+    del changed.parameters["timeout"], changed.parameters["arrived"]
     assert changed == given
+
+
+@pytest.mark.parametrize("own", [None, 0, -1])
+def test_without_a_bound_nothing_is_added(own: int | None) -> None:
+    given = {} if own is None else {"timeout": ("int64_param", own)}
+    message = request(**given).SerializeToString()
+    assert with_timeout(message, None) == message
+
+
+def test_a_timeout_of_the_caller_counts_from_the_arrival() -> None:
+    """Whatever the caller says about it."""
+    given = request(timeout=("int64_param", 5), arrived=("string_param", "1"))
+    changed = service_pb2.ModelInferRequest.FromString(with_timeout(given.SerializeToString(), None))
+    assert changed.parameters["arrived"].int64_param == ARRIVED
+    assert changed.parameters["timeout"].int64_param == 5
 
 
 def test_the_shortest_timeout_is_a_microsecond_and_the_longest_fits_triton() -> None:
@@ -66,7 +90,7 @@ def test_the_last_of_two_own_timeouts_counts_as_in_protobuf() -> None:
     message = request(timeout=("int64_param", 5)).SerializeToString()
     twice = with_timeout(request(timeout=("int64_param", 9)).SerializeToString(), 5e-6)
     assert timeout_of(twice).int64_param == 4
-    assert with_timeout(twice, 1.0) == twice
+    assert timeout_of(with_timeout(twice, 1.0)).int64_param == 4
     longer = message + message.replace(b"\x10\x05", b"\x10\x09")
     assert timeout_of(with_timeout(longer, 8e-6)).int64_param == 6
 

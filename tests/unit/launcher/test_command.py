@@ -176,21 +176,18 @@ def test_announcement_prints_each_note_in_a_line_of_its_own(capsys: pytest.Captu
 
 
 @pytest.mark.parametrize(
-    ("host", "direct", "embedded", "warns"),
+    ("host", "direct", "warns"),
     [
-        ("0.0.0.0", True, True, True),
-        ("127.0.0.1", True, True, False),
-        ("localhost", True, True, False),
-        ("0.0.0.0", None, True, False),
-        ("0.0.0.0", True, False, False),
+        ("0.0.0.0", True, True),
+        ("127.0.0.1", True, False),
+        ("localhost", True, False),
+        ("0.0.0.0", False, False),
     ],
 )
 def test_warns_of_a_triton_that_other_hosts_reach_without_a_door(
-    host: str, direct: bool | None, embedded: bool, warns: bool, monkeypatch: pytest.MonkeyPatch
+    host: str, direct: bool, warns: bool
 ) -> None:
-    monkeypatch.setattr(command, "is_embedded", lambda: embedded)
-    options = ServeOptions(Path(), "checkpoint", host=host, direct_http=direct)
-    notes = " ".join(command._unprotected(options))
+    notes = " ".join(command._unprotected(ServeOptions(Path(), "checkpoint", host=host, direct_http=direct)))
     assert ("gzip" in notes and "nested JSON" in notes) == warns
     assert bool(notes) == warns
 

@@ -41,7 +41,6 @@ def test_large_towers_prefer_batches_of_one_pass(tokens: int, preferred: list[in
     config = fitted("siglip_vision_model", "cuda", tokens)
     assert list(config.dynamic_batching.preferred_batch_size) == preferred
     assert all(size < config.max_batch_size for size in preferred)
-    assert config.dynamic_batching.default_queue_policy.max_queue_size
 
 
 def test_prefers_no_batch_on_cpus_and_for_single_processes() -> None:
@@ -130,17 +129,15 @@ def test_refuses_a_model_that_is_not_in_the_repository() -> None:
         with_steps(configs, ["embed_image", "embed"])
 
 
-def test_every_queue_drops_what_has_waited_too_long() -> None:
-    """Triton ignores a request's own `timeout` where a queue has no default."""
+def test_no_queue_has_a_policy() -> None:
+    """With one, Triton's batcher sleeps for up to 500 ms beside waiting requests and an idle process."""
     files = [*MODELS.glob("*/config.pbtxt"), *MODELS.glob("*/configs/*.pbtxt")]
     configs = [text_format.Parse(file.read_text(), model_config_pb2.ModelConfig()) for file in files]
     queues = [config.dynamic_batching for config in configs if config.HasField("dynamic_batching")]
     assert len(queues) >= 9
-    for policy in (queue.default_queue_policy for queue in queues):
-        assert policy.max_queue_size
-        assert policy.timeout_action == policy.REJECT
-        assert policy.allow_timeout_override
-        assert policy.default_timeout_microseconds == 600 * 10**6
+    for queue in queues:
+        assert not queue.HasField("default_queue_policy")
+        assert not queue.priority_levels
 
 
 def test_no_step_of_an_ensemble_is_an_ensemble() -> None:

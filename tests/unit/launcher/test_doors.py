@@ -149,20 +149,12 @@ def test_without_doors_there_is_nothing_to_do(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("embedded", "http", "grpc", "expected"),
-    [
-        (True, None, None, ["http", "grpc"]),
-        (True, True, None, ["grpc"]),
-        (True, None, True, ["http"]),
-        (False, None, None, []),
-        (False, False, None, ["http"]),
-        (False, None, False, ["grpc"]),
-    ],
+    ("http", "grpc", "expected"),
+    [(False, False, ["http", "grpc"]), (True, False, ["grpc"]), (False, True, ["http"]), (True, True, [])],
 )
-def test_doors_stand_before_the_triton_of_the_wheel_unless_the_options_differ(
-    embedded: bool, http: bool | None, grpc: bool | None, expected: list[str], monkeypatch: pytest.MonkeyPatch
+def test_doors_stand_before_triton_unless_the_options_differ(
+    http: bool, grpc: bool, expected: list[str]
 ) -> None:
-    monkeypatch.setattr(server, "is_embedded", lambda: embedded)
     assert server._doors_of(replace(OPTIONS, direct_http=http, direct_grpc=grpc)) == expected
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import time
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from siglip_serve.errors import ParameterError
+from siglip_serve.errors import ParameterError, UnavailableError
 
 REQUEST = "siglip_serve.serving.request"
 
@@ -28,11 +29,15 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> Any:
 class Sent:
     """A request of Triton with parameters only."""
 
-    def __init__(self, **parameters: object) -> None:
-        self._text = json.dumps(parameters)
+    def __init__(self, timeout: int = 0, **parameters: object) -> None:
+        self._text, self._timeout = json.dumps(parameters), timeout
 
     def parameters(self) -> str:
         return self._text
+
+    def timeout(self) -> int:
+        """Microseconds; Triton takes this parameter from the others."""
+        return self._timeout
 
 
 @pytest.mark.parametrize(
@@ -84,3 +89,27 @@ def test_refuses_parameters_that_are_not_utf8(requests: Any) -> None:
         ParameterError, match=r"^a parameter's name or value is not UTF-8 \(invalid start byte"
     ):
         requests.Request(Undecodable())
+
+
+def ago(seconds: float) -> int:
+    return round((time.monotonic() - seconds) * 1e6)
+
+
+@pytest.mark.parametrize("form", [int, str])  # of gRPC, and of an HTTP header
+def test_drops_a_request_that_has_waited_for_too_long(form: Any, requests: Any) -> None:
+    with pytest.raises(UnavailableError, match=r"^Request timeout expired$"):
+        requests.Request(Sent(timeout=500_000, arrived=form(ago(1))))
+
+
+@pytest.mark.parametrize(
+    ("timeout", "waited"),
+    [(0, 1e5), (600_000_000, 1), (600_000_000, -1)],
+)
+def test_takes_a_request_without_a_timeout_or_in_time(timeout: int, waited: float, requests: Any) -> None:
+    assert requests.Request(Sent(timeout=timeout, arrived=ago(waited))).flag("normalized") is False
+
+
+@pytest.mark.parametrize("given", ["", "soon", None, [1]])
+def test_refuses_an_arrival_that_is_no_time(given: object, requests: Any) -> None:
+    with pytest.raises(ParameterError, match=r"^parameter 'arrived': got .*, expected microseconds$"):
+        requests.Request(Sent(timeout=1, arrived=given))
