@@ -72,6 +72,15 @@ class _Memory:
         return sizes
 
 
+def preprocessor(mode: Mode) -> Preprocessor:
+    """Decode and resize as the server does; without Pillow's own limit, in whose place the server has one."""
+    Image.MAX_IMAGE_PIXELS = None
+    config = ImageConfig(
+        size=default_size(), resample="bicubic", rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3
+    )
+    return Preprocessor(config, mode)
+
+
 def measure(preprocess: Preprocessor, data: bytes) -> Cost:
     """Decode and resize one file."""
     begin = _cpu_seconds()
@@ -98,13 +107,10 @@ def _cpu_seconds() -> float:
 
 def rows(kinds: list[str], count: int, seed: int, mode: Mode, keep: Path | None) -> list[dict[str, str]]:
     """One row per format: the costliest file by time, and the most memory of any."""
-    config = ImageConfig(
-        size=default_size(), resample="bicubic", rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3
-    )
     columns = {**about(["pillow", "simplejpeg", "numpy"]), "mode": mode, "seed": str(seed)}
     table = []
     for kind in kinds:
-        preprocess = Preprocessor(config, mode)
+        preprocess = preprocessor(mode)
         costs: list[Cost] = []
         worst = b""
         for data in tqdm(craft(kind, count, seed), total=count, desc=kind, disable=None):
@@ -144,7 +150,6 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="folder for the costliest file of each format")
     parser.add_argument("--output", type=Path, help="CSV file to append to")
     options = parser.parse_args()
-    Image.MAX_IMAGE_PIXELS = None  # as in the server, whose own limit stands in its place
     table = rows(options.formats, options.files, options.seed, options.mode, options.keep)
     if options.output:
         write_csv(options.output, table, append=True)

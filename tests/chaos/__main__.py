@@ -12,6 +12,7 @@ from pathlib import Path
 
 from paths import JERSEY, TINY
 
+from benchmarks.crafted_files import KINDS
 from tests.chaos.canaries import TOLERANCE
 from tests.chaos.cases import SHARES
 from tests.chaos.context import Context
@@ -20,7 +21,19 @@ from tests.chaos.server import ChaosError, Recipe
 
 __all__ = ["PARTS", "main", "parse"]
 
-PARTS = ("fuzz", "gateway", "bulk", "kills", "starts", "overload", "deadlines", "abandoned", "front", "soak")
+PARTS = (
+    "fuzz",
+    "gateway",
+    "bulk",
+    "kills",
+    "starts",
+    "overload",
+    "deadlines",
+    "abandoned",
+    "neighbours",
+    "front",
+    "soak",
+)
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -120,6 +133,10 @@ def _add_others(parser: argparse.ArgumentParser) -> None:
         help="of deadlines: 0.5-8, 20, 50, 100 ms, cancelled calls, closed HTTP connections",
     )
     add("--minutes", type=float, default=30, help="of soak")
+    add = parser.add_argument_group("neighbours").add_argument
+    add("--formats", nargs="+", choices=KINDS, default=list(KINDS), metavar="FORMAT", help="of the pictures")
+    add("--crafted", type=int, default=150, help="files of each format, of which the costliest is sent")
+    add("--neighbours-seconds", type=float, default=30, help="of each format")
 
 
 def _part(name: str) -> Callable[[Context], Awaitable[None]]:

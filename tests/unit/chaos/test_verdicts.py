@@ -6,13 +6,14 @@ import math
 import os
 import subprocess
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.chaos import abandoned, deadlines, kills, overload, soak, starts
+from tests.chaos import abandoned, deadlines, kills, neighbours, overload, soak, starts
 from tests.chaos.canaries import Canaries, difference
 from tests.chaos.kills import Blow, blame
 from tests.chaos.messages import of_array
@@ -224,6 +225,21 @@ def test_work_for_callers_that_have_gone_is_a_fault(report: Report) -> None:
         '# HELP x\nsiglip_serve_images_total{model="a"} 5\nsiglip_serve_images_total{model="b"} 2\nother 9\n'
     )
     assert abandoned.decoded(metrics) == 7
+
+
+def test_a_caller_who_waits_for_costly_pictures_is_a_fault(report: Report) -> None:
+    patient = deadlines.Patient()
+    patient.seconds = [0.01] * 98 + [0.9] * 2
+    neighbours.tell(report, "GIF", 100, patient, Counter({"refused INVALID_ARGUMENT": 4}))
+    assert faults(report) == []
+    patient.seconds[-2:], patient.refused, patient.wrong = [1.1] * 2, 5, 1
+    neighbours.tell(report, "PNG", 100, patient, Counter())
+    name = "2 x 128 of the costliest PNG: "
+    problems = ["the other caller, 100 answers", "its refusals", "its failures, wrong answers"]
+    assert faults(report) == [name + problem for problem in problems]
+    patient.seconds, patient.refused, patient.wrong = [], 0, 0
+    neighbours.tell(report, "BMP", 100, patient, Counter())
+    assert faults(report)[3:] == ["2 x 128 of the costliest BMP: the other caller, 0 answers"]
 
 
 def test_a_slope_is_that_of_the_line() -> None:
