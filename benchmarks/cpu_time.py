@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["cpu_of", "cpu_used", "machine_cpu"]
+__all__ = ["cpu_of", "cpu_used", "machine_cpu", "what"]
 
 _TICKS_PER_SECOND = 100  # of /proc/stat, the same on every Linux
 _IDLE = (3, 4)  # idle and iowait
@@ -38,7 +38,7 @@ def cpu_of(root: int | None) -> dict[tuple[int, str], float]:
     for process in family:
         try:
             times = process.cpu_times()
-            found[process.pid, _what(process.cmdline(), process.name())] = times.user + times.system
+            found[process.pid, what(process.cmdline(), process.name())] = times.user + times.system
         except psutil.NoSuchProcess:  # it ended meanwhile
             continue
     return found
@@ -54,7 +54,7 @@ def cpu_used(
     return dict(sorted(used.items(), key=lambda pair: -pair[1]))
 
 
-def _what(command: list[str], name: str) -> str:
+def what(command: list[str], name: str) -> str:
     """A model process is named by its model, which its command line tells, and a module by its name."""
     for argument in command:
         if model := re.search(r"/([^/]+)/\d+/model\.py$", argument):

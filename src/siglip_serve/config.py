@@ -63,6 +63,7 @@ class Settings:
         checkpoint_name: name of that checkpoint as clients see it; the launcher sets it.
         checkpoint_revision: revision of that checkpoint as clients see it; the launcher sets it.
         checkpoint_note: limits of that checkpoint as its `config.json` tells them; the launcher sets it.
+        heatmaps: another model of the server asks this one for heatmaps; the launcher sets it.
     """
 
     checkpoint: str = field(
@@ -84,6 +85,7 @@ class Settings:
     checkpoint_name: str = ""
     checkpoint_revision: str = ""
     checkpoint_note: str = ""
+    heatmaps: Switch = "off"
     dtype: Dtype = field(
         default="auto",
         metadata=_option(

@@ -106,6 +106,7 @@ def test_importing_the_launcher_and_light_modules_loads_no_torch() -> None:
     light = ["config", "machine", "checkpoint.config", "checkpoint.files", "checkpoint.scale"]
     light += ["images.preprocess", "texts.tokenizer"]
     light += ["engine", "engine.plan", "engine.buckets", "engine.turns"]
+    light += ["engine.engines", "engine.openvino.runners", "bulk.query"]
     light += ["launcher", "launcher.command"]
     code = (
         "import sys, importlib\n"

@@ -103,7 +103,7 @@ def test_a_model_loads_the_checkpoint_of_its_use(tower: str, teams_checkpoint: s
 
 def test_every_option_has_a_group_and_a_help() -> None:
     hidden = {setting.name for setting in fields(Settings) if not setting.metadata}
-    assert hidden == {"tower", "checkpoint_name", "checkpoint_revision", "checkpoint_note"}
+    assert hidden == {"tower", "checkpoint_name", "checkpoint_revision", "checkpoint_note", "heatmaps"}
     for setting in fields(Settings):
         if setting.metadata:
             assert setting.metadata["group"], setting.name

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from siglip_serve.checkpoint.config import limit_patches, load_config, tensor_dims
@@ -109,10 +108,16 @@ class QueryEmbedder:
 
     def _plan(self) -> Plan:
         own = self.settings
-        device = "cuda:0" if gpu_capabilities() and torch.cuda.is_available() else "cpu"
+        device = "cuda:0" if gpu_capabilities() and _torch_sees_gpus() else "cpu"
         # The others are of one kind of device, or need images to calibrate: the query does without.
         dtype = own.dtype if own.dtype in ("float32", "bfloat16") else "auto"
         return Plan(device, dtype, threads=available_cores(), cache=own.cache_folder)
+
+
+def _torch_sees_gpus() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _one(rows: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -65,12 +65,7 @@ def _saved(path: Path, _: Sequence[Path]) -> dict[str, NDArray[Any]]:
     """Read the values by torch, which alone understands its files."""
     from siglip_serve.checkpoint.tensors import Tensors
 
-    with Tensors(path) as tensors:
-        return {
-            name: tensor.read().float().numpy()
-            for name, tensor in tensors.items()
-            if name.startswith(_PREFIX)
-        }
+    return {name: tensor.read() for name, tensor in Tensors(path).items() if name.startswith(_PREFIX)}
 
 
 def _read(file: Path) -> dict[str, NDArray[Any]]:

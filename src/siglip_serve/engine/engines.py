@@ -1,14 +1,25 @@
-"""Engines: a runner for the device and the dtype, and passes that fit its memory."""
+"""Engines: a runner for the device and the dtype, and passes that fit its memory.
+
+SigLIP's towers on a CPU do without torch, unless heatmaps are asked for: its import costs a process 130 MB.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from siglip_serve.checkpoint.model_config import Family, ImageConfig, ModelConfig, NaflexImageConfig
+from siglip_serve.checkpoint.model_config import (
+    ClipTextConfig,
+    ClipVisionConfig,
+    Family,
+    ImageConfig,
+    ModelConfig,
+    NaflexImageConfig,
+)
 from siglip_serve.engine.passes import (
     OUTPUTS,
     Arrays,
@@ -21,26 +32,26 @@ from siglip_serve.engine.passes import (
 )
 from siglip_serve.engine.patches import PatchRows, group_rows
 from siglip_serve.engine.plan import Plan
-from siglip_serve.engine.torch.naflex import TorchNaflex
-from siglip_serve.engine.torch.runners import TorchText, TorchVision
 from siglip_serve.errors import SettingsError
-from siglip_serve.heatmaps.attribution import Explanation, SiglipExplainer, explainer_of
 from siglip_serve.machine import available_cores
-from siglip_serve.towers import naflex
-from siglip_serve.towers.clip import ClipTextTower, ClipVisionTower
-from siglip_serve.towers.load import AnyTextTower, AnyVisionTower, load_text, load_vision
-from siglip_serve.towers.naflex import NaflexVisionTower
+from siglip_serve.towers.stored import StoredText, StoredVision
+
+if TYPE_CHECKING:
+    import torch
+
+    from siglip_serve.heatmaps.attribution import Explainer, Explanation
+    from siglip_serve.towers.load import AnyTextTower, AnyVisionTower
+    from siglip_serve.towers.naflex import NaflexVisionTower
+    from siglip_serve.towers.siglip import TextTower, VisionTower
 
 __all__ = ["NaflexEngine", "TextEngine", "VisionEngine", "open_text", "open_vision"]
-
-_TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class VisionEngine:
     """Run a vision tower: uint8 pixels -> float32 outputs.
 
     Args:
-        tower: on the CPU, float32. The engine takes it over.
+        tower: on the CPU, float32. The engine takes it over. One that is not in torch is for OpenVINO.
         image: the checkpoint's normalisation, applied on the device.
         plan: how to run the tower.
 
@@ -52,13 +63,34 @@ class VisionEngine:
         SettingsError: the device, or the tower's family, cannot run the plan.
     """
 
-    def __init__(self, tower: AnyVisionTower, image: ImageConfig, plan: Plan) -> None:
+    def __init__(self, tower: AnyVisionTower | StoredVision, image: ImageConfig, plan: Plan) -> None:
         self.plan = _vision_plan(plan, tower)
-        # Made before the runner packs the weights of the tower.
-        self._explainer = explainer_of(tower, self.plan.heatmap_blocks, self.plan.heatmap_vectors)
-        runner = _vision_runner(tower, image, self.plan)
+        runner: VisionRunner
+        if self.plan.backend == "openvino":
+            from siglip_serve.engine.openvino.runners import OpenVinoVision
+
+            self._stored = _stored_vision(tower)
+            runner = OpenVinoVision(self._stored, image, self.plan)
+        else:
+            in_torch = cast("AnyVisionTower", tower)
+            self._explainer = self._explain_by(in_torch)  # before the runner packs the weights of the tower
+            runner = _vision_runner(in_torch, image, self.plan)
         self.runner: Runner = runner
         self._explain = runner.explain
+
+    def prepare_heatmaps(self) -> None:
+        """Do now what `explain` would do when it is first called, which takes seconds on a CPU."""
+        _ = self._explainer
+
+    @cached_property
+    def _explainer(self) -> Explainer:
+        _prepare_torch(self.plan)
+        return self._explain_by(self._stored.tower)
+
+    def _explain_by(self, tower: AnyVisionTower) -> Explainer:
+        from siglip_serve.heatmaps.attribution import explainer_of
+
+        return explainer_of(tower, self.plan.heatmap_blocks, self.plan.heatmap_vectors)
 
     @property
     def staging(self) -> NDArray[np.uint8] | None:
@@ -95,6 +127,10 @@ class VisionEngine:
         Raises:
             DeviceMemoryError: the device has not enough memory for P vectors.
         """
+        import torch
+
+        from siglip_serve.heatmaps.attribution import Explanation
+
         with out_of_memory_refused(f"{len(vectors)} prompts"):
             found = self._explain(self._explainer, pixels, torch.from_numpy(vectors))
             maps, unattributed, embedding = found.maps, found.unattributed, found.embedding
@@ -105,6 +141,8 @@ class NaflexEngine:
     """Run a NaFlex vision tower: uint8 patches -> float32 outputs. Arguments as for `VisionEngine`."""
 
     def __init__(self, tower: NaflexVisionTower, image: NaflexImageConfig, plan: Plan) -> None:
+        from siglip_serve.heatmaps.attribution import SiglipExplainer
+
         self.plan = _use_device(plan.for_vision("naflex", tower.config.hidden_size, tower.config.hidden_act))
         self._most = image.max_patches
         # Made before the runner packs the weights of the tower.
@@ -138,6 +176,10 @@ class NaflexEngine:
 
     def explain(self, rows: PatchRows, vectors: NDArray[np.float32]) -> Explanation[NDArray[np.float32]]:
         """Explain the embedding of one image. See `VisionEngine`; maps [P, T] end with zeros."""
+        import torch
+
+        from siglip_serve.heatmaps.attribution import Explanation
+
         alone = rows.take(np.zeros(1, dtype=np.intp))
         with out_of_memory_refused(f"{len(vectors)} prompts"):
             found = self.runner.explain(self._explainer, alone, torch.from_numpy(vectors))
@@ -149,7 +191,7 @@ class NaflexEngine:
 class TextEngine:
     """Run a text tower: token ids -> float32 embeddings. Arguments and errors as for `VisionEngine`."""
 
-    def __init__(self, tower: AnyTextTower, plan: Plan) -> None:
+    def __init__(self, tower: AnyTextTower | StoredText, plan: Plan) -> None:
         self.plan = _text_plan(plan, tower)
         self.runner = _text_runner(tower, self.plan)
 
@@ -173,37 +215,56 @@ def open_vision(config: ModelConfig, plan: Plan) -> VisionEngine | NaflexEngine:
         CheckpointError: the weights do not belong to the configuration.
         SettingsError: the device, or the tower's family, cannot run the plan.
     """
+    shape, image = config.vision, config.image
+    if isinstance(image, NaflexImageConfig):
+        from siglip_serve.towers import naflex
+
+        _prepare_torch(plan)
+        return NaflexEngine(naflex.load_vision(config.path), image, plan)
+    if plan.for_vision(config.family, shape.hidden_size, shape.hidden_act).backend == "openvino":
+        return VisionEngine(StoredVision.open(config), image, plan)
+    from siglip_serve.towers.load import load_vision
+
     _prepare_torch(plan)
-    if isinstance(config.image, NaflexImageConfig):
-        return NaflexEngine(naflex.load_vision(config.path), config.image, plan)
-    return VisionEngine(load_vision(config.path), config.image, plan)
+    return VisionEngine(load_vision(config.path), image, plan)
 
 
 def open_text(config: ModelConfig, plan: Plan) -> TextEngine:
     """Load the text tower of a checkpoint. See `open_vision`."""
+    if plan.for_text(config.family, config.text.hidden_act).backend == "openvino":
+        return TextEngine(StoredText.open(config), plan)
+    from siglip_serve.towers.load import load_text
+
     _prepare_torch(plan)
     return TextEngine(load_text(config.path), plan)
 
 
 def _prepare_torch(plan: Plan) -> None:
+    import torch
+
     torch.set_num_threads(plan.threads or available_cores())
     torch.backends.cudnn.allow_tf32 = False  # float32 is the exact mode, in the patch convolution too
 
 
 def _vision_runner(tower: AnyVisionTower, image: ImageConfig, plan: Plan) -> VisionRunner:
-    if isinstance(tower, ClipVisionTower) or plan.backend == "torch":
+    if plan.backend == "torch":
+        import torch
+
+        from siglip_serve.engine.torch.runners import TorchVision
+
         return TorchVision(tower, image, torch.device(plan.device), _dtype(plan), plan.max_rows)
-    if plan.backend == "fused":
-        from siglip_serve.engine.fused.runners import FusedVision
+    from siglip_serve.engine.fused.runners import FusedVision
 
-        return FusedVision(tower, image, *_fused_options(plan, len(tower.encoder.layers)))
-    from siglip_serve.engine.openvino.runners import OpenVinoVision
-
-    return OpenVinoVision(tower, image, plan)
+    siglip = cast("VisionTower", tower)
+    return FusedVision(siglip, image, *_fused_options(plan, len(siglip.encoder.layers)))
 
 
 def _naflex_runner(tower: NaflexVisionTower, image: NaflexImageConfig, plan: Plan) -> NaflexRunner:
     if plan.backend == "torch":
+        import torch
+
+        from siglip_serve.engine.torch.naflex import TorchNaflex
+
         return TorchNaflex(tower, image, torch.device(plan.device), _dtype(plan), plan.max_rows)
     if plan.backend == "fused":
         from siglip_serve.engine.fused.naflex import FusedNaflex
@@ -216,46 +277,74 @@ def _naflex_runner(tower: NaflexVisionTower, image: NaflexImageConfig, plan: Pla
 
 def _fused_options(plan: Plan, layers: int) -> tuple[torch.device, torch.dtype, bool, int, int]:
     """Return the arguments of a fused runner behind its tower and image."""
+    import torch
+
     blocks = min(plan.heatmap_blocks, layers)
     return torch.device(plan.device), _dtype(plan), plan.dtype == "float8", plan.max_rows, blocks
 
 
-def _text_runner(tower: AnyTextTower, plan: Plan) -> Runner:
-    if isinstance(tower, ClipTextTower) or plan.backend == "torch":
-        return TorchText(tower, torch.device(plan.device), _dtype(plan), plan.max_rows)
-    if plan.backend == "fused":
-        from siglip_serve.engine.fused.runners import FusedText
+def _text_runner(tower: AnyTextTower | StoredText, plan: Plan) -> Runner:
+    if plan.backend == "openvino":
+        from siglip_serve.engine.openvino.runners import OpenVinoText
 
-        return FusedText(tower, torch.device(plan.device), _dtype(plan), plan.max_rows)
-    from siglip_serve.engine.openvino.runners import OpenVinoText
+        return OpenVinoText(_stored_text(tower), plan)
+    import torch
 
-    return OpenVinoText(tower, plan)
+    device, in_torch = torch.device(plan.device), cast("AnyTextTower", tower)
+    if plan.backend == "torch":
+        from siglip_serve.engine.torch.runners import TorchText
+
+        return TorchText(in_torch, device, _dtype(plan), plan.max_rows)
+    from siglip_serve.engine.fused.runners import FusedText
+
+    return FusedText(cast("TextTower", tower), device, _dtype(plan), plan.max_rows)
+
+
+def _stored_vision(tower: AnyVisionTower | StoredVision) -> StoredVision:
+    if isinstance(tower, StoredVision):
+        return tower
+    from siglip_serve.towers.weights import parameters_of
+
+    return StoredVision(parameters_of(tower), tower.config)
+
+
+def _stored_text(tower: AnyTextTower | StoredText) -> StoredText:
+    if isinstance(tower, StoredText):
+        return tower
+    from siglip_serve.towers.weights import parameters_of
+
+    return StoredText(parameters_of(tower), tower.config)
 
 
 def _dtype(plan: Plan) -> torch.dtype:
-    return _TORCH[plan.wide_dtype]
+    import torch
+
+    return cast("torch.dtype", getattr(torch, plan.wide_dtype))
 
 
-def _vision_plan(plan: Plan, tower: AnyVisionTower) -> Plan:
-    width = tower.config.hidden_size
-    family: Family = "clip" if isinstance(tower, ClipVisionTower) else "siglip"
-    resolved = plan.for_vision(family, width, tower.config.hidden_act)
+def _vision_plan(plan: Plan, tower: AnyVisionTower | StoredVision) -> Plan:
+    config = tower.config
+    family: Family = "clip" if isinstance(config, ClipVisionConfig) else "siglip"
+    resolved = plan.for_vision(family, config.hidden_size, config.hidden_act)
     if plan.dtype not in ("auto", resolved.dtype):
         print(
-            f"siglip-serve: {resolved.dtype}, since a tower of width {width} gains nothing in {plan.dtype}",
+            f"siglip-serve: {resolved.dtype}, since a tower of width {config.hidden_size} gains nothing in "
+            f"{plan.dtype}",
             flush=True,
         )
     return _use_device(resolved)
 
 
-def _text_plan(plan: Plan, tower: AnyTextTower) -> Plan:
-    family: Family = "clip" if isinstance(tower, ClipTextTower) else "siglip"
+def _text_plan(plan: Plan, tower: AnyTextTower | StoredText) -> Plan:
+    family: Family = "clip" if isinstance(tower.config, ClipTextConfig) else "siglip"
     return _use_device(plan.for_text(family, tower.config.hidden_act))
 
 
 def _use_device(plan: Plan) -> Plan:
     """Make the plan's GPU the current one, since streams, graphs and kernels belong to it."""
     if plan.device != "cpu":
+        import torch
+
         if not torch.cuda.is_available():
             raise SettingsError(f"device {plan.device}: this torch ({torch.__version__}) sees no CUDA GPU")
         torch.cuda.set_device(plan.device)

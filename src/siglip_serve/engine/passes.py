@@ -1,23 +1,29 @@
-"""Runners, the batches that they compute pass by pass, and devices that run out of memory."""
+"""Runners, the batches that they compute pass by pass, and devices that run out of memory.
+
+Nothing here imports torch. A process that has not imported it has no GPU either.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from siglip_serve.engine.patches import PatchRows
 from siglip_serve.errors import DeviceMemoryError
-from siglip_serve.heatmaps.attribution import Explanation
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from siglip_serve.heatmaps.attribution import Explanation
 
 __all__ = [
     "OUTPUTS",
@@ -155,7 +161,7 @@ def in_passes(rows: Rows, max_rows: int, start: Callable[[Rows], Finish]) -> Bat
             if not is_out_of_memory(error):
                 end_if_lost()
                 raise
-            torch.cuda.empty_cache()
+            _empty_cache()
             if running:  # first get back the memory of the pass under way
                 done.add(*running)
                 running = None
@@ -198,8 +204,10 @@ class _Done:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Return True if a smaller pass, or a later one, may succeed."""
-    text = str(error)  # cuBLAS and the driver's pinned memory have no error class of their own
-    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in text or "out of memory" in text
+    text = str(error)  # OpenVINO, cuBLAS and the driver's pinned memory have no error class of their own
+    torch = sys.modules.get("torch")
+    named = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return named or "ALLOC_FAILED" in text or "out of memory" in text
 
 
 @contextmanager
@@ -216,7 +224,7 @@ def out_of_memory_refused(what: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if is_out_of_memory(error):
-            torch.cuda.empty_cache()
+            _empty_cache()
             raise DeviceMemoryError(
                 f"the device has not enough free memory for {what}; try again later, or with less"
             ) from error
@@ -230,9 +238,17 @@ def end_if_lost() -> None:
     After a fault inside a kernel every further call fails, and only a new process can serve. The launcher
     notices that the process has ended, and loads the model again.
     """
-    if not torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
         return
     try:
         torch.cuda.synchronize()
     except RuntimeError:
         threading.Timer(_SECONDS_TO_ANSWER, os._exit, [1]).start()
+
+
+def _empty_cache() -> None:
+    """Let torch give the memory back that it keeps on GPUs."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.cuda.empty_cache()

@@ -15,12 +15,13 @@ from siglip_serve.errors import ServerStartError
 from siglip_serve.launcher.checkpoints import ServedCheckpoint
 from siglip_serve.machine import available_cores
 
-__all__ = ["Config", "checkpoint_use", "fit", "read_config", "with_steps"]
+__all__ = ["Config", "checkpoint_use", "fit", "mark_heatmaps", "read_config", "with_steps"]
 
 _MOST_PROCESSES = 32
 _FILES = "INPUT_IMAGE"
 _PIXELS = "PIXEL_VALUES"
 _GRID = "PATCH_GRID"
+_VECTORS = "PROMPT_VECTORS"
 _KIND_CPU = model_config_pb2.ModelInstanceGroup.KIND_CPU
 _KIND_GPU = model_config_pb2.ModelInstanceGroup.KIND_GPU
 
@@ -82,6 +83,14 @@ def checkpoint_use(config: Config) -> CheckpointUse:
             return cast(CheckpointUse, use)
     expected = " or ".join(get_args(CheckpointUse))
     raise ServerStartError(f"model {config.name!r}: parameter tower is {value!r}, expected {expected}")
+
+
+def mark_heatmaps(configs: Mapping[str, Config], served: Sequence[str]) -> None:
+    """Tell, in place, the models that a served ensemble asks for heatmaps, so that they prepare for them."""
+    for name in served:
+        for step in configs[name].ensemble_scheduling.step:
+            if {_PIXELS, _VECTORS} <= set(step.input_map):
+                configs[step.model_name].parameters["heatmaps"].string_value = "on"
 
 
 def fit(config: Config, checkpoint: ServedCheckpoint, device: str, decoders: int) -> None:

@@ -18,7 +18,14 @@ from siglip_serve.config import CheckpointUse
 from siglip_serve.engine.turns import remove_unused
 from siglip_serve.errors import ServerStartError
 from siglip_serve.launcher.checkpoints import ServedCheckpoint
-from siglip_serve.launcher.configurations import Config, checkpoint_use, fit, read_config, with_steps
+from siglip_serve.launcher.configurations import (
+    Config,
+    checkpoint_use,
+    fit,
+    mark_heatmaps,
+    read_config,
+    with_steps,
+)
 from siglip_serve.launcher.family import family, mapped_files
 
 __all__ = ["Stage"]
@@ -89,6 +96,7 @@ class Stage:
                 f"model repository {str(self._repository)!r}: no <model>/config.pbtxt in it"
             )
         names = with_steps(configs, wanted or list(configs))
+        mark_heatmaps(configs, names)
         notes: dict[str, None] = {}
         for name in names:
             checkpoint = checkpoints[checkpoint_use(configs[name])]

@@ -242,4 +242,6 @@ def _open_tower(context: Context) -> tuple[VisionEngine | NaflexEngine, TowerInp
     engine = open_vision(config, engine_plan(context))
     if isinstance(engine, NaflexEngine):
         return engine, PatchInput(config)
+    if context.settings.heatmaps == "on":
+        engine.prepare_heatmaps()
     return engine, PixelInput(config, engine.staging)

@@ -1,8 +1,8 @@
-"""Load a checkpoint's tensors as a tower's parameters, all of them and nothing else."""
+"""Load a checkpoint's tensors as the parameters of a tower in torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from siglip_serve.checkpoint.files import main_file
-from siglip_serve.checkpoint.tensors import Tensors
-from siglip_serve.errors import CheckpointError
-from siglip_serve.towers.layouts import Layout, Side, find_layout
+from siglip_serve.towers.layouts import Side
+from siglip_serve.towers.parameters import Parameters, read_parameters
 
-__all__ = ["load_strictly", "without_values"]
-
-_SHOWN = 20
-# Old versions of the reference saved position ids as a buffer.
-_NO_INFORMATION = "position_ids"
+__all__ = ["fill", "load_strictly", "parameters_of", "without_values"]
 
 
 @contextmanager
@@ -56,44 +50,18 @@ def load_strictly(tower: nn.Module, path: Path, side: Side) -> None:
     Raises:
         CheckpointError: tensors are missing, unexpected or of another shape. The first 20 are listed.
     """
-    with Tensors(path) as tensors:
-        layout = find_layout(tensors, side)
-        made_of = {
-            name: layout.parts(name, list(parameter.shape)) for name, parameter in tower.state_dict().items()
-        }
-        expected = {part.name: part.shape for parts in made_of.values() for part in parts}
-        _check(path, tensors, expected, layout)
-        state = {}
-        for name, parameter in tower.state_dict().items():
-            parts = [tensors[part.name].read().float() for part in made_of[name]]
-            parts = [
-                values.mT if part.transposed else values
-                for values, part in zip(parts, made_of[name], strict=True)
-            ]
-            joined = parts[0] if len(parts) == 1 else torch.cat(parts)
-            state[name] = joined.reshape(parameter.shape).contiguous()
-    tower.load_state_dict(state, assign=True)
+    shapes = {name: list(parameter.shape) for name, parameter in tower.state_dict().items()}
+    fill(tower, read_parameters(path, side, shapes))
+
+
+def fill(tower: nn.Module, parameters: Parameters) -> None:
+    """Give a tower that was made on the meta device its parameters, whose memory it shares where it can."""
+    tower.load_state_dict(
+        {name: torch.from_numpy(values) for name, values in parameters.items()}, assign=True
+    )
     tower.eval().requires_grad_(False)
 
 
-def _check(path: Path, tensors: Tensors, expected: Mapping[str, list[int]], layout: Layout) -> None:
-    sharded = len(tensors.files) > 1
-    where = {name: f" in {tensor.file}" if sharded else "" for name, tensor in tensors.items()}
-    problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in tensors]
-    problems += [
-        f"unexpected: {tensor.name}{where[name]}"
-        for name, tensor in tensors.items()
-        if name not in expected and not layout.foreign(name) and not name.endswith(_NO_INFORMATION)
-    ]
-    problems += [
-        f"mis-shaped: {tensors[name].name}{where[name]} is {tensors[name].shape}, expected {shape}"
-        for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    if problems:
-        shown = "\n  ".join(problems[:_SHOWN])
-        more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        files = path / tensors.files[0] if not sharded else path
-        raise CheckpointError(
-            f"{files}: the weights are not those of its {main_file(path).name}:\n  {shown}{more}"
-        )
+def parameters_of(tower: nn.Module) -> Parameters:
+    """Give the parameters of a tower that is on the CPU in float32. They are shared, not copied."""
+    return Parameters({name: [tensor.detach().numpy()] for name, tensor in tower.state_dict().items()})

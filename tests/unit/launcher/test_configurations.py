@@ -13,7 +13,13 @@ from tritonclient.grpc import model_config_pb2
 from siglip_serve.errors import ServerStartError
 from siglip_serve.launcher import configurations
 from siglip_serve.launcher.checkpoints import ServedCheckpoint
-from siglip_serve.launcher.configurations import checkpoint_use, fit, read_config, with_steps
+from siglip_serve.launcher.configurations import (
+    checkpoint_use,
+    fit,
+    mark_heatmaps,
+    read_config,
+    with_steps,
+)
 
 GPU = model_config_pb2.ModelInstanceGroup.KIND_GPU
 
@@ -186,3 +192,13 @@ def test_only_naflex_carries_grids_of_patches(model: str) -> None:
     teams = read_config(MODELS / "siglip_base_model", ["cpu"])
     with pytest.raises(ServerStartError, match="'siglip_base_model': takes images of one size"):
         fit(teams, naflex, "cpu", 0)
+
+
+def test_only_models_of_served_heatmaps_prepare_for_them() -> None:
+    configs = {file.parent.name: read_config(file.parent, ["cpu"]) for file in MODELS.glob("*/config.pbtxt")}
+    mark_heatmaps(configs, with_steps(configs, ["embed_image", "classify_image", "fit_teams"]))
+    assert not any("heatmaps" in config.parameters for config in configs.values())
+    mark_heatmaps(configs, with_steps(configs, ["explain_image"]))
+    marked = {name: config.parameters["heatmaps"].string_value for name, config in configs.items()}
+    assert {name for name, value in marked.items() if value} == {"siglip_vision_model"}
+    assert marked["siglip_vision_model"] == "on"

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
-import torch
 from numpy.typing import NDArray
 
 from siglip_serve.engine.plan import Plan
@@ -40,14 +39,14 @@ class Compiled:
         """Compute the output of any number of rows. All inputs [n, ...] have as many.
 
         Raises:
-            torch.OutOfMemoryError: there is not enough memory for these rows.
+            RuntimeError: out of memory for these rows (`passes.is_out_of_memory`).
         """
         try:
             outputs = self._request.infer([np.ascontiguousarray(rows) for rows in inputs], share_inputs=True)
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, MemoryError) or "Failed to allocate" in str(error):
-                # The error that torch raises: `passes.in_passes` then halves the pass.
-                raise torch.OutOfMemoryError(f"OpenVINO: no memory for {len(inputs[0])} rows") from error
+                # `passes.in_passes` then halves the pass.
+                raise RuntimeError(f"OpenVINO: out of memory for {len(inputs[0])} rows") from error
             raise
         result: NDArray[np.float32] = outputs[0]
         return result

@@ -1,35 +1,31 @@
-"""Both towers as OpenVINO graphs, node by node over the tensors of the torch towers.
+"""Both towers as OpenVINO graphs, node by node over the parameters of a checkpoint.
 
 The graphs are built by hand instead of traced. Torch's tracer is deprecated, fixes the batch size in the
 attention pooling and takes seconds, and OpenVINO's converter reports its use over the network. Built by hand,
-a graph takes a few milliseconds, accepts any batch size and shares the weights' memory. Tests compare it with
-the torch towers.
+a graph takes a few milliseconds, accepts any batch size, shares the weights' memory and needs no torch. Tests
+compare it with the torch towers.
 
-Shapes as in `siglip_serve.towers.siglip`: B rows, T tokens, D width, H heads.
+Parameters have the names of the torch towers. Shapes as in `siglip_serve.towers.siglip`: B rows, T tokens, D
+width, H heads.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from openvino import Model, PartialShape, Type
 from openvino import opset13 as op
-from torch import Tensor, nn
 
-from siglip_serve.checkpoint.model_config import ImageConfig, NaflexImageConfig
-from siglip_serve.towers.naflex import NaflexVisionTower
-from siglip_serve.towers.siglip import (
-    MLP,
-    Attention,
-    AttentionPooling,
-    Encoder,
-    TextTower,
-    VisionTower,
+from siglip_serve.checkpoint.model_config import (
+    ImageConfig,
+    NaflexImageConfig,
+    NaflexVisionConfig,
+    TextConfig,
+    VisionConfig,
 )
+from siglip_serve.towers.parameters import Parameters
 
 __all__ = ["PADDING", "build_head", "build_naflex", "build_naflex_head", "build_text", "build_vision"]
 
@@ -38,12 +34,13 @@ PADDING = np.float32(-1e30)
 _SAME = 0  # of a new shape: the length that the tensor has
 
 Node = Any
+AnyConfig = VisionConfig | TextConfig
 
 
-def build_vision(tower: VisionTower, image: ImageConfig) -> Model:
+def build_vision(parameters: Parameters, config: VisionConfig, image: ImageConfig) -> Model:
     """Build the vision tower: uint8 pixels [B, S, S, 3] -> float32 patch tokens [B, T, D]."""
-    size, patch = tower.config.image_size, tower.config.patch_size
-    grid, tokens = tower.config.grid_size, tower.context
+    size, patch = config.image_size, config.patch_size
+    grid, tokens = config.grid_size, config.grid_size**2
     pixels = op.parameter(PartialShape([-1, size, size, 3]), Type.u8, "pixels")
     x: Node = pixels
     if size % patch:  # pixels beyond the last whole patch are not seen
@@ -52,56 +49,59 @@ def build_vision(tower: VisionTower, image: ImageConfig) -> Model:
     x = op.reshape(x, _ints(-1, grid, patch, grid, patch * 3), False)
     x = op.reshape(op.transpose(x, _ints(0, 1, 3, 2, 4)), _ints(-1, tokens, patch * patch * 3), False)
     x = _normalize(x, image, patch)
-    projection = tower.embeddings.patch_embedding
-    x = _linear(x, projection.weight.permute(0, 2, 3, 1).flatten(1), cast(Tensor, projection.bias))
-    x = op.add(x, _constant(tower.embeddings.position_embedding.weight))
-    x = _encoder(x, tower.encoder, tokens)
-    return Model([_layer_norm(x, tower.post_layernorm)], [pixels], "vision")
+    kernel = parameters["embeddings.patch_embedding.weight"].transpose(0, 2, 3, 1)
+    x = _product(x, kernel.reshape(len(kernel), -1), parameters["embeddings.patch_embedding.bias"])
+    x = op.add(x, _constant(parameters["embeddings.position_embedding.weight"]))
+    x = _encoder(x, parameters, config, tokens)
+    return Model([_layer_norm(x, parameters, "post_layernorm", config)], [pixels], "vision")
 
 
-def build_head(tower: VisionTower) -> Model:
+def build_head(parameters: Parameters, config: VisionConfig) -> Model:
     """Build the pooling head: patch tokens [B, T, D] -> the embedding [B, D], both float32."""
-    tokens = op.parameter(PartialShape([-1, tower.context, tower.config.hidden_size]), Type.f32, "tokens")
-    return Model([_head(tokens, tower.head)], [tokens], "head")
+    shape = PartialShape([-1, config.grid_size**2, config.hidden_size])
+    tokens = op.parameter(shape, Type.f32, "tokens")
+    return Model([_head(tokens, parameters, config)], [tokens], "head")
 
 
-def build_naflex(tower: NaflexVisionTower, image: NaflexImageConfig) -> Model:
+def build_naflex(parameters: Parameters, config: NaflexVisionConfig, image: NaflexImageConfig) -> Model:
     """Build a NaFlex vision tower for any number of patches.
 
     Inputs: uint8 patches [B, T, 3 P P], the positions of their grids [B, T, D] float32, and what attention
     adds to the scores of each token, [B, T] float32: 0, or `PADDING`. Output: float32 tokens [B, T, D].
     """
-    patch, width = tower.config.patch_size, tower.config.hidden_size
+    patch = config.patch_size
     patches = op.parameter(PartialShape([-1, -1, 3 * patch**2]), Type.u8, "patches")
-    positions = op.parameter(PartialShape([-1, -1, width]), Type.f32, "positions")
+    positions = op.parameter(PartialShape([-1, -1, config.hidden_size]), Type.f32, "positions")
     padding = op.parameter(PartialShape([-1, -1]), Type.f32, "padding")
-    projection = tower.embeddings.patch_embedding
-    x = _linear(_normalize(patches, image, patch), projection.weight, projection.bias)
+    x = _linear(_normalize(patches, image, patch), parameters, "embeddings.patch_embedding")
     x = op.add(x, positions)
-    x = _encoder(x, tower.encoder, _SAME, op.unsqueeze(padding, _ints(1, 2)))
-    return Model([_layer_norm(x, tower.post_layernorm)], [patches, positions, padding], "naflex")
+    x = _encoder(x, parameters, config, _SAME, op.unsqueeze(padding, _ints(1, 2)))
+    x = _layer_norm(x, parameters, "post_layernorm", config)
+    return Model([x], [patches, positions, padding], "naflex")
 
 
-def build_naflex_head(tower: NaflexVisionTower) -> Model:
+def build_naflex_head(parameters: Parameters, config: NaflexVisionConfig) -> Model:
     """Build the pooling head of a NaFlex tower.
 
     Inputs: tokens [B, T, D] and the padding [B, T] of `build_naflex`. Output: the embedding [B, D].
     """
-    tokens = op.parameter(PartialShape([-1, -1, tower.config.hidden_size]), Type.f32, "tokens")
+    tokens = op.parameter(PartialShape([-1, -1, config.hidden_size]), Type.f32, "tokens")
     padding = op.parameter(PartialShape([-1, -1]), Type.f32, "padding")
-    return Model([_head(tokens, tower.head, op.unsqueeze(padding, _ints(2)))], [tokens, padding], "head")
+    x = _head(tokens, parameters, config, op.unsqueeze(padding, _ints(2)))
+    return Model([x], [tokens, padding], "head")
 
 
-def build_text(tower: TextTower) -> Model:
+def build_text(parameters: Parameters, config: TextConfig) -> Model:
     """Build the text tower: int64 ids [B, T] -> the embedding [B, P], float32."""
-    ids = op.parameter(PartialShape([-1, tower.context]), Type.i64, "ids")
-    x = op.gather(_constant(tower.embeddings.token_embedding.weight), ids, _ints(0))
-    x = op.reshape(x, _ints(-1, tower.context, tower.config.hidden_size), False)
-    x = op.add(x, _constant(tower.embeddings.position_embedding.weight))
-    x = _encoder(x, tower.encoder, tower.context)
+    tokens = config.max_position_embeddings
+    ids = op.parameter(PartialShape([-1, tokens]), Type.i64, "ids")
+    x = op.gather(_constant(parameters["embeddings.token_embedding.weight"]), ids, _ints(0))
+    x = op.reshape(x, _ints(-1, tokens, config.hidden_size), False)
+    x = op.add(x, _constant(parameters["embeddings.position_embedding.weight"]))
+    x = _encoder(x, parameters, config, tokens)
     # Only the last position is projected, and the norm is computed per position.
-    x = op.gather(x, np.int64(tower.context - 1), np.int64(1))
-    x = _linear(_layer_norm(x, tower.final_layer_norm), tower.head.weight, tower.head.bias)
+    x = op.gather(x, np.int64(tokens - 1), np.int64(1))
+    x = _linear(_layer_norm(x, parameters, "final_layer_norm", config), parameters, "head")
     return Model([x], [ids], "text")
 
 
@@ -112,56 +112,63 @@ def _normalize(x: Node, image: ImageConfig, patch: int) -> Node:
     return op.divide(op.subtract(x, mean), std)
 
 
-def _encoder(x: Node, encoder: Encoder, tokens: int, mask: Node | None = None) -> Node:
-    for block in encoder.blocks:
-        x = op.add(x, _attention(_layer_norm(x, block.layer_norm1), block.self_attn, tokens, mask))
-        x = op.add(x, _mlp(_layer_norm(x, block.layer_norm2), block.mlp))
+def _encoder(
+    x: Node, parameters: Parameters, config: AnyConfig, tokens: int, mask: Node | None = None
+) -> Node:
+    for index in range(config.num_hidden_layers):
+        block = f"encoder.layers.{index}"
+        y = _layer_norm(x, parameters, f"{block}.layer_norm1", config)
+        x = op.add(x, _attention(y, parameters, f"{block}.self_attn", config, tokens, mask))
+        y = _layer_norm(x, parameters, f"{block}.layer_norm2", config)
+        x = op.add(x, _mlp(y, parameters, f"{block}.mlp", config))
     return x
 
 
-def _attention(x: Node, attention: Attention, tokens: int, mask: Node | None) -> Node:
+def _attention(
+    x: Node, parameters: Parameters, name: str, config: AnyConfig, tokens: int, mask: Node | None
+) -> Node:
     """[B, T, D] -> [B, T, D], after a mask [B, 1, 1, T] was added to the scores"""
-    weights, biases = attention.qkv_proj.weight.chunk(3), attention.qkv_proj.bias.chunk(3)
-    width = weights[0].shape[0]
+    heads, width = config.num_attention_heads, config.hidden_size
+    weights, biases = (parameters.thirds(f"{name}.qkv_proj.{kind}") for kind in ("weight", "bias"))
     # With three products and plain attention the CPU plugin fuses everything from the transposes of the heads
     # to the weighted sum into one kernel. One product of all three would have to be split again.
     q, k, v = (
-        _heads(_linear(x, weight, bias), attention.heads, tokens)
-        for weight, bias in zip(weights, biases, strict=True)
+        _heads(_product(x, weight, bias), heads, tokens) for weight, bias in zip(weights, biases, strict=True)
     )
-    scores = op.multiply(op.matmul(q, k, False, True), np.float32((width // attention.heads) ** -0.5))
+    scores = op.multiply(op.matmul(q, k, False, True), np.float32((width // heads) ** -0.5))
     scores = scores if mask is None else op.add(scores, mask)
     y = op.matmul(op.softmax(scores, -1), v, False, False)
     y = op.reshape(op.transpose(y, _ints(0, 2, 1, 3)), _ints(0, tokens, width), True)
-    return _linear(y, attention.out_proj.weight, attention.out_proj.bias)
+    return _linear(y, parameters, f"{name}.out_proj")
 
 
-def _head(tokens: Node, head: AttentionPooling, mask: Node | None = None) -> Node:
+def _head(tokens: Node, parameters: Parameters, config: VisionConfig, mask: Node | None = None) -> Node:
     """[B, T, D] -> [B, D]; a mask [B, T, 1] is added to the scores"""
-    x = _pool(tokens, head, mask)
-    return op.add(x, _mlp(_layer_norm(x, head.layernorm), head.mlp))
+    x = _pool(tokens, parameters, config.num_attention_heads, mask)
+    y = _layer_norm(x, parameters, "head.layernorm", config)
+    return op.add(x, _mlp(y, parameters, "head.mlp", config))
 
 
-def _pool(tokens: Node, head: AttentionPooling, mask: Node | None) -> Node:
+def _pool(tokens: Node, parameters: Parameters, heads: int, mask: Node | None) -> Node:
     """Attend to all tokens by the probe: [B, T, D] -> [B, D].
 
     The probe is the same for all images, so its product with the key projection is a constant. Each head's
     mean of the tokens is taken before the value projection, which then sees one row instead of every token.
     The keys' bias adds the same to all scores of a head, which softmax ignores.
     """
-    attention, heads = head.attention, head.attention.num_heads
-    w_q, w_k, w_v = attention.in_proj_weight.detach().double().chunk(3)
-    b_q, _, b_v = attention.in_proj_bias.detach().double().chunk(3)
-    width = w_q.shape[0] // heads
-    q = F.linear(head.probe.detach().double(), w_q, b_q).reshape(heads, width) * width**-0.5
-    keys = torch.einsum("hd,hdx->hx", q, w_k.unflatten(0, (heads, width)))  # [H, D]
-    values = w_v.unflatten(0, (heads, width))  # [H, D/H, D]
-    scores = op.matmul(tokens, _constant(keys.float()), False, True)  # [B, T, H]
+    w_q, w_k, w_v = parameters.thirds("head.attention.in_proj_weight")
+    b_q, _, b_v = parameters.thirds("head.attention.in_proj_bias")
+    width = len(w_q) // heads
+    probe = parameters["head.probe"].astype(np.float64)[0, 0]
+    q = (w_q.astype(np.float64) @ probe + b_q).reshape(heads, 1, width) * width**-0.5
+    keys = (q @ w_k.astype(np.float64).reshape(heads, width, -1))[:, 0]  # [H, D]
+    values = w_v.reshape(heads, width, -1)  # [H, D/H, D]
+    scores = op.matmul(tokens, _constant(keys.astype(np.float32)), False, True)  # [B, T, H]
     scores = scores if mask is None else op.add(scores, mask)
     means = op.matmul(op.softmax(scores, 1), tokens, True, False)  # [B, H, D]
-    y = op.matmul(op.unsqueeze(means, _ints(2)), _constant(values.float()), False, True)  # [B, H, 1, D/H]
-    y = op.add(op.reshape(y, _ints(-1, w_q.shape[0]), False), _constant(b_v.float()))
-    return _linear(y, attention.out_proj.weight, attention.out_proj.bias)
+    y = op.matmul(op.unsqueeze(means, _ints(2)), _constant(values), False, True)  # [B, H, 1, D/H]
+    y = op.add(op.reshape(y, _ints(-1, len(w_q)), False), _constant(b_v))
+    return _linear(y, parameters, "head.attention.out_proj")
 
 
 def _heads(x: Node, heads: int, tokens: int) -> Node:
@@ -170,24 +177,28 @@ def _heads(x: Node, heads: int, tokens: int) -> Node:
     return op.transpose(x, _ints(0, 2, 1, 3))
 
 
-def _mlp(x: Node, mlp: MLP) -> Node:
-    form = "erf" if mlp.activation == "gelu" else "tanh"
-    hidden = op.gelu(_linear(x, mlp.fc1.weight, mlp.fc1.bias), form)
-    return _linear(hidden, mlp.fc2.weight, mlp.fc2.bias)
+def _mlp(x: Node, parameters: Parameters, name: str, config: AnyConfig) -> Node:
+    form = "erf" if config.hidden_act == "gelu" else "tanh"
+    hidden = op.gelu(_linear(x, parameters, f"{name}.fc1"), form)
+    return _linear(hidden, parameters, f"{name}.fc2")
 
 
-def _linear(x: Node, weight: Tensor, bias: Tensor) -> Node:
+def _linear(x: Node, parameters: Parameters, name: str) -> Node:
+    return _product(x, parameters[f"{name}.weight"], parameters[f"{name}.bias"])
+
+
+def _product(x: Node, weight: NDArray[np.float32], bias: NDArray[np.float32]) -> Node:
     return op.add(op.matmul(x, _constant(weight), False, True), _constant(bias))
 
 
-def _layer_norm(x: Node, norm: nn.LayerNorm) -> Node:
-    x = op.mvn(x, _ints(-1), True, float(norm.eps), "inside_sqrt")
-    return op.add(op.multiply(x, _constant(norm.weight)), _constant(norm.bias))
+def _layer_norm(x: Node, parameters: Parameters, name: str, config: AnyConfig) -> Node:
+    x = op.mvn(x, _ints(-1), True, float(config.layer_norm_eps), "inside_sqrt")
+    x = op.multiply(x, _constant(parameters[f"{name}.weight"]))
+    return op.add(x, _constant(parameters[f"{name}.bias"]))
 
 
-def _constant(tensor: Tensor) -> Node:
-    with torch.no_grad():
-        return op.constant(tensor.detach().contiguous().numpy(), shared_memory=True)
+def _constant(values: NDArray[np.float32]) -> Node:
+    return op.constant(np.ascontiguousarray(values), shared_memory=True)
 
 
 def _ints(*values: int) -> NDArray[np.int64]:

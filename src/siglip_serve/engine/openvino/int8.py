@@ -22,7 +22,7 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 
-from siglip_serve.checkpoint.model_config import ImageConfig
+from siglip_serve.checkpoint.model_config import ImageConfig, VisionConfig
 from siglip_serve.engine.calibration import FEWEST_IMAGES, calibration_files, require_nncf, too_few
 from siglip_serve.engine.openvino.compiled import Compiled
 from siglip_serve.engine.openvino.graph import build_head, build_vision
@@ -30,7 +30,7 @@ from siglip_serve.engine.plan import Plan
 from siglip_serve.errors import ImageError, ImageTooLargeError
 from siglip_serve.images.preprocess import Preprocessor
 from siglip_serve.machine import processor_flags
-from siglip_serve.towers.siglip import VisionTower
+from siglip_serve.towers.parameters import Parameters
 
 __all__ = ["quantize"]
 
@@ -41,11 +41,12 @@ _XML, _BIN, _FIDELITY = "tower.xml", "tower.bin", "fidelity.txt"
 Pixels = NDArray[np.uint8]
 
 
-def quantize(tower: VisionTower, image: ImageConfig, plan: Plan) -> ov.Model:
+def quantize(parameters: Parameters, config: VisionConfig, image: ImageConfig, plan: Plan) -> ov.Model:
     """Quantise the graph of `build_vision`, or load it from the cache, and print how close it is to float32.
 
     Args:
-        tower: on the CPU, float32.
+        parameters: of the tower.
+        config: its shape.
         image: the checkpoint's preprocessing of the calibration images.
         plan: resolved, of dtype int8, for its folders `calibration` and `cache`.
 
@@ -53,11 +54,11 @@ def quantize(tower: VisionTower, image: ImageConfig, plan: Plan) -> ov.Model:
         SettingsError: there are fewer than 10 images to calibrate on, or nncf is not installed.
     """
     files = calibration_files(plan.calibration)
-    cached = plan.cache / f"{_key(tower, image, files)}.zip" if plan.cache else None
+    cached = plan.cache / f"{_key(parameters, config, image, files)}.zip" if plan.cache else None
     with _any_character():
         found = _load(cached) if cached else None
         if found is None:
-            model, fidelity = _calibrate(tower, image, plan, files)
+            model, fidelity = _calibrate(parameters, config, image, plan, files)
             if cached:
                 _store(model, fidelity, cached)
         else:
@@ -85,23 +86,23 @@ def _any_character() -> Iterator[None]:
         stream.reconfigure(encoding=encoding, errors=errors)
 
 
-def _key(tower: VisionTower, image: ImageConfig, files: Sequence[Path]) -> str:
+def _key(parameters: Parameters, config: VisionConfig, image: ImageConfig, files: Sequence[Path]) -> str:
     """Digest the weights, the images, the software and the processor."""
     digest = hashlib.sha256()
     core = ov.Core()
     processor = [core.get_property("CPU", name) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")]
     # Without nncf's version: a kept model can be served where nncf is not installed.
-    digest.update(repr([_FORMAT, ov.__version__, *processor, tower.config, image]).encode())
-    for name, tensor in tower.state_dict().items():
+    digest.update(repr([_FORMAT, ov.__version__, *processor, config, image]).encode())
+    for name, values in parameters.items():
         digest.update(name.encode())
-        digest.update(tensor.contiguous().numpy().data)
+        digest.update(values.data)
     for file in files:
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return f"int8-{digest.hexdigest()[:32]}"
 
 
 def _calibrate(
-    tower: VisionTower, image: ImageConfig, plan: Plan, files: Sequence[Path]
+    parameters: Parameters, config: VisionConfig, image: ImageConfig, plan: Plan, files: Sequence[Path]
 ) -> tuple[ov.Model, str]:
     require_nncf()
     # Set before nncf is imported, which would report its use over the network.
@@ -122,13 +123,14 @@ def _calibrate(
     exact = not {"avx512_vnni", "avx_vnni", "amx_int8"}.isdisjoint(processor_flags())
     overflow = nncf.OverflowFix.FIRST_LAYER if exact else nncf.OverflowFix.ENABLE
     model = nncf.quantize(
-        build_vision(tower, image),
+        build_vision(parameters, config, image),
         nncf.Dataset(shown),
         model_type=nncf.ModelType.TRANSFORMER,
         subset_size=len(shown),
         advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=overflow),
     )
-    return model, _fidelity(model, tower, image, held, plan)
+    exact = build_vision(parameters, config, image)
+    return model, _fidelity(model, exact, build_head(parameters, config), held, plan)
 
 
 def _read(files: Sequence[Path], image: ImageConfig) -> Iterator[Pixels]:
@@ -140,18 +142,18 @@ def _read(files: Sequence[Path], image: ImageConfig) -> Iterator[Pixels]:
             print(f"siglip-serve: not calibrated on {file}: {error}", flush=True)
 
 
-def _fidelity(
-    model: ov.Model, tower: VisionTower, image: ImageConfig, held: Sequence[Pixels], plan: Plan
-) -> str:
+def _fidelity(model: ov.Model, exact: ov.Model, head: ov.Model, held: Sequence[Pixels], plan: Plan) -> str:
     """Compare the pooled embeddings with those in float32 by their cosine."""
-    exact = replace(plan, dtype="float32")
-    ways = [
-        (Compiled(model, plan), Compiled(build_head(tower), plan)),
-        (Compiled(build_vision(tower, image), exact), Compiled(build_head(tower), exact)),
-    ]
-    ours, theirs = (np.concatenate([head(tower(pixels)) for pixels in held]) for tower, head in ways)
+    ours, theirs = (
+        _embed(Compiled(tower, way), Compiled(head, way), held)
+        for tower, way in ((model, plan), (exact, replace(plan, dtype="float32")))
+    )
     cosine = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
     return f"cosine {cosine.mean():.4f} on average, {cosine.min():.4f} at least, {len(held)} images held out"
+
+
+def _embed(tower: Compiled, head: Compiled, images: Sequence[Pixels]) -> NDArray[np.float32]:
+    return np.concatenate([head(tower(pixels)) for pixels in images])
 
 
 def _load(file: Path) -> tuple[ov.Model, str] | None:

@@ -19,6 +19,7 @@ from siglip_serve.engine.torch.normalization import PatchNormalization
 from siglip_serve.engine.torch.runners import VISION_ROWS
 from siglip_serve.heatmaps.attribution import Explanation, SiglipExplainer
 from siglip_serve.towers.naflex import NaflexVisionTower
+from siglip_serve.towers.weights import parameters_of
 
 __all__ = ["OpenVinoNaflex"]
 
@@ -44,15 +45,16 @@ class OpenVinoNaflex:
         # Positions are too little work for the graph, and heatmaps need values that it does not return.
         self._torch = tower
         self._normalize = PatchNormalization(image, torch.device("cpu"), torch.float32)
-        self._tower = Compiled(build_naflex(tower, image), plan)
-        self._head = Compiled(build_naflex_head(tower), plan)
+        parameters = parameters_of(tower)
+        self._tower = Compiled(build_naflex(parameters, tower.config, image), plan)
+        self._head = Compiled(build_naflex_head(parameters, tower.config), plan)
 
     @torch.inference_mode()
     def __call__(self, rows: PatchRows, /, wanted: Sequence[str]) -> Finish:
         """Compute the wanted outputs of n images. See `Runner`. PATCH_EMBEDDINGS end with zeros.
 
         Raises:
-            torch.OutOfMemoryError: there is not enough memory for these rows.
+            RuntimeError: out of memory for these rows.
         """
         grids = torch.from_numpy(rows.grids)
         positions = self._torch.embeddings.positions(grids, rows.patches.shape[1]).numpy()

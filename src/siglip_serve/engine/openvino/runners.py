@@ -7,12 +7,12 @@ even before it is checked against the weights.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from siglip_serve.checkpoint.model_config import ImageConfig
 from siglip_serve.engine.openvino.compiled import Compiled
@@ -20,9 +20,13 @@ from siglip_serve.engine.openvino.graph import build_head, build_text, build_vis
 from siglip_serve.engine.openvino.int8 import quantize
 from siglip_serve.engine.passes import Arrays, Finish
 from siglip_serve.engine.plan import Plan
-from siglip_serve.engine.torch.normalization import Normalization
-from siglip_serve.heatmaps.attribution import Explainer, Explanation
-from siglip_serve.towers.siglip import TextTower, VisionTower
+from siglip_serve.towers.parameters import Parameters
+from siglip_serve.towers.stored import StoredText, StoredVision
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from siglip_serve.heatmaps.attribution import Explainer, Explanation
 
 __all__ = ["OpenVinoText", "OpenVinoVision"]
 
@@ -34,8 +38,11 @@ _TEXT_ROWS = 32
 class OpenVinoVision:
     """Run a SigLIP vision tower: uint8 pixels -> outputs. One call at a time.
 
+    Compiled kernels have weights of their own. Those of the checkpoint leave memory, and are read again for
+    the first heatmap, which torch computes.
+
     Args:
-        tower: on the CPU, float32. Its tensors are shared, not copied.
+        tower: its parameters are shared, not copied.
         image: the checkpoint's normalisation.
         plan: without `auto`. With int8 the blocks are quantised, and the pooling head keeps the fastest
             dtype that is close to float32.
@@ -47,20 +54,27 @@ class OpenVinoVision:
         SettingsError: the dtype is int8, and there are no images to calibrate on.
     """
 
-    def __init__(self, tower: VisionTower, image: ImageConfig, plan: Plan) -> None:
+    def __init__(self, tower: StoredVision, image: ImageConfig, plan: Plan) -> None:
         self.max_rows = plan.max_rows or _VISION_ROWS
-        model = quantize(tower, image, plan) if plan.dtype == "int8" else build_vision(tower, image)
-        # Heatmaps need values that the graph does not return, and are too rare for a graph of their own.
-        self._torch = tower
-        self._normalize = Normalization(image, torch.device("cpu"), torch.float32)
+        parameters, config = tower.parameters, tower.config
+        if plan.dtype == "int8":
+            model = quantize(parameters, config, image, plan)
+        else:
+            model = build_vision(parameters, config, image)
+        self._stored, self._image = tower, image
         # The head is compiled apart, so that it runs only when it is asked for.
-        self._tower, self._head = Compiled(model, plan), Compiled(build_head(tower), plan)
+        self._tower = Compiled(model, plan)
+        self._head = Compiled(build_head(parameters, config), plan)
+        del model
+        size = config.image_size
+        self(np.zeros((1, size, size, 3), np.uint8), ["EMBEDDING"])  # the first pass lays out the weights
+        _leave_memory(parameters)
 
     def __call__(self, pixels: NDArray[np.uint8], /, wanted: Sequence[str]) -> Finish:
         """Compute the wanted outputs of pixels [n, S, S, 3]. See `Runner`.
 
         Raises:
-            torch.OutOfMemoryError: there is not enough memory for these rows.
+            RuntimeError: out of memory for these rows.
         """
         tokens = self._tower(pixels)
         outputs: Arrays = {}
@@ -73,12 +87,18 @@ class OpenVinoVision:
                 outputs[name] = tokens
         return lambda: outputs
 
-    @torch.inference_mode()
     def explain(
         self, explainer: Explainer, pixels: NDArray[np.uint8], vectors: Tensor
     ) -> Explanation[Tensor]:
         """Explain pixels [1, S, S, 3] by vectors [P, E] with torch, in float32. See `VisionRunner`."""
-        return explainer.explain(self._torch, self._normalize(pixels), vectors)
+        import torch
+
+        from siglip_serve.engine.torch.normalization import Normalization
+
+        # Heatmaps need values that the graph does not return, and are too rare for a graph of their own.
+        normalize = Normalization(self._image, torch.device("cpu"), torch.float32)
+        with torch.inference_mode():
+            return explainer.explain(self._stored.tower, normalize(pixels), vectors)
 
 
 class OpenVinoText:
@@ -87,15 +107,23 @@ class OpenVinoText:
     Texts are not quantised, since int8 is calibrated on images. Arguments as for `OpenVinoVision`.
     """
 
-    def __init__(self, tower: TextTower, plan: Plan) -> None:
+    def __init__(self, tower: StoredText, plan: Plan) -> None:
         self.max_rows = plan.max_rows or _TEXT_ROWS
-        self._tower = Compiled(build_text(tower), plan)
+        self._tower = Compiled(build_text(tower.parameters, tower.config), plan)
+        self(np.zeros((1, tower.config.max_position_embeddings), np.int64), ["EMBEDDING"])
+        _leave_memory(tower.parameters)
 
     def __call__(self, ids: NDArray[np.int64], /, wanted: Sequence[str]) -> Finish:  # noqa: ARG002 - one output
         """Compute EMBEDDING [n, P] of ids [n, T]. See `Runner`.
 
         Raises:
-            torch.OutOfMemoryError: there is not enough memory for these rows.
+            RuntimeError: out of memory for these rows.
         """
         outputs = {"EMBEDDING": self._tower(ids)}
         return lambda: outputs
+
+
+def _leave_memory(parameters: Parameters) -> None:
+    """Give the system the memory of the checkpoint, and what glibc keeps after the compiler's copies."""
+    parameters.leave_memory()
+    ctypes.CDLL(None).malloc_trim(0)

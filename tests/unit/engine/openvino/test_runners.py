@@ -26,6 +26,7 @@ from siglip_serve.engine.plan import Plan
 from siglip_serve.errors import SettingsError
 from siglip_serve.machine import available_cores
 from siglip_serve.towers.siglip import VisionTower, load_text, load_vision
+from siglip_serve.towers.stored import StoredVision
 
 BATCHES = (1, 3, 8, 11)
 GEOMETRIES: dict[str, dict[str, Any]] = {
@@ -102,7 +103,9 @@ def test_float32_is_not_computed_in_bfloat16() -> None:
     """The plugin's own choice would be bfloat16 where the processor has it."""
     config = load_config(TINY)
     plan = Plan("cpu", "float32", "openvino")
-    compiled = Compiled(build_vision(load_vision(TINY), config.image), plan)._request.get_compiled_model()
+    stored = StoredVision.open(config)
+    model = build_vision(stored.parameters, stored.config, config.image)
+    compiled = Compiled(model, plan)._request.get_compiled_model()
     assert compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
     assert compiled.get_property("INFERENCE_NUM_THREADS") == available_cores()
 
