@@ -13,6 +13,7 @@ from siglip_serve.engine.passes import (
     OUTPUTS,
     Arrays,
     Batch,
+    Finish,
     NaflexRunner,
     Runner,
     VisionRunner,
@@ -21,6 +22,7 @@ from siglip_serve.engine.passes import (
 )
 from siglip_serve.engine.patches import PatchRows, group_rows
 from siglip_serve.engine.plan import Plan
+from siglip_serve.engine.texts import embedded_places, shorten
 from siglip_serve.engine.torch.naflex import TorchNaflex
 from siglip_serve.engine.torch.runners import TorchText, TorchVision
 from siglip_serve.errors import SettingsError
@@ -30,6 +32,7 @@ from siglip_serve.towers import naflex
 from siglip_serve.towers.clip import ClipTextTower, ClipVisionTower
 from siglip_serve.towers.load import AnyTextTower, AnyVisionTower, load_text, load_vision
 from siglip_serve.towers.naflex import NaflexVisionTower
+from siglip_serve.towers.siglip import TextTower, VisionTower
 
 __all__ = ["NaflexEngine", "TextEngine", "VisionEngine", "open_text", "open_vision"]
 
@@ -151,10 +154,11 @@ class TextEngine:
 
     def __init__(self, tower: AnyTextTower, plan: Plan) -> None:
         self.plan = _text_plan(plan, tower)
+        self._config = tower.config
         self.runner = _text_runner(tower, self.plan)
 
     def __call__(self, ids: NDArray[np.int64]) -> Batch:
-        """Run the tower over all rows.
+        """Run the tower over all rows. Texts of a pass are about as long where length matters.
 
         Args:
             ids: [N, T] int64, at least one row, padded to the context length.
@@ -163,7 +167,16 @@ class TextEngine:
             EMBEDDING [N, E] float32, not normalised: the reference's `pooler_output`, for CLIP with its
             projection.
         """
-        return in_passes(ids, self.runner.max_rows, lambda part: self.runner(part, ["EMBEDDING"]))
+        places = embedded_places(self._config, ids)
+        if len(ids) <= self.runner.max_rows or places.min() == places.max():
+            return in_passes(ids, self.runner.max_rows, self._start)
+        order = np.argsort(places)
+        batch = in_passes(ids[order], self.runner.max_rows, self._start)
+        back = np.argsort(order)
+        return Batch({name: array[back] for name, array in batch.outputs.items()}, batch.failed[back])
+
+    def _start(self, ids: NDArray[np.int64]) -> Finish:
+        return self.runner(shorten(self._config, ids), ["EMBEDDING"])
 
 
 def open_vision(config: ModelConfig, plan: Plan) -> VisionEngine | NaflexEngine:
@@ -191,15 +204,15 @@ def _prepare_torch(plan: Plan) -> None:
 
 
 def _vision_runner(tower: AnyVisionTower, image: ImageConfig, plan: Plan) -> VisionRunner:
-    if isinstance(tower, ClipVisionTower) or plan.backend == "torch":
-        return TorchVision(tower, image, torch.device(plan.device), _dtype(plan), plan.max_rows)
-    if plan.backend == "fused":
+    if plan.backend == "openvino":
+        from siglip_serve.engine.openvino.runners import OpenVinoVision
+
+        return OpenVinoVision(tower, image, plan)
+    if plan.backend == "fused" and isinstance(tower, VisionTower):
         from siglip_serve.engine.fused.runners import FusedVision
 
         return FusedVision(tower, image, *_fused_options(plan, len(tower.encoder.layers)))
-    from siglip_serve.engine.openvino.runners import OpenVinoVision
-
-    return OpenVinoVision(tower, image, plan)
+    return TorchVision(tower, image, torch.device(plan.device), _dtype(plan), plan.max_rows)
 
 
 def _naflex_runner(tower: NaflexVisionTower, image: NaflexImageConfig, plan: Plan) -> NaflexRunner:
@@ -221,15 +234,15 @@ def _fused_options(plan: Plan, layers: int) -> tuple[torch.device, torch.dtype, 
 
 
 def _text_runner(tower: AnyTextTower, plan: Plan) -> Runner:
-    if isinstance(tower, ClipTextTower) or plan.backend == "torch":
-        return TorchText(tower, torch.device(plan.device), _dtype(plan), plan.max_rows)
-    if plan.backend == "fused":
+    if plan.backend == "openvino":
+        from siglip_serve.engine.openvino.runners import OpenVinoText
+
+        return OpenVinoText(tower, plan)
+    if plan.backend == "fused" and isinstance(tower, TextTower):
         from siglip_serve.engine.fused.runners import FusedText
 
         return FusedText(tower, torch.device(plan.device), _dtype(plan), plan.max_rows)
-    from siglip_serve.engine.openvino.runners import OpenVinoText
-
-    return OpenVinoText(tower, plan)
+    return TorchText(tower, torch.device(plan.device), _dtype(plan), plan.max_rows)
 
 
 def _dtype(plan: Plan) -> torch.dtype:

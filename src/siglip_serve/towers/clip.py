@@ -15,8 +15,10 @@ arXiv 2103.00020).
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from siglip_serve.checkpoint.config import load_config
@@ -26,7 +28,9 @@ from siglip_serve.errors import CheckpointError
 from siglip_serve.towers.siglip import Encoder, TextEmbeddings
 from siglip_serve.towers.weights import load_strictly, without_values
 
-__all__ = ["ClipTextTower", "ClipVisionTower", "load_text", "load_vision"]
+__all__ = ["ClipTextTower", "ClipVisionTower", "end_places", "load_text", "load_vision"]
+
+Ids = TypeVar("Ids", Tensor, NDArray[Any])
 
 
 class ClipVisionEmbeddings(nn.Module):
@@ -118,12 +122,8 @@ class ClipTextTower(nn.Module):
         return self.final_layer_norm(x)
 
     def pool(self, tokens: Tensor, ids: Tensor) -> Tensor:
-        """[B, T, D] of ids [B, T] -> [B, P], the reference's `text_embeds` before normalisation
-
-        The first end token is taken, or the first of the largest id where the checkpoint asks for that.
-        """
-        config = self.config
-        places = (ids if config.pools_largest_id else (ids == config.eos_token_id).int()).argmax(dim=1)
+        """[B, T, D] of ids [B, T] -> [B, P], the reference's `text_embeds` before normalisation"""
+        places = end_places(self.config, ids)
         return self.projection(tokens[torch.arange(len(tokens), device=tokens.device), places])
 
 
@@ -156,6 +156,15 @@ def load_text(path: Path) -> ClipTextTower:
         tower = ClipTextTower(config)
     load_strictly(tower, path, "text")
     return tower
+
+
+def end_places(config: ClipTextConfig, ids: Ids) -> Ids:
+    """Find the place [B] of the token whose output becomes the embedding, in ids [B, T] int64.
+
+    It is the first end token, or the first of the largest id where the checkpoint asks for that. In ids
+    without an end token it is the first of all.
+    """
+    return (ids if config.pools_largest_id else (ids == config.eos_token_id) * 1).argmax(1)
 
 
 def _projection(config: ClipVisionConfig | ClipTextConfig) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Both towers as OpenVINO graphs, node by node over the tensors of the torch towers.
+"""Both towers of every family as OpenVINO graphs, node by node over the tensors of the torch towers.
 
 The graphs are built by hand instead of traced. Torch's tracer is deprecated, fixes the batch size in the
 attention pooling and takes seconds, and OpenVINO's converter reports its use over the network. Built by hand,
@@ -10,7 +10,8 @@ Shapes as in `siglip_serve.towers.siglip`: B rows, T tokens, D width, H heads.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,17 +22,20 @@ from openvino import opset13 as op
 from torch import Tensor, nn
 
 from siglip_serve.checkpoint.model_config import ImageConfig, NaflexImageConfig
+from siglip_serve.towers.clip import ClipTextTower, ClipVisionEmbeddings, ClipVisionTower
+from siglip_serve.towers.load import AnyTextTower, AnyVisionTower
 from siglip_serve.towers.naflex import NaflexVisionTower
-from siglip_serve.towers.siglip import (
-    MLP,
-    Attention,
-    AttentionPooling,
-    Encoder,
-    TextTower,
-    VisionTower,
-)
+from siglip_serve.towers.siglip import MLP, QUICK_GELU, Attention, AttentionPooling, Block
 
-__all__ = ["PADDING", "build_head", "build_naflex", "build_naflex_head", "build_text", "build_vision"]
+__all__ = [
+    "PADDING",
+    "build_head",
+    "build_naflex",
+    "build_naflex_head",
+    "build_patches",
+    "build_text",
+    "build_vision",
+]
 
 # Added to the scores of padding. Minus infinity would need care where a whole block of keys is padding.
 PADDING = np.float32(-1e30)
@@ -40,29 +44,45 @@ _SAME = 0  # of a new shape: the length that the tensor has
 Node = Any
 
 
-def build_vision(tower: VisionTower, image: ImageConfig) -> Model:
-    """Build the vision tower: uint8 pixels [B, S, S, 3] -> float32 patch tokens [B, T, D]."""
-    size, patch = tower.config.image_size, tower.config.patch_size
-    grid, tokens = tower.config.grid_size, tower.context
+def build_vision(tower: AnyVisionTower, image: ImageConfig) -> Model:
+    """Build a vision tower: uint8 pixels [B, S, S, 3] -> float32 tokens [B, T, D].
+
+    They are those of its `forward`, but for CLIP those before the last block. `build_head` and
+    `build_patches` run that block for the tokens that they need.
+    """
+    size, patch, grid = tower.config.image_size, tower.config.patch_size, tower.config.grid_size
     pixels = op.parameter(PartialShape([-1, size, size, 3]), Type.u8, "pixels")
     x: Node = pixels
     if size % patch:  # pixels beyond the last whole patch are not seen
         x = op.slice(x, _ints(0, 0), _ints(grid * patch, grid * patch), _ints(1, 1), _ints(1, 2))
     # The patch convolution is one matrix product. Bytes are moved before they become floats.
     x = op.reshape(x, _ints(-1, grid, patch, grid, patch * 3), False)
-    x = op.reshape(op.transpose(x, _ints(0, 1, 3, 2, 4)), _ints(-1, tokens, patch * patch * 3), False)
+    x = op.reshape(op.transpose(x, _ints(0, 1, 3, 2, 4)), _ints(-1, grid**2, patch * patch * 3), False)
     x = _normalize(x, image, patch)
     projection = tower.embeddings.patch_embedding
-    x = _linear(x, projection.weight.permute(0, 2, 3, 1).flatten(1), cast(Tensor, projection.bias))
+    x = _linear(x, projection.weight.permute(0, 2, 3, 1).flatten(1), projection.bias)
+    if isinstance(tower, ClipVisionTower):
+        x = _layer_norm(_behind_class_token(x, tower.embeddings), tower.pre_layrnorm)
+        return Model([_encoder(x, tower.encoder.blocks[:-1], tower.context)], [pixels], "vision")
     x = op.add(x, _constant(tower.embeddings.position_embedding.weight))
-    x = _encoder(x, tower.encoder, tokens)
+    x = _encoder(x, tower.encoder.blocks, tower.context)
     return Model([_layer_norm(x, tower.post_layernorm)], [pixels], "vision")
 
 
-def build_head(tower: VisionTower) -> Model:
-    """Build the pooling head: patch tokens [B, T, D] -> the embedding [B, D], both float32."""
-    tokens = op.parameter(PartialShape([-1, tower.context, tower.config.hidden_size]), Type.f32, "tokens")
+def build_head(tower: AnyVisionTower) -> Model:
+    """Build the head: the tokens [B, T, D] of `build_vision` -> the embedding [B, P], both float32."""
+    tokens = _tokens(tower)
+    if isinstance(tower, ClipVisionTower):
+        x = _last_block(tokens, tower.encoder.blocks[-1], lambda x: op.gather(x, _ints(0), _ints(1)))
+        return Model([_projected(_layer_norm(x, tower.post_layernorm), tower.projection)], [tokens], "head")
     return Model([_head(tokens, tower.head)], [tokens], "head")
+
+
+def build_patches(tower: ClipVisionTower) -> Model:
+    """Build the last block: the tokens [B, 1 + T, D] of `build_vision` -> those of patches [B, T, D]."""
+    tokens = _tokens(tower)
+    x = _encoder(tokens, tower.encoder.blocks[-1:], tower.context)
+    return Model([op.slice(x, _ints(1), _ints(tower.context), _ints(1), _ints(1))], [tokens], "patches")
 
 
 def build_naflex(tower: NaflexVisionTower, image: NaflexImageConfig) -> Model:
@@ -78,7 +98,7 @@ def build_naflex(tower: NaflexVisionTower, image: NaflexImageConfig) -> Model:
     projection = tower.embeddings.patch_embedding
     x = _linear(_normalize(patches, image, patch), projection.weight, projection.bias)
     x = op.add(x, positions)
-    x = _encoder(x, tower.encoder, _SAME, op.unsqueeze(padding, _ints(1, 2)))
+    x = _encoder(x, tower.encoder.blocks, _SAME, op.unsqueeze(padding, _ints(1, 2)))
     return Model([_layer_norm(x, tower.post_layernorm)], [patches, positions, padding], "naflex")
 
 
@@ -92,17 +112,55 @@ def build_naflex_head(tower: NaflexVisionTower) -> Model:
     return Model([_head(tokens, tower.head, op.unsqueeze(padding, _ints(2)))], [tokens, padding], "head")
 
 
-def build_text(tower: TextTower) -> Model:
-    """Build the text tower: int64 ids [B, T] -> the embedding [B, P], float32."""
-    ids = op.parameter(PartialShape([-1, tower.context]), Type.i64, "ids")
-    x = op.gather(_constant(tower.embeddings.token_embedding.weight), ids, _ints(0))
-    x = op.reshape(x, _ints(-1, tower.context, tower.config.hidden_size), False)
-    x = op.add(x, _constant(tower.embeddings.position_embedding.weight))
-    x = _encoder(x, tower.encoder, tower.context)
-    # Only the last position is projected, and the norm is computed per position.
-    x = op.gather(x, np.int64(tower.context - 1), np.int64(1))
-    x = _linear(_layer_norm(x, tower.final_layer_norm), tower.head.weight, tower.head.bias)
-    return Model([x], [ids], "text")
+def build_text(tower: AnyTextTower) -> Model:
+    """Build a text tower for any number of tokens.
+
+    Inputs: int64 ids [B, T], and the place [B] int64 of the token that becomes the embedding. Output: the
+    embedding [B, P], float32.
+    """
+    ids = op.parameter(PartialShape([-1, -1]), Type.i64, "ids")
+    places = op.parameter(PartialShape([-1]), Type.i64, "places")
+    embeddings = tower.embeddings
+    length = op.gather(op.shape_of(ids), _ints(1), _ints(0))
+    x = op.gather(_constant(embeddings.token_embedding.weight), ids, _ints(0))
+    x = op.add(x, _first(embeddings.position_embedding.weight, length))
+    mask = _first(_later(tower.context), length, axes=2) if tower.encoder.causal else None
+    *blocks, last = tower.encoder.blocks
+    x = _encoder(x, blocks, _SAME, mask)
+    rows = op.unsqueeze(places, _ints(1))
+    mask = None if mask is None else op.unsqueeze(op.gather(mask, rows, _ints(0)), _ints(1))  # [B, 1, 1, T]
+    x = _last_block(x, last, lambda x: op.gather(x, rows, _ints(1), 1), mask)
+    x = _layer_norm(x, tower.final_layer_norm)
+    projection = tower.projection if isinstance(tower, ClipTextTower) else tower.head
+    return Model([_projected(x, projection)], [ids, places], "text")
+
+
+def _tokens(tower: AnyVisionTower) -> Node:
+    return op.parameter(PartialShape([-1, tower.context, tower.config.hidden_size]), Type.f32, "tokens")
+
+
+def _behind_class_token(patches: Node, embeddings: ClipVisionEmbeddings) -> Node:
+    """[B, T, D] -> [B, 1 + T, D], with positions"""
+    added = embeddings.position_embedding.weight.detach().clone()
+    added[0] += embeddings.class_embedding
+    x = op.pad(patches, _ints(0, 1, 0), _ints(0, 0, 0), "constant", np.float32(0))
+    return op.add(x, _constant(added))
+
+
+def _later(tokens: int) -> Tensor:
+    """[T, T], what attention adds to the scores so that no token sees a later one."""
+    return torch.full((tokens, tokens), float(PADDING)).triu(1)
+
+
+def _first(table: Tensor, length: Node, axes: int = 1) -> Node:
+    """Take the first `length` [1] entries along the first axes of a table."""
+    zeros, ones = _ints(*[0] * axes), _ints(*[1] * axes)
+    return op.slice(_constant(table), zeros, op.concat([length] * axes, 0), ones, _ints(*range(axes)))
+
+
+def _projected(x: Node, projection: nn.Module) -> Node:
+    """[B, D] -> [B, P]; a tower without a projection has an identity there"""
+    return _linear(x, projection.weight, projection.bias) if isinstance(projection, nn.Linear) else x
 
 
 def _normalize(x: Node, image: ImageConfig, patch: int) -> Node:
@@ -112,22 +170,34 @@ def _normalize(x: Node, image: ImageConfig, patch: int) -> Node:
     return op.divide(op.subtract(x, mean), std)
 
 
-def _encoder(x: Node, encoder: Encoder, tokens: int, mask: Node | None = None) -> Node:
-    for block in encoder.blocks:
-        x = op.add(x, _attention(_layer_norm(x, block.layer_norm1), block.self_attn, tokens, mask))
+def _encoder(x: Node, blocks: Sequence[Block], tokens: int, mask: Node | None = None) -> Node:
+    for block in blocks:
+        normed = _layer_norm(x, block.layer_norm1)
+        x = op.add(x, _attention(normed, normed, block.self_attn, tokens, mask))
         x = op.add(x, _mlp(_layer_norm(x, block.layer_norm2), block.mlp))
     return x
 
 
-def _attention(x: Node, attention: Attention, tokens: int, mask: Node | None) -> Node:
-    """[B, T, D] -> [B, T, D], after a mask [B, 1, 1, T] was added to the scores"""
+def _last_block(x: Node, block: Block, pick: Callable[[Node], Node], mask: Node | None = None) -> Node:
+    """Compute one token of each row of a block: [B, T, D] -> [B, D]. `pick` takes it out, as [B, 1, D]."""
+    normed = _layer_norm(x, block.layer_norm1)
+    x = op.add(pick(x), _attention(pick(normed), normed, block.self_attn, _SAME, mask))
+    x = op.add(x, _mlp(_layer_norm(x, block.layer_norm2), block.mlp))
+    return op.squeeze(x, _ints(1))
+
+
+def _attention(queries: Node, x: Node, attention: Attention, tokens: int, mask: Node | None) -> Node:
+    """Attend from the tokens `queries` to the tokens `x`, both [B, T, D], with a mask added to the scores.
+
+    The mask is [B, 1, 1, T] or [T, T]. The result is shaped as `queries`.
+    """
     weights, biases = attention.qkv_proj.weight.chunk(3), attention.qkv_proj.bias.chunk(3)
     width = weights[0].shape[0]
     # With three products and plain attention the CPU plugin fuses everything from the transposes of the heads
     # to the weighted sum into one kernel. One product of all three would have to be split again.
     q, k, v = (
-        _heads(_linear(x, weight, bias), attention.heads, tokens)
-        for weight, bias in zip(weights, biases, strict=True)
+        _heads(_linear(source, weight, bias), attention.heads, tokens)
+        for source, weight, bias in zip((queries, x, x), weights, biases, strict=True)
     )
     scores = op.multiply(op.matmul(q, k, False, True), np.float32((width // attention.heads) ** -0.5))
     scores = scores if mask is None else op.add(scores, mask)
@@ -171,13 +241,19 @@ def _heads(x: Node, heads: int, tokens: int) -> Node:
 
 
 def _mlp(x: Node, mlp: MLP) -> Node:
-    form = "erf" if mlp.activation == "gelu" else "tanh"
-    hidden = op.gelu(_linear(x, mlp.fc1.weight, mlp.fc1.bias), form)
-    return _linear(hidden, mlp.fc2.weight, mlp.fc2.bias)
+    hidden = _linear(x, mlp.fc1.weight, mlp.fc1.bias)
+    return _linear(_activate(hidden, mlp.activation), mlp.fc2.weight, mlp.fc2.bias)
 
 
-def _linear(x: Node, weight: Tensor, bias: Tensor) -> Node:
-    return op.add(op.matmul(x, _constant(weight), False, True), _constant(bias))
+def _activate(x: Node, name: str) -> Node:
+    if name == "quick_gelu":
+        return op.swish(x, np.float32(QUICK_GELU))
+    return op.gelu(x, "erf" if name == "gelu" else "tanh")
+
+
+def _linear(x: Node, weight: Tensor, bias: Tensor | None) -> Node:
+    x = op.matmul(x, _constant(weight), False, True)
+    return x if bias is None else op.add(x, _constant(bias))
 
 
 def _layer_norm(x: Node, norm: nn.LayerNorm) -> Node:

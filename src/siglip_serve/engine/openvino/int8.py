@@ -30,7 +30,7 @@ from siglip_serve.engine.plan import Plan
 from siglip_serve.errors import ImageError, ImageTooLargeError
 from siglip_serve.images.preprocess import Preprocessor
 from siglip_serve.machine import processor_flags
-from siglip_serve.towers.siglip import VisionTower
+from siglip_serve.towers.load import AnyVisionTower
 
 __all__ = ["quantize"]
 
@@ -41,7 +41,7 @@ _XML, _BIN, _FIDELITY = "tower.xml", "tower.bin", "fidelity.txt"
 Pixels = NDArray[np.uint8]
 
 
-def quantize(tower: VisionTower, image: ImageConfig, plan: Plan) -> ov.Model:
+def quantize(tower: AnyVisionTower, image: ImageConfig, plan: Plan) -> ov.Model:
     """Quantise the graph of `build_vision`, or load it from the cache, and print how close it is to float32.
 
     Args:
@@ -85,7 +85,7 @@ def _any_character() -> Iterator[None]:
         stream.reconfigure(encoding=encoding, errors=errors)
 
 
-def _key(tower: VisionTower, image: ImageConfig, files: Sequence[Path]) -> str:
+def _key(tower: AnyVisionTower, image: ImageConfig, files: Sequence[Path]) -> str:
     """Digest the weights, the images, the software and the processor."""
     digest = hashlib.sha256()
     core = ov.Core()
@@ -101,7 +101,7 @@ def _key(tower: VisionTower, image: ImageConfig, files: Sequence[Path]) -> str:
 
 
 def _calibrate(
-    tower: VisionTower, image: ImageConfig, plan: Plan, files: Sequence[Path]
+    tower: AnyVisionTower, image: ImageConfig, plan: Plan, files: Sequence[Path]
 ) -> tuple[ov.Model, str]:
     require_nncf()
     # Set before nncf is imported, which would report its use over the network.
@@ -141,7 +141,7 @@ def _read(files: Sequence[Path], image: ImageConfig) -> Iterator[Pixels]:
 
 
 def _fidelity(
-    model: ov.Model, tower: VisionTower, image: ImageConfig, held: Sequence[Pixels], plan: Plan
+    model: ov.Model, tower: AnyVisionTower, image: ImageConfig, held: Sequence[Pixels], plan: Plan
 ) -> str:
     """Compare the pooled embeddings with those in float32 by their cosine."""
     exact = replace(plan, dtype="float32")

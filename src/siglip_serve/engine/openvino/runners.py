@@ -16,13 +16,15 @@ from torch import Tensor
 
 from siglip_serve.checkpoint.model_config import ImageConfig
 from siglip_serve.engine.openvino.compiled import Compiled
-from siglip_serve.engine.openvino.graph import build_head, build_text, build_vision
+from siglip_serve.engine.openvino.graph import build_head, build_patches, build_text, build_vision
 from siglip_serve.engine.openvino.int8 import quantize
 from siglip_serve.engine.passes import Arrays, Finish
 from siglip_serve.engine.plan import Plan
+from siglip_serve.engine.texts import embedded_places
 from siglip_serve.engine.torch.normalization import Normalization
 from siglip_serve.heatmaps.attribution import Explainer, Explanation
-from siglip_serve.towers.siglip import TextTower, VisionTower
+from siglip_serve.towers.clip import ClipVisionTower
+from siglip_serve.towers.load import AnyTextTower, AnyVisionTower
 
 __all__ = ["OpenVinoText", "OpenVinoVision"]
 
@@ -32,13 +34,13 @@ _TEXT_ROWS = 32
 
 
 class OpenVinoVision:
-    """Run a SigLIP vision tower: uint8 pixels -> outputs. One call at a time.
+    """Run a SigLIP or CLIP vision tower: uint8 pixels -> outputs. One call at a time.
 
     Args:
         tower: on the CPU, float32. Its tensors are shared, not copied.
         image: the checkpoint's normalisation.
         plan: without `auto`. With int8 the blocks are quantised, and the pooling head keeps the fastest
-            dtype that is close to float32.
+            dtype that is close to float32. So does the last block of CLIP.
 
     Attributes:
         max_rows: most rows of one call.
@@ -47,14 +49,15 @@ class OpenVinoVision:
         SettingsError: the dtype is int8, and there are no images to calibrate on.
     """
 
-    def __init__(self, tower: VisionTower, image: ImageConfig, plan: Plan) -> None:
+    def __init__(self, tower: AnyVisionTower, image: ImageConfig, plan: Plan) -> None:
         self.max_rows = plan.max_rows or _VISION_ROWS
         model = quantize(tower, image, plan) if plan.dtype == "int8" else build_vision(tower, image)
         # Heatmaps need values that the graph does not return, and are too rare for a graph of their own.
         self._torch = tower
         self._normalize = Normalization(image, torch.device("cpu"), torch.float32)
-        # The head is compiled apart, so that it runs only when it is asked for.
+        # The head is compiled apart, so that it runs only when it is asked for, and so is the rest of CLIP.
         self._tower, self._head = Compiled(model, plan), Compiled(build_head(tower), plan)
+        self._patches = Compiled(build_patches(tower), plan) if isinstance(tower, ClipVisionTower) else None
 
     def __call__(self, pixels: NDArray[np.uint8], /, wanted: Sequence[str]) -> Finish:
         """Compute the wanted outputs of pixels [n, S, S, 3]. See `Runner`.
@@ -64,13 +67,14 @@ class OpenVinoVision:
         """
         tokens = self._tower(pixels)
         outputs: Arrays = {}
-        for name in wanted:
-            if name == "EMBEDDING":
-                outputs[name] = self._head(tokens)
-            elif name == "MEAN_EMBEDDING":
-                outputs[name] = tokens.mean(axis=1, dtype=np.float32)
-            else:
-                outputs[name] = tokens
+        if "EMBEDDING" in wanted:
+            outputs["EMBEDDING"] = self._head(tokens)
+        if set(wanted) - {"EMBEDDING"}:
+            patches = tokens if self._patches is None else self._patches(tokens)
+            if "MEAN_EMBEDDING" in wanted:
+                outputs["MEAN_EMBEDDING"] = patches.mean(axis=1, dtype=np.float32)
+            if "PATCH_EMBEDDINGS" in wanted:
+                outputs["PATCH_EMBEDDINGS"] = patches
         return lambda: outputs
 
     @torch.inference_mode()
@@ -82,13 +86,14 @@ class OpenVinoVision:
 
 
 class OpenVinoText:
-    """Run a SigLIP text tower: token ids -> EMBEDDING. One call at a time.
+    """Run a SigLIP or CLIP text tower: token ids -> EMBEDDING. One call at a time.
 
     Texts are not quantised, since int8 is calibrated on images. Arguments as for `OpenVinoVision`.
     """
 
-    def __init__(self, tower: TextTower, plan: Plan) -> None:
+    def __init__(self, tower: AnyTextTower, plan: Plan) -> None:
         self.max_rows = plan.max_rows or _TEXT_ROWS
+        self._config = tower.config
         self._tower = Compiled(build_text(tower), plan)
 
     def __call__(self, ids: NDArray[np.int64], /, wanted: Sequence[str]) -> Finish:  # noqa: ARG002 - one output
@@ -97,5 +102,5 @@ class OpenVinoText:
         Raises:
             torch.OutOfMemoryError: there is not enough memory for these rows.
         """
-        outputs = {"EMBEDDING": self._tower(ids)}
+        outputs = {"EMBEDDING": self._tower(ids, embedded_places(self._config, ids))}
         return lambda: outputs
