@@ -127,16 +127,12 @@ class Tokenizer:
             int64 `[texts, context_length]`, and the errors of refused texts by index. Their rows are padding.
         """
         refused = {index: _empty() for index, text in enumerate(texts) if not text.strip()}
-        full = [index for index in range(len(texts)) if index not in refused]
-        cleaned = [self._clean(texts[index]) for index in full]
-        if truncation:
-            found: Sequence[list[int]] = [self._encoder(text, self.context_length) for text in cleaned]
-        else:
-            found = self._encoder.many(cleaned)
+        kept = {index: self._clean(text) for index, text in enumerate(texts) if index not in refused}
         rows: list[list[int]] = [[]] * len(texts)
-        for index, ids in zip(full, found, strict=True):
+        for (index, text), ids in zip(kept.items(), self._encoder.many(list(kept.values())), strict=True):
+            cut = truncation and len(ids) > self.context_length
             try:
-                rows[index] = self._fitting(ids)
+                rows[index] = self._fitting(self._encoder(text, self.context_length) if cut else ids)
             except TextError as error:
                 refused[index] = error
         return self._pad(rows), refused
@@ -145,8 +141,10 @@ class Tokenizer:
         """Return ids that the tower can take.
 
         Raises:
-            TextError: they are too many, or one is outside of the vocabulary.
+            TextError: there is none, they are too many, or one is outside of the vocabulary.
         """
+        if not ids:
+            raise _empty()
         if len(ids) > self.context_length:
             raise TextError(
                 f"the text has {len(ids)} tokens and {self.context_length} fit: shorten it, or set truncation"

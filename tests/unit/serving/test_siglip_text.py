@@ -168,3 +168,14 @@ def test_a_text_that_failed_is_computed_again_for_the_next_caller(models: Any) -
     (answered,) = model.execute([ids("a dog", "a cat")])
     assert len(counted.rows) == 4
     np.testing.assert_array_equal(answered.arrays["EMBEDDING"][1], cat.arrays["EMBEDDING"][0])
+
+
+@pytest.mark.parametrize("outside", [-1, CONFIG.text.vocab_size])
+def test_refuses_ids_outside_the_vocabulary(models: Any, outside: int) -> None:
+    wrong = ids("a dog", "a cat")
+    wrong.inputs["INPUT_IDS"][1, 3] = outside
+    inside = ids("a cat")
+    inside.inputs["INPUT_IDS"][0, 3] = CONFIG.text.vocab_size - 1
+    refused, answered = make(models, "SiglipTextModel").execute([wrong, inside])
+    assert refused.error.text.startswith("INPUT_IDS[1]: an id outside the vocabulary, expected 0 to ")
+    assert answered.error is None
