@@ -32,7 +32,7 @@ __all__ = [
     "triton_embedding",
 ]
 
-Kind = Literal["grpc", "tritonclient", "triton_http", "http"]
+Kind = Literal["grpc", "grpc_texts", "tritonclient", "triton_http", "http"]
 JsonForm = Literal["openai", "weaviate", "triton_json"]  # of `json_clients`, whose requests are complete
 Answer = tuple[int, str, Any]  # the request's number; its error status, "" if there is none; its body
 
@@ -64,7 +64,7 @@ class Client(Protocol):
         """Answers that have come, none if `timeout` seconds pass without one."""
 
     def embedding(self, body: Any) -> NDArray[np.float32] | None:
-        """The one row of an answer, or None if it holds something else."""
+        """The one row of an answer, or with texts all its rows, or None if it holds something else."""
 
     def close(self) -> None:
         """End the connection."""
@@ -76,6 +76,7 @@ def connect(target: Target, pictures: Sequence[bytes]) -> Client:
 
     kinds: dict[Kind | JsonForm, Callable[[Target, Sequence[bytes]], Client]] = {
         "grpc": GrpcClient,
+        "grpc_texts": GrpcTextClient,
         "tritonclient": TritonClient,
         "triton_http": TritonHttpClient,
         "http": HttpClient,
@@ -84,20 +85,20 @@ def connect(target: Target, pictures: Sequence[bytes]) -> Client:
     return kinds[target.kind](target, pictures)
 
 
-def infer_request(model: str, picture: bytes) -> bytes:
-    """A serialised ModelInferRequest of one picture."""
+def infer_request(model: str, rows: Sequence[bytes], name: str = "INPUT_IMAGE") -> bytes:
+    """A serialised ModelInferRequest of some pictures or texts."""
     from tritonclient.grpc import service_pb2
 
     request = service_pb2.ModelInferRequest(model_name=model)
-    tensor = request.inputs.add(name="INPUT_IMAGE", datatype="BYTES")
-    tensor.shape.extend([1, 1])
-    request.raw_input_contents.append(len(picture).to_bytes(4, "little") + picture)
+    tensor = request.inputs.add(name=name, datatype="BYTES")
+    tensor.shape.extend([len(rows), 1])
+    request.raw_input_contents.append(b"".join(len(row).to_bytes(4, "little") + row for row in rows))
     serialized: bytes = request.SerializeToString()
     return serialized
 
 
-def triton_embedding(body: bytes) -> NDArray[np.float32] | None:
-    """The row of EMBEDDING in a serialised ModelInferResponse, or None if it is not one row of FP32."""
+def triton_embeddings(body: bytes) -> NDArray[np.float32] | None:
+    """The rows of EMBEDDING in a serialised ModelInferResponse, or None if they are not of FP32."""
     from google.protobuf.message import DecodeError
     from tritonclient.grpc import service_pb2
 
@@ -106,11 +107,17 @@ def triton_embedding(body: bytes) -> NDArray[np.float32] | None:
     except DecodeError:
         return None
     for tensor, raw in zip(response.outputs, response.raw_output_contents, strict=False):
-        if tensor.name == "EMBEDDING" and tensor.datatype == "FP32":
-            width = tensor.shape[-1] if tensor.shape else 0
-            whole = list(tensor.shape) == [1, width] and len(raw) == 4 * width
-            return np.frombuffer(raw, np.float32) if whole else None
+        if tensor.name == "EMBEDDING" and tensor.datatype == "FP32" and len(tensor.shape) == 2:
+            rows, width = tensor.shape
+            whole = len(raw) == 4 * rows * width
+            return np.frombuffer(raw, np.float32).reshape(rows, width) if whole else None
     return None
+
+
+def triton_embedding(body: bytes) -> NDArray[np.float32] | None:
+    """The row of EMBEDDING in a serialised ModelInferResponse, or None if it is not one row of FP32."""
+    found = triton_embeddings(body)
+    return found[0] if found is not None and len(found) == 1 else None
 
 
 class _Queued:
@@ -138,7 +145,7 @@ class GrpcClient(_Queued):
         super().__init__()
         self._channel = grpc.insecure_channel(target.url, _UNLIMITED)
         self._call = self._channel.unary_unary(_METHOD)
-        self._requests = [infer_request(target.where, picture) for picture in pictures]
+        self._requests = [self._serialize(target.where, picture) for picture in pictures]
 
     def send(self, ticket: int, picture: int) -> None:
         self._call.future(self._requests[picture]).add_done_callback(partial(self._done, ticket))
@@ -152,6 +159,19 @@ class GrpcClient(_Queued):
 
     def close(self) -> None:
         self._channel.close()
+
+    def _serialize(self, model: str, picture: bytes) -> bytes:
+        return infer_request(model, [picture])
+
+
+class GrpcTextClient(GrpcClient):
+    """`GrpcClient` with texts. What it calls a picture are the texts of one request, one per line."""
+
+    def embedding(self, body: bytes) -> NDArray[np.float32] | None:
+        return triton_embeddings(body)
+
+    def _serialize(self, model: str, picture: bytes) -> bytes:
+        return infer_request(model, picture.split(b"\n"), "INPUT_TEXT")
 
 
 class TritonClient(_Queued):

@@ -62,7 +62,8 @@ def run_ours(
             models=(model,),
         )
         with TritonServer(options) as server:
-            config = _get(f"http://{server.http_url}/v2/models/siglip_vision_model/config")
+            tower = "siglip_text_model" if model == "embed_text" else "siglip_vision_model"
+            config = _get(f"http://{server.http_url}/v2/models/{tower}/config")
             parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
             columns = {
                 "dtype": parameters.get("dtype", ""),

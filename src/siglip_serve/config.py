@@ -94,7 +94,7 @@ class Settings:
     )
     backend: Backend = field(
         default="auto",
-        metadata=_option("towers", "engine; auto: fused on GPUs, openvino on CPUs, torch for CLIP"),
+        metadata=_option("towers", "engine; auto: fused on GPUs, torch there for CLIP, openvino on CPUs"),
     )
     calibration: str = field(
         default="", metadata=_option("towers", "folder of images to calibrate int8 on", "FOLDER")

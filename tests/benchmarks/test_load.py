@@ -158,7 +158,7 @@ def test_answer_is_wrong_beyond_the_tolerance(answer: list[float], expected: boo
 
 
 def test_a_request_holds_the_picture() -> None:
-    request = service_pb2.ModelInferRequest.FromString(infer_request("embed_image", b"JPEG"))
+    request = service_pb2.ModelInferRequest.FromString(infer_request("embed_image", [b"JPEG"]))
     assert request.model_name == "embed_image"
     assert list(request.inputs[0].shape) == [1, 1]
     assert request.raw_input_contents == [b"\x04\0\0\0JPEG"]

@@ -179,8 +179,8 @@ def test_start_lists_every_fault_of_the_checkpoint(checkpoint: Path, log: Path, 
     assert "visual_projection.weight is [48, 64], expected [32, 64]" in str(caught.value)
 
 
-def test_refuses_int8_before_the_server_starts(checkpoint: Path, log: Path) -> None:
-    start = exact_options(checkpoint, log, "embed_image", dtype="int8")
-    with pytest.raises(SettingsError, match="dtype int8: for SigLIP's towers only"), TritonServer(start):
+def test_refuses_float8_before_the_server_starts(checkpoint: Path, log: Path) -> None:
+    start = exact_options(checkpoint, log, "embed_image", dtype="float8")
+    with pytest.raises(SettingsError, match="dtype float8: for SigLIP's towers only"), TritonServer(start):
         pass
     assert not log.exists()

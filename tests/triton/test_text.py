@@ -278,6 +278,29 @@ def test_known_labels_skip_the_text_tower(server: TritonServer) -> None:
     assert tower_rows(server) == after
 
 
+def test_new_texts_from_many_callers_are_computed_once(server: TritonServer) -> None:
+    """Some callers hold a text that is refused as well."""
+    grpc = GrpcCaller(server.grpc_url)
+    texts = [f"a dog behind {number} houses" for number in range(3)]
+    before = tower_rows(server)
+
+    def ask(caller: int) -> NDArray[np.float32] | str:
+        if caller % 4 == 3:
+            return refusal(lambda: embed(grpc, [*texts, ""]))
+        return embed(grpc, [*texts, *texts])
+
+    with ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(ask, range(64)))
+    assert tower_rows(server) == before + 3
+    expected = embed(grpc, [*texts, *texts])
+    for caller, answer in enumerate(answers):
+        if isinstance(answer, str):
+            assert caller % 4 == 3
+            assert answer.endswith("INPUT_TEXT[3]: the text is empty")
+        else:
+            np.testing.assert_array_equal(answer, expected)
+
+
 @pytest.mark.parametrize(
     ("images", "labels", "templates", "expected"),
     [

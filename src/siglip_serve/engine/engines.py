@@ -1,6 +1,6 @@
 """Engines: a runner for the device and the dtype, and passes that fit its memory.
 
-SigLIP's towers on a CPU do without torch, unless heatmaps are asked for: its import costs a process 130 MB.
+OpenVINO's towers do without torch, unless heatmaps are asked for: its import costs a process 130 MB.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from siglip_serve.engine.passes import (
     OUTPUTS,
     Arrays,
     Batch,
+    Finish,
     NaflexRunner,
     Runner,
     VisionRunner,
@@ -32,6 +33,7 @@ from siglip_serve.engine.passes import (
 )
 from siglip_serve.engine.patches import PatchRows, group_rows
 from siglip_serve.engine.plan import Plan
+from siglip_serve.engine.texts import embedded_places, shorten
 from siglip_serve.errors import SettingsError
 from siglip_serve.machine import available_cores
 from siglip_serve.towers.stored import StoredText, StoredVision
@@ -193,10 +195,11 @@ class TextEngine:
 
     def __init__(self, tower: AnyTextTower | StoredText, plan: Plan) -> None:
         self.plan = _text_plan(plan, tower)
+        self._config = tower.config
         self.runner = _text_runner(tower, self.plan)
 
     def __call__(self, ids: NDArray[np.int64]) -> Batch:
-        """Run the tower over all rows.
+        """Run the tower over all rows. Texts of a pass are about as long where length matters.
 
         Args:
             ids: [N, T] int64, at least one row, padded to the context length.
@@ -205,7 +208,16 @@ class TextEngine:
             EMBEDDING [N, E] float32, not normalised: the reference's `pooler_output`, for CLIP with its
             projection.
         """
-        return in_passes(ids, self.runner.max_rows, lambda part: self.runner(part, ["EMBEDDING"]))
+        places = embedded_places(self._config, ids)
+        if len(ids) <= self.runner.max_rows or places.min() == places.max():
+            return in_passes(ids, self.runner.max_rows, self._start)
+        order = np.argsort(places)
+        batch = in_passes(ids[order], self.runner.max_rows, self._start)
+        back = np.argsort(order)
+        return Batch({name: array[back] for name, array in batch.outputs.items()}, batch.failed[back])
+
+    def _start(self, ids: NDArray[np.int64]) -> Finish:
+        return self.runner(shorten(self._config, ids), ["EMBEDDING"])
 
 
 def open_vision(config: ModelConfig, plan: Plan) -> VisionEngine | NaflexEngine:

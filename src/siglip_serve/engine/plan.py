@@ -111,23 +111,21 @@ class Plan:
             raise SettingsError(
                 "dtype int8: not for towers of NaFlex; float32, bfloat16, and on GPUs float16 and float8 are"
             )
-        if family != "clip":
-            return self if activation == FUSED_ACTIVATION else self._without_fused(activation)
-        if self.backend not in ("auto", "torch"):
-            raise SettingsError(f"backend {self.backend}: runs SigLIP's towers only; torch runs CLIP's")
-        if self.dtype in ("float8", "int8"):
-            raise SettingsError(
-                f"dtype {self.dtype}: for SigLIP's towers only; float32, bfloat16 and float16 are for CLIP's"
+        if family == "clip":
+            return self._without_fused(
+                "for SigLIP's towers only; torch and openvino run CLIP's, in 32 or 16 bits or int8"
             )
-        return replace(self, backend="torch")
+        if activation == FUSED_ACTIVATION:
+            return self
+        return self._without_fused(
+            f"for towers with {FUSED_ACTIVATION} only, this one has {activation}; backend torch runs it"
+        )
 
-    def _without_fused(self, activation: str) -> Plan:
+    def _without_fused(self, why: str) -> Plan:
+        """Refuse what only the fused kernels do, and leave their choice out of `auto`. `why` says it."""
         if self.backend == "fused" or self.dtype == "float8":
             what = "backend fused" if self.backend == "fused" else "dtype float8"
-            raise SettingsError(
-                f"{what}: for towers with {FUSED_ACTIVATION} only, this one has {activation}; "
-                "backend torch runs it"
-            )
+            raise SettingsError(f"{what}: {why}")
         on_gpu = self.device.startswith("cuda") and self.backend == "auto"
         return replace(self, backend="torch") if on_gpu else self
 

@@ -124,7 +124,9 @@ class Request:
 
     def truncates(self) -> bool:
         """Return the parameter `truncation`, false unless given: a boolean or the name of a strategy."""
-        given = self._parameters.get("truncation")
+        given = self._parameters.get("truncation", False)
+        if given is False:
+            return False
         if isinstance(given, str) and given.lower() in _STRATEGIES:
             return _STRATEGIES[given.lower()]
         return self.flag("truncation", ", or one of " + ", ".join(_STRATEGIES))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from siglip_serve.errors import ImageCostError, InvalidInputError
 
-__all__ = ["Row", "RowBuffer", "RowCache", "map_rows"]
+__all__ = ["Row", "RowBuffer", "RowCache", "map_rows", "refusal_of_rows"]
 
 Item = TypeVar("Item")
 Row = NDArray[Any]
@@ -25,7 +25,7 @@ def map_rows(name: str, rows: Sequence[Item], function: Callable[[Item], Row]) -
         ImageCostError: names the first row that costs too much. No row after it is computed.
     """
     done: list[Row] = []
-    refused: list[InvalidInputError] = []
+    refused: dict[int, InvalidInputError] = {}
     if not len(rows):
         raise InvalidInputError(f"{name}: no rows, expected at least one")
     for index, row in enumerate(rows):
@@ -34,12 +34,17 @@ def map_rows(name: str, rows: Sequence[Item], function: Callable[[Item], Row]) -
         except ImageCostError as error:
             raise error.at(name, index) from error
         except InvalidInputError as error:
-            refused.append(error.at(name, index))
+            refused[index] = error
     if refused:
-        shown = "; ".join(str(error) for error in refused[:5])
-        more = f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
-        raise type(refused[0])(shown + more)
+        raise refusal_of_rows(name, refused)
     return np.asarray(done[0])[np.newaxis] if len(done) == 1 else np.stack(done)
+
+
+def refusal_of_rows(name: str, refused: Mapping[int, InvalidInputError]) -> InvalidInputError:
+    """Make one error of those of rows by their index, at least one. It names up to five."""
+    errors = [error.at(name, index) for index, error in refused.items()]
+    more = f"; and {len(errors) - 5} more" if len(errors) > 5 else ""
+    return type(errors[0])("; ".join(map(str, errors[:5])) + more)
 
 
 class RowBuffer:

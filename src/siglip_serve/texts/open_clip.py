@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import html
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -92,6 +92,10 @@ class OpenClipPairs:
         words = self._split.pre_tokenize_str(text)
         ids = [self.ids[_START], *(index for word, _ in words for index in self._word(word)), self.ids[_END]]
         return ids if limit is None or len(ids) <= limit else [*ids[: limit - 1], self.ids[_END]]
+
+    def many(self, texts: Sequence[str]) -> Sequence[list[int]]:
+        """Compute the ids of each text with its special tokens."""
+        return [self(text, None) for text in texts]
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
         if word in self.ids:

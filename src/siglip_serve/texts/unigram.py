@@ -8,13 +8,13 @@ the added tokens of `tokenizer.json`. Splitting at whitespace and the ends belon
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from siglip_serve.checkpoint.files import read_json
 from siglip_serve.errors import CheckpointError
-from siglip_serve.texts.vocabulary import special_tokens, token_id
+from siglip_serve.texts.vocabulary import encode_all, special_tokens, token_id
 
 __all__ = ["T5", "XLM_ROBERTA", "Unigram", "UnigramClass"]
 
@@ -93,6 +93,10 @@ class Unigram:
         if limit is not None:
             encoding.truncate(limit - self._ends)
         return list(self._tokenizer.post_process(encoding).ids)
+
+    def many(self, texts: Sequence[str]) -> Sequence[list[int]]:
+        """Compute the ids of each text with its special tokens."""
+        return encode_all(self._tokenizer, texts)
 
 
 def _vocabulary(file: Path, saved: Mapping[str, Any], unknown: int) -> Any:

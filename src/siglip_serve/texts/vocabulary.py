@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from siglip_serve.errors import CheckpointError
 if TYPE_CHECKING:
     import tokenizers
 
-__all__ = ["Named", "content", "load_backend", "load_pairs", "special_tokens", "token_id"]
+__all__ = ["Named", "content", "encode_all", "load_backend", "load_pairs", "special_tokens", "token_id"]
 
 _FLAGS = ("special", "single_word", "lstrip", "rstrip", "normalized")
 Named = dict[str, str]
@@ -114,6 +114,11 @@ def load_backend(file: Path) -> tokenizers.Tokenizer:
         if type(error) is not Exception:  # the library raises nothing narrower for a malformed file
             raise
         raise CheckpointError(f"{file}: not a tokenizer ({error})") from error
+
+
+def encode_all(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Compute the ids of texts with their special tokens, on several cores where there are many texts."""
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts)]
 
 
 def token_id(backend: tokenizers.Tokenizer, source: Path, token: str) -> int:

@@ -23,6 +23,7 @@ from siglip_serve.checkpoint.config import load_config
 from siglip_serve.checkpoint.files import main_file
 from siglip_serve.checkpoint.model_config import ClipTextConfig, ClipVisionConfig
 from siglip_serve.errors import CheckpointError
+from siglip_serve.towers.clip_rules import end_places
 from siglip_serve.towers.siglip import Encoder, TextEmbeddings
 from siglip_serve.towers.weights import load_strictly, without_values
 
@@ -118,12 +119,8 @@ class ClipTextTower(nn.Module):
         return self.final_layer_norm(x)
 
     def pool(self, tokens: Tensor, ids: Tensor) -> Tensor:
-        """[B, T, D] of ids [B, T] -> [B, P], the reference's `text_embeds` before normalisation
-
-        The first end token is taken, or the first of the largest id where the checkpoint asks for that.
-        """
-        config = self.config
-        places = (ids if config.pools_largest_id else (ids == config.eos_token_id).int()).argmax(dim=1)
+        """[B, T, D] of ids [B, T] -> [B, P], the reference's `text_embeds` before normalisation"""
+        places = end_places(self.config, ids)
         return self.projection(tokens[torch.arange(len(tokens), device=tokens.device), places])
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from siglip_serve.checkpoint.files import main_file
-from siglip_serve.checkpoint.model_config import TextConfig, VisionConfig
+from siglip_serve.checkpoint.model_config import ClipTextConfig, ClipVisionConfig, TextConfig, VisionConfig
 from siglip_serve.checkpoint.tensors import Tensors
 from siglip_serve.errors import CheckpointError
 from siglip_serve.towers.layouts import Layout, Side, find_layout
@@ -87,8 +87,18 @@ def read_parameters(path: Path, side: Side, shapes: Shapes) -> Parameters:
 
 
 def vision_shapes(config: VisionConfig) -> Shapes:
-    """List the shapes of a SigLIP vision tower's parameters, as `towers.siglip.VisionTower` has them."""
+    """List the shapes of a vision tower's parameters, as SigLIP's and CLIP's towers in torch have them."""
     width, patch = config.hidden_size, config.patch_size
+    if isinstance(config, ClipVisionConfig):
+        return {
+            "embeddings.class_embedding": [width],
+            "embeddings.patch_embedding.weight": [width, 3, patch, patch],
+            "embeddings.position_embedding.weight": [1 + config.grid_size**2, width],
+            **_norm("pre_layrnorm", width),
+            **_blocks(config),
+            **_norm("post_layernorm", width),
+            **_projection(config),
+        }
     return {
         "embeddings.patch_embedding.weight": [width, 3, patch, patch],
         "embeddings.patch_embedding.bias": [width],
@@ -106,14 +116,19 @@ def vision_shapes(config: VisionConfig) -> Shapes:
 
 
 def text_shapes(config: TextConfig) -> Shapes:
-    """List the shapes of a SigLIP text tower's parameters, as `towers.siglip.TextTower` has them."""
+    """List the shapes of a text tower's parameters, as SigLIP's and CLIP's towers in torch have them."""
     width = config.hidden_size
+    head = (
+        _projection(config)
+        if isinstance(config, ClipTextConfig)
+        else _linear("head", config.projection_size, width)
+    )
     return {
         "embeddings.token_embedding.weight": [config.vocab_size, width],
         "embeddings.position_embedding.weight": [config.max_position_embeddings, width],
         **_blocks(config),
         **_norm("final_layer_norm", width),
-        **_linear("head", config.projection_size, width),
+        **head,
     }
 
 
@@ -129,6 +144,12 @@ def _blocks(config: VisionConfig | TextConfig) -> Shapes:
         shapes |= _linear(f"{block}.mlp.fc1", hidden, width)
         shapes |= _linear(f"{block}.mlp.fc2", width, hidden)
     return shapes
+
+
+def _projection(config: ClipVisionConfig | ClipTextConfig) -> Shapes:
+    if not config.projected:
+        return {}
+    return {"projection.weight": [config.projection_size, config.hidden_size]}
 
 
 def _norm(name: str, width: int) -> Shapes:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from siglip_serve.checkpoint.config import load_config
 from siglip_serve.checkpoint.model_config import TextConfig, VisionConfig
+from siglip_serve.towers.clip_rules import QUICK_GELU
 from siglip_serve.towers.weights import load_strictly, without_values
 
 __all__ = [
@@ -41,7 +42,7 @@ __all__ = [
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
     "gelu": F.gelu,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "quick_gelu": lambda x: x * torch.sigmoid(QUICK_GELU * x),
 }
 
 
@@ -147,10 +148,11 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The stack of blocks."""
+    """The stack of blocks; with `causal` no token sees a later one."""
 
     def __init__(self, config: VisionConfig | TextConfig, causal: bool = False) -> None:
         super().__init__()
+        self.causal = causal
         self.layers = nn.ModuleList(Block(config, causal) for _ in range(config.num_hidden_layers))
 
     @property

@@ -1,4 +1,4 @@
-"""SigLIP towers as their checkpoint stores them, for engines that do without torch."""
+"""Towers as their checkpoint stores them, for engines that do without torch."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Self
 
-from siglip_serve.checkpoint.model_config import ModelConfig, TextConfig, VisionConfig
+from siglip_serve.checkpoint.model_config import ClipVisionConfig, ModelConfig, TextConfig, VisionConfig
 from siglip_serve.towers.parameters import Parameters, read_parameters, text_shapes, vision_shapes
 
 if TYPE_CHECKING:
+    from siglip_serve.towers.clip import ClipVisionTower
     from siglip_serve.towers.siglip import VisionTower
 
 __all__ = ["StoredText", "StoredVision"]
@@ -33,13 +34,15 @@ class StoredVision:
         return cls(read_parameters(config.path, "vision", shapes), config.vision)
 
     @cached_property
-    def tower(self) -> VisionTower:
+    def tower(self) -> VisionTower | ClipVisionTower:
         """The tower in torch. It shares the memory of the parameters where these lie in one piece."""
+        from siglip_serve.towers.clip import ClipVisionTower
         from siglip_serve.towers.siglip import VisionTower
         from siglip_serve.towers.weights import fill, without_values
 
+        config = self.config
         with without_values():
-            tower = VisionTower(self.config)
+            tower = ClipVisionTower(config) if isinstance(config, ClipVisionConfig) else VisionTower(config)
         fill(tower, self.parameters)
         self.parameters.leave_memory()  # what was read to be put together
         return tower

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from random_checkpoints import NARROW, random_clip, random_model, randomise, save_checkpoint, save_clip
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -112,7 +114,32 @@ def test_siglip_towers_alone(tmp_path: Path) -> None:
         load_scale(text)
 
 
-@pytest.mark.parametrize("backend", ["torch", "openvino"])
+def assert_close(ours: NDArray[np.float32], theirs: Tensor) -> None:
+    assert ours.shape == theirs.shape
+    assert float((torch.from_numpy(ours) - theirs).abs().max() / theirs.abs().max()) <= 1e-5
+
+
+@torch.inference_mode()
+def assert_vision_engine(path: Path, backend: Backend, theirs: Callable[[Tensor], Tensor]) -> None:
+    """Compare with a function of normalised pixels."""
+    config = load_config(path)
+    pixels = (torch.rand(11, SIDE, SIDE, 3, generator=torch.Generator().manual_seed(1)) * 255).byte()
+    mean, std = (torch.tensor(values) for values in (config.image.mean, config.image.std))
+    engine = VisionEngine(load_vision(path), config.image, Plan("cpu", "float32", backend))
+    normalized = ((pixels * config.image.rescale - mean) / std).permute(0, 3, 1, 2)
+    assert_close(engine(pixels.numpy()).outputs["EMBEDDING"], theirs(normalized))
+
+
+@torch.inference_mode()
+def assert_text_engine(path: Path, backend: Backend, ids: Tensor, theirs: Tensor) -> None:
+    engine = TextEngine(load_text(path), Plan("cpu", "float32", backend))
+    assert_close(engine(ids.numpy()).outputs["EMBEDDING"], theirs)
+
+
+BACKENDS: list[Backend] = ["torch", "openvino"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_siglip_with_the_exact_gelu_in_both_engines(tmp_path: Path, backend: Backend) -> None:
     act = {"hidden_act": "gelu"}
     model = random_model({**VISION, **act}, act)
@@ -120,16 +147,33 @@ def test_siglip_with_the_exact_gelu_in_both_engines(tmp_path: Path, backend: Bac
         if "fc1.weight" in name:  # the two forms of GELU differ most for values of 2 to 3
             torch.nn.init.normal_(values, std=0.3)
     path = save_checkpoint(model, tmp_path)
-    plan, config = Plan("cpu", "float32", backend), load_config(path)
-    pixels = (torch.rand(2, SIDE, SIDE, 3) * 255).to(torch.uint8)
     ids = ids_of(model)
-    found = VisionEngine(load_vision(path), config.image, plan)(pixels.numpy()).outputs["EMBEDDING"]
-    texts = TextEngine(load_text(path), plan)(ids.numpy()).outputs["EMBEDDING"]
-    with torch.inference_mode():
-        theirs = model.get_image_features(pixels.permute(0, 3, 1, 2) / 127.5 - 1).pooler_output
-        for mine, expected in ((found, theirs), (texts, model.get_text_features(ids).pooler_output)):
-            error = (torch.from_numpy(mine) - expected).abs().max() / expected.abs().max()
-            assert float(error) <= 1e-5
+    assert_vision_engine(path, backend, lambda pixels: model.get_image_features(pixels).pooler_output)
+    assert_text_engine(path, backend, ids, model.get_text_features(ids).pooler_output.detach())
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("family", ["clip", "metaclip_2"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_clip_in_both_engines(tmp_path: Path, backend: Backend, family: str, activation: str) -> None:
+    """Both towers together and alone. Alone they have no projection."""
+    act = {"hidden_act": activation}
+    vision, text = {"image_size": SIDE, "patch_size": 12, **act}, {"max_position_embeddings": 77, **act}
+    model = random_clip(vision, text) if family == "clip" else random_metaclip2(vision, text)
+    for name, values in model.named_parameters():
+        if "fc1.weight" in name:  # as above
+            torch.nn.init.normal_(values, std=0.3)
+    both, image_tower, text_tower = (tmp_path / name for name in ("both", "image", "text"))
+    model.save_pretrained(both)
+    save_images(both, "clip")
+    model.vision_model.save_pretrained(image_tower)
+    save_images(image_tower, "clip")
+    model.text_model.save_pretrained(text_tower)
+    ids = ids_of(model)
+    assert_vision_engine(both, backend, lambda pixels: model.get_image_features(pixels).pooler_output)
+    assert_vision_engine(image_tower, backend, lambda pixels: model.vision_model(pixels).pooler_output)
+    assert_text_engine(both, backend, ids, model.get_text_features(ids).pooler_output.detach())
+    assert_text_engine(text_tower, backend, ids, model.text_model(ids).pooler_output.detach())
 
 
 def test_names_of_earlier_versions(tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,7 +19,8 @@ from transformers import CLIPTokenizer, GemmaTokenizer, Siglip2Tokenizer, Siglip
 from varied_texts import character_map, corpus, train_sentencepiece, varied_texts, write_gemma
 
 from siglip_serve.checkpoint.model_config import Family, ModelConfig
-from siglip_serve.texts.tokenizer import load_tokenizer
+from siglip_serve.errors import TextError
+from siglip_serve.texts.tokenizer import Tokenizer, load_tokenizer
 
 COUNT = 5_000
 CONTEXT = 24
@@ -55,11 +57,12 @@ def with_settings(source: Path, target: Path, **settings: Any) -> Path:
 def compare(
     path: Path, reference: Callable[..., Any], seed: int, count: int = COUNT, family: Family = "siglip"
 ) -> None:
-    """All ids of every text, and the ids cut or padded to the context, against the reference."""
+    """All ids of every text, and the ids cut or padded to the context, against the reference. Batches too."""
     padded = load_tokenizer(checkpoint(path, family=family))
     whole = load_tokenizer(checkpoint(path, context=100_000, family=family))
     differing = []
-    for text in varied_texts(seed, count):
+    texts = list(varied_texts(seed, count))
+    for text in texts:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="This sequence already has")
             expected = reference(text)["input_ids"]
@@ -67,6 +70,20 @@ def compare(
         if whole.encode(text) != expected or padded(text, truncation=True).tolist() != fixed:
             differing.append((text, whole.encode(text), expected))
     assert not differing, f"{len(differing)} of {count} differ, first: {differing[0]}"
+    assert_batches_equal(padded, texts)
+
+
+def assert_batches_equal(tokenizer: Tokenizer, texts: Sequence[str]) -> None:
+    """A batch has the ids and the errors of its texts one by one."""
+    for truncation in (False, True):
+        rows, refused = tokenizer.batch(texts, truncation)
+        for index, text in enumerate(texts):
+            if index in refused:
+                with pytest.raises(TextError, match=f"^{re.escape(str(refused[index]))}$"):
+                    tokenizer(text, truncation)
+            else:
+                np.testing.assert_array_equal(rows[index], tokenizer(text, truncation))
+        assert bool(refused) is not truncation
 
 
 def test_siglip_ids_equal_transformers(sentencepiece_dir: Path) -> None:

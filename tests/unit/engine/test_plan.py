@@ -121,3 +121,28 @@ def test_only_wide_vision_towers_run_in_float8(
     use(monkeypatch, "9.0")
     assert Plan("cuda:0", "float8").for_vision("siglip", width).dtype == dtype
     assert Plan("cuda:0", "float8").for_text("siglip").dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16", "float32"])
+def test_torch_runs_clip_on_gpus(dtype: Dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, "9.0")
+    for plan in (Plan("cuda:0", dtype).for_vision("clip", 768), Plan("cuda:0", dtype).for_text("clip")):
+        assert (plan.backend, plan.dtype) == ("torch", "bfloat16" if dtype == "auto" else dtype)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (Plan("cuda:0", "float8"), "dtype float8: for SigLIP's towers only; torch and openvino run CLIP's"),
+        (Plan("cuda:0", "auto", "fused"), "backend fused: for SigLIP's towers only"),
+        (Plan("cuda:0", "auto", "openvino"), "backend openvino: not for GPUs"),
+        (Plan("cuda:0", "int8"), "dtype int8: not for GPUs"),
+    ],
+    ids=str,
+)
+def test_a_gpu_refuses_a_plan_for_clip(plan: Plan, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, "9.0")
+    with pytest.raises(SettingsError, match=message):
+        plan.for_vision("clip", 768)
+    with pytest.raises(SettingsError, match=message):
+        plan.for_text("clip")

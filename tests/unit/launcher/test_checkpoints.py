@@ -148,10 +148,10 @@ def test_refuses_int8_without_nncf_unless_a_model_is_kept(
     check_options(settings, "cpu")
 
 
-def test_says_first_that_clip_does_not_run_in_int8(tmp_path: Path) -> None:
+def test_says_first_that_clip_does_not_run_in_float8(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "clip", "text_config": {}, "vision_config": {}}')
-    with pytest.raises(SettingsError, match=r"^dtype int8: for SigLIP's towers only"):
-        check_options(Settings(str(tmp_path), dtype="int8"), "cpu")
+    with pytest.raises(SettingsError, match=r"^dtype float8: for SigLIP's towers only"):
+        check_options(Settings(str(tmp_path), dtype="float8"), "cpu")
 
 
 TEXT_ALONE = {

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from clip_checkpoints import make_clip
 from random_checkpoints import random_model, save_checkpoint
 from safetensors.torch import load_file, save_file
 from wire import TINY
@@ -19,10 +20,9 @@ from siglip_serve.checkpoint.config import load_config
 from siglip_serve.checkpoint.model_config import ModelConfig
 from siglip_serve.checkpoint.tensors import Tensors
 from siglip_serve.errors import CheckpointError
-from siglip_serve.towers.parameters import Parameters, text_shapes, vision_shapes
-from siglip_serve.towers.siglip import TextTower, VisionTower, load_text, load_vision
+from siglip_serve.towers.load import load_text, load_vision
+from siglip_serve.towers.parameters import text_shapes, vision_shapes
 from siglip_serve.towers.stored import StoredText, StoredVision
-from siglip_serve.towers.weights import without_values
 
 QKV = "encoder.layers.0.self_attn.qkv_proj.weight"
 
@@ -49,11 +49,13 @@ def resident(file: Path) -> int:
     return sum(sizes)
 
 
-def test_shapes_are_those_of_the_towers() -> None:
-    config = load_config(TINY)
-    with without_values():
-        towers = VisionTower(config.vision), TextTower(config.text)
-    for tower, shapes in zip(towers, (vision_shapes(config.vision), text_shapes(config.text)), strict=True):
+@pytest.mark.parametrize("family", ["siglip", "clip"])
+def test_shapes_are_those_of_the_towers(family: str, tmp_path: Path) -> None:
+    config = load_config(TINY if family == "siglip" else make_clip(tmp_path))
+    for tower, shapes in (
+        (load_vision(config.path), vision_shapes(config.vision)),
+        (load_text(config.path), text_shapes(config.text)),
+    ):
         expected = [(name, list(values.shape)) for name, values in tower.state_dict().items()]
         assert list(shapes.items()) == expected
 
@@ -73,14 +75,15 @@ def test_values_of_any_float_are_exact(config: ModelConfig, dtype: torch.dtype) 
         np.testing.assert_array_equal(third, part)
 
 
-def test_towers_in_torch_have_the_same_values(config: ModelConfig) -> None:
+@pytest.mark.parametrize("family", ["siglip", "clip"])
+def test_towers_in_torch_have_the_same_values(family: str, config: ModelConfig, tmp_path: Path) -> None:
+    config = config if family == "siglip" else load_config(make_clip(tmp_path / "clip"))
     vision = StoredVision.open(config)
-    pairs: list[tuple[Parameters, VisionTower | TextTower]] = [
+    for parameters, tower in (
         (vision.parameters, load_vision(config.path)),
         (vision.parameters, vision.tower),
-    ]
-    pairs.append((StoredText.open(config).parameters, load_text(config.path)))
-    for parameters, tower in pairs:
+        (StoredText.open(config).parameters, load_text(config.path)),
+    ):
         state = tower.state_dict()
         assert list(parameters) == list(state)
         for name, values in parameters.items():

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from siglip_serve.checkpoint.model_config import ImageConfig
+from siglip_serve.checkpoint.model_config import ClipVisionConfig, ImageConfig
 from siglip_serve.engine.openvino.compiled import Compiled
-from siglip_serve.engine.openvino.graph import build_head, build_text, build_vision
+from siglip_serve.engine.openvino.graph import build_head, build_patches, build_text, build_vision
 from siglip_serve.engine.openvino.int8 import quantize
-from siglip_serve.engine.passes import Arrays, Finish
+from siglip_serve.engine.passes import OUTPUTS, Arrays, Finish
 from siglip_serve.engine.plan import Plan
+from siglip_serve.engine.texts import embedded_places
 from siglip_serve.towers.parameters import Parameters
 from siglip_serve.towers.stored import StoredText, StoredVision
 
@@ -36,7 +37,7 @@ _TEXT_ROWS = 32
 
 
 class OpenVinoVision:
-    """Run a SigLIP vision tower: uint8 pixels -> outputs. One call at a time.
+    """Run a SigLIP or CLIP vision tower: uint8 pixels -> outputs. One call at a time.
 
     Compiled kernels have weights of their own. Those of the checkpoint leave memory, and are read again for
     the first heatmap, which torch computes.
@@ -45,7 +46,7 @@ class OpenVinoVision:
         tower: its parameters are shared, not copied.
         image: the checkpoint's normalisation.
         plan: without `auto`. With int8 the blocks are quantised, and the pooling head keeps the fastest
-            dtype that is close to float32.
+            dtype that is close to float32. So does the last block of CLIP.
 
     Attributes:
         max_rows: most rows of one call.
@@ -62,12 +63,15 @@ class OpenVinoVision:
         else:
             model = build_vision(parameters, config, image)
         self._stored, self._image = tower, image
-        # The head is compiled apart, so that it runs only when it is asked for.
+        # The head is compiled apart, so that it runs only when it is asked for, and so is the rest of CLIP.
         self._tower = Compiled(model, plan)
         self._head = Compiled(build_head(parameters, config), plan)
+        self._patches = None
+        if isinstance(config, ClipVisionConfig):
+            self._patches = Compiled(build_patches(parameters, config), plan)
         del model
         size = config.image_size
-        self(np.zeros((1, size, size, 3), np.uint8), ["EMBEDDING"])  # the first pass lays out the weights
+        self(np.zeros((1, size, size, 3), np.uint8), OUTPUTS)  # the first pass lays out the weights
         _leave_memory(parameters)
 
     def __call__(self, pixels: NDArray[np.uint8], /, wanted: Sequence[str]) -> Finish:
@@ -78,13 +82,14 @@ class OpenVinoVision:
         """
         tokens = self._tower(pixels)
         outputs: Arrays = {}
-        for name in wanted:
-            if name == "EMBEDDING":
-                outputs[name] = self._head(tokens)
-            elif name == "MEAN_EMBEDDING":
-                outputs[name] = tokens.mean(axis=1, dtype=np.float32)
-            else:
-                outputs[name] = tokens
+        if "EMBEDDING" in wanted:
+            outputs["EMBEDDING"] = self._head(tokens)
+        if set(wanted) - {"EMBEDDING"}:
+            patches = tokens if self._patches is None else self._patches(tokens)
+            if "MEAN_EMBEDDING" in wanted:
+                outputs["MEAN_EMBEDDING"] = patches.mean(axis=1, dtype=np.float32)
+            if "PATCH_EMBEDDINGS" in wanted:
+                outputs["PATCH_EMBEDDINGS"] = patches
         return lambda: outputs
 
     def explain(
@@ -102,13 +107,14 @@ class OpenVinoVision:
 
 
 class OpenVinoText:
-    """Run a SigLIP text tower: token ids -> EMBEDDING. One call at a time.
+    """Run a SigLIP or CLIP text tower: token ids -> EMBEDDING. One call at a time.
 
     Texts are not quantised, since int8 is calibrated on images. Arguments as for `OpenVinoVision`.
     """
 
     def __init__(self, tower: StoredText, plan: Plan) -> None:
         self.max_rows = plan.max_rows or _TEXT_ROWS
+        self._config = tower.config
         self._tower = Compiled(build_text(tower.parameters, tower.config), plan)
         self(np.zeros((1, tower.config.max_position_embeddings), np.int64), ["EMBEDDING"])
         _leave_memory(tower.parameters)
@@ -119,7 +125,7 @@ class OpenVinoText:
         Raises:
             RuntimeError: out of memory for these rows.
         """
-        outputs = {"EMBEDDING": self._tower(ids)}
+        outputs = {"EMBEDDING": self._tower(ids, embedded_places(self._config, ids))}
         return lambda: outputs
 
 

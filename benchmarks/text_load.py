@@ -1,0 +1,126 @@
+"""Load of texts on a server that is started for this: `embed_text` over gRPC, and where its CPU time goes.
+
+Closed loop: `--concurrency` requests of `--rows` texts each are always in flight. No text is sent twice, so
+the tower computes every one, but for one request in 64, whose answer is known and checked. `--repeated` sends
+the texts of one request again and again instead, which the cache answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.inputs import parse_settings
+from benchmarks.load import Load, Result, first_answers, run
+from benchmarks.records import about, write_csv
+from benchmarks.serve_load import device_name
+from benchmarks.servers import run_ours
+
+# fmt: off
+_WORDS = [
+    "a", "the", "of", "on", "in", "behind", "under", "with", "and", "photo", "picture", "dog",
+    "cat", "horse", "bird", "pizza", "elephant", "guitar", "house", "tree", "river", "mountain",
+    "car", "bus", "boat", "window", "door", "table", "chair", "person", "child", "woman",
+    "umbrella", "bicycle", "red", "blue", "green", "yellow", "small", "large", "wooden",
+    "running", "sitting", "standing", "holding", "eating", "two", "three", "many", "bright", "dark", "empty",
+]
+# fmt: on
+_SHORTEST, _LONGEST = 4, 12  # words
+_CHECKED = 64  # one request in this many
+
+
+def draw_texts() -> Iterator[str]:
+    """Captions without end, all different."""
+    chance = random.Random(0)
+    number = 0
+    while True:
+        words = chance.choices(_WORDS, k=chance.randint(_SHORTEST, _LONGEST))
+        yield f"{' '.join(words)} {number}"
+        number += 1
+
+
+def columns(result: Result, rows: int) -> dict[str, str]:
+    """The result as a row of a table, by text."""
+    texts = result.completed * rows or np.nan
+    latencies = result.latencies if len(result.latencies) else np.array([np.nan])
+    p50, p95, p99 = np.percentile(latencies, [50, 95, 99]) * 1000
+    server = {name: 1000 * seconds / texts for name, seconds in result.server_cpu.items()}
+    return {
+        "rows": str(rows),
+        "concurrency": str(result.load.concurrency),
+        "processes": str(result.load.processes),
+        "seconds": f"{result.load.seconds:g}",
+        "texts_per_second": f"{texts / result.load.seconds:.1f}",
+        "p50_ms": f"{p50:.2f}",
+        "p95_ms": f"{p95:.2f}",
+        "p99_ms": f"{p99:.2f}",
+        "errors": str(sum(result.statuses.values())),
+        "checked": str(result.checked),
+        "client_cpu_ms": f"{1000 * result.client_cpu / texts:.4f}",
+        "server_cpu_ms": f"{sum(server.values()):.4f}",
+        "tokenize_cpu_ms": f"{server.get('siglip_text_tokenize', 0.0):.4f}",
+        "tower_cpu_ms": f"{server.get('siglip_text_model', 0.0):.4f}",
+        "triton_cpu_ms": f"{server.get('tritonserver', 0.0):.4f}",
+        "server_cpu_by_process": "; ".join(
+            f"{name} {value:.4f}" for name, value in server.items() if value >= 0.0001
+        ),
+        "busy_cores": f"{result.busy_cores:.2f}",
+        "cores": str(os.cpu_count()),
+        "load_average": f"{os.getloadavg()[0]:.1f}",
+    }
+
+
+def main() -> None:
+    """Start the server, send each load, and add to the CSV if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="directory of the checkpoint")
+    add("--setting", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the server")
+    add("--rows", type=int, nargs="+", default=[64, 1], help="texts in a request, default 64 1")
+    add("--concurrency", type=int, nargs="+", default=[8, 64], help="requests in flight, default 8 64")
+    add("--processes", type=int, default=1, help="client processes, default %(default)s")
+    add("--texts", type=int, default=65_536, help="different texts of a load, default %(default)s")
+    add("--repeated", action="store_true", help="send the texts of one request only")
+    add("--seconds", type=float, default=10, help="measured time, default %(default)s")
+    add("--warmup", type=float, default=2, help="time before, default %(default)s")
+    add("--device", help="what the server runs on, for the table; default: this machine's GPUs, else its CPU")
+    add("--label", default="", help="name of the measurement in the table")
+    add("--output", type=Path, help="CSV file to add to")
+    options = parser.parse_args()
+    settings = parse_settings(options.setting)
+    source = (text.encode() for text in draw_texts())
+    with run_ours(options.checkpoint, "auto", settings, 600, "embed_text") as server:
+        target = server.aimed_at("grpc_texts")
+        for rows in options.rows:
+            for concurrency in options.concurrency:
+                texts = [next(source) for _ in range(options.texts)]
+                requests = [b"\n".join(texts[first : first + rows]) for first in range(0, len(texts), rows)]
+                requests = requests[:1] if options.repeated else requests
+                requests[::_CHECKED] = requests[:1] * len(requests[::_CHECKED])
+                (answer,) = first_answers(target, requests[:1])
+                expected = dict.fromkeys(range(0, len(requests), _CHECKED), answer)
+                processes = min(options.processes, concurrency)
+                load = Load(
+                    target, requests, concurrency, processes, options.seconds, options.warmup,
+                    check=1, server_pid=server.pid,
+                )  # fmt: skip
+                row = {
+                    **about(["tritonclient", "grpcio"], device_name(options.device)),
+                    "label": options.label,
+                    "checkpoint": options.checkpoint.name,
+                    "dtype": server.columns["dtype"],
+                    "repeated": str(options.repeated).lower(),
+                    **columns(run(load, expected), rows),
+                }
+                print({key: row[key] for key in list(row)[7:]}, flush=True)
+                if options.output:
+                    write_csv(options.output, [row], append=True)
+
+
+if __name__ == "__main__":
+    main()
