@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.inputs import GEOMETRIES
-from siglip_serve.engine.patches import group_rows
+from siglip_serve.engine.groups import group_rows
 
 __all__ = ["MOST", "PATCH", "SIDE", "WIDTHS", "Outcome", "Setup", "Way", "aspects", "padding", "take_turns"]
 

@@ -28,6 +28,7 @@ from benchmarks.load_clients import (
     http_answer,
     infer_request,
     triton_embedding,
+    triton_embeddings,
 )
 from benchmarks.records import write_csv
 from benchmarks.servers import run_peer
@@ -183,6 +184,29 @@ def test_an_answer_holds_the_embedding() -> None:
     found = triton_embedding(response.SerializeToString())
     assert found is not None
     np.testing.assert_array_equal(found, row)
+
+
+def test_texts_of_one_request_are_compared_row_by_row() -> None:
+    request = service_pb2.ModelInferRequest.FromString(infer_request("m", [b"a", b"b c"], "INPUT_TEXT"))
+    assert list(request.inputs[0].shape) == [2, 1]
+    assert request.raw_input_contents == [b"\x01\0\0\0a\x03\0\0\0b c"]
+    rows = np.array([[1, 0], [0, 1]], np.float32)
+    response = service_pb2.ModelInferResponse(raw_output_contents=[rows.tobytes()])
+    response.outputs.add(name="EMBEDDING", datatype="FP32", shape=[2, 2])
+    found = triton_embeddings(response.SerializeToString())
+    assert found is not None
+    assert not wrong(found, rows)
+    assert wrong(found[::-1], rows)
+
+
+def test_only_known_answers_are_checked() -> None:
+    given = load(concurrency=1, seconds=0.3, warmup=0.0, check=1)
+    for expected, answers in (({1: np.array([0, 1], np.float32)}, {"WRONG"}), ({}, set())):
+        driver = Driver(Slow(0.001), given, 0, expected)
+        record = driver.drive(time.perf_counter())
+        assert set(record.statuses) == answers
+        assert record.completed > 0
+        assert bool(record.checked) is bool(expected)
 
 
 def test_http_answers_are_read_when_they_are_whole() -> None:

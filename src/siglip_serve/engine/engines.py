@@ -20,18 +20,17 @@ from siglip_serve.checkpoint.model_config import (
     ModelConfig,
     NaflexImageConfig,
 )
+from siglip_serve.engine.groups import group_rows, in_groups
 from siglip_serve.engine.passes import (
     OUTPUTS,
-    Arrays,
     Batch,
-    Finish,
     NaflexRunner,
     Runner,
     VisionRunner,
     in_passes,
     out_of_memory_refused,
 )
-from siglip_serve.engine.patches import PatchRows, group_rows
+from siglip_serve.engine.patches import PatchRows
 from siglip_serve.engine.plan import Plan
 from siglip_serve.engine.texts import embedded_places, shorten
 from siglip_serve.errors import SettingsError
@@ -47,6 +46,9 @@ if TYPE_CHECKING:
     from siglip_serve.towers.siglip import TextTower, VisionTower
 
 __all__ = ["NaflexEngine", "TextEngine", "VisionEngine", "open_text", "open_vision"]
+
+# Largest share of padding in a pass of texts. They are short, so that a further pass may cost more.
+_TEXT_PADDING = 0.3
 
 
 class VisionEngine:
@@ -165,16 +167,11 @@ class NaflexEngine:
         wanted = [name for name in OUTPUTS if name in set(outputs)]
         if not self.runner.grouped:
             return in_passes(rows, self.runner.max_rows, lambda some: self.runner(some, wanted))
-        joined: Arrays = {}
-        failed = np.zeros(len(rows), dtype=np.bool_)
-        for group in group_rows(rows.counts, self.runner.max_rows):
-            part = rows.take(group)
-            batch = in_passes(part, len(part), lambda some: self.runner(some, wanted))
-            failed[group] = batch.failed
-            for name, array in batch.outputs.items():
-                joined.setdefault(name, np.zeros((len(rows), *array.shape[1:]), dtype=np.float32))
-                joined[name][group] = array
-        return Batch(joined, failed)
+
+        def compute(group: NDArray[np.intp]) -> Batch:
+            return in_passes(rows.take(group), len(group), lambda some: self.runner(some, wanted))
+
+        return in_groups(group_rows(rows.counts, self.runner.max_rows), compute, len(rows))
 
     def explain(self, rows: PatchRows, vectors: NDArray[np.float32]) -> Explanation[NDArray[np.float32]]:
         """Explain the embedding of one image. See `VisionEngine`; maps [P, T] end with zeros."""
@@ -199,7 +196,7 @@ class TextEngine:
         self.runner = _text_runner(tower, self.plan)
 
     def __call__(self, ids: NDArray[np.int64]) -> Batch:
-        """Run the tower over all rows. Texts of a pass are about as long where length matters.
+        """Run the tower over all rows. Where length matters, texts of a pass are about as long.
 
         Args:
             ids: [N, T] int64, at least one row, padded to the context length.
@@ -209,15 +206,14 @@ class TextEngine:
             projection.
         """
         places = embedded_places(self._config, ids)
-        if len(ids) <= self.runner.max_rows or places.min() == places.max():
-            return in_passes(ids, self.runner.max_rows, self._start)
-        order = np.argsort(places)
-        batch = in_passes(ids[order], self.runner.max_rows, self._start)
-        back = np.argsort(order)
-        return Batch({name: array[back] for name, array in batch.outputs.items()}, batch.failed[back])
+        if places.min() == places.max():
+            return self._run(ids)
+        groups = group_rows(places + 1, self.runner.max_rows, _TEXT_PADDING)
+        return in_groups(groups, lambda group: self._run(ids[group]), len(ids))
 
-    def _start(self, ids: NDArray[np.int64]) -> Finish:
-        return self.runner(shorten(self._config, ids), ["EMBEDDING"])
+    def _run(self, ids: NDArray[np.int64]) -> Batch:
+        ids = shorten(self._config, ids)
+        return in_passes(ids, self.runner.max_rows, lambda some: self.runner(some, ["EMBEDDING"]))
 
 
 def open_vision(config: ModelConfig, plan: Plan) -> VisionEngine | NaflexEngine:

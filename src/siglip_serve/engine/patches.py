@@ -1,4 +1,4 @@
-"""Rows of images that have different numbers of patches, and passes in which little is padding."""
+"""Rows of images that have different numbers of patches."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["PatchRows", "group_rows"]
-
-_MOST_PADDING = 0.1  # of the tokens of a pass
+__all__ = ["PatchRows"]
 
 
 @dataclass(frozen=True)
@@ -46,28 +44,3 @@ class PatchRows:
         """Copy some rows, in this order, without the padding that the longest of them does not need."""
         longest = int(self.counts[rows].max())
         return type(self)(self.patches[rows, :longest], self.grids[rows])
-
-
-def group_rows(counts: NDArray[np.int64], most: int) -> list[NDArray[np.intp]]:
-    """Divide rows into passes by their numbers of patches, so that at most a tenth of a pass is padding.
-
-    Args:
-        counts: patches of each row, [N].
-        most: most rows of a pass.
-
-    Returns:
-        The indices of the rows of each pass, the longest first.
-    """
-    order = np.argsort(-counts, kind="stable")
-    groups: list[NDArray[np.intp]] = []
-    first = 0
-    while first < len(order):
-        longest, tokens, end = counts[order[first]], 0, first
-        while end < min(first + most, len(order)):
-            tokens += counts[order[end]]
-            if tokens < (1 - _MOST_PADDING) * longest * (end + 1 - first):
-                break
-            end += 1
-        groups.append(order[first:end])
-        first = end
-    return groups

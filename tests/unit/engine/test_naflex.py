@@ -16,8 +16,9 @@ from siglip_serve.checkpoint.config import load_config, tensor_dims
 from siglip_serve.checkpoint.model_config import ModelConfig, NaflexImageConfig
 from siglip_serve.config import Backend, Dtype
 from siglip_serve.engine.engines import NaflexEngine, TextEngine
+from siglip_serve.engine.groups import group_rows
 from siglip_serve.engine.passes import OUTPUTS
-from siglip_serve.engine.patches import PatchRows, group_rows
+from siglip_serve.engine.patches import PatchRows
 from siglip_serve.engine.plan import Plan
 from siglip_serve.errors import SettingsError
 from siglip_serve.images.patches import cut_patches, patch_grid
