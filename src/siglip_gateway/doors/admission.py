@@ -3,6 +3,9 @@
 A call that Triton has cannot be taken back: cancelling it may end the server, so it is computed for no
 caller. Callers that give up again and again would fill Triton with such calls. While it has as many of them
 as allowed, further calls wait here, in order. A call whose caller gives up here costs Triton nothing.
+
+Triton may lose a call when a model process is killed. So a call that it has not answered some seconds after
+its caller gave up holds up no other any more.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ _MANY_NAMES = 64  # more than there are models, so callers have made up names
 # a caller beside 16 that cancel waited two to four times as long as with 2.
 _MOST_FORGOTTEN = 2
 _SHARE_FORGOTTEN = 8  # of as many calls one more, so that a GPU with hundreds of them never waits for a few
+_HOLDS_UP = 5.0  # seconds for which such a call holds others up; a pass of a large tower on a CPU takes less
 _WIDEN = 2  # calls that are let in for each that ends, so that after a wait the number grows again
 
 
@@ -44,10 +48,14 @@ class Admission:
         waiting: calls that wait for one of these places.
         forgotten: calls of callers that gave up, from which on other calls wait; an eighth of the calls that
             Triton has if that is more.
+        holds_up: seconds for which such a call counts.
     """
 
-    def __init__(self, in_flight: int, waiting: int, forgotten: int = _MOST_FORGOTTEN) -> None:
+    def __init__(
+        self, in_flight: int, waiting: int, forgotten: int = _MOST_FORGOTTEN, holds_up: float = _HOLDS_UP
+    ) -> None:
         self._most, self._most_waiting, self._most_forgotten = in_flight, waiting, forgotten
+        self._holds_up = holds_up
         self._admitted = 0
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()  # a task that nothing refers to may be collected
@@ -70,7 +78,7 @@ class Admission:
 
     @property
     def forgotten(self) -> int:
-        """Calls of callers that gave up, which Triton still has."""
+        """Calls of callers that gave up, which Triton still has and which hold others up."""
         return len(self._forgotten)
 
     def check(self) -> None:
@@ -101,6 +109,7 @@ class Admission:
         except asyncio.CancelledError:
             if not task.done():
                 self._forgotten.add(task)
+                asyncio.get_running_loop().call_later(self._holds_up, self._hold_up_no_more, task)
             raise
 
     async def drain(self, seconds: float) -> None:
@@ -130,11 +139,17 @@ class Admission:
 
     def _leave(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if task in self._forgotten and not task.cancelled():
-            task.exception()  # nothing else asks for it
+        if task in self._forgotten:
+            _retrieve(task)
         self._forgotten.discard(task)
         self._admitted -= 1
         self._let_in()
+
+    def _hold_up_no_more(self, task: asyncio.Task[Any]) -> None:
+        if task in self._forgotten:
+            self._forgotten.discard(task)
+            task.add_done_callback(_retrieve)
+            self._let_in()
 
     def _let_in(self) -> None:
         for _ in range(_WIDEN):
@@ -146,6 +161,12 @@ class Admission:
         while self._waiters and self._waiters[0].cancelled():
             self._waiters.popleft()
         return bool(self._waiters)
+
+
+def _retrieve(task: asyncio.Task[Any]) -> None:
+    """Take the error of a call that has ended; nothing else asks for it."""
+    if not task.cancelled():
+        task.exception()
 
 
 class Admissions:

@@ -146,6 +146,36 @@ def test_further_calls_wait_while_many_are_forgotten() -> None:
     check(test, forgotten=2)
 
 
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_call_that_triton_has_lost_does_not_hold_up_others_for_ever(
+    ends: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(work: Work) -> None:
+        for name in "ab":
+            caller = work.call(name)
+            await settle()
+            await give_up(caller)
+        held_back = [work.call(name) for name in "cd"]
+        await settle()
+        assert work.started == ["a", "b"]
+        async with asyncio.timeout(10):
+            while len(work.started) < 4:
+                await asyncio.sleep(0.01)
+        for name in "cd":
+            await work.end(name)
+        assert [await caller for caller in held_back] == ["c", "d"]
+        assert (work.admission.forgotten, work.admission.in_flight) == (0, 2)
+        if ends:
+            await work.end("a", ValueError("very late"))
+            assert work.admission.in_flight == 1
+
+    async def run() -> None:
+        await test(Work(Admission(100, 100, forgotten=2, holds_up=0.2)))
+
+    asyncio.run(run())
+    assert caplog.records == []
+
+
 def test_a_forgotten_call_that_fails_is_not_reported(caplog: pytest.LogCaptureFixture) -> None:
     async def test(work: Work) -> None:
         caller = work.call("a")
