@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from benchmarks.bulk_tables import BULK, BULK_FIGURES
+from benchmarks.memory_tables import MEMORY, MEMORY_FIGURES
 from benchmarks.peer_tables import PEERS
 from benchmarks.search_tables import SEARCH
 from benchmarks.table_parts import Cell, Column, Key, Source, Summary, Table
@@ -438,11 +439,13 @@ TABLES: Mapping[str, Table | Summary] = {
     **SEARCH,
     **BULK,
     **PEERS,
+    **MEMORY,
     **TEAMS,
 }
 
 FIGURES: Mapping[str, tuple[Source, Cell]] = {
     **BULK_FIGURES,
+    **MEMORY_FIGURES,
     "peer-gpu": (
         Source("peers.csv", {"device": _H200_X1, "concurrency": "256", "side": "ours"}),
         Cell("{ratio:.1f}", {}),
