@@ -3,13 +3,14 @@
 The file is checked (`formats`, `cost`), decoded upright (`decode`, in a process of its own by `watched` if
 it may be costly) and resized (`resize`), for NaFlex to patches (`patches`). `pil` mode gives the pixels of
 transformers' `SiglipImageProcessorPil`, `CLIPImageProcessorPil` and `Siglip2ImageProcessorPil`. `fast` mode
-gives the same within two levels in about half the time. `scaled` mode reads large JPEGs at a fraction of their
-size (`scaled`), and everything else as `fast` mode does.
+gives the same within two levels in about half the time. `scaled` mode reads large JPEGs at a fraction of
+their size (`scaled`), and everything else as `fast` mode does.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
+from types import ModuleType
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -25,6 +26,7 @@ from siglip_serve.images.jpeg import plain_scan, read_orientation
 from siglip_serve.images.paint import SWAPPED_AXES, TURNED, orient
 from siglip_serve.images.patches import cut_patches, lay_patches, patched_size
 from siglip_serve.images.resize import Mode, Pixels, cut_square, fit, is_long, resize, target_size
+from siglip_serve.images.scaled import check_numba
 from siglip_serve.images.watched import Watch, WatchedDecoder
 
 __all__ = ["Fitted", "Preprocessor", "ReadMode"]
@@ -47,8 +49,8 @@ class Fitted(NamedTuple):
 class Preprocessor:
     """Conversion of image files to the pixels that the checkpoint takes, before its normalisation.
 
-    Safe to call from several threads. `fast` mode needs torch and simplejpeg, `scaled` mode Numba as well, and
-    `pil` mode none of them.
+    Safe to call from several threads. `fast` mode needs torch and simplejpeg, `scaled` mode Numba as
+    well, and `pil` mode none of them.
 
     Args:
         image: the checkpoint's preprocessing.
@@ -81,9 +83,7 @@ class Preprocessor:
         self.size = image.size
         self._image = image
         self._mode: Mode = "pil" if mode == "pil" else "fast"
-        self._scaled = import_module("siglip_serve.images.scaled.reader") if mode == "scaled" else None
-        if self._scaled is not None:
-            self._scaled.warm_up()
+        self._scaled = _open_scaled() if mode == "scaled" else None
         self._limits = limits
         self._color = color
         self._watched = WatchedDecoder(self._mode, limits, color)
@@ -177,3 +177,11 @@ class Preprocessor:
         if isinstance(self._image, NaflexImageConfig):
             return lay_patches(resized, self._image)
         return cut_square(resized, self._image)
+
+
+def _open_scaled() -> ModuleType:
+    check_numba()
+    from siglip_serve.images.scaled import reader
+
+    reader.warm_up()  # now, since compiling takes seconds
+    return reader

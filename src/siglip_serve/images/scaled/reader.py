@@ -1,6 +1,7 @@
 """Plain JPEGs at an eighth, a quarter or half of their size, where the resize has pixels to spare.
 
-Each sample is the mean of the pixels that it stands for, of what their block's lowest frequencies hold.
+Each sample is the mean of the pixels that it stands for, of what their block's lowest frequencies hold. What
+such a mean weakens is then made stronger again.
 Files that are not plain (progressive, CMYK, damaged), and those that would become too small, are left to
 others.
 """
@@ -18,18 +19,12 @@ from PIL import Image
 from siglip_serve.errors import SettingsError
 from siglip_serve.images.jpeg import PlainScan, plain_scan
 from siglip_serve.images.resize import Extent, Pixels
-
-try:
-    from siglip_serve.images.scaled import kernels
-except ModuleNotFoundError as error:
-    raise SettingsError(
-        "preprocess scaled: needs the extra scaled (`.venv/bin/pip install -e '.[scaled]'` in the checkout)"
-    ) from error
+from siglip_serve.images.scaled import kernels
 
 __all__ = ["LEAST_RATIO", "Scaled", "read_scaled", "scaled_side", "warm_up"]
 
 # Scaled pixels per pixel of the result, along either axis. Fewer would show: see docs/preprocessing.md.
-LEAST_RATIO = 1.4
+LEAST_RATIO = 1.5
 _BLOCK = 8  # pixels per side
 _SIDES = (1, 2, 4)  # samples per side of a block
 _MOST_CHROMA = 4
@@ -89,8 +84,8 @@ def read_scaled(data: bytes, scan: PlainScan, side: int) -> Scaled | None:
         kernels.put_plane(coefficients, mcus, row, scales, basis, planes)
     pixels = np.empty((-(-height * side // _BLOCK), -(-width * side // _BLOCK), 3), np.uint8)
     samples = layout[:, [kernels.DOWN, kernels.ACROSS]] * layout[:, [kernels.SIDE]]  # of an MCU
-    repeats = tuple(int(times) for times in samples[0] // samples[-1])
-    kernels.to_rgb(planes, layout, repeats, pixels)
+    down, across = (2 * samples[-1] // samples[0]).tolist()
+    kernels.to_rgb(planes, layout, (down, across), pixels)
     return Scaled(pixels, (height * side / _BLOCK, width * side / _BLOCK))
 
 
@@ -110,7 +105,7 @@ def _lay_out(
     starts, tables = _join_tables(scan.dc, scan.ac)
     layout = np.zeros((len(scan.sampling), 12), np.uint64)
     coefficients = samples = 0
-    halved = scan.sampling[0] == (2, 2)
+    halved = scan.sampling[0][0] == 2
     for index, (across, down) in enumerate(scan.sampling):
         # Colour of half the size has the picture's size if its blocks give twice as many samples.
         own = min(2 * side, _MOST_CHROMA) if halved and index else side
@@ -126,7 +121,7 @@ def _lay_out(
 def _join_tables(
     dc: tuple[bytes, ...], ac: tuple[bytes, ...]
 ) -> tuple[list[tuple[int, ...]], NDArray[np.uint32]]:
-    """All tables in one array, and for each component where its own begin, as `kernels.DC` and the next say."""
+    """All tables in one array, and where each component's own begin in it, as columns of the layout."""
     joined: list[NDArray[np.uint32]] = []
     begun: dict[tuple[str, bytes], tuple[int, ...]] = {}
     size = 0

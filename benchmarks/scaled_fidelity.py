@@ -1,0 +1,169 @@
+"""Distance of `--preprocess scaled` from `pil`, by scale, by pixels to spare, and by content.
+
+Pictures of each content are drawn, or photographs made smaller, to as many pixels as give a ratio, and saved
+as JPEGs. Each is read at a fraction of its size and by Pillow. Levels are compared, and the embeddings of a
+checkpoint. With `--data`, zero-shot answers of both are counted on a folder in ImageNet's layout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from benchmarks.inputs import synthetic_jpeg
+from benchmarks.records import about, cosine, write_csv
+from siglip_serve.checkpoint.config import load_config
+from siglip_serve.checkpoint.files import resolve
+from siglip_serve.checkpoint.model_config import ImageConfig
+from siglip_serve.engine.engines import VisionEngine
+from siglip_serve.engine.plan import Plan
+from siglip_serve.images.jpeg import plain_scan
+from siglip_serve.images.preprocess import Preprocessor
+from siglip_serve.images.resize import resize
+from siglip_serve.images.scaled.reader import read_scaled
+from siglip_serve.machine import available_cores
+from siglip_serve.towers.load import load_vision
+
+SIDES = (1, 2, 4)
+RATIOS = (1.0, 1.2, 1.4, 1.7, 2.0, 3.0, 4.0)
+CONTENTS = ("photographs", "shapes", "texture", "text")
+_PER_CONTENT = 12
+_WORDS = "The quick brown fox jumps over the lazy dog 0123456789"
+
+
+def pictures(content: str, length: int, photographs: list[Path]) -> Iterator[Image.Image]:
+    """Square pictures of a content with `length` pixels per side."""
+    if content == "photographs":
+        for path in photographs:
+            with Image.open(path) as image:
+                if min(image.size) >= length:  # never enlarged: there would be nothing fine in it
+                    yield image.convert("RGB").resize((length, length), Image.Resampling.LANCZOS)
+        return
+    for seed in range(_PER_CONTENT):
+        if content == "shapes":
+            yield Image.open(io.BytesIO(synthetic_jpeg(length, length, seed)))
+        else:
+            yield (_texture if content == "texture" else _text)(length, np.random.default_rng(seed))
+
+
+def _texture(length: int, rng: np.random.Generator) -> Image.Image:
+    """Waves of all lengths down to two pixels, and noise: the worst for any reduction."""
+    y, x = np.mgrid[:length, :length].astype(np.float32)
+    planes = np.zeros((length, length, 3), np.float32)
+    for _ in range(12):
+        wave, angle = float(2 ** rng.uniform(1, 6)), float(rng.uniform(0, np.pi))
+        phase = 2 * np.pi / wave * (x * np.cos(angle) + y * np.sin(angle))
+        planes += np.sin(phase)[..., None] * rng.uniform(-40, 40, 3).astype(np.float32)
+    planes += rng.normal(0, 20, planes.shape).astype(np.float32)
+    return Image.fromarray(np.clip(planes + 128, 0, 255).astype(np.uint8))
+
+
+def _text(length: int, rng: np.random.Generator) -> Image.Image:
+    """Lines of black and coloured text on white, from a hundredth to an eighth of the picture's height."""
+    image = Image.new("RGB", (length, length), "white")
+    draw, top = ImageDraw.Draw(image), 0
+    while top < length:
+        height = int(length * rng.uniform(0.01, 0.12)) + 4
+        color = (0, 0, 0) if rng.random() < 0.6 else tuple(int(level) for level in rng.integers(0, 200, 3))
+        start = int(rng.integers(0, len(_WORDS)))
+        text = (_WORDS[start:] + _WORDS) * 4
+        draw.text((0, top), text, fill=color, font=ImageFont.load_default(height))
+        top += int(height * 1.3)
+    return image
+
+
+def compare(data: bytes, image: ImageConfig, side: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Pixels of a JPEG that is read at `side` eighths, and by Pillow."""
+    scan = plain_scan(data)
+    scaled = read_scaled(data, scan, side) if scan else None
+    if scaled is None:
+        raise ValueError("a JPEG of this benchmark cannot be read at a fraction of its size")
+    resized = resize(scaled.pixels, (image.size, image.size), image.resample, "fast", scaled.extent)
+    return resized, Preprocessor(image, "pil")(data)
+
+
+def rows(options: argparse.Namespace) -> list[dict[str, str]]:
+    """One row per scale, ratio and content."""
+    path = resolve(options.checkpoint)
+    config = load_config(path)
+    engine = VisionEngine(
+        load_vision(path), config.image, Plan("cpu", "float32", "openvino", 0, available_cores())
+    )
+    photographs = sorted(options.photographs.iterdir()) if options.photographs else []
+    columns = about(["torch", "pillow", "numba"])
+    columns |= {"checkpoint": path.name, "quality": str(options.quality)}
+    table = []
+    for side in SIDES:
+        for ratio in tqdm(options.ratios, desc=f"{side}/8", disable=None):
+            length = round(config.image.size * ratio * 8 / side)
+            for content in CONTENTS:
+                read = [
+                    compare(_encode(picture, options.quality), config.image, side)
+                    for picture in pictures(content, length, photographs)
+                ]
+                if read:
+                    fields = {"scale": f"{side}/8", "ratio": f"{ratio:g}", "content": content}
+                    table.append({**columns, **fields, **_distances(read, engine)})
+    return table
+
+
+def _encode(picture: Image.Image, quality: int) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=quality, subsampling="4:2:0")
+    return file.getvalue()
+
+
+def _distances(
+    read: list[tuple[NDArray[np.uint8], NDArray[np.uint8]]], engine: VisionEngine
+) -> dict[str, str]:
+    scaled, exact = (np.stack(list(side)) for side in zip(*read, strict=True))
+    levels = np.abs(scaled.astype(int) - exact)
+    cosines = cosine(*(engine(pixels).outputs["EMBEDDING"].copy() for pixels in (scaled, exact)))
+    return {
+        "pictures": str(len(read)),
+        "max_abs_diff": str(levels.max()),
+        "mean_abs_diff": f"{levels.mean():.3f}",
+        "cosine_mean": f"{cosines.mean():.6f}",
+        "cosine_min": f"{cosines.min():.6f}",
+    }
+
+
+def main() -> None:
+    """Measure, print the table, and write it as CSV if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--checkpoint", default="checkpoints/siglip-tiny", help="whose embeddings, default %(default)s"
+    )
+    parser.add_argument("--photographs", type=Path, help="folder of large photographs; default: none")
+    parser.add_argument(
+        "--ratios",
+        type=float,
+        nargs="+",
+        default=RATIOS,
+        help="scaled pixels per pixel of the result, default %(default)s",
+    )
+    parser.add_argument("--quality", type=int, default=90, help="of the JPEGs, default %(default)s")
+    parser.add_argument("--output", type=Path, help="CSV file to append to")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    table = rows(options)
+    for row in table:
+        print(
+            f"{row['scale']} x{row['ratio']:>4} {row['content']:>12} ({row['pictures']})  "
+            f"max {row['max_abs_diff']:>3} mean {row['mean_abs_diff']}  "
+            f"cosine {row['cosine_mean']} min {row['cosine_min']}"
+        )
+    if options.output:
+        write_csv(options.output, table, append=True)
+
+
+if __name__ == "__main__":
+    main()
