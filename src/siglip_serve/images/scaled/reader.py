@@ -21,10 +21,11 @@ from siglip_serve.images.jpeg import PlainScan, plain_scan
 from siglip_serve.images.resize import Extent, Pixels
 from siglip_serve.images.scaled import kernels
 
-__all__ = ["LEAST_RATIO", "Scaled", "read_scaled", "scaled_side", "warm_up"]
+__all__ = ["Scaled", "read_scaled", "scaled_side", "warm_up"]
 
-# Scaled pixels per pixel of the result, along either axis. Fewer would show: see docs/preprocessing.md.
-LEAST_RATIO = 1.5
+# Scaled pixels per pixel of the result, along either axis and in all. Fewer would show: see
+# docs/preprocessing.md.
+_LEAST_RATIO, _LEAST_PIXELS = 1.2, 1.5**2
 _BLOCK = 8  # pixels per side
 _SIDES = (1, 2, 4)  # samples per side of a block
 _MOST_CHROMA = 4
@@ -50,7 +51,8 @@ def scaled_side(size: tuple[int, int], target: tuple[int, int]) -> int | None:
         1, 2 or 4, or None if even 4 are too few.
     """
     for side in _SIDES:
-        if all(side * own >= _BLOCK * LEAST_RATIO * wanted for own, wanted in zip(size, target, strict=True)):
+        down, across = (side * own / _BLOCK / wanted for own, wanted in zip(size, target, strict=True))
+        if min(down, across) >= _LEAST_RATIO and down * across >= _LEAST_PIXELS:
             return side
     return None
 
