@@ -1,6 +1,5 @@
 """CPU time of one image from file to pixels in each mode, on one thread, and how far the pixels are off.
 
-
 The modes alternate, so that a busy machine slows all alike and the ratios stay fair. `decode` is the part up
 to the picture that is resized: whole, or with `scaled` at a fraction of its size.
 """
