@@ -48,7 +48,7 @@ def measure(data: bytes, ways: Mapping[str, Callable[[bytes], object]], seconds:
 def decoders(
     modes: Mapping[ReadMode, Preprocessor], data: bytes, size: int
 ) -> dict[str, Callable[[bytes], object]]:
-    """What decodes a file in each mode, the resize left out."""
+    """The decoder of each mode, without the resize."""
     ways: dict[str, Callable[[bytes], object]] = {mode: process.decode for mode, process in modes.items()}
     scan = plain_scan(data)
     if "scaled" in modes and scan is not None:

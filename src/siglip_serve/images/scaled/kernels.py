@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 from numba import float32, int32, int64, njit, uint8, uint64
+from numpy.typing import NDArray
 
 __all__ = [
     "ACROSS",
@@ -46,7 +47,7 @@ _BROKEN = 127 << _COEFFICIENTS  # no code begins like this
 _MARKED, _ONES = 0x8080808080808080, 0x0101010101010101
 
 
-def _places():
+def _places() -> NDArray[np.uint64]:
     """The place of each coefficient, in zigzag order, among those that are kept of a block of each side."""
     places = np.zeros((5, 64), np.uint64)
     squares = sorted(np.ndindex(8, 8), key=lambda at: (sum(at), at[0] if sum(at) % 2 else at[1]))
