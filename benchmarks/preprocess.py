@@ -1,6 +1,7 @@
-"""Time of one image from file to pixels, `fast` against `pil`, on one thread.
+"""CPU time of one image from file to pixels in each mode, on one thread, and how far the pixels are off.
 
-Both modes alternate, so that a busy machine slows both alike and the ratio stays fair.
+The modes alternate, so that a busy machine slows all alike and the ratios stay fair. `decode` is the part up
+to the picture that is resized: whole, or with `scaled` at a fraction of its size.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import get_args
@@ -21,23 +23,41 @@ from tqdm import tqdm
 from benchmarks.inputs import synthetic_jpeg
 from benchmarks.records import about, write_csv
 from siglip_serve.checkpoint.model_config import ImageConfig
-from siglip_serve.images.preprocess import Preprocessor
-from siglip_serve.images.resize import Mode
+from siglip_serve.images.jpeg import plain_scan
+from siglip_serve.images.preprocess import Preprocessor, ReadMode
 
-MODES: tuple[Mode, ...] = get_args(Mode)
+MODES: tuple[ReadMode, ...] = get_args(ReadMode)
 CASES = {"500x375": (500, 375), "1080p": (1920, 1080), "12 MP": (4000, 3000), "64x128": (64, 128)}
+_LEAST = 5  # calls of each mode
 
 
-def measure(data: bytes, modes: dict[Mode, Preprocessor], seconds: float) -> dict[Mode, float]:
-    """Median milliseconds per image, for each mode."""
-    times: dict[Mode, list[float]] = {mode: [] for mode in modes}
+def measure(data: bytes, ways: Mapping[str, Callable[[bytes], object]], seconds: float) -> dict[str, float]:
+    """Median milliseconds of CPU time per image, for each way of reading it."""
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for read in ways.values():
+        read(data)
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or not times["pil"]:
-        for mode, process in modes.items():
-            start = time.perf_counter()
-            process(data)
-            times[mode].append(time.perf_counter() - start)
-    return {mode: 1000 * statistics.median(values) for mode, values in times.items()}
+    while time.perf_counter() < end or len(times[next(iter(ways))]) < _LEAST:
+        for way, read in ways.items():
+            start = time.thread_time()
+            read(data)
+            times[way].append(time.thread_time() - start)
+    return {way: 1000 * statistics.median(values) for way, values in times.items()}
+
+
+def decoders(
+    modes: Mapping[ReadMode, Preprocessor], data: bytes, size: int
+) -> dict[str, Callable[[bytes], object]]:
+    """The decoder of each mode, without the resize."""
+    ways: dict[str, Callable[[bytes], object]] = {mode: process.decode for mode, process in modes.items()}
+    scan = plain_scan(data)
+    if "scaled" in modes and scan is not None:
+        from siglip_serve.images.scaled.reader import read_scaled, scaled_side
+
+        side = scaled_side((scan.frame.height, scan.frame.width), (size, size))
+        if side is not None:
+            ways["scaled"] = lambda file: read_scaled(file, scan, side)
+    return ways
 
 
 def default_size() -> int:
@@ -48,21 +68,32 @@ def default_size() -> int:
     return int(defaults["vision_config"]["image_size"])
 
 
-def rows(seconds: float, size: int) -> list[dict[str, str]]:
-    """One row per case and mode."""
+def cases(photographs: Path | None) -> dict[str, bytes]:
+    """The files by name: drawn ones, or the JPEGs of a folder."""
+    if photographs is None:
+        return {case: synthetic_jpeg(*size) for case, size in CASES.items()}
+    return {file.stem: file.read_bytes() for file in sorted(photographs.iterdir())}
+
+
+def rows(
+    seconds: float, size: int, modes: Sequence[ReadMode], photographs: Path | None
+) -> list[dict[str, str]]:
+    """One row per case and mode. The last mode is `pil`, which the others are compared with."""
     config = ImageConfig(size=size, resample="bicubic", rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3)
-    modes = {mode: Preprocessor(config, mode) for mode in MODES}
+    readers = {
+        mode: Preprocessor(config, mode) for mode in (*(mode for mode in modes if mode != "pil"), "pil")
+    }
     columns = {
-        **about(["torch", "pillow", "simplejpeg"]),
+        **about(["torch", "pillow", "simplejpeg", "numba"]),
         "threads": str(torch.get_num_threads()),
         "size": str(size),
     }
     table = []
-    for case, (width, height) in tqdm(CASES.items(), disable=None):
-        data = synthetic_jpeg(width, height)
-        pixels: dict[Mode, NDArray[np.uint8]] = {mode: process(data) for mode, process in modes.items()}
-        milliseconds = measure(data, modes, seconds)
-        for mode in MODES:
+    for case, data in tqdm(cases(photographs).items(), disable=None):
+        pixels: dict[str, NDArray[np.uint8]] = {mode: process(data) for mode, process in readers.items()}
+        milliseconds = measure(data, readers, seconds)
+        decoding = measure(data, decoders(readers, data, size), seconds / 2)
+        for mode in readers:
             difference = np.abs(pixels[mode].astype(int) - pixels["pil"])
             table.append(
                 {
@@ -71,6 +102,7 @@ def rows(seconds: float, size: int) -> list[dict[str, str]]:
                     "kilobytes": str(round(len(data) / 1000)),
                     "mode": mode,
                     "ms_per_image": f"{milliseconds[mode]:.3f}",
+                    "decode_ms": f"{decoding[mode]:.3f}",
                     "ratio": f"{milliseconds['pil'] / milliseconds[mode]:.2f}",
                     "max_abs_diff": str(difference.max()),
                     "mean_abs_diff": f"{difference.mean():.4f}",
@@ -87,16 +119,22 @@ def main() -> None:
         "--size", type=int, default=default_size(), help="side of the resized square, default %(default)s"
     )
     parser.add_argument("--output", type=Path, help="CSV file to write, for example results/preprocess.csv")
+    parser.add_argument(
+        "--modes", choices=MODES, nargs="+", default=["fast"], help="besides pil, default fast"
+    )
+    parser.add_argument("--photographs", type=Path, help="folder of JPEGs, in place of drawn ones")
+    parser.add_argument("--append", action="store_true", help="keep the rows that the CSV file has")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    table = rows(arguments.seconds, arguments.size)
+    table = rows(arguments.seconds, arguments.size, arguments.modes, arguments.photographs)
     for row in table:
         print(
-            f"{row['case']:>8} {row['mode']:>5} {row['ms_per_image']:>9} ms  {row['ratio']:>5} x pil  "
+            f"{row['case']:>8} {row['mode']:>6} {row['ms_per_image']:>9} ms ({row['decode_ms']} to decode)  "
+            f"{row['ratio']:>5} x pil  "
             f"max {row['max_abs_diff']} mean {row['mean_abs_diff']}"
         )
     if arguments.output:
-        write_csv(arguments.output, table)
+        write_csv(arguments.output, table, arguments.append)
 
 
 if __name__ == "__main__":

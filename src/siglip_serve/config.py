@@ -36,7 +36,7 @@ _SERVICE_LINKS = re.compile(rf"{PREFIX}(SERVICE_HOST|SERVICE_PORT.*|PORT|PORT_\d
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float8", "int8"]
 Backend = Literal["auto", "torch", "openvino", "fused"]
-PreprocessMode = Literal["fast", "pil", "gpu"]
+PreprocessMode = Literal["fast", "scaled", "pil", "gpu"]
 Color = Literal["stored", "srgb"]
 TeamReducer = Literal["pca", "none", "umap"]
 CheckpointUse = Literal["main", "teams"]
@@ -121,7 +121,8 @@ class Settings:
         default="fast",
         metadata=_option(
             "images",
-            "fast: libjpeg-turbo; pil: the same pixels as the reference; gpu: JPEG decoded on the GPU",
+            "fast: libjpeg-turbo; scaled: large JPEGs at a fraction of their size; pil: the same pixels as "
+            "the reference; gpu: JPEG decoded on the GPU",
         ),
     )
     color: Color = field(
@@ -244,7 +245,9 @@ def load_settings(
         )
     settings = Settings(**values)
     if settings.color == "srgb" and settings.preprocess == "gpu":
-        raise SettingsError("color srgb: preprocess gpu applies no ICC profiles; take preprocess fast or pil")
+        raise SettingsError(
+            "color srgb: preprocess gpu applies no ICC profiles; take preprocess fast, scaled or pil"
+        )
     return settings
 
 

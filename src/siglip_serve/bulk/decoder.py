@@ -145,17 +145,14 @@ class _Decoder:
             return Decoded(error=getattr(file, "strerror", None) or str(file))
         try:
             if done is None:
-                picture = self._preprocess.decode(file)
-                size = picture.shape[:2]
-                row[...] = self._preprocess.resize(picture)
-            else:
-                size = done.size
-                row[...] = done.pixels
+                done = self._preprocess.read(file)
+            row[...] = done.pixels
         except InvalidInputError as error:
             row[...] = 0  # the rest of the batch must not depend on what was there before
             return Decoded(error=str(error))
         ids = self._tokenize(text) if self._tokenize and text is not None else None
-        return Decoded((int(size[0]), int(size[1])), len(file), hashlib.sha256(file).hexdigest(), ids)
+        height, width = map(int, done.size)
+        return Decoded((height, width), len(file), hashlib.sha256(file).hexdigest(), ids)
 
 
 def _read(file: bytes | FileRange) -> bytes | OSError | ValueError:

@@ -96,15 +96,14 @@ class QueryEmbedder:
         mode = self.settings.preprocess
         reader = Preprocessor(config.image, "fast" if mode == "gpu" else mode, color=self.settings.color)
         try:
-            picture = reader.decode(data)
-            pixels = reader.resize(picture)[None]
+            picture = reader.read(data)
         finally:
             reader.close()
         engine = open_vision(config, self._plan())
         if isinstance(engine, NaflexEngine):
-            grids = np.array([grid_of(config, *picture.shape[:2])])
-            return _one(engine(PatchRows(pixels, grids)).rows(0, 1)["EMBEDDING"])
-        return _one(engine(pixels).rows(0, 1)["EMBEDDING"])
+            grids = np.array([grid_of(config, *picture.size)])
+            return _one(engine(PatchRows(picture.pixels[None], grids)).rows(0, 1)["EMBEDDING"])
+        return _one(engine(picture.pixels[None]).rows(0, 1)["EMBEDDING"])
 
     def _plan(self) -> Plan:
         own = self.settings

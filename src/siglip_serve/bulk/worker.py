@@ -30,6 +30,7 @@ from siglip_serve.checkpoint.config import tensor_dims
 from siglip_serve.checkpoint.model_config import ModelConfig
 from siglip_serve.errors import SiglipServeError
 from siglip_serve.images.formats import ImageLimits
+from siglip_serve.images.scaled import check_numba
 from siglip_serve.machine import available_cores
 
 __all__ = ["STAGES", "Finished", "Worker", "end_with_any_thread"]
@@ -122,6 +123,8 @@ class Worker:
         cores = cores or available_cores()
         self._towers = Towers(job, config, device, cores)
         self._width = tensor_dims(config)["EMBEDDING"][0]
+        if job.settings.preprocess == "scaled":
+            check_numba()
         on_gpu = job.settings.preprocess == "gpu"
         self._task_rows = _TASK_ROWS_GPU if on_gpu else min(_TASK_ROWS, self._towers.batch_rows)
         count = decoders or (min(4, cores) if on_gpu else _decoders(device, cores))

@@ -14,11 +14,11 @@ from siglip_serve.errors import ImageCostError
 from siglip_serve.images.formats import ImageLimits
 from siglip_serve.images.jpeg import JpegHeader, read_header
 
-__all__ = ["Inspected", "inspect"]
+__all__ = ["MOST_BYTES", "Inspected", "inspect"]
 
 # The most that is decoded in this process. Each bound is worth up to a quarter of a second for the worst file
 # that it allows, and lies above ordinary files of the kind.
-_MOST_BYTES = 8 * 2**20
+MOST_BYTES = 8 * 2**20
 _JPEG_PIXELS = 16_000_000  # a photograph of 12 megapixels takes 50 ms
 _JPEG_VISITS = 4_000_000  # of blocks, by the scans of a JPEG: up to 10 ns each
 _PNG_BYTES = 8 * 2**20  # of pixels that are inflated
@@ -63,7 +63,7 @@ def inspect(data: bytes, kind: str, limits: ImageLimits) -> Inspected:
         return Inspected(kind, _is_cheap_jpeg(header, len(data), limits), header)
     check = _CHECKS.get(kind)
     try:
-        cheap = check is not None and len(data) <= _MOST_BYTES and check(data)
+        cheap = check is not None and len(data) <= MOST_BYTES and check(data)
     except (struct.error, LookupError):  # a broken header, which the decoder is to name
         cheap = False
     return Inspected(kind, cheap)
@@ -86,7 +86,7 @@ def _is_cheap_jpeg(header: JpegHeader, size: int, limits: ImageLimits) -> bool:
     return (
         frame[0] in _HUFFMAN_FRAMES
         and height * width <= _JPEG_PIXELS
-        and size <= _MOST_BYTES
+        and size <= MOST_BYTES
         and samples * header.scans <= _JPEG_VISITS
     )
 

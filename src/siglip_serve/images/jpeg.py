@@ -1,11 +1,11 @@
-"""Segments of a JPEG before its image data: its orientation, and whether it is a plain one."""
+"""Segments of a JPEG before its image data: its orientation, its tables, and whether it is a plain one."""
 
 from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -13,7 +13,16 @@ import numpy as np
 
 from siglip_serve.errors import ImageError
 
-__all__ = ["JpegHeader", "PlainFrame", "Sampling", "plain_frame", "read_header", "read_orientation"]
+__all__ = [
+    "JpegHeader",
+    "PlainFrame",
+    "PlainScan",
+    "Sampling",
+    "plain_frame",
+    "plain_scan",
+    "read_header",
+    "read_orientation",
+]
 
 Sampling = Literal["gray", "4:4:4", "4:2:2", "4:2:0"]
 
@@ -189,6 +198,30 @@ class PlainFrame(NamedTuple):
     sampling: Sampling
 
 
+class PlainScan(NamedTuple):
+    """Everything that decoding the image data of a plain JPEG needs.
+
+    Attributes:
+        frame: of the picture as it is stored.
+        sampling: blocks across and down of each component in an MCU.
+        quantization: table of each component, 64 bytes in zigzag order.
+        dc: Huffman table of each component, numbers of codes of 1 to 16 bits and then the symbols.
+        ac: the same for AC coefficients.
+        interval: MCUs between two restart markers, 0 if there are none.
+        restarts: number of restart markers.
+        start: first byte of the image data.
+    """
+
+    frame: PlainFrame
+    sampling: tuple[tuple[int, int], ...]
+    quantization: tuple[bytes, ...]
+    dc: tuple[bytes, ...]
+    ac: tuple[bytes, ...]
+    interval: int
+    restarts: int
+    start: int
+
+
 def plain_frame(data: bytes) -> PlainFrame | None:
     """Read the frame of a plain JPEG, or None for any other file.
 
@@ -196,6 +229,40 @@ def plain_frame(data: bytes) -> PlainFrame | None:
     tables that they name. Its segments have no gaps, and nothing follows the image data. Every decoder reads
     the same out of it, and none takes more room than the frame says.
     """
+    walked = _walk(data)
+    if walked is None:
+        return None
+    found, frame, end = walked
+    if not _is_whole(data, end, found.restarts):
+        return None
+    return None if found.may_be_turned and _is_turned(data) else frame
+
+
+def plain_scan(data: bytes) -> PlainScan | None:
+    """Read the segments of a JPEG that is plain but may be turned, or None for any other file.
+
+    Its image data are not looked at, nor what follows them.
+    """
+    walked = _walk(data)
+    if walked is None:
+        return None
+    found, frame, end = walked
+    components = range(found.first[5])
+    factors, chosen = found.first[7::3], found.scan[2:-3:2]
+    return PlainScan(
+        frame,
+        tuple((factors[index] >> 4, factors[index] & 0xF) for index in components),
+        tuple(found.tables[_QUANTIZATION | found.first[8 + 3 * index]] for index in components),
+        tuple(found.tables[chosen[index] >> 4] for index in components),
+        tuple(found.tables[0x10 | chosen[index] & 0xF] for index in components),
+        found.interval,
+        found.restarts,
+        end,
+    )
+
+
+def _walk(data: bytes) -> tuple[_Plain, PlainFrame, int] | None:
+    """The segments up to the image data, their frame, and where they end."""
     found = _Plain()
     end, last = 2, len(data) - 2
     for _ in range(_MAX_SEGMENTS):
@@ -208,9 +275,7 @@ def plain_frame(data: bytes) -> PlainFrame | None:
         if found.scan:
             break
     frame = found.frame()
-    if frame is None or not data.startswith(b"\xff\xd8") or not _is_whole(data, end, found.restarts):
-        return None
-    return None if found.may_be_turned and _is_turned(data) else frame
+    return (found, frame, end) if frame and data.startswith(b"\xff\xd8") else None
 
 
 def _is_turned(data: bytes) -> bool:
@@ -228,7 +293,7 @@ class _Plain:
     first: bytes = b""
     scan: bytes = b""
     interval: int = 0
-    tables: frozenset[int] = frozenset()
+    tables: dict[int, bytes] = field(default_factory=dict)
     may_be_turned: bool = False
     restarts: int = 0
 
@@ -252,9 +317,9 @@ class _Plain:
         self.may_be_turned |= marker == _EXIF_OR_XMP
         return marker == 0xE0 or marker in _METADATA
 
-    def _take_tables(self, identifiers: frozenset[int]) -> bool:
-        self.tables |= identifiers
-        return bool(identifiers)
+    def _take_tables(self, tables: Mapping[int, bytes]) -> bool:
+        self.tables |= tables
+        return bool(tables)
 
     def frame(self) -> PlainFrame | None:
         """None if something is missing, or does not fit together."""
@@ -267,7 +332,7 @@ class _Plain:
         needed = {_QUANTIZATION | identifier for identifier in self.first[8::3]}
         for chosen in self.scan[2:-3:2]:
             needed |= {chosen >> 4, 0x10 | chosen & 0xF}
-        if not needed <= self.tables:
+        if not needed <= self.tables.keys():
             return None
         name, across, down = sampling
         units = -(-width // across) * -(-height // down)
@@ -277,29 +342,32 @@ class _Plain:
 
 # Most files have the same tables as others.
 @lru_cache(maxsize=256)
-def _quantization_tables(content: bytes) -> frozenset[int]:
-    """Their identifiers, none if a table is not of 8 bits, or not whole."""
+def _quantization_tables(content: bytes) -> Mapping[int, bytes]:
+    """By their identifiers, none if a table is not of 8 bits, or not whole."""
     identifiers = content[::65]
     if len(content) % 65 or any(identifier > 3 for identifier in identifiers):
-        return frozenset()
-    return frozenset(_QUANTIZATION | identifier for identifier in identifiers)
+        return {}
+    return {
+        _QUANTIZATION | identifier: content[65 * index + 1 : 65 * index + 65]
+        for index, identifier in enumerate(identifiers)
+    }
 
 
 @lru_cache(maxsize=256)
-def _huffman_tables(content: bytes) -> frozenset[int]:
-    """Their identifiers, none if one of the tables is not whole, or codes more than its lengths hold."""
-    found: set[int] = set()
+def _huffman_tables(content: bytes) -> Mapping[int, bytes]:
+    """By their identifiers, none if one of them is not whole, or codes more than its lengths hold."""
+    found: dict[int, bytes] = {}
     start = 0
     while start < len(content):
         identifier, counts = content[start], content[start + 1 : start + 17]
         end = start + 17 + sum(counts)
         if identifier not in _IDENTIFIERS or end > len(content) or not _is_code(counts):
-            return frozenset()
+            return {}
         if identifier < 0x10 and max(content[start + 17 : end], default=0) > _LARGEST_DC_SYMBOL:
-            return frozenset()
-        found.add(identifier)
+            return {}
+        found[identifier] = content[start + 1 : end]
         start = end
-    return frozenset(found)
+    return found
 
 
 def _is_code(counts: bytes) -> bool:

@@ -17,12 +17,12 @@ from siglip_serve.errors import ImageError
 from siglip_serve.images.resize import Pixels
 from siglip_serve.images.tiff import grey_range
 
-__all__ = ["TURNED", "Canvas", "orient", "paint_array", "paint_image"]
+__all__ = ["SWAPPED_AXES", "TURNED", "Canvas", "orient", "paint_array", "paint_image"]
 
 TURNED = frozenset(range(2, 9))  # orientations of EXIF that are not upright
 _MIRRORED_ROWS = frozenset({3, 4, 7, 8})
 _MIRRORED_COLUMNS = frozenset({2, 3, 6, 7})
-_SWAPPED_AXES = frozenset({5, 6, 7, 8})
+SWAPPED_AXES = frozenset({5, 6, 7, 8})  # those with columns for rows
 _STRIP = 2**18  # pixels, which fit into a core's cache
 
 
@@ -65,7 +65,7 @@ def paint_array(stored: NDArray[np.uint8], orientation: int, canvas: Canvas) -> 
 
 def orient(pixels: Pixels, orientation: int, canvas: Canvas) -> Pixels:
     """Turn `[H, W, 3]` as stored upright: contiguous, `[W, H, 3]` for orientations 5 to 8."""
-    if orientation in _SWAPPED_AXES:
+    if orientation in SWAPPED_AXES:
         pixels = pixels.swapaxes(0, 1)
     if orientation in _MIRRORED_ROWS:
         pixels = pixels[::-1]

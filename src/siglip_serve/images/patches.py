@@ -16,7 +16,7 @@ from siglip_serve.checkpoint.model_config import ModelConfig, NaflexImageConfig
 from siglip_serve.errors import ImageError
 from siglip_serve.images.resize import Mode, Pixels, resize
 
-__all__ = ["cut_patches", "grid_of", "patch_grid"]
+__all__ = ["cut_patches", "grid_of", "lay_patches", "patch_grid", "patched_size"]
 
 # The reference searches the scale in this range until it is known this precisely. Large pictures show it.
 _SMALLEST, _LARGEST, _PRECISION = 1e-6, 100.0, 1e-5
@@ -30,9 +30,23 @@ def cut_patches(pixels: Pixels, image: NaflexImageConfig, mode: Mode) -> Pixels:
     Raises:
         ImageError: a picture that `patch_grid` refuses.
     """
-    rows, columns = patch_grid(image, *pixels.shape[:2])
+    return lay_patches(resize(pixels, patched_size(image, *pixels.shape[:2]), image.resample, mode), image)
+
+
+def patched_size(image: NaflexImageConfig, height: int, width: int) -> tuple[int, int]:
+    """Height and width to which a picture is resized, those of whole patches.
+
+    Raises:
+        ImageError: a picture that `patch_grid` refuses.
+    """
+    rows, columns = patch_grid(image, height, width)
+    return rows * image.patch_size, columns * image.patch_size
+
+
+def lay_patches(resized: Pixels, image: NaflexImageConfig) -> Pixels:
+    """uint8 `[T, 3 P P]`, as of `cut_patches`, of a picture that has its `patched_size`."""
     side = image.patch_size
-    resized = resize(pixels, (rows * side, columns * side), image.resample, mode)
+    rows, columns = resized.shape[0] // side, resized.shape[1] // side
     patches = resized.reshape(rows, side, columns, side, 3).swapaxes(1, 2)  # [rows, columns, P, P, 3]
     cut = np.zeros((image.max_patches, 3 * side**2), dtype=np.uint8)
     cut[: rows * columns] = patches.reshape(rows * columns, -1)

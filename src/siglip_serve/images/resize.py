@@ -7,7 +7,6 @@ the cut included; `fast` mode gives the same within two levels.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -18,12 +17,15 @@ from siglip_serve.checkpoint.model_config import ImageConfig
 
 __all__ = [
     "LONGEST",
+    "Extent",
     "Mode",
     "Pixels",
     "Resample",
     "cut_offsets",
+    "cut_square",
     "down_first",
     "fit",
+    "is_long",
     "resize",
     "shown",
     "target_size",
@@ -32,6 +34,7 @@ __all__ = [
 Mode = Literal["fast", "pil"]
 Pixels = NDArray[np.uint8]
 Resample = Literal["bilinear", "bicubic"]
+Extent = tuple[float, float]
 
 # A picture that is longer in proportion is cut before it is resized: a line of 60,000 pixels would become
 # millions of columns for the sake of one square.
@@ -45,17 +48,38 @@ def fit(pixels: Pixels, image: ImageConfig, mode: Mode) -> Pixels:
     Equal to the reference in `pil` mode unless one side is over 16 times the other: then within two levels.
     """
     height, width = pixels.shape[:2]
-    if max(height, width) > LONGEST * min(height, width) and image.shortest_edge is not None:
+    if is_long(image, height, width):
         return _cut_and_resize(pixels, image)
-    size = target_size(image, height, width)
-    resized = resize(pixels, size, image.resample, mode)
-    top, left = cut_offsets(image, size)
+    return cut_square(resize(pixels, target_size(image, height, width), image.resample, mode), image)
+
+
+def is_long(image: ImageConfig, height: int, width: int) -> bool:
+    """True for a picture that is cut before it is resized."""
+    return max(height, width) > LONGEST * min(height, width) and image.shortest_edge is not None
+
+
+def cut_square(resized: Pixels, image: ImageConfig) -> Pixels:
+    """uint8 `[S, S, 3]`, contiguous, of a picture that has its `target_size`."""
+    top, left = cut_offsets(image, (resized.shape[0], resized.shape[1]))
     return np.ascontiguousarray(resized[top : top + image.size, left : left + image.size])
 
 
-def resize(pixels: Pixels, size: tuple[int, int], resample: Resample, mode: Mode) -> Pixels:
-    """Resize uint8 `[H, W, 3]` to height and width `size`, antialiased."""
-    return (_resize_with_pil if mode == "pil" else _resize_with_torch)(pixels, size, resample)
+def resize(
+    pixels: Pixels, size: tuple[int, int], resample: Resample, mode: Mode, extent: Extent | None = None
+) -> Pixels:
+    """Resize uint8 `[H, W, 3]` to height and width `size`, antialiased.
+
+    Args:
+        pixels: contiguous.
+        size: height and width of the result.
+        resample: the filter.
+        mode: the library.
+        extent: height and width of the part that is resized, from the upper left. It may end within a pixel;
+            None: all of it. Mode `fast` only.
+    """
+    if mode == "pil":
+        return _resize_with_pil(pixels, size, resample)
+    return _resize_with_torch(pixels, size, resample, extent)
 
 
 def shown(image: ImageConfig, height: int, width: int) -> tuple[float, float, float, float]:
@@ -117,17 +141,28 @@ def _resize_with_pil(pixels: Pixels, size: tuple[int, int], resample: Resample) 
     return np.array(Image.fromarray(pixels).resize(size[::-1], Image.Resampling[resample.upper()]))
 
 
-def _resize_with_torch(pixels: Pixels, size: tuple[int, int], resample: Resample) -> Pixels:
+def _resize_with_torch(
+    pixels: Pixels, size: tuple[int, int], resample: Resample, extent: Extent | None
+) -> Pixels:
     """uint8 `[*size, 3]` of uint8 `[H, W, 3]`, by the antialiased resize that torchvision uses."""
     import torch
 
     # The batch axis comes before the permutation: only then does torch see channels-last memory and
     # give it back.
     planes = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # [1, 3, H, W]
-    interpolate = partial(torch.nn.functional.interpolate, mode=resample, antialias=True)
+    operators = torch.ops.aten
+    # What `torch.nn.functional.interpolate` calls, which takes no size together with a scale.
+    interpolate = (
+        operators._upsample_bicubic2d_aa if resample == "bicubic" else operators._upsample_bilinear2d_aa
+    )
     height, width = pixels.shape[:2]
+    rows, columns = size
+    down = across = None  # the sizes tell
+    if extent is not None:
+        down, across = rows / extent[0], columns / extent[1]
     if down_first((height, width), size):  # torch resizes across first
-        planes = interpolate(planes, size=(size[0], width))  # [1, 3, rows, W]
-    planes = interpolate(planes, size=size)  # [1, 3, rows, columns]
+        planes = interpolate(planes, [rows, width], False, down, None)  # [1, 3, rows, W]
+        down = None
+    planes = interpolate(planes, [rows, columns], False, down, across)  # [1, 3, rows, columns]
     result: Pixels = planes[0].permute(1, 2, 0).contiguous().numpy()  # [rows, columns, 3]
     return result

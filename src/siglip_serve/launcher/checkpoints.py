@@ -85,7 +85,9 @@ def _check_patches(settings: Settings, path: Path) -> None:
     config = load_config(path)
     if config.family == "naflex":
         if settings.preprocess == "gpu":
-            raise SettingsError("preprocess gpu: makes squares only; fast and pil are for NaFlex checkpoints")
+            raise SettingsError(
+                "preprocess gpu: makes squares only; fast, scaled and pil are for NaFlex checkpoints"
+            )
         limit_patches(config, settings.max_num_patches)
     elif settings.max_num_patches:
         raise SettingsError(

@@ -32,6 +32,7 @@ from typing import Self
 from siglip_serve.checkpoint.files import resolve
 from siglip_serve.config import PREFIX, load_settings
 from siglip_serve.errors import ServerStartError, SettingsError
+from siglip_serve.images.scaled import check_numba
 from siglip_serve.launcher.checkpoints import check_options, describe_checkpoints
 from siglip_serve.launcher.doors import GATEWAY, Doors
 from siglip_serve.launcher.endpoint import Endpoint
@@ -169,7 +170,9 @@ class TritonServer:
         given = self._given()
         settings = load_settings(given)
         if settings.preprocess == "gpu" and self.device != "cuda":
-            raise SettingsError("preprocess gpu: needs a GPU; fast and pil do not")
+            raise SettingsError("preprocess gpu: needs a GPU; fast, scaled and pil do not")
+        if settings.preprocess == "scaled":
+            check_numba()
         check_options(settings, self._weakest_gpu or "cpu")
         named = [name for name in (settings.checkpoint, settings.teams_checkpoint) if name]
         directories = {name: resolve(name) for name in dict.fromkeys(named)}

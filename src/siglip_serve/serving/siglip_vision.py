@@ -113,16 +113,13 @@ class SiglipVisionProcess(BatchModel[list[bytes], Sequence[_File]]):
     def _pixels(self, request: Request, files: Sequence[_File]) -> Outputs:
         sizes: list[tuple[int, int]] = []
 
-        with self._images.decoder(request) as decode:
+        with self._images.reader(request) as read_row:
 
             def pixels(row: _File) -> Row:
                 file, decoded = row
-                if decoded is not None:
-                    sizes.append(decoded.size)
-                    return decoded.pixels
-                picture = decode(file)
-                sizes.append((picture.shape[0], picture.shape[1]))
-                return self._images.preprocess.resize(picture)
+                picture = decoded or read_row(file)
+                sizes.append(picture.size)
+                return picture.pixels
 
             read = map_rows("INPUT_IMAGE", files, pixels)
         outputs = {"PIXEL_VALUES": read, "IMAGE_SIZE": np.array(sizes, dtype=np.int32)}

@@ -43,7 +43,8 @@ class JerseyProcess(RequestModel):
         super().__init__(context)
         with readable_start():
             self._region = parse_region(context.settings.jersey_region)
-        self._images = ImageReader(context)
+        # Jerseys are cut out of whole pictures.
+        self._images = ImageReader(context, "pil" if context.settings.preprocess == "pil" else "fast")
         self._counter = ImageCounter(context.model)
 
     def answer(self, request: Request) -> Outputs:

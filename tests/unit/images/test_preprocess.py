@@ -305,7 +305,7 @@ def test_pil_mode_needs_neither_torch_nor_simplejpeg() -> None:
 
 
 def test_refuses_an_unknown_mode() -> None:
-    with pytest.raises(SettingsError, match="'turbo', expected 'fast' or 'pil'"):
+    with pytest.raises(SettingsError, match="'turbo', expected one of fast, scaled, pil"):
         Preprocessor(CONFIG, "turbo")  # type: ignore[arg-type]
 
 

@@ -45,7 +45,9 @@ class Decoder:
 
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda":
-            raise SettingsError("preprocess gpu: this model runs on the CPU; fast and pil do without a GPU")
+            raise SettingsError(
+                "preprocess gpu: this model runs on the CPU; fast, scaled and pil do without a GPU"
+            )
         self._device = device
         torch.cuda.set_device(device)
         torch.zeros(1, device=device)  # nvJPEG uses the context that torch makes
@@ -55,7 +57,7 @@ class Decoder:
         if status:
             raise SettingsError(
                 f"preprocess gpu: {torch.cuda.get_device_name(device)} has no JPEG decoder that nvJPEG "
-                f"can use (status {status}); fast and pil do without"
+                f"can use (status {status}); fast, scaled and pil do without"
             )
         # One for each size of a batch, since preparing one takes longer than decoding by it.
         self._states: dict[int, ctypes.c_void_p] = {}

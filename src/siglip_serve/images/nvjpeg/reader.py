@@ -185,7 +185,7 @@ class GpuJpegReader:
             if self([_draw(_SMALL._replace(sampling=sampling))]) == [None]:
                 raise SettingsError(
                     f"preprocess gpu: the JPEG decoder of {torch.cuda.get_device_name(self._device)} "
-                    f"does not read a picture of {sampling}; fast and pil do without"
+                    f"does not read a picture of {sampling}; fast, scaled and pil do without"
                 )
 
 
