@@ -79,7 +79,7 @@ bench: $(DEV) ## Speed on this machine's CPU, small; figures and plots go to bui
 	$(BIN)/python -m benchmarks.vision_tower --rows 4 --seconds 10 --output build/bench/vision_tower.csv
 	$(BIN)/python -m benchmarks.serve_load --checkpoint checkpoints/siglip-tiny --concurrency 1 4 8 --processes 1 \
 	  --seconds 5 --warmup 1 --output build/bench/serve_load.csv
-	$(BIN)/python -m benchmarks.peers --checkpoint checkpoints/siglip-tiny --device cpu --concurrency 8 --processes 1 \
+	$(BIN)/python -m benchmarks.peers --checkpoint checkpoints/siglip-tiny --device cpu --inputs 500x375 text --concurrency 8 \
 	  --seconds 8 --warmup 2 --output build/bench/peers.csv
 	$(BIN)/python -m benchmarks.plots --results build/bench
 	@echo "Figures are in $(CURDIR)/build/bench. On a busy or shared machine only the ratios mean something."

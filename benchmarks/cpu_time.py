@@ -1,4 +1,4 @@
-"""CPU time of a run: the whole machine's, and each process's of a server."""
+"""CPU time of a run, the whole machine's and each process's of a server, and the memory of a server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["cpu_of", "cpu_used", "machine_cpu", "what"]
+__all__ = ["cpu_of", "cpu_used", "family", "machine_cpu", "memory_of", "what"]
 
 _TICKS_PER_SECOND = 100  # of /proc/stat, the same on every Linux
 _IDLE = (3, 4)  # idle and iowait
@@ -25,17 +25,32 @@ def machine_cpu() -> float:
     return sum(value for n, value in enumerate(fields[:_OURS]) if n not in _IDLE) / _TICKS_PER_SECOND
 
 
+def family(root: int) -> list[psutil.Process]:
+    """A process and all below it, none if it has ended."""
+    try:
+        parent = psutil.Process(root)
+        return [parent, *parent.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def memory_of(root: int) -> int:
+    """Proportional size in bytes of a process and all below it: what they share counts once."""
+    size = 0
+    for process in family(root):
+        try:
+            size += process.memory_full_info().pss
+        except (psutil.NoSuchProcess, psutil.AccessDenied):  # it ended meanwhile, or is of another user
+            continue
+    return size
+
+
 def cpu_of(root: int | None) -> dict[tuple[int, str], float]:
     """CPU seconds so far of a process and all below it, as (process id, its name) -> seconds."""
     if root is None:
         return {}
     found = {}
-    try:
-        parent = psutil.Process(root)
-        family = [parent, *parent.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return {}
-    for process in family:
+    for process in family(root):
         try:
             times = process.cpu_times()
             found[process.pid, what(process.cmdline(), process.name())] = times.user + times.system

@@ -29,7 +29,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from benchmarks.inputs import parse_settings
+from benchmarks.inputs import parse_settings, synthetic_texts
 from benchmarks.json_clients import image_request, path_of, text_request
 from benchmarks.load import Load, Result, first_answers, run
 from benchmarks.load_clients import JsonForm, Target
@@ -107,7 +107,7 @@ def main() -> None:
 
 def _compare(options: argparse.Namespace, ways: Sequence[Way], batch: int, concurrency: int) -> None:
     """Measure all ways with the same inputs and write their rows."""
-    texts = _texts(options.pictures)
+    texts = synthetic_texts(options.pictures)
     given: Sequence[str] | Sequence[bytes] = texts if options.input == "text" else pictures(options)
     bodies = {way.name: _bodies(way.form, given, batch) for way in ways}
     model = "embed_text" if options.input == "text" else "embed_image"
@@ -240,15 +240,6 @@ def _bodies(form: JsonForm, given: Sequence[Any], batch: int) -> list[bytes]:
     chosen = [[given[(first + n) % len(given)] for n in range(batch)] for first in range(count)]
     make = text_request if isinstance(given[0], str) else image_request
     return [make(form, inputs) for inputs in chosen]
-
-
-def _texts(count: int) -> list[str]:
-    """Different texts of 3 to 9 words."""
-    words = ["a", "photo", "of", "the", "red", "dog", "pizza", "house", "on", "water"]
-    return [
-        " ".join(words[(n * 7 + k * (n % 3 + 1)) % 10] for k in range(3 + n % 7)) + f" {n}"
-        for n in range(count)
-    ]
 
 
 def _memory(root: int) -> int:

@@ -1,4 +1,4 @@
-"""Inputs of benchmarks: published geometries, a synthetic photograph, and settings of a server."""
+"""Inputs of benchmarks: published geometries, a synthetic photograph, texts, and settings of a server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-__all__ = ["GEOMETRIES", "parse_settings", "synthetic_jpeg"]
+__all__ = ["GEOMETRIES", "parse_settings", "synthetic_jpeg", "synthetic_texts"]
 
 # Names and values as in a Hugging Face config.json.
 GEOMETRIES = {
@@ -56,3 +56,10 @@ def synthetic_jpeg(width: int, height: int, seed: int | None = None) -> bytes:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=90)
     return file.getvalue()
+
+
+def synthetic_texts(count: int, mark: str = "") -> list[str]:
+    """Different texts of 3 to 9 words, a number, and a mark that tells them from those of other calls."""
+    words = ["a", "photo", "of", "the", "red", "dog", "pizza", "house", "on", "water"]
+    texts = (" ".join(words[(n * 7 + k * (n % 3 + 1)) % 10] for k in range(3 + n % 7)) for n in range(count))
+    return [f"{text} {n} {mark}".rstrip() for n, text in enumerate(texts)]

@@ -22,7 +22,7 @@ from benchmarks.cpu_time import cpu_of, cpu_used, machine_cpu
 from benchmarks.load_clients import Client, Target, connect
 from benchmarks.records import cosine
 
-__all__ = ["Arrivals", "Load", "Record", "Result", "first_answers", "run", "send_times", "wrong"]
+__all__ = ["Arrivals", "Expected", "Load", "Record", "Result", "first_answers", "run", "send_times", "wrong"]
 
 Arrivals = Literal["poisson", "fixed"]
 Expected = NDArray[np.float32] | Mapping[int, NDArray[np.float32]]

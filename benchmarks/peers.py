@@ -1,186 +1,298 @@
-"""This server against transformers behind FastAPI (`peer_fastapi.py`): the same work, machine and load.
+"""This server beside others: the same checkpoint, machine, inputs and client, in alternating rounds.
 
-One after the other: each is started on the same checkpoint, loaded by the same client processes with
-the same pictures, and stopped. Where the two need different environments, run `--only peer` and
-`--only ours` with the same `--label`, `--output` and `--embeddings`: the second compares with the first.
+    python -m benchmarks.peers --checkpoint data/base-16-224 --dtype float32 \\
+        --python fastapi=ENV/bin/python --python litserve=ENV/bin/python --python infinity=ENV2/bin/python \\
+        --python weaviate=ENV3/bin/python --weaviate multi2vec-clip-inference --output FILE.csv
+
+All chosen servers are started one after the other. Then one runs at a time, while the processes of the others
+are stopped: some poll when they are idle. Each is asked in its own dialect by the client of `load.py`, whose
+requests are made before. Texts of a round are new to every server, so that none answers from a cache.
+`docs/peers.md` tells how to install the environments. Embeddings are compared with those of transformers in
+float32.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import os
-import tempfile
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import multiprocessing
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.inputs import parse_settings
-from benchmarks.load import first_answers, run
-from benchmarks.load_clients import Kind
+from benchmarks.cpu_time import memory_of
+from benchmarks.inputs import synthetic_jpeg, synthetic_texts
+from benchmarks.load import Expected, Load, Result, first_answers, run
+from benchmarks.load_clients import Target
+from benchmarks.peer_servers import NAMES, Choice, Input, Server, bodies, run_server, stopped
 from benchmarks.records import about, cosine, gpu_names, write_csv
-from benchmarks.serve_load import (
-    add_load_options,
-    device_name,
-    load_columns,
-    make_loads,
-    pictures,
-    print_result,
-)
-from benchmarks.servers import Running, run_ours, run_peer
+from benchmarks.serve_load import device_name
 
 _ROOT = Path(__file__).parents[1]
+_TEXT = "text"
+_WAYS = ("ours", "gateway", *NAMES[1:])
+_TEXTS_PER_SECOND = 400  # more than any server here embeds
 
 
-def ours(options: argparse.Namespace) -> AbstractContextManager[Running]:
-    """This repository's server."""
-    settings = {} if options.dtype == "auto" else {"dtype": options.dtype}
-    settings |= parse_settings(options.setting)
-    return run_ours(options.checkpoint, options.device, settings, options.start_timeout)
+@dataclass(frozen=True)
+class Given:
+    """Inputs of one kind and size.
 
-
-def peer(options: argparse.Namespace) -> AbstractContextManager[Running]:
-    """transformers behind FastAPI."""
-    arguments = ["--dtype", options.dtype, "--preprocess", options.peer_preprocess]
-    arguments += ["--batch", str(options.peer_batch), "--wait", str(options.peer_wait)]
-    arguments += ["--threads", str(options.peer_threads)]
-    return run_peer(options.checkpoint, _peer_device(options), arguments, options.start_timeout)
-
-
-SIDES: dict[str, Callable[[argparse.Namespace], AbstractContextManager[Running]]] = {
-    "peer": peer,
-    "ours": ours,
-}
-
-
-def measure(side: str, options: argparse.Namespace, jpegs: list[bytes]) -> list[dict[str, str]]:
-    """The rows of one side, without those that compare."""
-    rows = []
-    with SIDES[side](options) as running:
-        target = running.target
-        if side == "ours":
-            target = running.aimed_at(options.client)
-        expected = first_answers(target, jpegs)
-        similar = _compare(side, expected, options.embeddings)
-        for load in make_loads(options, target, jpegs, running.pid):
-            result = run(load, expected)
-            row = {
-                **about(
-                    ["torch", "transformers", "fastapi", "uvicorn", "tritonclient", "numpy"],
-                    options.device_name,
-                ),
-                "label": options.label,
-                "side": side,
-                "checkpoint": options.checkpoint.name,
-                **running.columns,
-                **load_columns(result, options.size),
-                "cosine_min": similar,
-            }
-            print_result(side, row)
-            rows.append(row)
-    return rows
-
-
-def with_ratio(row: dict[str, str], others: list[dict[str, str]]) -> dict[str, str]:
-    """The row, with what one side does better if the other side is among the others. Its best run counts.
-
-    `ratio` is our images per second over the peer's; `cpu_ratio` the peer's CPU time per image over ours,
-    which other programs on the machine disturb less.
+    Attributes:
+        name: `text`, or width x height of images.
+        values: files of images, or texts.
+        reference: the embeddings [n, D] by transformers in float32.
     """
-    same = ("label", "checkpoint", "size", "loop", "rate", "concurrency")
-    matches = [
-        other
-        for other in others
-        if other["side"] != row["side"] and all(other[key] == row[key] for key in same)
-    ]
-    if not matches:
-        return {**row, "ratio": "", "cpu_ratio": ""}
-    best = max(matches, key=lambda other: float(other["images_per_second"]))
-    pair = {row["side"]: row, best["side"]: best}
-    ratio = _quotient(pair["ours"]["images_per_second"], pair["peer"]["images_per_second"])
-    cpu_ratio = _quotient(pair["peer"]["server_cpu_ms"], pair["ours"]["server_cpu_ms"])
-    print(
-        f"{row['label']} {row['concurrency']} in flight: ours / peer = {ratio} in images/s, "
-        f"peer / ours = {cpu_ratio} in the server's CPU time; smallest cosine {row['cosine_min'] or '-'}"
-    )
-    return {**row, "ratio": ratio, "cpu_ratio": cpu_ratio}
+
+    name: str
+    values: Sequence[bytes] | Sequence[str]
+    reference: NDArray[np.float32]
+
+    @property
+    def kind(self) -> Input:
+        """The kind of input that servers are asked for."""
+        return "text" if self.name == _TEXT else "image"
 
 
-def _quotient(a: str, b: str) -> str:
-    return f"{float(a) / float(b):.2f}" if a and b and float(b) else ""
+@dataclass(frozen=True)
+class Asked:
+    """A way to a server, and how well it answers one kind of input.
 
+    Attributes:
+        first: its embeddings [n, D] of the inputs.
+    """
 
-def _compare(side: str, found: NDArray[np.float32], file: Path) -> str:
-    """The smallest cosine to the other side's embeddings, if those are there. This side's are kept."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    kept: dict[str, NDArray[np.float32]] = dict(np.load(file)) if file.is_file() else {}
-    kept[side] = found
-    np.savez(file, **kept)
-    other = kept.get({"ours": "peer", "peer": "ours"}[side])
-    if other is None:
-        return ""
-    if other.shape != found.shape:
-        raise ValueError(f"{file}: holds embeddings of another checkpoint or other pictures")
-    return f"{cosine(found, other).min():.6f}"
-
-
-def _peer_device(options: argparse.Namespace) -> str:
-    if options.device == "auto":
-        return "cuda" if gpu_names() else "cpu"
-    return str(options.device)
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    add = parser.add_argument
-    add("--checkpoint", type=Path, default=_ROOT / "checkpoints/siglip-tiny", help="default: the bundled one")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default %(default)s")
-    add("--dtype", default="auto", help="of both, default auto: what each finds best")
-    add("--only", choices=list(SIDES), help="measure one side")
-    add("--setting", nargs="+", default=[], metavar="NAME=VALUE", help="settings of our server")
-    clients = [kind for kind in get_args(Kind) if kind != "http"]
-    add(
-        "--client",
-        choices=clients,
-        default="triton_http",
-        help="of our server; default: the peer's, a plain POST",
-    )
-    add("--peer-preprocess", choices=["image", "batch"], default="image", help="default %(default)s")
-    add("--peer-batch", type=int, default=32, help="largest batch, default %(default)s")
-    add("--peer-wait", type=float, default=0.003, help="seconds to wait for company, default %(default)s")
-    add("--peer-threads", type=int, default=os.cpu_count(), help="that decode, default: the cores")
-    add_load_options(parser)
-    add("--start-timeout", type=float, default=600, help="seconds, default %(default)s")
-    add("--device-name", help="for the table; default: this machine's GPUs, else its CPU")
-    add("--label", help="joins the rows of both sides; default: the checkpoint's name")
-    add("--embeddings", type=Path, help="file that joins the two sides of `--only`; default: none is kept")
-    add("--output", type=Path, help="CSV file to append to")
-    return parser.parse_args()
+    name: str
+    server: Server
+    target: Target
+    first: NDArray[np.float32]
 
 
 def main() -> None:
-    """Measure both sides or one, print, and append to a CSV if asked to."""
-    options = _options()
+    """Start the servers, measure all of them with all inputs, print and write the rows."""
+    options = _parser().parse_args()
     options.label = options.label or options.checkpoint.name
-    options.device_name = options.device_name or (
-        device_name(None) if _peer_device(options) != "cpu" else None
+    options.checkpoint = options.checkpoint.resolve()
+    inputs = _inputs(options)
+    image = synthetic_jpeg(64, 64)
+    wanted = dict.fromkeys("ours" if name == "gateway" else name for name in options.servers)
+    with ExitStack() as stack:
+        servers = {}
+        for name in wanted:
+            servers[name] = stack.enter_context(
+                run_server(name, _choice(options), image, options.start_timeout)
+            )
+            print(f"{name}: first answer after {servers[name].start_seconds:.1f} s", flush=True)
+        for given in inputs:
+            _measure(options, servers, given)
+
+
+def _measure(options: argparse.Namespace, servers: Mapping[str, Server], given: Given) -> None:
+    """Ask all servers for inputs of one kind and size, at each number of requests in flight."""
+    asked = [_ask(name, servers["ours" if name == "gateway" else name], given) for name in options.servers]
+    for concurrency in options.concurrency:
+        _compare(options, asked, given, concurrency)
+
+
+def _compare(options: argparse.Namespace, asked: Sequence[Asked], given: Given, concurrency: int) -> None:
+    """Measure all ways with the same inputs in flight, and write their rows."""
+    results: dict[str, list[Result]] = {way.name: [] for way in asked}
+    for turn in range(options.rounds):
+        for way in asked if turn % 2 == 0 else reversed(asked):
+            load, expected = _load(options, way, given, concurrency, turn)
+            with stopped({other.server.pid for other in asked} - {way.server.pid}):
+                results[way.name].append(run(load, expected))
+    rows = []
+    for way in asked:
+        rows.append(
+            {
+                **about(["tritonclient", "transformers", "numpy"], device_name(options.device_name)),
+                "label": options.label,
+                "input": given.kind,
+                "size": "" if given.kind == "text" else given.name,
+                "server": way.name,
+                "dtype": way.server.program.dtype,
+                "asked_dtype": options.dtype,
+                "software": way.server.software,
+                **_measured(results[way.name]),
+                "memory_mb": f"{memory_of(way.server.pid) / 1e6:.0f}",
+                "start_seconds": f"{way.server.start_seconds:.1f}",
+                "cosine_min": f"{cosine(way.first, given.reference).min():.6f}",
+                "cosine_of_others": f"{_closest(given.reference):.6f}",
+                **_ratios(results, way.name),
+            }
+        )
+        _print(rows[-1])
+    if options.output:
+        write_csv(options.output, rows, append=True)
+
+
+def _load(
+    options: argparse.Namespace, way: Asked, given: Given, concurrency: int, turn: int
+) -> tuple[Load, Expected]:
+    """One measurement, and the embeddings that are expected of it: none for texts, which are new."""
+    values, expected = given.values, dict(enumerate(way.first))
+    if given.kind == "text":
+        count = round(_TEXTS_PER_SECOND * (options.seconds + options.warmup))
+        values = synthetic_texts(count, f"{concurrency} {turn}")
+        expected = {}
+    load = Load(
+        way.target,
+        bodies(way.target, given.kind, values),
+        concurrency,
+        min(options.processes, concurrency),
+        options.seconds,
+        options.warmup,
+        check=options.check,
+        server_pid=way.server.pid,
     )
-    jpegs = pictures(options)
-    known: list[dict[str, str]] = []
-    if options.only and options.output and options.output.is_file():
-        with options.output.open(newline="", encoding="utf-8") as file:
-            known = list(csv.DictReader(file))
-    with tempfile.TemporaryDirectory() as folder:
-        options.embeddings = options.embeddings or Path(folder) / "embeddings.npz"
-        for side in [options.only] if options.only else SIDES:
-            for row in measure(side, options, jpegs):
-                known.append(with_ratio(row, known))
-                if options.output:
-                    write_csv(options.output, [known[-1]], append=True)
+    return load, expected
+
+
+def _ask(name: str, server: Server, given: Given) -> Asked:
+    target = server.program.ways[name].target(given.kind)
+    first = first_answers(target, bodies(target, given.kind, given.values))
+    return Asked(name, server, target, first)
+
+
+def _measured(results: Sequence[Result]) -> dict[str, str]:
+    """The columns of all rounds of one way: medians of rates and costs, and percentiles of all latencies."""
+    load = results[0].load
+    latencies = np.concatenate([result.latencies for result in results])
+    p50, p99 = np.percentile(latencies if len(latencies) else [np.nan], [50, 99]) * 1000
+    costs = [(1000 * sum(r.server_cpu.values()), 1000 * r.client_cpu, r.completed or np.nan) for r in results]
+    return {
+        "concurrency": str(load.concurrency),
+        "processes": str(load.processes),
+        "seconds": f"{load.seconds:g}",
+        "rounds": str(len(results)),
+        "answers": str(len(latencies)),
+        "per_second": f"{median(result.rate for result in results):.2f}",
+        "p50_ms": f"{p50:.2f}",
+        "p99_ms": f"{p99:.2f}",
+        "server_cpu_ms": f"{median(server / done for server, _, done in costs):.2f}",
+        "client_cpu_ms": f"{median(client / done for _, client, done in costs):.3f}",
+        "busy_cores": f"{median(result.busy_cores for result in results):.2f}",
+        "other_cores": f"{max(_other_cores(result) for result in results):.2f}",
+        "errors": str(sum(sum(result.statuses.values()) for result in results)),
+        "checked": str(sum(result.checked for result in results)),
+    }
+
+
+def _other_cores(result: Result) -> float:
+    """Cores that neither the server nor its client kept busy: zero on a quiet machine."""
+    used = sum(result.server_cpu.values()) + result.client_cpu
+    return max(0.0, result.busy_cores - used / result.load.seconds)
+
+
+def _ratios(results: Mapping[str, Sequence[Result]], name: str) -> dict[str, str]:
+    """This server over another in answers per second: median, lowest and highest of the rounds."""
+    names = ("ratio", "lowest_ratio", "highest_ratio")
+    if name == "ours" or "ours" not in results:
+        return dict.fromkeys(names, "")
+    pairs = zip(results["ours"], results[name], strict=True)
+    ratios = [ours.rate / (other.rate or np.nan) for ours, other in pairs]
+    return dict(
+        zip(names, (f"{value:.2f}" for value in (median(ratios), min(ratios), max(ratios))), strict=True)
+    )
+
+
+def _closest(reference: NDArray[np.float32]) -> float:
+    """The largest cosine of two different inputs: what a wrong answer could reach."""
+    unit = reference / np.linalg.norm(reference, axis=1, keepdims=True)
+    products = unit @ unit.T
+    return float(products[~np.eye(len(unit), dtype=bool)].max())
+
+
+def _inputs(options: argparse.Namespace) -> list[Given]:
+    """Inputs of each kind and their reference, from a process of its own, which frees its memory."""
+    chosen: dict[str, list[bytes] | list[str]] = {}
+    for name in options.inputs:
+        if name == _TEXT:
+            chosen[name] = synthetic_texts(options.pictures, "reference")
+            continue
+        width, height = (int(side) for side in name.split("x"))
+        chosen[name] = [synthetic_jpeg(width, height, seed) for seed in range(options.pictures)]
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(_reference, options.checkpoint, list(chosen.values())).result()
+    return [Given(name, chosen[name], rows) for name, rows in zip(chosen, found, strict=True)]
+
+
+def _reference(
+    checkpoint: Path, inputs: Sequence[Sequence[bytes] | Sequence[str]]
+) -> list[NDArray[np.float32]]:
+    from benchmarks.peer_model import TransformersModel
+
+    model = TransformersModel(checkpoint)
+    found = []
+    for values in inputs:
+        texts = [value for value in values if isinstance(value, str)]
+        images = [model.decode(value) for value in values if isinstance(value, bytes)]
+        found.append(model.embed_texts(texts) if texts else model.embed_pixels(model.pixels(images)))
+    return found
+
+
+def _choice(options: argparse.Namespace) -> Choice:
+    device = options.device
+    if device == "auto":
+        device = "cuda" if gpu_names() else "cpu"
+    arguments: dict[str, list[str]] = {}
+    for name, argument in options.argument:
+        arguments.setdefault(name, []).append(argument)
+    return Choice(
+        options.checkpoint, device, options.dtype, dict(options.python), options.weaviate, arguments
+    )
+
+
+def _print(row: Mapping[str, str]) -> None:
+    print(
+        f"{row['input']} {row['size']} {row['concurrency']} in flight, {row['server']} {row['dtype']}: "
+        f"{row['per_second']}/s, p50 {row['p50_ms']} p99 {row['p99_ms']} ms, CPU {row['server_cpu_ms']} ms, "
+        f"ours/this {row['ratio'] or '-'} ({row['lowest_ratio']} to {row['highest_ratio']}), "
+        f"cosine {row['cosine_min']} (others {row['cosine_of_others']}), {row['memory_mb']} MB, "
+        f"errors {row['errors']}, checked {row['checked']}, cores: {row['busy_cores']} busy, "
+        f"{row['other_cores']} by others, client {row['client_cpu_ms']} ms",
+        flush=True,
+    )
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or name not in NAMES:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected NAME=VALUE, NAME of {', '.join(NAMES)}")
+    return name, value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=Path, default=_ROOT / "checkpoints/siglip-tiny", help="default: the bundled one")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default %(default)s")
+    add("--dtype", default="float32", help="of all servers that have the choice, default %(default)s")
+    add("--servers", nargs="+", choices=_WAYS, default=["ours", "fastapi"], help="default ours fastapi")
+    add("--python", type=_pair, action="append", default=[], metavar="NAME=FILE", help="of an environment")
+    add("--argument", type=_pair, action="append", default=[], metavar="NAME=ARGUMENT", help="of a server")
+    add("--weaviate", type=Path, metavar="FOLDER", help="clone of weaviate/multi2vec-clip-inference")
+    add("--inputs", nargs="+", default=["500x375"], metavar="WxH|text", help="default 500x375")
+    add("--pictures", type=int, default=8, help="different inputs, sent in turn, default %(default)s")
+    add("--concurrency", type=int, nargs="+", default=[8, 1], help="requests in flight, default 8 1")
+    add("--processes", type=int, default=1, help="client processes, default %(default)s")
+    add("--rounds", type=int, default=2, help="each server once per round, default %(default)s")
+    add("--seconds", type=float, default=5, help="measured time of a round, default %(default)s")
+    add("--warmup", type=float, default=1, help="time before, default %(default)s")
+    add("--check", type=int, default=4, help="compare one answer in N with the first, default %(default)s")
+    add("--start-timeout", type=float, default=600, help="seconds, default %(default)s")
+    add("--device-name", help="for the table; default: this machine's GPUs, else its CPU")
+    add("--label", help="of the checkpoint in the table, default: its folder's name")
+    add("--output", type=Path, help="CSV file to append to")
+    return parser
 
 
 if __name__ == "__main__":

@@ -127,33 +127,31 @@ def _waterfall_panels(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
 
 
 def peers(rows: Sequence[Row], device: str | None = None) -> Figure:
-    """Our speed and the peer's, one pair of bars per load."""
+    """Our speed and that of transformers behind FastAPI, one pair of bars per load."""
     device = device or _measured_on_both_sides(rows)
-    chosen = [row for row in rows if row["device"] == device]
+    on_device = [row for row in rows if row["device"] == device and row["size"] == "500x375"]
+    chosen = [row for row in on_device if row["server"] in ("ours", "fastapi")]
     pairs: dict[tuple[str, ...], dict[str, Row]] = {}
-    for row in sorted(chosen, key=lambda row: _value(row, "images_per_second")):  # the best run counts
-        key = tuple(row[name] for name in ("label", "size", "rate", "concurrency"))
-        pairs.setdefault(key, {})[row["side"]] = row
-    complete = {key: pair for key, pair in pairs.items() if {"ours", "peer"} <= set(pair)}
+    for row in sorted(chosen, key=lambda row: _value(row, "per_second")):  # the best run counts
+        key = tuple(row[name] for name in ("label", "size", "asked_dtype", "concurrency"))
+        pairs.setdefault(key, {})[row["server"]] = row
+    complete = {key: pair for key, pair in pairs.items() if {"ours", "fastapi"} <= set(pair)}
     if not complete:
         raise ValueError(f"no load that both sides were measured with on {device}")
     figure, (axes,) = _figure(1.7 + 0.95 * len(complete), 1, 1)
     for place, pair in enumerate(complete.values()):
-        for side, offset, color in (("peer", -0.2, _PEER), ("ours", 0.2, _OURS)):
-            row, value = pair[side], _value(pair[side], "images_per_second")
+        for side, offset, color in (("fastapi", -0.2, _PEER), ("ours", 0.2, _OURS)):
+            row, value = pair[side], _value(pair[side], "per_second")
             axes.barh(place + offset, value, 0.38, color=color)
-            ratio = f", {value / _value(pair['peer'], 'images_per_second'):.2f} x" if side == "ours" else ""
+            ratio = f", {value / _value(pair['fastapi'], 'per_second'):.2f} x" if side == "ours" else ""
             text = f" {_thousands(value)} (p50 {_value(row, 'p50_ms'):,.0f} ms, {row['dtype']}){ratio}"
             axes.text(value, place + offset, text, va="center", fontsize=10)
-    names = [
-        f"{key[0]}, {key[1]}\n" + (f"{key[2]} requests/s" if key[2] else f"{key[3]} in flight")
-        for key in complete
-    ]
+    names = [f"{key[0]}, {key[1] or 'texts'}\n{key[3]} in flight" for key in complete]
     axes.set_yticks(range(len(complete)), names)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set(
-        xlabel="images per second", xlim=(0, 1.75 * max(_value(row, "images_per_second") for row in chosen))
+        xlabel="images or texts per second", xlim=(0, 1.75 * max(_value(row, "per_second") for row in chosen))
     )
     axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
     for name, color in (("transformers + FastAPI", _PEER), ("SigLIP Serve", _OURS)):
@@ -199,8 +197,8 @@ def heatmaps(rows: Sequence[Row], device: str | None = None) -> Figure:
 def _measured_on_both_sides(rows: Sequence[Row]) -> str:
     sides: dict[str, set[str]] = {}
     for row in rows:
-        sides.setdefault(row["device"], set()).add(row["side"])
-    both = [device for device, found in sides.items() if len(found) > 1]
+        sides.setdefault(row["device"], set()).add(row["server"])
+    both = [device for device, found in sides.items() if {"ours", "fastapi"} <= found]
     return both[-1] if both else rows[-1]["device"]
 
 

@@ -1,16 +1,11 @@
-"""The servers that are measured: each is started, names itself, and is stopped."""
+"""This server as it is measured: it is started, names itself, and is stopped."""
 
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
-import sys
 import tempfile
-import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +13,7 @@ from typing import Any, Literal, cast
 
 from benchmarks.load_clients import Kind, Target
 
-__all__ = ["Running", "run_ours", "run_peer"]
+__all__ = ["Running", "run_ours"]
 
 _ROOT = Path(__file__).parents[1]
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy for this machine
@@ -71,41 +66,6 @@ def run_ours(
                 "preprocess": parameters.get("preprocess", ""),
             }
             yield Running(Target("grpc", server.grpc_url, model), server.http_url, server.pid, columns)
-
-
-@contextmanager
-def run_peer(checkpoint: Path, device: str, arguments: Sequence[str], timeout: float) -> Iterator[Running]:
-    """`peer_fastapi.py` with further arguments. `device` is cpu or cuda."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"127.0.0.1:{port}"
-    command = [sys.executable, "-m", "benchmarks.peer_fastapi", "--checkpoint", str(checkpoint.resolve())]
-    command += ["--device", device, "--port", str(port), *arguments]
-    process = subprocess.Popen(command, cwd=_ROOT, stdin=subprocess.DEVNULL)
-    try:
-        about = _wait_until_ready(process, f"http://{url}/about", timeout)
-        columns = {name: about[name] for name in ("dtype", "backend", "preprocess")}
-        yield Running(Target("http", url, "/embed"), url, process.pid, columns)
-    finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str, timeout: float) -> dict[str, Any]:
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise RuntimeError(f"the peer ended during its start, status {process.returncode}")
-        try:
-            return _get(url)
-        except urllib.error.URLError:
-            time.sleep(0.2)
-    raise RuntimeError(f"the peer was not ready after {timeout:.0f} s")
 
 
 def _get(url: str) -> dict[str, Any]:

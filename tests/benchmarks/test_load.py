@@ -16,22 +16,20 @@ from paths import ROOT
 from PIL import Image
 from tritonclient.grpc import service_pb2
 
-from benchmarks import peers, plots
+from benchmarks import plots
 from benchmarks.cpu_time import cpu_of, cpu_used, machine_cpu
 from benchmarks.inputs import synthetic_jpeg
-from benchmarks.load import Driver, Load, Result, first_answers, send_times, wrong
+from benchmarks.load import Driver, Load, Result, send_times, wrong
 from benchmarks.load_clients import (
     Answer,
     Target,
     TritonHttpClient,
-    connect,
     http_answer,
     infer_request,
     triton_embedding,
     triton_embeddings,
 )
 from benchmarks.records import write_csv
-from benchmarks.servers import run_peer
 
 TARGET = Target("http", "127.0.0.1:1", "/embed")
 TINY = ROOT / "checkpoints" / "siglip-tiny"
@@ -261,11 +259,19 @@ def _rows(name: str) -> list[dict[str, str]]:
             }
             for step, rate, cosine in steps
         ]
-    sent = {"size": "64x48", "rate": "", "client": "grpc", "loop": "closed", **speed}
+    sent = {"size": "500x375", "rate": "", "client": "grpc", "loop": "closed", **speed}
+    measured = "per_second" if name == "peers" else "images_per_second"
     return [
-        {**about, **sent, "side": side, "concurrency": str(number), "images_per_second": str(rate)}
+        {
+            **about,
+            **sent,
+            "server": server,
+            "asked_dtype": "bfloat16",
+            "concurrency": str(number),
+            measured: str(rate),
+        }
         for number in (1, 8)
-        for side, rate in (("peer", 50 * number), ("ours", 99.5 * number))
+        for server, rate in (("fastapi", 50 * number), ("ours", 99.5 * number), ("infinity", 20 * number))
     ]
 
 
@@ -308,31 +314,3 @@ def test_waterfall_shows_the_whole_run_and_no_panel_without_the_first_step() -> 
 )
 def test_figures_are_rounded_as_in_the_pages(value: float, expected: str) -> None:
     assert plots._thousands(value) == expected
-
-
-def test_ratio_takes_the_best_run_of_the_other_side() -> None:
-    cpu = {"peer": "12.0", "ours": "4.0"}
-    more = {"checkpoint": "base", "cosine_min": "1"}
-    rows = [{**row, **more, "server_cpu_ms": cpu[row["side"]]} for row in _rows("peers")]
-    slower = {**rows[2], "images_per_second": "1"}
-    found = peers.with_ratio(rows[3], [*rows, slower])
-    assert (found["ratio"], found["cpu_ratio"]) == ("1.99", "3.00")
-    assert peers.with_ratio({**rows[3], "size": "1x1"}, rows)["ratio"] == ""
-
-
-def test_peer_answers_each_request_of_a_batch_with_its_own_embedding() -> None:
-    jpegs = [synthetic_jpeg(64, 48, seed) for seed in range(5)]
-    with run_peer(TINY, "cpu", ["--dtype", "float32"], timeout=100) as running:
-        assert running.columns["dtype"] == "float32"
-        expected = first_answers(running.target, jpegs)
-        client = connect(running.target, [*jpegs, b"no picture"])
-        for ticket in range(6):
-            client.send(ticket, ticket)
-        answers: dict[int, tuple[str, bytes]] = {}
-        while len(answers) < 6 and (ended := client.wait(60)):
-            answers |= {ticket: (status, body) for ticket, status, body in ended}
-        client.close()
-    assert answers.pop(5)[0] == "HTTP_400"
-    found = np.stack([np.frombuffer(answers[ticket][1], np.float32) for ticket in range(5)])
-    np.testing.assert_allclose(found, expected, atol=1e-4)
-    assert np.abs(expected[0] - expected[1]).max() > 1e-2
