@@ -154,8 +154,9 @@ def accuracy(options: argparse.Namespace) -> list[dict[str, str]]:
     modes: tuple[ReadMode, ...] = ("scaled", "pil")
     readers = {mode: Preprocessor(config.image, mode) for mode in modes}
     answers: dict[str, list[int]] = {mode: [] for mode in modes}
-    cosines, labels = [], [sample.label for sample in data.valid]
-    for sample in tqdm(data.valid, disable=None):
+    samples = data.valid[:: max(1, len(data.valid) // options.pictures)]
+    cosines, labels = [], [sample.label for sample in samples]
+    for sample in tqdm(samples, disable=None):
         with Image.open(sample.path) as picture:
             file = _encode(picture.convert("RGB"), options.quality)
         rows = {mode: unit(vision(read(file)[None]).outputs["EMBEDDING"]) for mode, read in readers.items()}
@@ -187,6 +188,9 @@ def main() -> None:
     )
     parser.add_argument("--photographs", type=Path, help="folder of large photographs; default: none")
     parser.add_argument("--data", type=Path, help="folder in ImageNet's layout: compare zero-shot answers")
+    parser.add_argument(
+        "--pictures", type=int, default=250, help="most pictures of --data, evenly drawn, default %(default)s"
+    )
     parser.add_argument("--quality", type=int, default=90, help="of the JPEGs, default %(default)s")
     parser.add_argument("--output", type=Path, help="CSV file to append to")
     options = parser.parse_args()

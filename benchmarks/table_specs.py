@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from benchmarks.bulk_tables import BULK, BULK_FIGURES
 from benchmarks.memory_tables import MEMORY, MEMORY_FIGURES
 from benchmarks.peer_tables import PEERS
+from benchmarks.scaled_tables import SCALED
 from benchmarks.search_tables import SEARCH
 from benchmarks.table_parts import Cell, Column, Key, Source, Summary, Table
 from benchmarks.team_tables import JERSEY, TEAMS
@@ -297,41 +298,6 @@ _SPEED: Mapping[str, Table | Summary] = {
             Column("mean difference", Cell("{mean_abs_diff:.4f}", {"mode": "fast"})),
         ),
     ),
-    "preprocess-scaled": Table(
-        Source("preprocess_scaled.csv", {}),
-        (
-            Key("JPEG", "case", {name: name for name in ("500x375", "1080p", "12 MP")}),
-            Key("kB", "kilobytes"),
-            Key("to", "size"),
-        ),
-        (
-            Column("`fast`, ms", Cell("{ms_per_image:.2f}", {"mode": "fast"})),
-            Column("its decoding", Cell("{decode_ms:.2f}", {"mode": "fast"})),
-            Column("`scaled`, ms", Cell("{ms_per_image:.2f}", {"mode": "scaled"})),
-            Column("ratio", Cell("{ms_per_image:.2f}", {"mode": "fast"}, over={"mode": "scaled"})),
-            Column("largest difference", Cell("{max_abs_diff:.0f}", {"mode": "scaled"})),
-            Column("mean difference", Cell("{mean_abs_diff:.3f}", {"mode": "scaled"})),
-        ),
-    ),
-    "scaled-fidelity": Table(
-        Source("scaled_fidelity.csv", {}),
-        (
-            Key("content", "content", {name: name for name in ("photographs", "shapes", "texture", "text")}),
-            Key(
-                "ratio",
-                "ratio",
-                {ratio: ratio for ratio in ("1.2 x 1.2", "1.2 x 2.1", "1.5 x 1.5", "1.7 x 2.2", "3 x 3")},
-            ),
-        ),
-        tuple(
-            column
-            for scale in ("1/8", "2/8", "4/8")
-            for column in (
-                Column(f"{scale}: mean difference", Cell("{mean_abs_diff:.2f}", {"scale": scale})),
-                Column(f"{scale}: cosine", Cell("{cosine_mean:.4f}", {"scale": scale})),
-            )
-        ),
-    ),
     "decode-bombs": Table(
         Source("decode_bombs.csv", {}),
         (Key("format", "format"), Key("files", "files"), Key("refused for their cost", "cost_refused")),
@@ -473,6 +439,7 @@ TABLES: Mapping[str, Table | Summary] = {
     **VECTORS,
     **SEARCH,
     **BULK,
+    **SCALED,
     **PEERS,
     **MEMORY,
     **TEAMS,
