@@ -12,6 +12,7 @@ from benchmarks.peer_tables import PEERS
 from benchmarks.search_tables import SEARCH
 from benchmarks.table_parts import Cell, Column, Key, Source, Summary, Table
 from benchmarks.team_tables import JERSEY, TEAMS
+from benchmarks.text_tables import TEXTS
 from benchmarks.vector_tables import VECTORS
 
 __all__ = ["FIGURES", "TABLES"]
@@ -439,6 +440,7 @@ TABLES: Mapping[str, Table | Summary] = {
     **BULK,
     **PEERS,
     **TEAMS,
+    **TEXTS,
 }
 
 FIGURES: Mapping[str, tuple[Source, Cell]] = {
