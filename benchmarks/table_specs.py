@@ -14,6 +14,7 @@ from benchmarks.scaled_tables import SCALED
 from benchmarks.search_tables import SEARCH
 from benchmarks.table_parts import Cell, Column, Key, Source, Summary, Table
 from benchmarks.team_tables import JERSEY, TEAMS
+from benchmarks.text_tables import TEXTS
 from benchmarks.vector_tables import VECTORS
 
 __all__ = ["FIGURES", "TABLES"]
@@ -443,6 +444,7 @@ TABLES: Mapping[str, Table | Summary] = {
     **PEERS,
     **MEMORY,
     **TEAMS,
+    **TEXTS,
 }
 
 FIGURES: Mapping[str, tuple[Source, Cell]] = {

@@ -1,0 +1,49 @@
+"""The tables of texts through a server, and of CLIP's towers on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from benchmarks.table_parts import Cell, Column, Key, Source, Table
+
+__all__ = ["TEXTS"]
+
+
+def _clip(heading: str, template: str, **where: str) -> Column:
+    return Column(heading, Cell(template, where))
+
+
+def _text(heading: str, template: str, label: str) -> Column:
+    return Column(heading, Cell(template, {"label": label}, "median"))
+
+
+TEXTS: Mapping[str, Table] = {
+    "clip-cpu": Table(
+        Source("clip_engine.csv", {}),
+        (Key("backend and dtype", "way"),),
+        (
+            _clip("ViT-B/32, image", "{cpu_ms:.1f}", geometry="ViT-B/32", tower="image"),
+            _clip("ViT-B/16, image", "{cpu_ms:.1f}", geometry="ViT-B/16", tower="image"),
+            _clip("text of 6 to 20 tokens", "{cpu_ms:.1f}", tower="text", longest="20"),
+            _clip("smallest cosine of texts", "{cosine_min:.5f}", tower="text", longest="20"),
+        ),
+    ),
+    "text-load": Table(
+        Source("text_load.csv", {}),
+        (
+            Key("checkpoint", "checkpoint"),
+            Key("texts per request", "rows"),
+            Key("in flight", "concurrency"),
+        ),
+        (
+            _text("texts/s before", "{texts_per_second:,.0f}", "before"),
+            _text("texts/s", "{texts_per_second:,.0f}", "after"),
+            _text("tokenize before", "{tokenize_cpu_ms:.3f}", "before"),
+            _text("tokenize", "{tokenize_cpu_ms:.3f}", "after"),
+            _text("tower before", "{tower_cpu_ms:.3f}", "before"),
+            _text("tower", "{tower_cpu_ms:.3f}", "after"),
+            _text("Triton", "{triton_cpu_ms:.3f}", "after"),
+            _text("p50, ms", "{p50_ms:.1f}", "after"),
+        ),
+    ),
+}
