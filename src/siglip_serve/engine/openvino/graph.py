@@ -10,6 +10,7 @@ Shapes as in `siglip_serve.towers.siglip`: B rows, T tokens, D width, H heads.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -26,7 +27,7 @@ from siglip_serve.towers.siglip import (
     MLP,
     Attention,
     AttentionPooling,
-    Encoder,
+    Block,
     TextTower,
     VisionTower,
 )
@@ -55,7 +56,7 @@ def build_vision(tower: VisionTower, image: ImageConfig) -> Model:
     projection = tower.embeddings.patch_embedding
     x = _linear(x, projection.weight.permute(0, 2, 3, 1).flatten(1), cast(Tensor, projection.bias))
     x = op.add(x, _constant(tower.embeddings.position_embedding.weight))
-    x = _encoder(x, tower.encoder, tokens)
+    x = _blocks(x, tower.encoder.blocks, tokens)
     return Model([_layer_norm(x, tower.post_layernorm)], [pixels], "vision")
 
 
@@ -78,7 +79,7 @@ def build_naflex(tower: NaflexVisionTower, image: NaflexImageConfig) -> Model:
     projection = tower.embeddings.patch_embedding
     x = _linear(_normalize(patches, image, patch), projection.weight, projection.bias)
     x = op.add(x, positions)
-    x = _encoder(x, tower.encoder, _SAME, op.unsqueeze(padding, _ints(1, 2)))
+    x = _blocks(x, tower.encoder.blocks, _SAME, op.unsqueeze(padding, _ints(1, 2)))
     return Model([_layer_norm(x, tower.post_layernorm)], [patches, positions, padding], "naflex")
 
 
@@ -98,9 +99,10 @@ def build_text(tower: TextTower) -> Model:
     x = op.gather(_constant(tower.embeddings.token_embedding.weight), ids, _ints(0))
     x = op.reshape(x, _ints(-1, tower.context, tower.config.hidden_size), False)
     x = op.add(x, _constant(tower.embeddings.position_embedding.weight))
-    x = _encoder(x, tower.encoder, tower.context)
-    # Only the last position is projected, and the norm is computed per position.
-    x = op.gather(x, np.int64(tower.context - 1), np.int64(1))
+    *blocks, last = tower.encoder.blocks
+    x = _blocks(x, blocks, tower.context)
+    # Only the last position is projected. The last block computes no other, but for their keys and values.
+    x = op.squeeze(_last_position(x, last, tower.context), _ints(1))
     x = _linear(_layer_norm(x, tower.final_layer_norm), tower.head.weight, tower.head.bias)
     return Model([x], [ids], "text")
 
@@ -112,27 +114,39 @@ def _normalize(x: Node, image: ImageConfig, patch: int) -> Node:
     return op.divide(op.subtract(x, mean), std)
 
 
-def _encoder(x: Node, encoder: Encoder, tokens: int, mask: Node | None = None) -> Node:
-    for block in encoder.blocks:
-        x = op.add(x, _attention(_layer_norm(x, block.layer_norm1), block.self_attn, tokens, mask))
+def _blocks(x: Node, blocks: Sequence[Block], tokens: int, mask: Node | None = None) -> Node:
+    for block in blocks:
+        y = _layer_norm(x, block.layer_norm1)
+        x = op.add(x, _attention(y, y, block.self_attn, tokens, mask))
         x = op.add(x, _mlp(_layer_norm(x, block.layer_norm2), block.mlp))
     return x
 
 
-def _attention(x: Node, attention: Attention, tokens: int, mask: Node | None) -> Node:
-    """[B, T, D] -> [B, T, D], after a mask [B, 1, 1, T] was added to the scores"""
+def _last_position(x: Node, block: Block, tokens: int) -> Node:
+    """A block's last position alone: [B, T, D] -> [B, 1, D]"""
+    y = _layer_norm(x, block.layer_norm1)
+    x, query = (op.gather(node, _ints(tokens - 1), np.int64(1)) for node in (x, y))
+    x = op.add(x, _attention(query, y, block.self_attn, tokens, None))
+    return op.add(x, _mlp(_layer_norm(x, block.layer_norm2), block.mlp))
+
+
+def _attention(queries: Node, x: Node, attention: Attention, tokens: int, mask: Node | None) -> Node:
+    """Attend from [B, Q, D] to [B, T, D]: [B, Q, D], after a mask [B, 1, 1, T] was added to the scores"""
     weights, biases = attention.qkv_proj.weight.chunk(3), attention.qkv_proj.bias.chunk(3)
     width = weights[0].shape[0]
     # With three products and plain attention the CPU plugin fuses everything from the transposes of the heads
     # to the weighted sum into one kernel. One product of all three would have to be split again.
+    rows = tokens if queries is x else 1
     q, k, v = (
-        _heads(_linear(x, weight, bias), attention.heads, tokens)
-        for weight, bias in zip(weights, biases, strict=True)
+        _heads(_linear(node, weight, bias), attention.heads, length)
+        for node, length, weight, bias in zip(
+            (queries, x, x), (rows, tokens, tokens), weights, biases, strict=True
+        )
     )
     scores = op.multiply(op.matmul(q, k, False, True), np.float32((width // attention.heads) ** -0.5))
     scores = scores if mask is None else op.add(scores, mask)
     y = op.matmul(op.softmax(scores, -1), v, False, False)
-    y = op.reshape(op.transpose(y, _ints(0, 2, 1, 3)), _ints(0, tokens, width), True)
+    y = op.reshape(op.transpose(y, _ints(0, 2, 1, 3)), _ints(0, rows, width), True)
     return _linear(y, attention.out_proj.weight, attention.out_proj.bias)
 
 
