@@ -25,6 +25,11 @@ _SERVERS = {
     "weaviate": "multi2vec-clip",
 }
 _AMX = {"device": "Intel Xeon (AMX)", "label": "base/16@224"}
+_TEXT_WAYS = {
+    "transformers": "transformers",
+    "every position": "OpenVINO, whole last block",
+    "last position": "OpenVINO",
+}
 _INPUTS = {"image": "image", "text": "text"}
 
 
@@ -92,6 +97,18 @@ PEERS: Mapping[str, Table | Summary] = {
     "peers-bfloat16": _speed("bfloat16"),
     "peers-cost-float32": _cost("float32"),
     "peers-cost-bfloat16": _cost("bfloat16"),
+    "text-tower": Table(
+        Source("text_tower.csv", _AMX),
+        (Key("dtype", "dtype"), Key("way", "way", _TEXT_WAYS)),
+        (
+            *(
+                Column(f"{rows} text{'s' * (rows != '1')}{what}", Cell(template, {"rows": rows}))
+                for rows in ("8", "1")
+                for what, template in ((", per second", "{texts_per_second:.1f}"), (", ratio", "{ratio:.2f}"))
+            ),
+            Column("smallest cosine", Cell("{cosine_min:.5f}", {"rows": "8"})),
+        ),
+    ),
     "conformance": Table(
         Source("conformance.csv", {"status": "fault"}),
         (
