@@ -80,9 +80,8 @@ def rows(
 ) -> list[dict[str, str]]:
     """One row per case and mode. The last mode is `pil`, which the others are compared with."""
     config = ImageConfig(size=size, resample="bicubic", rescale=1 / 255, mean=(0.5,) * 3, std=(0.5,) * 3)
-    readers = {
-        mode: Preprocessor(config, mode) for mode in (*(mode for mode in modes if mode != "pil"), "pil")
-    }
+    named: list[ReadMode] = [*(mode for mode in modes if mode != "pil"), "pil"]
+    readers: dict[ReadMode, Preprocessor] = {mode: Preprocessor(config, mode) for mode in named}
     columns = {
         **about(["torch", "pillow", "simplejpeg", "numba"]),
         "threads": str(torch.get_num_threads()),
@@ -91,7 +90,7 @@ def rows(
     table = []
     for case, data in tqdm(cases(photographs).items(), disable=None):
         pixels: dict[str, NDArray[np.uint8]] = {mode: process(data) for mode, process in readers.items()}
-        milliseconds = measure(data, readers, seconds)
+        milliseconds = measure(data, {str(mode): read for mode, read in readers.items()}, seconds)
         decoding = measure(data, decoders(readers, data, size), seconds / 2)
         for mode in readers:
             difference = np.abs(pixels[mode].astype(int) - pixels["pil"])

@@ -154,11 +154,12 @@ class Preprocessor:
         height, width, _ = scan.frame
         check_size(width, height, self._limits)
         orientation = read_orientation(file.header.exif, file.header.xmp)
-        turn = -1 if orientation in SWAPPED_AXES else 1
-        size = (height, width)[::turn]
+        turned = orientation in SWAPPED_AXES
+        size = (width, height) if turned else (height, width)
         if is_long(self._image, *size):
             return None
-        target = self._target(*size)[::turn]  # of the picture as it is stored
+        rows, columns = self._target(*size)
+        target = (columns, rows) if turned else (rows, columns)  # of the picture as it is stored
         side = self._scaled.scaled_side((height, width), target)
         scaled = self._scaled.read_scaled(data, scan, side) if side else None
         if scaled is None:

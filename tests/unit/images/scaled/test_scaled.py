@@ -65,7 +65,7 @@ def test_samples_are_sharpened_means_of_the_pixels(sampling: str, side: int) -> 
     data = encode(picture, "JPEG", quality=97, subsampling=sampling)
     scaled = read(data, side)
     assert scaled is not None
-    assert scaled.extent == (31 * side, 41 * side)
+    assert scaled.extent == (31.0 * side, 41.0 * side)
     levels = np.abs(scaled.pixels - sharpened_means(data, 8 // side))[2:-2, 2:-2]
     # At half the picture's size, colour of half the size is not reduced any more.
     assert levels.mean() < (2 if sampling == "4:4:4" or side < 4 else 4)
