@@ -25,6 +25,24 @@ SCALED: Mapping[str, Table | Summary] = {
             Column("mean difference", Cell("{mean_abs_diff:.3f}", {"mode": "scaled"})),
         ),
     ),
+    "scaled-serving": Table(
+        Source("serve_load.csv", {}),
+        (
+            Key(
+                "JPEG",
+                "label",
+                {
+                    f"JPEG {size}, preprocess {mode}": f"{name}, `{mode}`"
+                    for size, name in (("4000x3000", "12 MP"), ("1920x1080", "1080p"))
+                    for mode in ("fast", "scaled")
+                },
+            ),
+        ),
+        (
+            Column("img/s", Cell("{images_per_second:.1f}", {})),
+            Column("CPU ms per image", Cell("{server_cpu_ms:.1f}", {})),
+        ),
+    ),
     "scaled-fidelity": Table(
         Source("scaled_fidelity.csv", {}),
         (

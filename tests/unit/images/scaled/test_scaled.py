@@ -80,6 +80,14 @@ def test_grey_is_read_as_three_equal_channels(side: int) -> None:
     assert np.abs(scaled.pixels - sharpened_means(data, 8 // side))[1:-1, 1:-1].mean() < 3
 
 
+def test_a_line_of_one_block_becomes_stronger_by_a_24th_of_its_second_difference() -> None:
+    grey = np.full((40, 56), 64, np.uint8)
+    grey[:, 24:32] = 160
+    scaled = read(encode(Image.fromarray(grey), "JPEG", quality=100), 1)
+    assert scaled is not None
+    assert np.abs(scaled.pixels[2, :, 0] - np.array([64.0, 64, 60, 168, 60, 64, 64])).max() <= 1
+
+
 def test_an_eighth_holds_the_means_of_the_blocks_exactly() -> None:
     # A flat picture of blocks: libjpeg's own eighth is their means, and there is nothing to sharpen.
     grey = np.repeat(np.arange(0, 256, 5, dtype=np.uint8), 8)[None].repeat(64, 0)
