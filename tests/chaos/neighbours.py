@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
+import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 
 from tqdm import tqdm
 
@@ -13,7 +16,7 @@ from tests.chaos.context import Context, Site, wait_until_right
 from tests.chaos.deadlines import Patient
 from tests.chaos.messages import INFER, Infer, grpc_bytes, of_rows
 from tests.chaos.report import Report
-from tests.chaos.wires import GrpcWire, Reply
+from tests.chaos.wires import GrpcWire
 
 __all__ = ["costliest", "run", "tell"]
 
@@ -75,20 +78,34 @@ async def run(context: Context) -> None:
 
 
 async def _one(context: Context, site: Site, kind: str, file: bytes, seconds: float) -> None:
-    message = grpc_bytes(Infer("embed_image", [of_rows("INPUT_IMAGE", [file] * _ROWS)]))
-    patient, answers = Patient(), Counter[str]()
-    end = asyncio.create_task(asyncio.sleep(seconds))
-    asking = asyncio.create_task(patient.ask(site, end))
-
-    async def flood() -> None:
-        async with GrpcWire(site.target.grpc, 1) as wire:
-            while not end.done():
-                reply = await wire.send(INFER, message, limit=120)
-                answers[_outcome(reply)] += 1
-
-    await asyncio.gather(asking, *(flood() for _ in range(_REQUESTS)))
+    patient = Patient()
+    # In a process of its own: the other caller would wait for hundreds of megabytes in its own event loop.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        loop = asyncio.get_running_loop()
+        flood = loop.run_in_executor(pool, send, site.target.grpc, file, seconds)
+        end = asyncio.create_task(asyncio.sleep(seconds))
+        await patient.ask(site, end)
+        answers = await flood
     tell(context.report, kind, len(file), patient, answers)
 
 
-def _outcome(reply: Reply) -> str:
-    return f"{reply.outcome} {reply.status}".strip()
+def send(address: str, file: bytes, seconds: float) -> Counter[str]:
+    """Keep requests of 128 times a file in flight. Returns the answers by outcome and status."""
+    return asyncio.run(_send(address, grpc_bytes(_full(file)), seconds))
+
+
+async def _send(address: str, message: bytes, seconds: float) -> Counter[str]:
+    answers, end = Counter[str](), time.monotonic() + seconds
+
+    async def repeat() -> None:
+        async with GrpcWire(address, 1) as wire:
+            while time.monotonic() < end:
+                reply = await wire.send(INFER, message, limit=120)
+                answers[f"{reply.outcome} {reply.status}".strip()] += 1
+
+    await asyncio.gather(*(repeat() for _ in range(_REQUESTS)))
+    return answers
+
+
+def _full(file: bytes) -> Infer:
+    return Infer("embed_image", [of_rows("INPUT_IMAGE", [file] * _ROWS)])

@@ -131,6 +131,7 @@ class HttpDoor:
 
     async def _admit(self, request: web.BaseRequest) -> web.Response:
         """Read a request, and have Triton answer it as soon as it has a place."""
+        arrived = now()  # before the body comes: its caller's patience has begun
         try:
             self._admission.check()  # before the body is read
             held = self.memory.hold()
@@ -152,7 +153,6 @@ class HttpDoor:
                     given = ", ".join(request.headers.getall(_JSON_SIZE))[:100]
                     raise RefusedError(400, f"{_JSON_SIZE}: got {given!r}, expected one number")
                 check_binary_inputs(body.parts, body.size, size or 0)
-                arrived = now()
                 return await self._admission.run(relay)
             finally:
                 if not handed_over:
