@@ -32,8 +32,6 @@ def main() -> None:
             str(options.checkpoint),
             settings=parse_settings(options.setting),
             models=("embed_image",),
-            direct_grpc=False,
-            direct_http=False,
             log_file=Path(folder) / "server.log",
         )
         with TritonServer(served) as server:

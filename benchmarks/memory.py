@@ -14,26 +14,19 @@ The moments are `rest`, after the start, and `load`, after `--seconds` of images
 from __future__ import annotations
 
 import argparse
-import itertools
 import re
 import subprocess
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-import numpy as np
-import psutil
-from tritonclient import grpc
-
-from benchmarks.cpu_time import what
-from benchmarks.inputs import parse_settings, synthetic_jpeg
+from benchmarks.cpu_time import family, what
+from benchmarks.inputs import parse_settings, synthetic_jpeg, synthetic_texts
 from benchmarks.load import Load, first_answers, run
-from benchmarks.load_clients import Target
+from benchmarks.load_clients import Kind, Target
 from benchmarks.records import about, write_csv
 
 _ROOT = Path(__file__).parents[1]
@@ -44,6 +37,8 @@ _SIZES = {
     "shared_mb": ("Pss_Shmem",),
     "own_mb": ("Private_Clean", "Private_Dirty"),
 }
+
+_TEXTS = 100_000  # more than are answered, so that all are new
 
 Sizes = dict[str, float]
 
@@ -113,41 +108,22 @@ def _wait(output: IO[str]) -> tuple[dict[str, str], float]:
 
 def _load(options: argparse.Namespace, url: str) -> None:
     """Send images, then texts."""
-    served = options.models or ["embed_image", "embed_text"]
-    if "embed_image" in served:
-        pictures = [synthetic_jpeg(500, 375, seed) for seed in range(16)]
-        target = Target("grpc", url, "embed_image")
-        result = run(
-            Load(target, pictures, options.concurrency, 1, options.seconds), first_answers(target, pictures)
-        )
-        print(f"{result.rate:.1f} images/s, errors {sum(result.statuses.values())}")
-    if "embed_text" in served:
-        print(f"{_send_texts(url, options.concurrency, options.seconds):.1f} texts/s")
-
-
-def _send_texts(url: str, concurrency: int, seconds: float) -> float:
-    """Send new texts, one per request, and return the rate of the answers."""
-    until, numbers = time.monotonic() + seconds, itertools.count()
-
-    def send(client: grpc.InferenceServerClient) -> int:
-        sent = 0
-        while time.monotonic() < until:
-            text = grpc.InferInput("INPUT_TEXT", [1, 1], "BYTES")
-            words = f"a photo of {next(numbers)} dogs".encode()
-            text.set_data_from_numpy(np.array([[words]], dtype=np.object_))
-            client.infer("embed_text", [text])
-            sent += 1
-        return sent
-
-    with grpc.InferenceServerClient(url) as client, ThreadPoolExecutor(concurrency) as pool:
-        return sum(pool.map(send, [client] * concurrency)) / seconds
+    bodies: dict[str, tuple[Kind, list[bytes]]] = {
+        "embed_image": ("grpc", [synthetic_jpeg(500, 375, seed) for seed in range(16)]),
+        "embed_text": ("grpc_texts", [text.encode() for text in synthetic_texts(_TEXTS)]),
+    }
+    for model, (kind, inputs) in bodies.items():
+        if model in (options.models or bodies):
+            target = Target(kind, url, model)
+            load = Load(target, inputs, options.concurrency, 1, options.seconds)
+            result = run(load, dict(enumerate(first_answers(target, inputs[:16]))))
+            print(f"{model}: {result.rate:.1f} per second, errors {sum(result.statuses.values())}")
 
 
 def _by_process(root: int) -> dict[str, Sizes]:
     """The sizes in MB of a server's processes, summed over those that are the same thing, and of all."""
     found: defaultdict[str, Sizes] = defaultdict(lambda: dict.fromkeys(("processes", *_SIZES), 0.0))
-    launcher = psutil.Process(root)
-    for process in [launcher, *launcher.children(recursive=True)]:
+    for process in family(root):
         name = "launcher" if process.pid == root else what(process.cmdline(), process.name())
         sizes = _sizes(process.pid)
         for total in (found[name], found["all"]):
@@ -165,8 +141,7 @@ def _sizes(pid: int) -> Sizes:
 
 def _print_mappings(root: int, least: float) -> None:
     """Print what is mapped, by process and file, from `least` MB on."""
-    launcher = psutil.Process(root)
-    for process in [launcher, *launcher.children(recursive=True)]:
+    for process in family(root):
         print(f"{process.pid} {what(process.cmdline(), process.name())}")
         for name, (size, count) in _mappings(process.pid).items():
             if size >= least:

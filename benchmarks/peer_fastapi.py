@@ -8,7 +8,6 @@ embedding.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import time
@@ -26,7 +25,7 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from numpy.typing import NDArray
 from PIL import UnidentifiedImageError
 
-from benchmarks.peer_model import DTYPES, TransformersModel
+from benchmarks.peer_model import TransformersModel, server_parser
 
 __all__ = ["Batcher", "Options", "Peer", "application"]
 
@@ -173,16 +172,10 @@ def _answer(embedding: bytes) -> Response:
 
 def main() -> None:
     """Serve until a signal."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = server_parser(__doc__, port=8080)
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="Hugging Face directory")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="default %(default)s")
-    add("--dtype", choices=list(DTYPES), default="float32", help="default %(default)s")
     add("--preprocess", choices=["image", "batch"], default="image", help="default %(default)s")
-    add("--batch", type=int, default=32, help="largest batch, default %(default)s")
-    add("--wait", type=float, default=0.003, help="seconds to wait for company, default %(default)s")
     add("--threads", type=int, default=os.cpu_count(), help="that decode, default: the cores")
-    add("--port", type=int, default=8080, help="on 127.0.0.1, default %(default)s")
     given = vars(parser.parse_args())
     port = given.pop("port")
     app = application(Peer(Options(**given)))

@@ -6,7 +6,6 @@ a batch one after the other, so that images are decoded in threads as part of th
 """
 
 # Without `annotations` of `__future__`: LitServe looks at the types of a request and of an answer.
-import argparse
 import base64
 import os
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ import torch
 from fastapi import Request
 from numpy.typing import NDArray
 
-from benchmarks.peer_model import DTYPES, TransformersModel
+from benchmarks.peer_model import TransformersModel, server_parser
 
 __all__ = ["SiglipApi"]
 
@@ -67,15 +66,7 @@ class SiglipApi(litserve.LitAPI):  # type: ignore[misc]
 
 def main() -> None:
     """Serve until a signal."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, help="Hugging Face directory")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="default %(default)s")
-    add("--dtype", choices=list(DTYPES), default="float32", help="default %(default)s")
-    add("--batch", type=int, default=32, help="largest batch, default %(default)s")
-    add("--wait", type=float, default=0.003, help="seconds to wait for company, default %(default)s")
-    add("--port", type=int, default=8000, help="on 127.0.0.1, default %(default)s")
-    options = parser.parse_args()
+    options = server_parser(__doc__, port=8000).parse_args()
     api = SiglipApi(options.checkpoint, options.dtype, options.batch, options.wait)
     server = litserve.LitServer(api, accelerator=options.device, fast_queue=True)
     server.run(

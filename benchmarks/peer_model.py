@@ -5,6 +5,7 @@ It imports nothing of this project, so that it runs in environments that hold on
 
 from __future__ import annotations
 
+import argparse
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +18,27 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers.utils import is_torchvision_available
 
-__all__ = ["DTYPES", "TransformersModel"]
+__all__ = ["DTYPES", "TransformersModel", "server_parser"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def server_parser(description: str | None, port: int) -> argparse.ArgumentParser:
+    """Make the parser of a server's options, with those that all have.
+
+    Args:
+        description: the text of `--help`.
+        port: that is taken by default.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="Hugging Face directory")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="default %(default)s")
+    add("--dtype", choices=list(DTYPES), default="float32", help="default %(default)s")
+    add("--batch", type=int, default=32, help="largest batch, default %(default)s")
+    add("--wait", type=float, default=0.003, help="seconds to wait for company, default %(default)s")
+    add("--port", type=int, default=port, help="on 127.0.0.1, default %(default)s")
+    return parser
 
 
 class TransformersModel:

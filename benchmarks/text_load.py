@@ -9,39 +9,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.inputs import parse_settings
+from benchmarks.inputs import parse_settings, synthetic_texts
 from benchmarks.load import Load, Result, first_answers, run
 from benchmarks.records import about, write_csv
 from benchmarks.serve_load import device_name
 from benchmarks.servers import run_ours
 
-# fmt: off
-_WORDS = [
-    "a", "the", "of", "on", "in", "behind", "under", "with", "and", "photo", "picture", "dog",
-    "cat", "horse", "bird", "pizza", "elephant", "guitar", "house", "tree", "river", "mountain",
-    "car", "bus", "boat", "window", "door", "table", "chair", "person", "child", "woman",
-    "umbrella", "bicycle", "red", "blue", "green", "yellow", "small", "large", "wooden",
-    "running", "sitting", "standing", "holding", "eating", "two", "three", "many", "bright", "dark", "empty",
-]
-# fmt: on
-_SHORTEST, _LONGEST = 4, 12  # words
 _CHECKED = 64  # one request in this many
-
-
-def draw_texts() -> Iterator[str]:
-    """Captions without end, all different."""
-    chance = random.Random(0)
-    number = 0
-    while True:
-        words = chance.choices(_WORDS, k=chance.randint(_SHORTEST, _LONGEST))
-        yield f"{' '.join(words)} {number}"
-        number += 1
 
 
 def columns(result: Result, rows: int) -> dict[str, str]:
@@ -93,12 +71,11 @@ def main() -> None:
     add("--output", type=Path, help="CSV file to add to")
     options = parser.parse_args()
     settings = parse_settings(options.setting)
-    source = (text.encode() for text in draw_texts())
     with run_ours(options.checkpoint, "auto", settings, 600, "embed_text") as server:
         target = server.aimed_at("grpc_texts")
         for rows in options.rows:
             for concurrency in options.concurrency:
-                texts = [next(source) for _ in range(options.texts)]
+                texts = [text.encode() for text in synthetic_texts(options.texts, f"{rows} {concurrency}")]
                 requests = [b"\n".join(texts[first : first + rows]) for first in range(0, len(texts), rows)]
                 requests = requests[:1] if options.repeated else requests
                 requests[::_CHECKED] = requests[:1] * len(requests[::_CHECKED])

@@ -20,8 +20,7 @@ __all__ = ["Admission", "Admissions", "FullError"]
 T = TypeVar("T")
 
 _MANY_NAMES = 64  # more than there are models, so callers have made up names
-# Each call that is computed in vain delays the next by its share of a pass, which is long on a CPU. With 4
-# a caller beside 16 that cancel waited two to four times as long as with 2.
+# Each call that is computed in vain delays the next by its share of a pass, which is long on a CPU.
 _MOST_FORGOTTEN = 2
 _SHARE_FORGOTTEN = 8  # of as many calls one more, so that a GPU with hundreds of them never waits for a few
 _HOLDS_UP = 5.0  # seconds for which such a call holds others up; a pass of a large tower on a CPU takes less
@@ -59,7 +58,7 @@ class Admission:
         self._admitted = 0
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()  # a task that nothing refers to may be collected
-        self._forgotten: set[asyncio.Task[Any]] = set()
+        self._forgotten: dict[asyncio.Task[Any], asyncio.TimerHandle] = {}  # with the end of their time
 
     @property
     def in_flight(self) -> int:
@@ -108,8 +107,9 @@ class Admission:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             if not task.done():
-                self._forgotten.add(task)
-                asyncio.get_running_loop().call_later(self._holds_up, self._hold_up_no_more, task)
+                loop = asyncio.get_running_loop()
+                self._forgotten[task] = loop.call_later(self._holds_up, self._hold_up_no_more, task)
+                task.add_done_callback(_retrieve)
             raise
 
     async def drain(self, seconds: float) -> None:
@@ -139,17 +139,14 @@ class Admission:
 
     def _leave(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if task in self._forgotten:
-            _retrieve(task)
-        self._forgotten.discard(task)
+        if timer := self._forgotten.pop(task, None):
+            timer.cancel()
         self._admitted -= 1
         self._let_in()
 
     def _hold_up_no_more(self, task: asyncio.Task[Any]) -> None:
-        if task in self._forgotten:
-            self._forgotten.discard(task)
-            task.add_done_callback(_retrieve)
-            self._let_in()
+        del self._forgotten[task]
+        self._let_in()
 
     def _let_in(self) -> None:
         for _ in range(_WIDEN):

@@ -62,7 +62,8 @@ def with_timeout(
         added = _entry(_TIMEOUT, bound)
     if bound is None:
         return message, False
-    return message + added + _entry(ARRIVED.encode(), arrived), bool(added)
+    # Joined first: the message may have hundreds of megabytes, and is copied once.
+    return message + (added + _entry(ARRIVED.encode(), arrived)), bool(added)
 
 
 def now() -> int:

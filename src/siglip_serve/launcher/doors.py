@@ -100,8 +100,7 @@ class Doors:
             count = _process_count()
             command = self._gateway(port, folder) if kind == GATEWAY else self._door(kind, port)
             if kind == "http":
-                most = min(_MOST_HTTP, _inferences(self._device))
-                command += ["--max-in-flight", str(most // count), "--launcher", launcher]
+                command += ["--max-in-flight", str(_MOST_HTTP // count), "--launcher", launcher]
             if kind == "grpc":
                 command += ["--max-in-flight", str(_inferences(self._device) // count)]
             self._processes += [_Process(kind, command, run) for _ in range(count)]

@@ -316,9 +316,8 @@ class _SentencePiece:
         if not self._apart or self._split.search(text):
             return self(text, None)
         text = self._canonical(_UNDERLINE + text.replace(_UNDERLINE, " "))
-        ids: list[int] = self._model.encode(
-            self._unk + text
-        )  # as in `_segment`, without a look at the pieces
+        # As in `_segment`, without a look at the pieces.
+        ids: list[int] = self._model.encode(self._unk + text)
         if len(ids) >= self._unk_length:
             del ids[: self._unk_length]
         ids.append(self._eos_id)
