@@ -12,6 +12,7 @@ import psutil
 import pytest
 from bulk_inputs import BROKEN, small_jpeg, write_tar
 from bulk_jobs import bulk, bulk_words, snapshot
+from processes import still_running
 
 
 @pytest.fixture
@@ -46,4 +47,4 @@ def test_a_cluster_makes_the_same_files(tmp_path: Path, folder: Path) -> None:
     left = [
         one for one in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(one.info["cmdline"] or [])
     ]
-    assert not psutil.wait_procs(left, timeout=30)[1]
+    assert not still_running(left, timeout=30)

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import psutil
+from processes import still_running
 
 from tests.chaos.bulk_job import below, command_of
 
@@ -59,8 +60,7 @@ class RayCluster:
         """Shut the cluster down, and count processes of jobs that still run."""
         self._look()
         self._cluster.shutdown()
-        _, alive = psutil.wait_procs(self._seen, timeout=seconds)
-        return len(alive)
+        return len(still_running(self._seen, timeout=seconds))
 
     def _kill(self, words: str) -> bool:
         found = self._look(words)

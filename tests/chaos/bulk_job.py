@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 from bulk_inputs import BROKEN, small_jpeg, write_parquet, write_tar
+from processes import still_running
 from pyarrow import parquet
 
 from tests.chaos.server import ChaosError
@@ -100,8 +101,7 @@ class BulkJob:
 
     def left_over(self, seconds: float = 20.0) -> int:
         """Count the processes that were seen and still run after some seconds."""
-        _, alive = psutil.wait_procs(self.seen, timeout=seconds)
-        return len(alive)
+        return len(still_running(self.seen, timeout=seconds))
 
     def kill_group(self) -> None:
         """Kill the driver and all processes of its group."""

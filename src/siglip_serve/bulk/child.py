@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from multiprocessing.connection import Connection
 __all__ = ["start_child"]
 
 # Not `-m`: the classes of the module would then have another name than here. Ctrl-C is for the driver alone.
+# Its signal is blocked while Python starts, and ignored from here on.
 _PROGRAM = """import importlib, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 importlib.import_module(sys.argv[1]).main(sys.argv[2:])"""
 
 
@@ -33,11 +36,19 @@ def start_child(
     ours, theirs = socket.socketpair()
     with theirs:
         passed = [theirs.fileno(), *files]
-        process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM, module, *map(str, passed)],
-            pass_fds=passed,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **(environment or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # a new process inherits it
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-c", _PROGRAM, module, *map(str, passed)],
+                pass_fds=passed,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                    **(environment or {}),
+                },
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return process, Connection(ours.detach())

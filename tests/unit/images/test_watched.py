@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
+from processes import still_running
 
 from siglip_serve.errors import ImageCostError, ImageError, UnavailableError
 from siglip_serve.images import watched
@@ -144,7 +145,7 @@ def test_threads_share_a_process(decoder: WatchedDecoder) -> None:
         results = list(pool.map(lambda data: decoder(data, "GIF"), files))
     for data, pixels in zip(files, results, strict=True):
         np.testing.assert_array_equal(pixels, decode_file(data, "GIF", "pil", LIMITS))
-    assert child(decoder).is_running()
+    assert still_running([child(decoder)])
 
 
 def test_the_processes_end_with_their_decoder() -> None:
@@ -152,7 +153,7 @@ def test_the_processes_end_with_their_decoder() -> None:
     decoder(GIF, "GIF")
     processes = [child(decoder), *child(decoder).parents()[:1]]
     del decoder
-    assert not psutil.wait_procs(processes, timeout=10)[1]
+    assert not still_running(processes, timeout=10)
 
 
 def test_replaces_the_process_that_forks(decoder: WatchedDecoder) -> None:
@@ -176,4 +177,4 @@ def test_the_processes_end_when_their_owner_is_killed() -> None:
         with suppress(psutil.NoSuchProcess):
             processes.append(psutil.Process(int(number)))
     assert found.stdout
-    assert not psutil.wait_procs(processes, timeout=10)[1]
+    assert not still_running(processes, timeout=10)
