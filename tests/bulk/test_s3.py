@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 from bulk_inputs import BROKEN, small_jpeg, write_tar
-from bulk_jobs import bulk
+from bulk_jobs import bulk, search
 from programs import free_port
 from pyarrow import fs, parquet
 
@@ -91,6 +92,7 @@ def test_a_job_reads_and_writes_buckets(endpoint: str, tmp_path: Path) -> None:
         "s3://pictures/shards/001.tar/b.jpg",
     ]
     _check_resume(store, words, variables)
+    _check_search(store, tmp_path / "copies", variables)
 
 
 def _check_resume(store: fs.S3FileSystem, words: list[str], variables: dict[str, str]) -> None:
@@ -103,6 +105,33 @@ def _check_resume(store: fs.S3FileSystem, words: list[str], variables: dict[str,
     after = _times(store)
     assert after.keys() == before.keys()
     assert {path for path in before if after[path] != before[path]} <= {lost}
+
+
+def _check_search(store: fs.S3FileSystem, cache: Path, variables: dict[str, str]) -> None:
+    """A search copies what it lacks, and finds what a search in a local output would."""
+    words = ["s3://results/out", "--cache", str(cache), "--duplicates", "0.999"]
+    ended = search(*words, **variables)
+    assert ended.returncode == 0, ended.stderr
+    files = len(_times(store)) + 1  # with the description
+    assert f"copied {files} of {files} files to {cache}" in ended.stderr
+    assert "s3://pictures/alone/0.jpg" in ended.stdout
+    again = search(*words, **variables)
+    assert "copied" not in again.stderr
+    assert again.stdout == ended.stdout
+    (copy,) = cache.iterdir()
+    changed, gone = sorted((copy / "embeddings").iterdir())[:2]
+    os.utime(changed)
+    store.delete_file(f"results/out/embeddings/{gone.name}")
+    assert f"copied 1 of {files - 1} files" in search(*words, **variables).stderr
+    assert not gone.exists()
+    for output, reason in (
+        ("s3://results/none", "s3://results/none: no such file or folder"),
+        ("s3://results/out/failed", "has no bulk.json"),
+        ("what://results", "Protocol not known: what"),
+    ):
+        refused = search(output, *words[1:], **variables)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert reason in refused.stderr
 
 
 def _times(store: fs.S3FileSystem) -> dict[str, object]:

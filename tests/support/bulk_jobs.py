@@ -12,7 +12,7 @@ from typing import Any
 from paths import TINY
 from pyarrow import parquet
 
-__all__ = ["bulk", "bulk_words", "read_output", "snapshot"]
+__all__ = ["bulk", "bulk_words", "read_output", "search", "snapshot"]
 
 # `siglip-serve`, ended by Ctrl-C even where the tests run in the background of a shell, which ignores it.
 _PROGRAM = (
@@ -31,8 +31,17 @@ def bulk_words(*words: str | Path) -> list[str]:
 
 def bulk(*words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a job to its end."""
+    return _run(bulk_words(*words), environment)
+
+
+def search(*words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a search."""
+    return _run([sys.executable, "-c", _PROGRAM, "search", *map(str, words)], environment)
+
+
+def _run(command: list[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        bulk_words(*words),
+        command,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,

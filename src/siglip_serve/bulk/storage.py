@@ -1,8 +1,4 @@
-"""Files that a job reads and writes: local paths, and URIs of object storage.
-
-pyarrow reads and writes `s3://` and `gs://` itself. fsspec opens every other scheme, such as `hf://` and
-`https://`.
-"""
+"""Files that a job reads and writes: local paths, and URIs of object storage."""
 
 from __future__ import annotations
 
@@ -12,9 +8,10 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from siglip_serve_client.commands.remote import RemoteError, is_remote, place_of
 
 from siglip_serve.errors import InvalidInputError
 
@@ -31,17 +28,11 @@ __all__ = [
     "size_of",
 ]
 
-_OWN = ("s3", "gs", "gcs")  # schemes that pyarrow has a file system for
 _STALE = 3600.0  # seconds after which a file that was never finished is removed
 
 
 class StorageError(InvalidInputError):
     """A path or URI cannot be read or written. The message names it and the reason."""
-
-
-def is_remote(path: str) -> bool:
-    """Return True for a URI, such as `s3://bucket/key`, and False for a path of this machine."""
-    return "://" in path and not path.startswith("file://")
 
 
 def read_bytes(path: str, most: int) -> bytes:
@@ -261,33 +252,12 @@ def _list_remote(path: str) -> Iterator[str]:
 
 
 def _place(uri: str) -> tuple[Any, str]:
-    """The file system of a URI, and the path in it."""
-    scheme, _, rest = uri.partition("://")
-    base, question, query = rest.partition("?")
-    if scheme not in _OWN:
-        return _foreign(scheme), uri if scheme in ("http", "https") else rest
-    if "=" not in query:  # a question mark in a name
-        base, query = base + question + query, ""
-    return _native(scheme, base.partition("/")[0], query), base.rstrip("/")
+    """The file system of a URI, and the path in it.
 
-
-@lru_cache(maxsize=64)
-def _native(scheme: str, bucket: str, query: str) -> Any:
-    from pyarrow.fs import FileSystem
-
+    Raises:
+        StorageError: it is no URI, or there is no file system for its scheme.
+    """
     try:
-        filesystem, _ = FileSystem.from_uri(f"{scheme}://{bucket}" + (f"?{query}" if query else ""))
-    except ValueError as error:  # pyarrow's, for what is no URI
-        raise StorageError(f"{scheme}://{bucket}: {error}") from error
-    return filesystem
-
-
-@lru_cache(maxsize=16)
-def _foreign(scheme: str) -> Any:
-    import fsspec
-    from pyarrow.fs import FSSpecHandler, PyFileSystem
-
-    try:
-        return PyFileSystem(FSSpecHandler(fsspec.filesystem(scheme)))
-    except (ValueError, ImportError) as error:
-        raise StorageError(f"{scheme}://: {error}") from error
+        return place_of(uri)
+    except RemoteError as error:
+        raise StorageError(str(error)) from error

@@ -11,6 +11,7 @@ from PIL import Image
 
 from siglip_serve_client.commands.options import add_connection, positive
 from siglip_serve_client.commands.search.collection import CollectionError, open_collection
+from siglip_serve_client.commands.search.mirror import local_output
 from siglip_serve_client.commands.search.query import QueryError
 from siglip_serve_client.commands.search.run_build import build
 from siglip_serve_client.commands.search.run_duplicates import find_duplicates
@@ -35,7 +36,12 @@ def add_search(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "twice the rows take four times as long.",
     )
     add = parser.add_argument
-    add("output", type=Path, metavar="OUTPUT", help="folder of `bulk`, or .parquet or .npz file of `embed`")
+    add(
+        "output",
+        metavar="OUTPUT",
+        help="folder of `bulk`, or .parquet or .npz file of `embed`, or its URI, such as s3://bucket/folder, "
+        "which is copied first",
+    )
     _add_asks(parser.add_argument_group("what to do, one of"))
     add("-k", type=positive, default=20, help="pictures to find (default: %(default)s)")
     add("--json", action="store_true", help="print JSON")
@@ -45,6 +51,13 @@ def add_search(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--column",
         metavar="NAME",
         help="with the pictures, of Parquet inputs (default: bulk's own, or image)",
+    )
+    add(
+        "--cache",
+        type=Path,
+        default=Path("~/.cache/siglip-serve/outputs").expanduser(),
+        metavar="FOLDER",
+        help="for copies of outputs in object storage (default: ~/.cache/siglip-serve/outputs)",
     )
     add("--truncation", action="store_true", help="cut a text that has too many tokens; else it is refused")
     _add_index(parser.add_argument_group("approximate index"))
@@ -86,7 +99,7 @@ def _add_index(group: argparse._ArgumentGroup) -> None:
 def _search(options: argparse.Namespace) -> int:
     try:
         _check(options)
-        collection = open_collection(options.output)
+        collection = open_collection(local_output(options.output, options.cache))
         if options.build_index:
             return build(options, collection)
         if options.duplicates is not None:
