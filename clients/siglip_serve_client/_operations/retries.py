@@ -90,19 +90,22 @@ class PersistentTransport:
         """
         deadline = time.monotonic() + timeout
         attempts = _Attempts()
+        last: ClientError | None = None
         while True:
             try:
                 answer = await send(max(deadline - time.monotonic(), 0.001))
             except ClientError as error:
-                pause = attempts.pause(error, self._wait(error))
+                # The time was over in the middle of an attempt: how the one before it failed says more.
+                is_late = last is not None and isinstance(error, DeadlineError)
+                pause = 0.0 if is_late else attempts.pause(error, self._wait(error))
                 if pause is None:
                     raise
-                last = error
+                last = last if is_late else error
             else:
                 self._note_answer()
                 return answer
             await asyncio.sleep(min(pause, max(deadline - time.monotonic(), 0)))
-            if time.monotonic() >= deadline:
+            if is_late or time.monotonic() >= deadline:
                 if isinstance(last, ModelDiedError | UnreachableError):
                     raise last
                 raise DeadlineError(f"{what} did not answer within {timeout:g} s: {last}") from last

@@ -189,6 +189,17 @@ class _Failing:
         return self.asked <= self.times
 
 
+class _Silent(_Failing):
+    """Fails a number of requests, then does not answer until `end` is set."""
+
+    def __init__(self, *arguments: Any, times: int) -> None:
+        super().__init__(*arguments, times=times)
+        self.end = threading.Event()
+
+    def fails(self) -> bool:
+        return super().fails() or self.end.wait()
+
+
 class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
     def __init__(self, failing: _Failing) -> None:
         self.failing = failing
@@ -275,6 +286,15 @@ def test_names_the_last_failure_when_the_time_is_over() -> None:
         message = "embed_text did not answer within 1 s: Server is stopping"
         with pytest.raises(DeadlineError, match=message):
             client.embed_text("a dog")
+
+
+def test_names_the_last_failure_when_a_later_attempt_has_no_answer() -> None:
+    silent = _Silent(STOPPING, grpc.StatusCode.UNAVAILABLE, 503, times=1)
+    with serving("http", silent) as url, Client(url, timeout=2) as client:
+        message = "embed_text did not answer within 2 s: Server is stopping"
+        with pytest.raises(DeadlineError, match=message):
+            client.embed_text("a dog")
+        silent.end.set()
 
 
 @pytest.mark.parametrize(
