@@ -115,8 +115,8 @@ class Choice:
     arguments: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def python(self, name: str) -> str:
-        """The interpreter of a server."""
-        return self.pythons.get(name, sys.executable)
+        """The interpreter of a server, as an absolute path: some servers start in a folder of their own."""
+        return os.path.abspath(self.pythons.get(name, sys.executable))  # noqa: PTH100 - a link to it stays one
 
 
 def bodies(target: Target, given: Input, inputs: Sequence[Any]) -> list[bytes]:
