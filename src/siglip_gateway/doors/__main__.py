@@ -30,9 +30,8 @@ def _serve(options: argparse.Namespace) -> Coroutine[Any, Any, None]:
     if options.door == "http":
         from siglip_gateway.doors import http_door
 
-        return http_door.serve(
-            options.listen, options.triton, options.launcher, options.max_in_flight, options.max_body
-        )
+        limits = options.max_in_flight, options.max_of_one_model, options.max_body
+        return http_door.serve(options.listen, options.triton, options.launcher, *limits)
     # gRPC would write its own lines to standard error, about callers too.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from siglip_gateway.doors import grpc_door
@@ -57,6 +56,13 @@ def _parser() -> argparse.ArgumentParser:
         )
         if name == "http":
             add("--launcher", metavar="HOST:PORT", help="where GET /health is answered")
+            add(
+                "--max-of-one-model",
+                type=int,
+                default=most,
+                metavar="N",
+                help="inferences of one model among these (default and most: seven eighths of them)",
+            )
             add(
                 "--max-body",
                 type=int,

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-__all__ = ["Admission", "Admissions", "FullError"]
+__all__ = ["Admission", "Admissions", "FullError", "Places"]
 
 T = TypeVar("T")
 
@@ -39,22 +39,64 @@ class FullError(Exception):
         self.count = count
 
 
+class Places:
+    """Places with Triton, which several admissions may share. One that becomes free goes to them in turn.
+
+    Args:
+        count: of places.
+
+    Attributes:
+        free: of these.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.free = count
+        self._queues: dict[Admission, None] = {}  # in the order of their turns
+
+    def wait(self, admission: Admission) -> None:
+        """Give an admission its turn, too."""
+        self._queues.setdefault(admission)
+
+    def let_in(self) -> None:
+        """Let some calls in that may pass."""
+        for _ in range(_WIDEN):
+            if not any(self._let_in_one_of(admission) for admission in list(self._queues)):
+                return
+
+    def _let_in_one_of(self, admission: Admission) -> bool:
+        if not admission.has_waiter():
+            del self._queues[admission]
+            return False
+        if not admission.let_in_one():
+            return False
+        del self._queues[admission]
+        self._queues[admission] = None
+        return True
+
+
 class Admission:
     """Bounds the calls that Triton has, and those of callers that gave up among them.
 
     Args:
         in_flight: calls that Triton has at once.
         waiting: calls that wait for one of these places.
+        places: shared with other admissions, whose calls count too.
         forgotten: calls of callers that gave up, from which on other calls wait; an eighth of the calls that
             Triton has if that is more.
         holds_up: seconds for which such a call counts.
     """
 
     def __init__(
-        self, in_flight: int, waiting: int, forgotten: int = _MOST_FORGOTTEN, holds_up: float = _HOLDS_UP
+        self,
+        in_flight: int,
+        waiting: int,
+        places: Places | None = None,
+        forgotten: int = _MOST_FORGOTTEN,
+        holds_up: float = _HOLDS_UP,
     ) -> None:
         self._most, self._most_waiting, self._most_forgotten = in_flight, waiting, forgotten
         self._holds_up = holds_up
+        self._places = places or Places(in_flight)
         self._admitted = 0
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()  # a task that nothing refers to may be collected
@@ -117,47 +159,59 @@ class Admission:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=seconds)
 
+    def has_waiter(self) -> bool:
+        """Tell if a call waits."""
+        while self._waiters and self._waiters[0].cancelled():
+            self._waiters.popleft()
+        return bool(self._waiters)
+
+    def let_in_one(self) -> bool:
+        """Let the first call in that waits, if it may pass. Not without one."""
+        if not self._may_pass():
+            return False
+        self._take()
+        self._waiters.popleft().set_result(None)
+        return True
+
     def _may_pass(self) -> bool:
         forgotten = max(self._most_forgotten, self._admitted // _SHARE_FORGOTTEN)
-        return self._admitted < self._most and len(self._forgotten) < forgotten
+        is_free = self._places.free > 0 and self._admitted < self._most
+        return is_free and len(self._forgotten) < forgotten
 
     async def _enter(self) -> None:
         if self._may_pass() and not self._waiters:
-            self._admitted += 1
+            self._take()
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters.append(turn)
+        self._places.wait(self)
         try:
             await turn
         except asyncio.CancelledError:
             if not turn.cancelled():  # it was let in at the last moment
-                self._admitted -= 1
-                self._let_in()
+                self._give_back()
             elif turn in self._waiters:
                 self._waiters.remove(turn)
             raise
+
+    def _take(self) -> None:
+        self._admitted += 1
+        self._places.free -= 1
+
+    def _give_back(self) -> None:
+        self._admitted -= 1
+        self._places.free += 1
+        self._places.let_in()
 
     def _leave(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if timer := self._forgotten.pop(task, None):
             timer.cancel()
-        self._admitted -= 1
-        self._let_in()
+        self._give_back()
 
     def _hold_up_no_more(self, task: asyncio.Task[Any]) -> None:
         del self._forgotten[task]
-        self._let_in()
-
-    def _let_in(self) -> None:
-        for _ in range(_WIDEN):
-            if self._has_waiter() and self._may_pass():
-                self._admitted += 1
-                self._waiters.popleft().set_result(None)
-
-    def _has_waiter(self) -> bool:
-        while self._waiters and self._waiters[0].cancelled():
-            self._waiters.popleft()
-        return bool(self._waiters)
+        self._places.let_in()
 
 
 def _retrieve(task: asyncio.Task[Any]) -> None:
@@ -173,10 +227,12 @@ class Admissions:
         in_flight: calls of one model that Triton has at once.
         waiting: calls of one model that wait for one of these places.
         total: calls of all models, those that wait included.
+        places: calls of all models that Triton has at once; None: any number.
     """
 
-    def __init__(self, in_flight: int, waiting: int, total: int) -> None:
+    def __init__(self, in_flight: int, waiting: int, total: int, places: int | None = None) -> None:
         self._in_flight, self._waiting, self._total = in_flight, waiting, total
+        self._places = Places(total if places is None else places)
         self._calls = 0
         self._of: dict[bytes, Admission] = {}
 
@@ -185,19 +241,29 @@ class Admissions:
         """Calls that Triton has, those of callers that gave up included."""
         return sum(admission.in_flight for admission in self._of.values())
 
-    async def run(self, model: bytes, start: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Wait for a place of the model, then run a call to its end. See `Admission.run`.
+    def check(self, model: bytes) -> None:
+        """Check that another call of a model may wait.
 
         Raises:
             FullError: too many calls wait.
         """
         if self._calls >= self._total:
             raise FullError(self._calls)
+        if admission := self._of.get(model):
+            admission.check()
+
+    async def run(self, model: bytes, start: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Wait for a place of the model, then run a call to its end. See `Admission.run`.
+
+        Raises:
+            FullError: too many calls wait.
+        """
+        self.check(model)
         if len(self._of) > _MANY_NAMES:
             self._of = {name: known for name, known in self._of.items() if not known.is_idle}
         admission = self._of.get(model)
         if admission is None:
-            admission = self._of[model] = Admission(self._in_flight, self._waiting)
+            admission = self._of[model] = Admission(self._in_flight, self._waiting, self._places)
         self._calls += 1
         try:
             return await admission.run(start)

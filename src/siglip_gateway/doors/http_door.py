@@ -3,7 +3,8 @@
 Triton 24.10 hands each answer to the thread of its connection through a socket that holds 278 commands. All
 busy connections share one thread. When the socket is full, the command is lost without a trace: the caller
 never gets its answer, and the connection is never closed. Behind the door Triton has at most 256 connections,
-so the socket cannot be full. Further requests wait here, and those beyond that are refused with 503.
+so the socket cannot be full. Further requests wait here, those of each model by themselves, and those beyond
+that are refused with 503.
 
 Triton does not notice a caller that goes away either. Its request leaves the queue, or Triton completes it
 and the door drops the answer. Bodies are limited, inflated, and sent on with a Content-Length. JSON that
@@ -28,7 +29,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from siglip_gateway.doors import AWAY, DRAIN
-from siglip_gateway.doors.admission import Admission, FullError
+from siglip_gateway.doors.admission import Admissions, FullError
 from siglip_gateway.doors.http_bodies import Body, Held, Memory, patience, read_body
 from siglip_gateway.doors.http_connections import Connections
 from siglip_gateway.doors.http_tensors import check_binary_inputs
@@ -49,6 +50,8 @@ _HEALTH_TIME = 5.0
 _IDLE = 2.0  # seconds after which an unused connection to Triton is closed, to free its descriptors
 _SPARE_FILES = 128
 _BACKLOG = 4096  # connections that the kernel accepts before the door does
+_KEPT = 8  # of as many places one is kept from each model, for others
+_INFER = re.compile(r"/v2/models/([^/?]+)(?:/versions/[^/?]+)?/infer(?:\?|$)")
 _JSON_SIZE = "Inference-Header-Content-Length"
 # Headers of one connection, which a proxy does not pass on, and those that it writes anew.
 _OF_A_CONNECTION = frozenset(
@@ -69,12 +72,14 @@ class Limits:
     Attributes:
         in_flight: requests that Triton has at once. All processes in front of one Triton together should not
             exceed 256, from which on Triton loses answers.
-        waiting: requests that wait for one of these places. Further ones are refused with 503.
+        of_one_model: inferences of one model among these, at most seven eighths of them.
+        waiting: requests of one model that wait for one of these places. Further ones are refused with 503.
         body: bytes of a request's body, inflated.
         connections: of callers.
     """
 
     in_flight: int = MAX_IN_FLIGHT
+    of_one_model: int = MAX_IN_FLIGHT
     waiting: int = 3 * MAX_IN_FLIGHT
     body: int = MAX_BODY
     connections: int = 4096
@@ -94,7 +99,9 @@ class HttpDoor:
     ) -> None:
         self._session, self._triton, self._launcher = session, f"http://{triton}", launcher
         self._limits = limits
-        self._admission = Admission(limits.in_flight, limits.waiting)
+        most, waiting = limits.in_flight, limits.waiting
+        of_one_model = min(limits.of_one_model, most - most // _KEPT)
+        self._admissions = Admissions(of_one_model, waiting, most + waiting, most)
         self.memory = Memory(2 * limits.body)
         self._stopping = False
         self.connections = Connections(self.answer, limits.connections)
@@ -118,7 +125,7 @@ class HttpDoor:
         self.connections.close_idle()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while self.connections.busy or self._admission.in_flight:
+                while self.connections.busy or self._admissions.in_flight:
                     await asyncio.sleep(0.02)
 
     async def _answer(self, request: web.BaseRequest) -> web.Response:
@@ -132,8 +139,9 @@ class HttpDoor:
     async def _admit(self, request: web.BaseRequest) -> web.Response:
         """Read a request, and have Triton answer it as soon as it has a place."""
         arrived = now()  # before the body comes: its caller's patience has begun
+        model = _model_of(request.raw_path)
         try:
-            self._admission.check()  # before the body is read
+            self._admissions.check(model)  # before the body is read
             held = self.memory.hold()
             handed_over = False
 
@@ -153,7 +161,7 @@ class HttpDoor:
                     given = ", ".join(request.headers.getall(_JSON_SIZE))[:100]
                     raise RefusedError(400, f"{_JSON_SIZE}: got {given!r}, expected one number")
                 check_binary_inputs(body.parts, body.size, size or 0)
-                return await self._admission.run(relay)
+                return await self._admissions.run(model, relay)
             finally:
                 if not handed_over:
                     held.release()
@@ -220,6 +228,7 @@ async def serve(
     triton: str,
     launcher: str | None = None,
     max_in_flight: int = MAX_IN_FLIGHT,
+    max_of_one_model: int = MAX_IN_FLIGHT,
     max_body: int = MAX_BODY,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then complete the requests in progress, for 30 s at most.
@@ -229,13 +238,14 @@ async def serve(
         triton: address of Triton's HTTP server.
         launcher: address of the launcher's status server.
         max_in_flight: requests that Triton has at once.
+        max_of_one_model: inferences of one model among them.
         max_body: bytes of a request's body, inflated.
 
     Raises:
         OSError: the address cannot be bound.
     """
     connections = min(Limits.connections, _open_files() - max_in_flight - _SPARE_FILES)
-    limits = Limits(max_in_flight, body=max_body, connections=max(connections, 1))
+    limits = Limits(max_in_flight, max_of_one_model, body=max_body, connections=max(connections, 1))
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
@@ -281,6 +291,12 @@ def _open_files() -> int:
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard
+
+
+def _model_of(path: str) -> bytes:
+    """The model that an inference asks for; empty for all other requests, which wait for no inference."""
+    found = _INFER.match(path)
+    return found[1].encode("utf-8", "replace") if found else b""
 
 
 def _json_size(request: web.BaseRequest) -> int | None:

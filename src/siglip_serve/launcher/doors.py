@@ -99,10 +99,12 @@ class Doors:
         for kind, port in self._ports.items():
             count = _process_count()
             command = self._gateway(port, folder) if kind == GATEWAY else self._door(kind, port)
+            of_one_model = str(_inferences(self._device) // count)
             if kind == "http":
-                command += ["--max-in-flight", str(_MOST_HTTP // count), "--launcher", launcher]
+                command += ["--max-in-flight", str(_MOST_HTTP // count), "--max-of-one-model", of_one_model]
+                command += ["--launcher", launcher]
             if kind == "grpc":
-                command += ["--max-in-flight", str(_inferences(self._device) // count)]
+                command += ["--max-in-flight", of_one_model]
             self._processes += [_Process(kind, command, run) for _ in range(count)]
 
     def wait_until_open(self, seconds: float) -> None:
@@ -211,7 +213,7 @@ def _process_count() -> int:
 
 
 def _inferences(device: str) -> int:
-    """Choose the inferences of one model that Triton has at once from all processes of the gRPC door.
+    """Choose the inferences of one model that Triton has at once from all processes of a door.
 
     The rest waits in the door, where those of callers that give up end at once. A core computes one at a
     time, so more than a few per core make nothing faster. A GPU computes hundreds together.

@@ -251,6 +251,40 @@ def test_calls_of_all_models_together_are_limited() -> None:
     asyncio.run(run())
 
 
+def test_places_that_become_free_go_to_the_models_in_turn() -> None:
+    async def run() -> None:
+        models = Models(in_flight=3, waiting=10, total=100, places=4)
+        calls = [models.call(name) for name in ["slow"] * 6 + ["other"] * 3 + ["third"]]
+        await settle()
+        assert models.started == ["slow", "slow", "slow", "other"]
+        calls[0].cancel()  # forgotten, and still in its place
+        await settle()
+        assert len(models.started) == 4
+        models.end.set()
+        await asyncio.gather(*calls, return_exceptions=True)
+        assert models.started[4:8] == ["slow", "other", "third", "slow"]
+        assert (len(models.started), models.admissions.in_flight) == (10, 0)
+        assert models.admissions._places.free == 4
+
+    asyncio.run(run())
+
+
+def test_a_place_passes_on_when_the_one_that_got_it_has_gone() -> None:
+    async def run() -> None:
+        models = Models(in_flight=1, waiting=10, total=100, places=1)
+        first, second, third = (models.call(name) for name in "abc")
+        await settle()
+        models.end.set()
+        for _ in range(6):  # whenever it goes: while it waits, as it is let in, or once it runs
+            await asyncio.sleep(0)
+            second.cancel()
+        await asyncio.gather(first, second, third, return_exceptions=True)
+        assert models.started[-1] == "c"
+        assert models.admissions._places.free == 1
+
+    asyncio.run(run())
+
+
 def test_names_that_callers_made_up_are_forgotten() -> None:
     async def run() -> None:
         models = Models(in_flight=10)
