@@ -29,11 +29,12 @@ SCALED: Mapping[str, Table | Summary] = {
         Source("serve_load.csv", {}),
         (
             Key(
-                "JPEG",
+                "checkpoint and JPEG",
                 "label",
                 {
-                    f"JPEG {size}, preprocess {mode}": f"{name}, `{mode}`"
-                    for size, name in (("4000x3000", "12 MP"), ("1920x1080", "1080p"))
+                    f"{checkpoint}, JPEG {size}, preprocess {mode}": f"{checkpoint}, {name}, `{mode}`"
+                    for checkpoint in ("siglip-tiny", "base/16@224")
+                    for size, name in (("4032x3024", "12 MP"), ("1920x1080", "1080p"), ("500x375", "500x375"))
                     for mode in ("fast", "scaled")
                 },
             ),
