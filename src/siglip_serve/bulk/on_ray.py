@@ -31,6 +31,9 @@ __all__ = ["RayOptions", "run_ray"]
 
 _USAGE_SECONDS = 2.0
 _STARTS = 3  # of a worker, until its actor gives up
+# An actor that ends so often in a row before it takes units is given up. Lost nodes end some starts too.
+_MOST_STARTS = 5
+_LEAST_PATIENCE = 120.0  # seconds until then, at least: Ray may report one death several times
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,8 @@ class _Actor:
         handle: of Ray.
         calls: what is under way: units, or names of methods.
         ready: it takes units.
+        failed_starts: in a row.
+        failing_since: when the first of them failed.
         asked: when its usage was last asked for.
     """
 
@@ -171,6 +176,8 @@ class _Actor:
     handle: Any
     calls: dict[Any, Unit | str] = field(default_factory=dict)
     ready: bool = False
+    failed_starts: int = 0
+    failing_since: float = 0.0
     asked: float = 0.0
 
     @property
@@ -225,7 +232,7 @@ class _Driver:
             description, refused = answer
             if refused:
                 raise SettingsError(refused)
-            actor.ready = True
+            actor.ready, actor.failed_starts = True, 0
             self._progress.note(f"{actor.name}: {description}")
         elif asked == "usage":
             self._progress.usage(actor.name, answer)
@@ -238,5 +245,25 @@ class _Driver:
         actor.ready = False
         if isinstance(asked, Unit):
             self._backlog.put_back([asked], "the actor that worked on it has ended")
+        if asked == "ready":
+            now = time.monotonic()
+            actor.failing_since = actor.failing_since if actor.failed_starts else now
+            actor.failed_starts += 1
+            if actor.failed_starts >= _MOST_STARTS and now - actor.failing_since >= _LEAST_PATIENCE:
+                self._give_up(actor)
+                return
         if "ready" not in actor.calls.values():
             actor.ask_ready()
+
+    def _give_up(self, actor: _Actor) -> None:
+        """Leave the units to the other actors.
+
+        Raises:
+            ServerStartError: there are no others.
+        """
+        ray.kill(actor.handle)
+        self._actors.remove(actor)
+        reason = f"{actor.name}: its process ended {actor.failed_starts} times while it started"
+        if not self._actors:
+            raise ServerStartError(f"{reason}; the logs of Ray's workers say why")
+        self._progress.note(f"{reason}; the others go on without it")
