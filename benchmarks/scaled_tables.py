@@ -34,7 +34,7 @@ SCALED: Mapping[str, Table | Summary] = {
                 {
                     f"{checkpoint}, JPEG {size}, preprocess {mode}": f"{checkpoint}, {name}, `{mode}`"
                     for checkpoint in ("siglip-tiny", "base/16@224")
-                    for size, name in (("4032x3024", "12 MP"), ("1920x1080", "1080p"), ("500x375", "500x375"))
+                    for size, name in (("4032x3024", "12 MP"), ("1920x1080", "1080p"))
                     for mode in ("fast", "scaled")
                 },
             ),

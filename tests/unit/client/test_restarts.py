@@ -192,8 +192,8 @@ class _Failing:
 class _Silent(_Failing):
     """Fails a number of requests, then does not answer until `end` is set."""
 
-    def __init__(self, *arguments: Any, times: int) -> None:
-        super().__init__(*arguments, times=times)
+    def __init__(self, message: str, code: grpc.StatusCode, status: int, times: int) -> None:
+        super().__init__(message, code, status, times)
         self.end = threading.Event()
 
     def fails(self) -> bool:

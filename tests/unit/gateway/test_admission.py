@@ -51,7 +51,7 @@ async def give_up(caller: asyncio.Task[str]) -> None:
     await settle()
 
 
-def check(test: Callable[[Work], Awaitable[Any]], **limits: int) -> None:
+def check(test: Callable[[Work], Awaitable[Any]], **limits: Any) -> None:
     async def run() -> None:
         await test(Work(Admission(**({"in_flight": 100, "waiting": 100} | limits))))
 
