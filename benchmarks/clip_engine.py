@@ -38,6 +38,7 @@ GEOMETRIES = {
     "ViT-B/32": (768, 12, 12, 32, 512, 8, 512),
     "ViT-B/16": (768, 12, 12, 16, 512, 8, 512),
     "ViT-L/14": (1024, 24, 16, 14, 768, 12, 768),
+    "tiny": (64, 2, 4, 56, 48, 4, 32),  # to try a script
 }
 SIDE, CONTEXT, START, END = 224, 77, 49406, 49407
 SHORTEST = 6
@@ -51,7 +52,7 @@ OURS: list[tuple[Backend, Dtype]] = [
 Way = Callable[[], NDArray[np.float32]]
 
 
-def random_clip(geometry: str) -> CLIPModel:
+def random_clip(geometry: str, activation: str = "quick_gelu") -> CLIPModel:
     """transformers' model with random weights."""
     width, layers, heads, patch, text_width, text_heads, joint = GEOMETRIES[geometry]
     vision = {
@@ -61,11 +62,15 @@ def random_clip(geometry: str) -> CLIPModel:
         "num_attention_heads": heads,
         "patch_size": patch,
         "image_size": SIDE,
+        "hidden_act": activation,
+        "projection_dim": joint,  # of a tower that is loaded alone
     }
     text = {
         "hidden_size": text_width,
         "intermediate_size": 4 * text_width,
         "num_attention_heads": text_heads,
+        "hidden_act": activation,
+        "projection_dim": joint,
         "bos_token_id": START,
         "eos_token_id": END,
     }
@@ -81,12 +86,12 @@ def save(model: CLIPModel, path: Path) -> None:
     (path / "preprocessor_config.json").write_text(json.dumps(images), encoding="utf-8")
 
 
-def draw_texts(longest: int) -> NDArray[np.int64]:
-    """Ids [TEXTS, CONTEXT] of texts whose lengths are uniform, padded with the end token as CLIP's are."""
+def draw_texts(longest: int, rows: int = TEXTS) -> NDArray[np.int64]:
+    """Ids [rows, CONTEXT] of texts whose lengths are uniform, padded with the end token as CLIP's are."""
     rng = np.random.default_rng(0)
-    ids = np.full((TEXTS, CONTEXT), END)
+    ids = np.full((rows, CONTEXT), END)
     ids[:, 0] = START
-    for row, length in enumerate(rng.integers(SHORTEST, longest + 1, TEXTS)):
+    for row, length in enumerate(rng.integers(SHORTEST, longest + 1, rows)):
         ids[row, 1 : length - 1] = rng.integers(0, START, length - 2)
     return ids
 

@@ -32,7 +32,7 @@ from siglip_serve.engine.passes import (
 )
 from siglip_serve.engine.patches import PatchRows
 from siglip_serve.engine.plan import Plan
-from siglip_serve.engine.texts import embedded_places, shorten
+from siglip_serve.engine.texts import embedded_places, round_up, shorten
 from siglip_serve.errors import SettingsError
 from siglip_serve.machine import available_cores
 from siglip_serve.towers.stored import StoredText, StoredVision
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from siglip_serve.heatmaps.attribution import Explainer, Explanation
     from siglip_serve.towers.load import AnyTextTower, AnyVisionTower
     from siglip_serve.towers.naflex import NaflexVisionTower
-    from siglip_serve.towers.siglip import TextTower, VisionTower
 
 __all__ = ["NaflexEngine", "TextEngine", "VisionEngine", "open_text", "open_vision"]
 
@@ -194,6 +193,7 @@ class TextEngine:
         self.plan = _text_plan(plan, tower)
         self._config = tower.config
         self.runner = _text_runner(tower, self.plan)
+        self._lengths: list[int] | None = getattr(self.runner, "lengths", None)
 
     def __call__(self, ids: NDArray[np.int64]) -> Batch:
         """Run the tower over all rows. Where length matters, texts of a pass are about as long.
@@ -208,11 +208,12 @@ class TextEngine:
         places = embedded_places(self._config, ids)
         if places.min() == places.max():
             return self._run(ids)
-        groups = group_rows(places + 1, self.runner.max_rows, _TEXT_PADDING)
+        counts = round_up(places + 1, self._lengths) if self._lengths else places + 1
+        groups = group_rows(counts, self.runner.max_rows, _TEXT_PADDING)
         return in_groups(groups, lambda group: self._run(ids[group]), len(ids))
 
     def _run(self, ids: NDArray[np.int64]) -> Batch:
-        ids = shorten(self._config, ids)
+        ids = shorten(self._config, ids, self._lengths)
         return in_passes(ids, self.runner.max_rows, lambda some: self.runner(some, ["EMBEDDING"]))
 
 
@@ -263,8 +264,7 @@ def _vision_runner(tower: AnyVisionTower, image: ImageConfig, plan: Plan) -> Vis
         return TorchVision(tower, image, torch.device(plan.device), _dtype(plan), plan.max_rows)
     from siglip_serve.engine.fused.runners import FusedVision
 
-    siglip = cast("VisionTower", tower)
-    return FusedVision(siglip, image, *_fused_options(plan, len(siglip.encoder.layers)))
+    return FusedVision(tower, image, *_fused_options(plan, len(tower.encoder.layers)))
 
 
 def _naflex_runner(tower: NaflexVisionTower, image: NaflexImageConfig, plan: Plan) -> NaflexRunner:
@@ -305,7 +305,7 @@ def _text_runner(tower: AnyTextTower | StoredText, plan: Plan) -> Runner:
         return TorchText(in_torch, device, _dtype(plan), plan.max_rows)
     from siglip_serve.engine.fused.runners import FusedText
 
-    return FusedText(cast("TextTower", tower), device, _dtype(plan), plan.max_rows)
+    return FusedText(in_torch, device, _dtype(plan), plan.max_rows)
 
 
 def _stored_vision(tower: AnyVisionTower | StoredVision) -> StoredVision:

@@ -13,8 +13,9 @@ from siglip_serve.machine import gpu_capabilities, processor_flags
 
 __all__ = ["Plan", "fastest_dtype"]
 
-# The activation that the fused kernels compute.
+# The activation that the fused kernels compute within a product, and float8 alone, and all that they compute.
 FUSED_ACTIVATION = "gelu_pytorch_tanh"
+_FUSED_ACTIVATIONS = (FUSED_ACTIVATION, "gelu", "quick_gelu")
 
 _FLOAT8_CAPABILITY = (8, 9)
 _FUSED_CAPABILITY = (8, 0)
@@ -111,23 +112,21 @@ class Plan:
             raise SettingsError(
                 "dtype int8: not for towers of NaFlex; float32, bfloat16, and on GPUs float16 and float8 are"
             )
-        if family == "clip":
-            return self._without_fused(
-                "for SigLIP's towers only; torch and openvino run CLIP's, in 32 or 16 bits or int8"
-            )
-        if activation == FUSED_ACTIVATION:
+        if family != "clip" and activation == FUSED_ACTIVATION:
             return self
-        return self._without_fused(
-            f"for towers with {FUSED_ACTIVATION} only, this one has {activation}; backend torch runs it"
-        )
-
-    def _without_fused(self, why: str) -> Plan:
-        """Refuse what only the fused kernels do, and leave their choice out of `auto`. `why` says it."""
-        if self.backend == "fused" or self.dtype == "float8":
-            what = "backend fused" if self.backend == "fused" else "dtype float8"
-            raise SettingsError(f"{what}: {why}")
-        on_gpu = self.device.startswith("cuda") and self.backend == "auto"
-        return replace(self, backend="torch") if on_gpu else self
+        if self.dtype == "float8":
+            kind = f"towers with {FUSED_ACTIVATION} only, this one has {activation}"
+            if family == "clip":
+                kind = "SigLIP's towers only"
+            raise SettingsError(f"dtype float8: for {kind}; use bfloat16")
+        if self.backend == "fused" and activation not in _FUSED_ACTIVATIONS:
+            raise SettingsError(
+                f"backend fused: for towers with {', '.join(_FUSED_ACTIVATIONS)} only, this one has "
+                f"{activation}; backend torch runs it"
+            )
+        # No GPU has run the fused kernels with these towers yet, so `auto` does not choose them.
+        unmeasured = self.device.startswith("cuda") and self.backend == "auto"
+        return replace(self, backend="torch") if unmeasured else self
 
     def _resolve_cpu(self) -> Plan:
         dtype = fastest_dtype(None) if self.dtype == "auto" else self.dtype

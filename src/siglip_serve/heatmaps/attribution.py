@@ -20,7 +20,6 @@ Shapes: B images, P vectors of width E (of the embeddings), T patches, D hidden 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 
 from siglip_serve.towers.clip import ClipVisionTower
 from siglip_serve.towers.naflex import NaflexVisionTower
-from siglip_serve.towers.siglip import ACTIVATIONS, BlockTrace, TowerTrace, VisionTower
+from siglip_serve.towers.siglip import ACTIVATIONS, TowerTrace, VisionTower, trace_blocks
 
 __all__ = ["ClipExplainer", "Explainer", "Explanation", "SiglipExplainer", "explainer_of"]
 
@@ -114,6 +113,10 @@ class SiglipExplainer:
     def explain(self, tower: VisionTower, pixels: Tensor, vectors: Tensor) -> Explanation[Tensor]:
         """Explain images. See `Explainer`."""
         return self(tower.trace(pixels, self.blocks), vectors)
+
+    def prepare(self, vectors: Tensor) -> tuple[Tensor]:
+        """Move vectors [P, D] float32 to the device of the tower, as `__call__` takes them behind a trace."""
+        return (vectors.to(self._probe.device),)
 
     @torch.inference_mode()
     def __call__(self, trace: TowerTrace, vectors: Tensor) -> Explanation[Tensor]:
@@ -219,30 +222,49 @@ class ClipExplainer:
     def __init__(self, tower: ClipVisionTower) -> None:
         self._projections = [block.self_attn.out_proj for block in tower.encoder.blocks]
         self._norm, self._projection = tower.post_layernorm, tower.projection
-        self._seen: OrderedDict[bytes, tuple[Tensor, Tensor, Tensor]] = OrderedDict()
+        self._seen: OrderedDict[bytes, tuple[Tensor, Tensor, Tensor, Tensor]] = OrderedDict()
 
     @torch.inference_mode()
     def explain(self, tower: ClipVisionTower, pixels: Tensor, vectors: Tensor) -> Explanation[Tensor]:
         """Explain images. See `Explainer`."""
-        form, seen, biases = self._see(vectors)
+        form, seen, biases, constant = self.prepare(vectors)
         x, blocks = tower.embed(pixels), tower.encoder.blocks  # [B, 1 + T, D]
-        maps = form.new_zeros(len(x), len(form), x.shape[1])  # [B, P, 1 + T]
-        without_place = [x[:, 0]]
+        own, maps = x[:, 0].float(), torch.zeros((), device=x.device)
         for start in range(0, len(blocks), _LAYERS_AT_ONCE):
-            traces = []
-            for block in blocks[start : start + _LAYERS_AT_ONCE]:
-                x, trace = block.trace(x)
-                traces.append(trace)
-                without_place.append(trace.mlp[:, 0])
-            maps += _by_class_token(traces, seen[start : start + len(traces)])
-        # The part that the class token took from itself has no place in the image either.
-        rest = torch.stack(without_place).float().sum(0) @ form.T + biases + maps[..., 0]
+            end = start + _LAYERS_AT_ONCE
+            x, added, taken = _by_class_token(trace_blocks(x, blocks[start:end]), seen[start:end])
+            own, maps = own + added, maps + taken
+        return self._explain(x, maps, own @ form.T + biases, constant)
+
+    @torch.inference_mode()
+    def __call__(
+        self, trace: TowerTrace, form: Tensor, seen: Tensor, biases: Tensor, constant: Tensor
+    ) -> Explanation[Tensor]:
+        """Explain the images of a trace of all blocks.
+
+        Args:
+            trace: `mlp` is read for the class token alone.
+            form, seen, biases, constant: found by `prepare`.
+        """
+        x, added, maps = _by_class_token(trace, seen)
+        own = trace.before[:, 0] + added
+        return self._explain(x, maps, own @ form.T + biases, constant)
+
+    def _explain(self, x: Tensor, maps: Tensor, own: Tensor, constant: Tensor) -> Explanation[Tensor]:
+        """Put the parts together.
+
+        Args:
+            x: [B, 1 + T, D], the tokens behind the blocks.
+            maps: [B, P, 1 + T], what the class token took from each token.
+            own: [B, P], what it had or got otherwise.
+            constant: [P], as of `prepare`.
+        """
         last, norm = x[:, 0].float(), self._norm
         centred, scale = _standardize(last, norm.eps)
-        matrix = self._matrix()
-        embedding = (centred / scale * norm.weight.float() + norm.bias.float()) @ matrix.T
+        embedding = (centred / scale * norm.weight.float() + norm.bias.float()) @ self._matrix().T
         length = embedding.norm(dim=-1, keepdim=True)
-        constant = vectors @ (matrix @ norm.bias.float())
+        # The part that the class token took from itself has no place in the image either.
+        rest = own + maps[..., 0]
         return Explanation(
             maps[..., 1:] / (scale * length)[..., None],
             rest / (scale * length) + constant / length,
@@ -256,21 +278,29 @@ class ClipExplainer:
         weight = self._norm.weight
         return torch.eye(len(weight), device=weight.device)
 
-    def _see(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    @torch.inference_mode()
+    def prepare(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Multiply vectors with the weights behind the values, or find the products of an earlier call.
 
+        Args:
+            vectors: [P, E] float32.
+
         Returns:
-            How vectors see the class token, [P, D], the mixed values of each layer, [L, P, D], and the biases
-            of all output projections together, [P].
+            How vectors see the class token, [P, D], the mixed values of each layer, [L, P, D], the biases of
+            all output projections together, [P], and the bias of the last LayerNorm, [P], on the device of
+            the tower.
         """
         key = vectors.cpu().numpy().tobytes()
         found = self._seen.pop(key, None)
         if found is None:
+            norm = self._norm
+            projected = vectors.to(norm.weight.device) @ self._matrix()
             # The mean that the last LayerNorm takes off is taken off here.
-            form = _centre((vectors @ self._matrix()) * self._norm.weight.float())
+            form = _centre(projected * norm.weight.float())
             seen = [form @ projection.weight.float() for projection in self._projections]
             biases = [form @ projection.bias.float() for projection in self._projections]
-            found = form, torch.stack(seen), torch.stack(biases).sum(0)
+            constant = projected @ norm.bias.float()
+            found = form, torch.stack(seen), torch.stack(biases).sum(0), constant
         if found[1].numel() <= _VALUES_KEPT:
             self._seen[key] = found
             if len(self._seen) > _SETS_KEPT:
@@ -278,26 +308,31 @@ class ClipExplainer:
         return found
 
 
-def _by_class_token(layers: Sequence[BlockTrace], seen: Tensor) -> Tensor:
-    """Sum what the class token takes from each token in some layers, as vectors see it.
+def _by_class_token(trace: TowerTrace, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum what the class token gets in some layers.
 
     Layers are taken together, so that a GPU does not wait for many small products.
 
     Args:
-        layers: traces of B images.
+        trace: of B images.
         seen: [L, P, D], how vectors see the mixed values of these layers.
 
     Returns:
-        [B, P, 1 + T].
+        The tokens behind the layers [B, 1 + T, D], what their MLPs added to the class token [B, D], and what
+        it took from each token, as vectors see it, [B, P, 1 + T].
     """
-    queries = torch.stack([layer.queries[:, :, 0] for layer in layers]).float()  # [L, B, H, D/H]
-    keys = torch.stack([layer.keys for layer in layers]).float()  # [L, B, H, 1 + T, D/H]
+    layers = trace.blocks
+    added = torch.stack([layer.mlp[:, 0] for layer in layers]).float().sum(0)
+    # The heads of all layers lie side by side, since a GPU joins tensors of up to four dimensions at once.
+    queries = torch.cat([layer.queries[:, :, 0] for layer in layers], dim=1).float()  # [B, L * H, D/H]
+    keys = torch.cat([layer.keys for layer in layers], dim=1).float()  # [B, L * H, 1 + T, D/H]
     scores = (keys @ queries[..., None])[..., 0] * queries.shape[-1] ** -0.5
     del keys
-    weighted = torch.stack([layer.values for layer in layers]).float()
+    weighted = torch.cat([layer.values for layer in layers], dim=1).float()
     weighted *= scores.softmax(-1)[..., None]
-    weighted = weighted.permute(1, 3, 0, 2, 4).flatten(2)  # [B, 1 + T, L * D]
-    return (weighted @ seen.permute(0, 2, 1).flatten(0, 1)).transpose(1, 2)
+    weighted = weighted.transpose(1, 2).flatten(2)  # [B, 1 + T, L * D]
+    taken = (weighted @ seen.permute(0, 2, 1).flatten(0, 1)).transpose(1, 2)
+    return trace.after, added, taken
 
 
 _GELU_SLOPE = (2 / torch.pi) ** 0.5

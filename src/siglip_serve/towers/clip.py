@@ -27,7 +27,7 @@ from siglip_serve.towers.clip_rules import end_places
 from siglip_serve.towers.siglip import Encoder, TextEmbeddings
 from siglip_serve.towers.weights import load_strictly, without_values
 
-__all__ = ["ClipTextTower", "ClipVisionTower", "load_text", "load_vision"]
+__all__ = ["ClipTextTower", "ClipVisionEmbeddings", "ClipVisionTower", "load_text", "load_vision"]
 
 
 class ClipVisionEmbeddings(nn.Module):

@@ -190,15 +190,13 @@ def test_the_square_is_at_the_rounded_centre(tmp_path: Path) -> None:
     assert offsets == [(0, 0), (0, 0), (1, 0), (2, 0), (2, 0)]
 
 
-def test_gelu_runs_without_the_fused_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gelu_runs_in_the_fused_kernels_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("siglip_serve.engine.plan.gpu_capabilities", lambda: ((9, 0),))
-    assert Plan("cuda:0").for_vision("siglip", 1024, "gelu").backend == "torch"
-    assert Plan("cuda:0").for_text("siglip", "gelu").backend == "torch"
-    for plan in (Plan("cuda:0", backend="fused"), Plan("cuda:0", dtype="float8")):
-        with pytest.raises(
-            SettingsError, match=r"for towers with gelu_pytorch_tanh only, this one has gelu; back"
-        ):
-            plan.for_vision("siglip", 1024, "gelu")
+    for plan, backend in ((Plan("cuda:0"), "torch"), (Plan("cuda:0", backend="fused"), "fused")):
+        assert plan.for_vision("siglip", 1024, "gelu").backend == backend
+        assert plan.for_text("siglip", "gelu").backend == backend
+    with pytest.raises(SettingsError, match="for towers with gelu_pytorch_tanh only, this one has gelu; "):
+        Plan("cuda:0", dtype="float8").for_vision("siglip", 1024, "gelu")
 
 
 def theirs(name: str) -> str:

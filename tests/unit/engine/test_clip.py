@@ -191,7 +191,7 @@ def test_maps_sum_to_the_cosine(
 @pytest.mark.parametrize(
     ("dtype", "backend", "message"),
     [
-        ("auto", "fused", "backend fused: for SigLIP's towers only; torch and openvino run CLIP's"),
+        ("auto", "fused", "backend fused: not for CPUs; torch and openvino are"),
         ("int8", "torch", "dtype int8: needs the backend openvino"),
         ("float8", "torch", "dtype float8: for SigLIP's towers only"),
         ("float16", "torch", "dtype float16: not for CPUs"),

@@ -130,11 +130,31 @@ def test_torch_runs_clip_on_gpus(dtype: Dtype, monkeypatch: pytest.MonkeyPatch) 
         assert (plan.backend, plan.dtype) == ("torch", "bfloat16" if dtype == "auto" else dtype)
 
 
+@pytest.mark.parametrize(("dtype", "used"), [("auto", "bfloat16"), ("float16", "float16")])
+def test_clip_runs_fused_on_gpus_when_asked_for(
+    dtype: Dtype, used: Dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, "9.0")
+    asked = Plan("cuda:0", dtype, "fused")
+    for activation in ("quick_gelu", "gelu", "gelu_pytorch_tanh"):
+        for plan in (asked.for_vision("clip", 768, activation), asked.for_text("clip", activation)):
+            assert (plan.backend, plan.dtype) == ("fused", used)
+
+
+def test_refuses_activations_that_no_kernel_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, "9.0")
+    assert Plan("cuda:0").for_vision("clip", 768, "relu").backend == "torch"
+    message = "backend fused: for towers with gelu_pytorch_tanh, gelu, quick_gelu only, this one has relu"
+    with pytest.raises(SettingsError, match=message):
+        Plan("cuda:0", backend="fused").for_text("clip", "relu")
+
+
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (Plan("cuda:0", "float8"), "dtype float8: for SigLIP's towers only; torch and openvino run CLIP's"),
-        (Plan("cuda:0", "auto", "fused"), "backend fused: for SigLIP's towers only"),
+        (Plan("cuda:0", "float8"), "dtype float8: for SigLIP's towers only; use bfloat16"),
+        (Plan("cuda:0", "float8", "fused"), "dtype float8: for SigLIP's towers only; use bfloat16"),
+        (Plan("cuda:0", "float32", "fused"), "backend fused with dtype float32: needs 16 or 8 bits"),
         (Plan("cuda:0", "auto", "openvino"), "backend openvino: not for GPUs"),
         (Plan("cuda:0", "int8"), "dtype int8: not for GPUs"),
     ],

@@ -1,12 +1,13 @@
 """Transformer blocks on NVIDIA GPUs: few, large operations on [M, W] rows.
 
-They compute what the blocks of `towers/siglip.py` do, with fewer passes over memory:
+They compute what the blocks of `towers/siglip.py` do, which are CLIP's too, with fewer passes over memory:
 
 - Attention reads queries, keys and values where one product has written them. It runs by a kernel of our own
   where there is one for the GPU and the shape, else by cuDNN.
 - LayerNorm is one pass. The last product of a branch adds to the residual stream directly. Its bias, and all
   biases before it, are added where the next LayerNorm reads the stream.
-- The GELU is computed by the matrix product that feeds it, before the result is written.
+- The tanh form of the GELU is computed by the matrix product that feeds it, before the result is written.
+  cuBLAS has no other activation for that. Others are one more pass, in place.
 
 `benchmarks/vision_waterfall.py` measures how much each of these gains.
 
@@ -24,9 +25,18 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from siglip_serve.engine.fused import attention, kernels, ragged
-from siglip_serve.towers.siglip import Block
+from siglip_serve.towers.siglip import Block, BlockTrace, TowerTrace
 
-__all__ = ["Blocks", "Layer", "Stack", "attend", "attend_by_cudnn", "attend_by_torch", "columns"]
+__all__ = [
+    "Blocks",
+    "Layer",
+    "Stack",
+    "attend",
+    "attend_by_cudnn",
+    "attend_by_torch",
+    "columns",
+    "round_matrices",
+]
 
 
 # By speed; the later ones take what the earlier ones refuse.
@@ -83,13 +93,60 @@ class Blocks:
             x = self._run(layer, x, rows, lengths)
         return x.float() + (self._layers[count].offset1 if count < len(self._layers) else self._offset)
 
-    def _run(self, layer: Layer, x: Tensor, rows: int, lengths: Tensor | None) -> Tensor:
-        h = kernels.layer_norm(x, layer.offset1, layer.norm1)
-        y = attend(torch.addmm(layer.b_qkv, h, layer.w_qkv), rows, layer.heads, lengths)
+    def pick(self, x: Tensor, rows: int, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Run all blocks for one token of each row. The last block computes no more than that needs.
+
+        Args:
+            x: tokens [M, W]. It is overwritten.
+            rows: images or texts.
+            places: [rows] int64 on the device, the rows of x that are wanted.
+
+        Returns:
+            The stream before the last block, [M, W], for `finish`, and the normalised tokens [rows, W].
+        """
+        for layer in self._layers[:-1]:
+            x = self._run(layer, x, rows)
+        picked = self._run(self._layers[-1], x, rows, places=places)
+        return x, kernels.layer_norm(picked, self._offset, self._final)
+
+    def finish(self, x: Tensor, rows: int) -> Tensor:
+        """Run the last block for all tokens: [M, W] of `pick` -> the residual stream behind it, float32.
+
+        x is overwritten.
+        """
+        return self._run(self._layers[-1], x, rows).float() + self._offset
+
+    def trace(self, x: Tensor, rows: int) -> TowerTrace:
+        """Trace all blocks on tokens [M, W] of `rows` images. x is overwritten.
+
+        Returns:
+            The trace, in which `mlp` is that of the first token of each image, [rows, 1, W].
+        """
+        before, blocks = x.clone(), []
+        for layer in self._layers:
+            qkv = layer.project(x)
+            x.addmm_(attend(qkv, rows, layer.heads, causal=layer.causal), layer.w_out)
+            z = layer.expand(x)
+            x.addmm_(z, layer.w_fc2)
+            mlp = z.view(rows, -1, z.shape[1])[:, 0] @ layer.w_fc2 + layer.b_fc2
+            blocks.append(BlockTrace(*_heads(qkv, rows, layer.heads), mlp[:, None]))
+        shape = rows, -1, x.shape[1]
+        return TowerTrace(before.view(shape), tuple(blocks), (x.float() + self._offset).view(shape))
+
+    def _run(
+        self,
+        layer: Layer,
+        x: Tensor,
+        rows: int,
+        lengths: Tensor | None = None,
+        places: Tensor | None = None,
+    ) -> Tensor:
+        """Run a block on x [M, W] in place, or with `places` on a copy of these rows of x."""
+        y = attend(layer.project(x), rows, layer.heads, lengths, layer.causal)
+        if places is not None:
+            x, y = x[places], y[places]
         x.addmm_(y, layer.w_out)
-        h = kernels.layer_norm(x, layer.offset2, layer.norm2)
-        z = torch._addmm_activation(layer.b_fc1, h, layer.w_fc1, use_gelu=True)
-        return x.addmm_(z, layer.w_fc2)
+        return x.addmm_(layer.expand(x), layer.w_fc2)
 
 
 class Layer:
@@ -103,22 +160,36 @@ class Layer:
     Attributes:
         offset1, offset2, offset_after: [W] float32, what the stream lacks before each half of the block, and
             behind it.
+        b_fc2: [W] float32, the bias of the MLP's output, which is a part of `offset_after`.
     """
 
     def __init__(self, block: Block, dtype: torch.dtype, offset: Tensor) -> None:
         attention, mlp = block.self_attn, block.mlp
-        self.heads = attention.heads
+        self.heads, self.causal = attention.heads, attention.causal
+        self.activation = mlp.activation
         self.norm1, self.norm2 = block.layer_norm1, block.layer_norm2
         self.w_qkv, self.b_qkv = columns(attention.qkv_proj, dtype)
         self.w_out, _ = columns(attention.out_proj, dtype)
         self.w_fc1, self.b_fc1 = columns(mlp.fc1, dtype)
         self.w_fc2, _ = columns(mlp.fc2, dtype)
+        self.b_fc2 = mlp.fc2.bias.detach()
         self.offset1 = offset
         self.offset2 = offset + attention.out_proj.bias
         self.offset_after = self.offset2 + mlp.fc2.bias
 
+    def project(self, x: Tensor) -> Tensor:
+        """Residual stream [M, W] -> queries, keys and values [M, 3 * W]"""
+        return torch.addmm(self.b_qkv, kernels.layer_norm(x, self.offset1, self.norm1), self.w_qkv)
 
-def attend(qkv: Tensor, rows: int, heads: int, lengths: Tensor | None = None) -> Tensor:
+    def expand(self, x: Tensor) -> Tensor:
+        """Residual stream [M, W] behind the attention -> the middle of the MLP, [M, hidden]"""
+        h = kernels.layer_norm(x, self.offset2, self.norm2)
+        if self.activation == "gelu_pytorch_tanh":
+            return torch._addmm_activation(self.b_fc1, h, self.w_fc1, use_gelu=True)
+        return kernels.activate(torch.addmm(self.b_fc1, h, self.w_fc1), self.activation)
+
+
+def attend(qkv: Tensor, rows: int, heads: int, lengths: Tensor | None = None, causal: bool = False) -> Tensor:
     """Self-attention by the fastest kernel that there is for the GPU and the shape.
 
     Args:
@@ -126,30 +197,44 @@ def attend(qkv: Tensor, rows: int, heads: int, lengths: Tensor | None = None) ->
         rows: images or texts.
         heads: of depth W / heads.
         lengths: [rows] int32 on the device, how many of a row's first tokens are attended to; None: all.
+        causal: no token attends to a later one. Not with `lengths`.
 
     Returns:
         [rows * T, W] of the same dtype.
     """
     if lengths is not None:
         return ragged.attend(qkv, lengths, heads)
-    if attention.is_supported(qkv, rows, heads):
+    if not causal and attention.is_supported(qkv, rows, heads):
         return attention.attend(qkv, rows, heads)
-    return attend_by_cudnn(qkv, rows, heads)
+    return attend_by_cudnn(qkv, rows, heads, causal)
 
 
-def attend_by_cudnn(qkv: Tensor, rows: int, heads: int) -> Tensor:
+def attend_by_cudnn(qkv: Tensor, rows: int, heads: int, causal: bool = False) -> Tensor:
     """Self-attention by cuDNN, or by torch's next kernel that takes the shape. Arguments as for `attend`."""
     with sdpa_kernel(_ATTENTION, set_priority=True):
-        return attend_by_torch(qkv, rows, heads)
+        return attend_by_torch(qkv, rows, heads, causal)
 
 
-def attend_by_torch(qkv: Tensor, rows: int, heads: int) -> Tensor:
+def attend_by_torch(qkv: Tensor, rows: int, heads: int, causal: bool = False) -> Tensor:
     """Self-attention by torch's choice of a kernel, on views of qkv. Arguments as for `attend`."""
-    q, k, v = qkv.view(rows, -1, 3, heads, qkv.shape[1] // 3 // heads).permute(2, 0, 3, 1, 4)
-    y = F.scaled_dot_product_attention(q, k, v)  # [rows, H, T, W/H]
+    q, k, v = _heads(qkv, rows, heads)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # [rows, H, T, W/H]
     return y.transpose(1, 2).reshape(len(qkv), -1)
+
+
+def _heads(qkv: Tensor, rows: int, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[rows * T, 3 * W] -> views of queries, keys and values, each [rows, H, T, W/H]"""
+    q, k, v = qkv.view(rows, -1, 3, heads, qkv.shape[1] // 3 // heads).permute(2, 0, 3, 1, 4)
+    return q, k, v
 
 
 def columns(linear: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the weight [in, out] and bias [out] of a layer in `dtype`."""
     return linear.weight.detach().to(dtype).t(), linear.bias.detach().to(dtype)
+
+
+def round_matrices(layers: Sequence[Block], dtype: torch.dtype) -> None:
+    """Round the matrices of blocks in place. A stack that is then made of them shares their memory."""
+    for layer in layers:
+        for linear in (layer.self_attn.qkv_proj, layer.self_attn.out_proj, layer.mlp.fc1, layer.mlp.fc2):
+            linear.weight.data = linear.weight.data.to(dtype)

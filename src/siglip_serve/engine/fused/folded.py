@@ -1,6 +1,6 @@
-"""Both ends of SigLIP's vision tower on a GPU, with everything constant multiplied into the weights at load.
+"""Both ends of a vision tower on a GPU, with everything constant multiplied into the weights at load.
 
-Shapes: n images, S side, p side of a patch, T patches of an image, W width, H heads,
+Shapes: n images, S side, p side of a patch, T tokens of an image, W width, H heads,
 G side of the grid on which NaFlex learned its positions.
 """
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from siglip_serve.checkpoint.model_config import ImageConfig
 from siglip_serve.engine.fused import kernels, ragged
+from siglip_serve.towers.clip import ClipVisionEmbeddings
 from siglip_serve.towers.naflex import NaflexEmbeddings
 from siglip_serve.towers.siglip import AttentionPooling, VisionEmbeddings
 
@@ -23,29 +24,35 @@ _ALIGNMENT = 8  # elements: rows of a matrix product begin at multiples of 16 by
 class FoldedPatchEmbedding:
     """Patch embedding as one matrix product, whose weights also normalise the pixels.
 
+    CLIP's class token is the first row of each image. Its pixels are zeros, so the product adds nothing.
+
     Args:
         embeddings: on the device, float32.
         image: the checkpoint's normalisation.
         dtype: arithmetic of the product and of the tokens.
     """
 
-    def __init__(self, embeddings: VisionEmbeddings, image: ImageConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self, embeddings: VisionEmbeddings | ClipVisionEmbeddings, image: ImageConfig, dtype: torch.dtype
+    ) -> None:
         conv, positions = embeddings.patch_embedding, embeddings.position_embedding.weight.detach()
         self._dtype = dtype
-        self._grid, self._patch = round(len(positions) ** 0.5), conv.kernel_size[0]
+        self._patch = conv.kernel_size[0]
         self._centre, factor, shift = _normalization(image, positions.device)
         weight = conv.weight.detach().permute(0, 2, 3, 1)  # [W, p, p, 3]
         bias = (weight * shift).sum((1, 2, 3)) + (0 if conv.bias is None else conv.bias.detach())
-        self._positions = (positions + bias).to(dtype)
+        added = positions + bias
+        if isinstance(embeddings, ClipVisionEmbeddings):
+            added[0] = positions[0] + embeddings.class_embedding.detach()
+        self._positions = added.to(dtype)
         weight = (weight * factor).flatten(1)  # [W, p * p * 3]
         self._weight = F.pad(weight, (0, -weight.shape[1] % _ALIGNMENT)).to(dtype).t()
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """uint8 pixels [n, S, S, 3] -> tokens [n * T, W], positions included"""
-        n, grid = len(pixels), self._grid
-        patches = torch.empty(n * grid * grid, self._weight.shape[0], dtype=self._dtype, device=pixels.device)
+        x = self._positions.repeat(len(pixels), 1)
+        patches = torch.empty(len(x), len(self._weight), dtype=self._dtype, device=pixels.device)
         kernels.cut_patches(pixels, self._patch, self._centre, patches)
-        x = self._positions.repeat(n, 1)
         return x.addmm_(patches, self._weight)
 
 

@@ -15,9 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from siglip_serve.towers.clip_rules import QUICK_GELU
+
 __all__ = [
     "FLOAT8",
     "Branch",
+    "activate",
     "cut_patches",
     "gelu_quantize",
     "largest_norm_scale",
@@ -30,6 +33,7 @@ Branch = tuple[Tensor, Tensor]
 
 _LARGEST = torch.finfo(FLOAT8).max
 _SMALLEST_AMAX = 1e-12  # a row of zeros has a scale too
+_ELEMENTS = 4096  # that a program of `activate` computes
 _ON_GPU = not os.environ.get("TRITON_INTERPRET")
 
 
@@ -95,6 +99,23 @@ def gelu_quantize(x: Tensor, scale: Tensor) -> Branch:
     return out, scales
 
 
+def activate(x: Tensor, activation: str) -> Tensor:
+    """Compute `quick_gelu`, or `gelu` in its exact form, in place and in float32.
+
+    Args:
+        x: contiguous, 16 bits.
+        activation: its name.
+
+    Returns:
+        x.
+    """
+    count = x.numel()
+    _activate[(triton.cdiv(count, _ELEMENTS),)](
+        x, count, QUICK_GELU, activation == "quick_gelu", _ELEMENTS, num_warps=4
+    )
+    return x
+
+
 def cut_patches(pixels: Tensor, patch: int, centre: Tensor, out: Tensor) -> None:
     """Cut images into patches, one row of numbers each, and subtract the middle of each channel.
 
@@ -102,12 +123,14 @@ def cut_patches(pixels: Tensor, patch: int, centre: Tensor, out: Tensor) -> None
         pixels: [n, S, S, 3] uint8. Pixels beyond the last whole patch are not seen.
         patch: pixels per side.
         centre: [3] float32, whole numbers.
-        out: [n * (S // patch)^2, K], where the rows are written. K is at least patch * patch * 3. The rest of
-            a row becomes zeros.
+        out: [n * T, K], where the rows are written. K is at least patch * patch * 3. The rest of a row
+            becomes zeros. T is (S // patch)^2 or more. Each image then begins with rows of zeros.
     """
     size, width = pixels.shape[1], out.shape[1]
+    grid = size // patch
+    before = len(out) // len(pixels) - grid * grid
     _cut_patches[(len(out),)](
-        pixels, centre, out, size, size // patch, width, patch, triton.next_power_of_2(width), num_warps=4
+        pixels, centre, out, size, grid, width, before, patch, triton.next_power_of_2(width), num_warps=4
     )
 
 
@@ -211,15 +234,29 @@ def _gelu_quantize(
 
 
 @triton.jit
+def _activate(x, count, slope, QUICK: tl.constexpr, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < count
+    values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    if QUICK:
+        values = values * tl.sigmoid(slope * values)
+    else:
+        values = 0.5 * values * (1 + tl.erf(values * 0.7071067811865476))
+    tl.store(x + place, values.to(x.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _cut_patches(
-    pixels, centre, out, size, grid, width, PATCH: tl.constexpr, BLOCK: tl.constexpr,
+    pixels, centre, out, size, grid, width, BEFORE: tl.constexpr, PATCH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    patch = tl.program_id(0)
+    row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     line, place = column // (3 * PATCH), column % (3 * PATCH)  # line in the patch, and place in the line
-    image, down, across = patch // (grid * grid), patch // grid % grid, patch % grid
+    tokens = grid * grid + BEFORE
+    image, patch = row // tokens, row % tokens - BEFORE
+    down, across = patch // grid, patch % grid
     source = ((image.to(tl.int64) * size + down * PATCH + line) * size + across * PATCH) * 3 + place
-    inside = column < 3 * PATCH * PATCH
+    inside = column < tl.where(patch < 0, 0, 3 * PATCH * PATCH)
     values = tl.load(pixels + source, mask=inside, other=0).to(tl.float32) - tl.load(centre + place % 3)
     values = tl.where(inside, values, 0.0)
-    tl.store(out + patch.to(tl.int64) * width + column, values.to(out.dtype.element_ty), mask=column < width)
+    tl.store(out + row.to(tl.int64) * width + column, values.to(out.dtype.element_ty), mask=column < width)

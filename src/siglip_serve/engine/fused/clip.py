@@ -1,0 +1,59 @@
+"""CLIP's image tower on a GPU.
+
+The embedding comes from the class token alone. Behind its attention, the last block is computed for this
+token only, and the rest of it just when patches are asked for.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from siglip_serve.checkpoint.model_config import ImageConfig
+from siglip_serve.engine.fused import kernels
+from siglip_serve.engine.fused.blocks import Blocks, round_matrices
+from siglip_serve.engine.fused.folded import FoldedPatchEmbedding
+from siglip_serve.towers.clip import ClipVisionTower
+from siglip_serve.towers.siglip import TowerTrace
+
+__all__ = ["ClipImages"]
+
+
+class ClipImages:
+    """The tower, as `FusedVision` records it.
+
+    Args:
+        tower: on the device, float32. It is taken over. Its matrices are rounded, for the explainer too.
+        image: the checkpoint's normalisation.
+        dtype: bfloat16 or float16.
+    """
+
+    def __init__(self, tower: ClipVisionTower, image: ImageConfig, dtype: torch.dtype) -> None:
+        layers = tower.encoder.blocks
+        round_matrices(layers, dtype)
+        self._tokens = tower.context
+        self._embed = FoldedPatchEmbedding(tower.embeddings, image, dtype)
+        self._norm = tower.pre_layrnorm
+        self._nothing = torch.zeros_like(self._norm.weight)
+        self._blocks = Blocks(layers, tower.post_layernorm, dtype)
+        self._projection = tower.projection.to(dtype)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """[n, S, S, 3] uint8 -> tokens before the last block [n, 1 + T, W], embedding [n, P] float32"""
+        rows, tokens = len(pixels), self._tokens
+        places = torch.arange(0, rows * tokens, tokens, device=pixels.device)
+        x, picked = self._blocks.pick(self._first(pixels), rows, places)
+        return x.view(rows, tokens, -1), self._projection(picked).float()
+
+    def patches(self, tokens: Tensor) -> Tensor:
+        """Tokens [n, 1 + T, W] of `forward`, which are overwritten -> those of patches [n, T, W] float32"""
+        x = self._blocks.finish(tokens.flatten(0, 1), len(tokens))
+        return x.view(tokens.shape)[:, 1:].contiguous()
+
+    def trace(self, pixels: Tensor) -> TowerTrace:
+        """[n, S, S, 3] uint8 -> the trace of all blocks. What the MLPs added is that of the class token."""
+        return self._blocks.trace(self._first(pixels), len(pixels))
+
+    def _first(self, pixels: Tensor) -> Tensor:
+        """[n, S, S, 3] uint8 -> the input of the first block [n * (1 + T), W]"""
+        return kernels.layer_norm(self._embed(pixels), self._nothing, self._norm)
