@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from random_checkpoints import random_clip, random_model, save_checkpoint, save_clip
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from siglip_serve.checkpoint.config import load_config
 from siglip_serve.checkpoint.model_config import ModelConfig
@@ -214,3 +216,30 @@ def test_siglip_with_the_exact_gelu_equals_its_tower(tmp_path: Path) -> None:
     got = FusedVision(siglip.load_vision(tmp_path), config.image, CPU, torch.float32)(image, OUTPUTS)()
     for name, array in got.items():
         assert_near(array, expected[name])
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses operations whose result the host needs, which no CUDA graph can record."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = str(func)
+        assert not name.startswith(("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select")), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("gelu")
+def test_nothing_that_is_recorded_waits_for_the_device(config: ModelConfig) -> None:
+    tower = vision(config)
+    explainer = ClipExplainer(tower)
+    images = FusedVision(tower, config.image, CPU, torch.float32, max_rows=1)._images
+    texts = FusedText(text(config), CPU, torch.float32, 1)
+    prepared = explainer.prepare(torch.eye(48)[:2])
+    image, ids = torch.from_numpy(pixels(1)), torch.from_numpy(ids_ending_at(3)[:, :16])
+    with torch.inference_mode(), NoWaiting():  # type: ignore[no-untyped-call]
+        images.forward(image)
+        explainer(images.trace(image), *prepared)
+        texts._forward(ids)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():  # type: ignore[no-untyped-call]
+        image.float().mean().item()
