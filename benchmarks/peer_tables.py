@@ -73,6 +73,7 @@ def _cost(dtype: str) -> Table:
         (
             Column("CPU ms per image", Cell("{server_cpu_ms:.0f}", image)),
             Column("CPU ms per text", Cell("{server_cpu_ms:.1f}", text)),
+            Column("memory, MB", Cell("{memory_mb:.0f}", image)),
             Column("start, s", Cell("{start_seconds:.1f}", image)),
             Column("smallest cosine, images", Cell("{cosine_min:.5f}", image)),
             Column("smallest cosine, texts", Cell("{cosine_min:.5f}", text)),
