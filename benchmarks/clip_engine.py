@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from transformers import CLIPConfig, CLIPModel
 
 from benchmarks.cpu_engine import Times, in_turns
-from benchmarks.records import about, cosine, write_csv
+from benchmarks.records import about, cosine, publish
 from siglip_serve.checkpoint.config import load_config
 from siglip_serve.config import Backend, Dtype
 from siglip_serve.engine.engines import TextEngine, VisionEngine
@@ -201,10 +201,7 @@ def main() -> None:
             ways = text_ways(Path(folder), model, rough, longest)
             columns = {**about_images, "tower": "text", "longest": str(longest)}
             table += compare(columns, TEXTS, ways, options.seconds)
-    for row in table:
-        print({key: row[key] for key in list(row)[len(about(PACKAGES)) :]}, flush=True)
-    if options.output:
-        write_csv(options.output, table, append=True)
+    publish(table, PACKAGES, options.output)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProject
 from benchmarks.clip_engine import CONTEXT, END, GEOMETRIES, SIDE, draw_texts, random_clip, save
 from benchmarks.cpu_engine import in_turns
 from benchmarks.random_towers import make_pixels
-from benchmarks.records import about, cosine, write_csv
+from benchmarks.records import about, cosine, publish
 from siglip_serve.checkpoint.config import load_config
 from siglip_serve.engine.fused.runners import FusedText, FusedVision
 from siglip_serve.engine.passes import Runner, in_passes
@@ -233,10 +233,7 @@ def main() -> None:
     logging.set_verbosity_error()  # each tower ignores the other's weights
     with tempfile.TemporaryDirectory(prefix="clip-gpu-") as folder:
         table = measure(Bench(options, Path(folder)))
-    for row in table:
-        print({key: row[key] for key in list(row)[len(about(PACKAGES)) :]}, flush=True)
-    if options.output:
-        write_csv(options.output, table, append=True)
+    publish(table, PACKAGES, options.output)
 
 
 if __name__ == "__main__":

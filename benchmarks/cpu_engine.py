@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.records import about, cosine, write_csv
+from benchmarks.records import about, cosine, publish
 from benchmarks.vision_tower import engine, reference
 from siglip_serve.checkpoint.config import load_config
 from siglip_serve.checkpoint.files import resolve
@@ -228,10 +228,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="cpu-engine-") as cache:
         measure = speed if options.question == "speed" else accuracy
         table = measure(options, options.cache or Path(cache))
-    for row in table:
-        print({key: row[key] for key in list(row)[len(about(PACKAGES)) :]}, flush=True)
-    if options.output:
-        write_csv(options.output, table)
+    publish(table, PACKAGES, options.output, append=False)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.naflex_ways import WIDTHS, Outcome, Setup, Way, take_turns
-from benchmarks.records import about, cosine, gpu_names, write_csv
+from benchmarks.records import about, cosine, gpu_names, publish
 from siglip_serve.machine import available_cores
 
 # As the server sets it, before the first parallel region: threads that spin burn CPU time while they wait.
@@ -113,10 +113,7 @@ def main() -> None:
             setattr(options, name, value)
     for width in options.width:
         table = measure(width, options)
-        for row in table:
-            print({key: row[key] for key in list(row)[len(about(PACKAGES)) :]}, flush=True)
-        if options.output:
-            write_csv(options.output, table, append=True)
+        publish(table, PACKAGES, options.output)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["about", "cosine", "gpu_names", "write_csv"]
+__all__ = ["about", "cosine", "gpu_names", "publish", "write_csv"]
 
 
 def about(packages: Sequence[str], device: str | None = None) -> dict[str, str]:
@@ -45,6 +45,17 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, str]], append: bool = Fals
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows([*kept, *rows])
+
+
+def publish(
+    rows: Sequence[Mapping[str, str]], packages: Sequence[str], output: Path | None, append: bool = True
+) -> None:
+    """Print rows without the columns that name the run, and write them to a CSV if one is named."""
+    columns = list(rows[0])[len(about(packages)) :]
+    for row in rows:
+        print({column: row[column] for column in columns}, flush=True)
+    if output:
+        write_csv(output, rows, append)
 
 
 def cosine(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:

@@ -121,8 +121,8 @@ class Settings:
         default="fast",
         metadata=_option(
             "images",
-            "fast: libjpeg-turbo; scaled: large JPEGs at a fraction of their size; pil: the reference's "
-            "pixels; gpu: JPEG decoded on the GPU",
+            "fast: libjpeg-turbo; scaled: large JPEGs are decoded smaller; pil: the pixels of transformers; "
+            "gpu: JPEGs are decoded on the GPU",
         ),
     )
     color: Color = field(

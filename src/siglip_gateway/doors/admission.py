@@ -247,8 +247,7 @@ class Admissions:
         Raises:
             FullError: too many calls wait.
         """
-        if self._calls >= self._total:
-            raise FullError(self._calls)
+        self._check_total()
         if admission := self._of.get(model):
             admission.check()
 
@@ -258,7 +257,7 @@ class Admissions:
         Raises:
             FullError: too many calls wait.
         """
-        self.check(model)
+        self._check_total()
         if len(self._of) > _MANY_NAMES:
             self._of = {name: known for name, known in self._of.items() if not known.is_idle}
         admission = self._of.get(model)
@@ -275,3 +274,7 @@ class Admissions:
         tasks = [task for admission in self._of.values() for task in admission.tasks]
         if tasks:
             await asyncio.wait(tasks, timeout=seconds)
+
+    def _check_total(self) -> None:
+        if self._calls >= self._total:
+            raise FullError(self._calls)

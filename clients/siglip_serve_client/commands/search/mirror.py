@@ -89,7 +89,7 @@ def _copy(uri: str, cache: Path) -> Path:
             bar.update(done)
     if wanted:
         print(f"siglip-serve: copied {len(wanted)} of {len(files)} files to {own}", file=sys.stderr)
-    return own if len(files) != 1 or files[0].name == _DESCRIPTION else own / files[0].name
+    return own / files[0].name if files[0].place == place else own
 
 
 def _files(uri: str, filesystem: Any, place: str) -> Iterator[_File]:
