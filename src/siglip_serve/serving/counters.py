@@ -75,14 +75,14 @@ class ImageCounter:
         labels = {"model": model}
         self._families = (
             _Family("images_total", "Images that were decoded and scaled", "COUNTER"),
-            _Family("decode_seconds", "Time to decode and scale the images of a request", "HISTOGRAM"),
+            _Family("decode_seconds", "Time to decode requests that were taken together", "HISTOGRAM"),
         )
         images, seconds = self._families
         self._images = images.metric(labels)
         self._seconds = seconds.metric(labels, _SECONDS)
 
     def add(self, images: int, seconds: float) -> None:
-        """Count the images of one request."""
+        """Count the images of requests that were taken together."""
         self._images.increment(images)
         self._seconds.observe(seconds)
 

@@ -53,11 +53,12 @@ class SiglipVisionProcess(BatchModel[list[bytes], Sequence[_File]]):
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Return one response per request."""
-        if self._gpu is None:
-            return respond_each(requests, self._answer, self._refusals)
         self._count = 0
         begin = time.perf_counter()
-        responses = super().execute(requests)
+        if self._gpu is None:
+            responses = respond_each(requests, self._answer, self._refusals)
+        else:
+            responses = super().execute(requests)
         if self._count:
             # Once for all: each call is a message to the server and back.
             self._counter.add(self._count, time.perf_counter() - begin)
@@ -79,9 +80,7 @@ class SiglipVisionProcess(BatchModel[list[bytes], Sequence[_File]]):
 
     def finish(self, request: Request, own: Sequence[_File]) -> Outputs:
         """Decode on the CPU what the GPU has left."""
-        outputs = self._pixels(request, own)
-        self._count += len(outputs["IMAGE_SIZE"])
-        return outputs
+        return self._pixels(request, own)
 
     def close(self) -> None:
         """End what decodes for this model. No request may follow."""
@@ -94,10 +93,7 @@ class SiglipVisionProcess(BatchModel[list[bytes], Sequence[_File]]):
             return GpuJpegReader(context.config.image, context.device, self._images.limits)
 
     def _answer(self, request: Request) -> Outputs:
-        begin = time.perf_counter()
-        outputs = self._pixels(request, [(file, None) for file in self.read(request)])
-        self._counter.add(len(outputs["IMAGE_SIZE"]), time.perf_counter() - begin)
-        return outputs
+        return self._pixels(request, [(file, None) for file in self.read(request)])
 
     def _decode(self, files: Sequence[bytes]) -> Sequence[Decoded | None]:
         from siglip_serve.engine.passes import end_if_lost
@@ -122,6 +118,7 @@ class SiglipVisionProcess(BatchModel[list[bytes], Sequence[_File]]):
                 return picture.pixels
 
             read = map_rows("INPUT_IMAGE", files, pixels)
+        self._count += len(read)
         outputs = {"PIXEL_VALUES": read, "IMAGE_SIZE": np.array(sizes, dtype=np.int32)}
         if "PATCH_GRID" in request.wanted():
             outputs["PATCH_GRID"] = np.array([grid_of(self._config, *size) for size in sizes], dtype=np.int32)
