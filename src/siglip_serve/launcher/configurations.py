@@ -100,8 +100,8 @@ def fit(config: Config, checkpoint: ServedCheckpoint, device: str, decoders: int
         config: as in the repository.
         checkpoint: the one that the model loads.
         device: `cpu` or `cuda`.
-        decoders: processes of a model that runs in several CPU processes, or that decodes images on GPUs
-            (per GPU); 0: on CPUs fitted to the cores, on GPUs as configured.
+        decoders: processes of a model that decodes images in several CPU processes, or on GPUs (per GPU); 0:
+            on CPUs fitted to the cores, on GPUs as configured.
 
     Raises:
         ServerStartError: the model takes images of one size, and the checkpoint is a NaFlex.
@@ -135,11 +135,12 @@ def _leave_out_grids(config: Config) -> None:
 
 
 def _set_processes(config: Config, device: str, decoders: int) -> None:
-    decodes = any(tensor.name == _FILES for tensor in config.input)
+    if not any(tensor.name == _FILES for tensor in config.input):
+        return
     for group in config.instance_group:
         if group.kind == _KIND_CPU and group.count > 1:
             group.count = decoders or _processes(device)
-        elif group.kind == _KIND_GPU and decodes and decoders:
+        elif group.kind == _KIND_GPU and decoders:
             group.count = decoders
 
 

@@ -104,6 +104,14 @@ def test_sets_decode_processes_per_gpu_only_where_images_are_decoded() -> None:
     assert fitted("siglip_vision_model", "cuda", decoders=7).instance_group[0].count == 2
 
 
+@pytest.mark.parametrize("model", ["siglip_text_tokenize", "siglip_text_model"])
+def test_a_gpu_has_two_processes_of_each_text_model(model: str) -> None:
+    for device, expected in (("cuda", 2), ("cpu", 1)):
+        config = read_config(MODELS / model, [device])
+        fit(config, checkpoint(9), device, 7)
+        assert [group.count for group in config.instance_group] == [expected]
+
+
 def test_reads_the_first_variant_that_exists(tmp_path: Path) -> None:
     model = tmp_path / "model"
     (model / "configs").mkdir(parents=True)
