@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -19,17 +19,21 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from benchmarks.inputs import GEOMETRIES
 from benchmarks.records import about, write_csv
 from siglip_serve.engine.fused.attention import Shape, attend, is_supported
 
-_TOKENS = (1, 16, 49, 64, 65, 100, 128, 129, 144, 196, 208, 209, 256, 257, 576, 729, 784, 1024)
+_TOKENS = (1, 16, 49, 64, 65, 100, 128, 129, 144, 196, 208, 209, 256, 257, 272, 273, 576, 729, 784, 1024)
 _FEW_ROWS = 5
 _CHECKED_TOKENS = 20_000  # so that each multiprocessor computes several heads
 _SMALL = Shape(64, 1, 64, torch.bfloat16)
 _SETS = 3  # of tokens, used alternately, so that none stays in a cache
 _MOST_ERROR = 0.5  # in rounding steps of the type; cuDNN's error is 0.25, as ours
-_ROWS = {"base/16@224": (192, 1), "so400m/14@384": (48, 1)}
+# Tokens, heads, depth of a head; rows.
+_MEASURED = {
+    "base/16@224": ((196, 12, 64), (192, 1)),
+    "so400m/14@384": ((729, 16, 72), (48, 1)),
+    "CLIP ViT-L/14@224": ((257, 16, 64), (160, 1)),
+}
 
 Attention = Callable[[Tensor, int, int], Tensor]
 
@@ -63,12 +67,12 @@ def error(way: Attention, qkv: Tensor, rows: int, heads: int) -> float:
     return float((way(qkv, rows, heads).float() - exact).norm() / exact.norm())
 
 
-def check() -> bool:
-    """Check our kernel at all shapes; print the wrong ones, and return True if there are none."""
+def check(lengths: Sequence[int]) -> bool:
+    """Check our kernel at many shapes; print the wrong ones, and return True if there are none."""
     wrong = []
     shapes = [
         Shape(tokens, heads, depth, dtype)
-        for tokens in _TOKENS
+        for tokens in lengths
         for heads, depth in ((16, 72), (12, 64), (1, 64))
         for dtype in (torch.bfloat16, torch.float16)
     ]
@@ -86,14 +90,8 @@ def check() -> bool:
 
 def measure(geometry: str, rows: int, seconds: float) -> list[dict[str, str]]:
     """Measure a geometry; one row of the table per way."""
-    config = GEOMETRIES[geometry]
-    heads = config["num_attention_heads"]
-    shape = Shape(
-        (config["image_size"] // config["patch_size"]) ** 2,
-        heads,
-        config["hidden_size"] // heads,
-        torch.bfloat16,
-    )
+    shape = Shape(*_MEASURED[geometry][0], torch.bfloat16)
+    heads = shape.heads
     sets = [make_tokens(shape, rows) for _ in range(_SETS)]
     graphs = {name: _record(way, sets, rows, heads) for name, way in _WAYS.items()}
     times: dict[str, list[float]] = {name: [] for name in _WAYS}
@@ -139,6 +137,9 @@ def main() -> None:
     """Check, measure, print, and append to a CSV if asked to; the status is 1 if something was wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=1, help="time of our kernel, default %(default)s")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=_TOKENS, help="lengths to check, default many"
+    )
     parser.add_argument("--output", type=Path, help="CSV file to append to")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -146,8 +147,8 @@ def main() -> None:
         torch.zeros(64, 192, device="cuda").bfloat16(), 1, 1
     ):
         sys.exit("needs a GPU of compute capability 9.0 and the package cuda-bindings")
-    right = check()
-    for geometry, sizes in _ROWS.items():
+    right = check(options.tokens)
+    for geometry, (_, sizes) in _MEASURED.items():
         for rows in sizes:
             table = measure(geometry, rows, options.seconds)
             for row in table:

@@ -27,6 +27,7 @@ static constexpr bool kNarrow = DEPTH > kWide;       // 8 more columns
 static constexpr int kValueRows = (DEPTH + 63) / 64;  // rows of 128 bytes per value
 static constexpr int kGroups = ((TOKENS + kTile - 1) / kTile + SHARE - 1) / SHARE;  // items per head
 static constexpr int kBlocks = (TOKENS + BLOCK - 1) / BLOCK;
+static constexpr int kBox = BLOCK > 256 ? BLOCK / 2 : BLOCK;  // rows of a copy, whose engine takes 256 at most
 static constexpr int kValid = TOKENS - (kBlocks - 1) * BLOCK;  // keys of the last block
 static constexpr int kLast = (kValid + 15) / 16 * 16;          // rows of it that are computed
 
@@ -41,6 +42,7 @@ static constexpr u32 kZeros = kValues + STAGES * kValueBytes;
 static constexpr int kZeroRows = kNarrow ? BLOCK > kTile ? BLOCK : kTile : 0;
 static_assert(kZeros + kZeroRows * 16 == SHARED_BYTES, "attention.py and attention.cu disagree on shared memory");
 static_assert(DEPTH == 64 || DEPTH == 72, "");
+static_assert(BLOCK % kBox == 0 && kBox % 8 == 0, "");  // each copy begins at a multiple of 1 kB
 static_assert(kQueryBytes >= kTile * DEPTH * 2 && SHARE <= SLOTS, "");
 // A barrier distinguishes only two phases, so a reader that waits for a phase must have waited for the one before it.
 // Therefore it must not skip a stage between two of its own, nor take queries from the slot of another reader.
@@ -252,13 +254,17 @@ __device__ __forceinline__ void produce(const TensorMap& query_map, const Tensor
       u32 full = base + kKeyFull + stage * 8;
       wait(base + kKeyEmpty + stage * 8, free);
       expect(full, kKeyBytes);
-      copy(key, key_map, 0, b * BLOCK, HEADS + item.head, item.image, full);
-      if (kNarrow) copy(key + kKeyWide, key_narrow_map, kWide, b * BLOCK, HEADS + item.head, item.image, full);
+      for (int r = 0; r < BLOCK; r += kBox) {
+        const int row = b * BLOCK + r;
+        copy(key + r * 2 * kWide, key_map, 0, row, HEADS + item.head, item.image, full);
+        if (kNarrow) copy(key + kKeyWide + r * 16, key_narrow_map, kWide, row, HEADS + item.head, item.image, full);
+      }
       full = base + kValueFull + stage * 8;
       wait(base + kValueEmpty + stage * 8, free);
       expect(full, kValueBytes);
       for (int c = 0; c < kValueRows; c++)
-        copy(value + c * BLOCK * 128, key_map, c * 64, b * BLOCK, 2 * HEADS + item.head, item.image, full);
+        for (int r = 0; r < BLOCK; r += kBox)
+          copy(value + (c * BLOCK + r) * 128, key_map, c * 64, b * BLOCK + r, 2 * HEADS + item.head, item.image, full);
     }
   }
 }

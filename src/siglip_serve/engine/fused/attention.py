@@ -29,7 +29,8 @@ _READERS = 3
 _THREADS = 128 * (_READERS + 1)
 _MOST_SHARED_BYTES = 232_448
 _BARRIER_BYTES = 1024
-_MOST_AT_ONCE = 256  # tokens of a short sequence, whose keys all fit into shared memory
+_MOST_AT_ONCE = 272  # tokens of a short sequence, whose keys all fit into shared memory
+_MOST_COPIED = 256  # rows of one copy
 _BLOCK = 128
 _OPTIONS = (b"--gpu-architecture=sm_90a", b"--std=c++17")
 
@@ -90,6 +91,11 @@ class Layout:
         if self.half:
             return sorted({self.half, last - self.half})
         return sorted({self.block, last} if tokens > self.block else {last})
+
+    @property
+    def box(self) -> int:
+        """The keys of one copy: a whole block, or half of one that is too long."""
+        return self.block if self.block <= _MOST_COPIED else self.block // 2
 
     def items(self, tokens: int) -> int:
         """Return the number of items of a head."""
@@ -229,9 +235,9 @@ class _Kernel:
 
     def __call__(self, qkv: Tensor, out: Tensor, rows: int) -> None:
         """Launch the kernel on the current stream."""
-        block = self._layout.block
+        box = self._layout.box
         # Boxes of columns x tokens: 64 columns in rows of 128 bytes, or the 8 columns behind them.
-        boxes = ((64, _TILE), (8, _TILE), (64, block), (8, block))
+        boxes = ((64, _TILE), (8, _TILE), (64, box), (8, box))
         maps = [self._map(qkv, rows, columns, tokens) for columns, tokens in boxes]
         pointer, count = ctypes.c_void_p(out.data_ptr()), ctypes.c_int(rows)
         addresses = [*(tensor_map.getPtr() for tensor_map in maps), *map(ctypes.addressof, (pointer, count))]
