@@ -13,11 +13,13 @@ import argparse
 import copy
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Literal
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -30,6 +32,7 @@ from benchmarks.random_towers import fill, make_pixels
 from benchmarks.records import about, cosine, write_csv
 from siglip_serve.checkpoint.config import load_config
 from siglip_serve.checkpoint.model_config import ImageConfig, VisionConfig
+from siglip_serve.engine.fused import products
 from siglip_serve.engine.fused.runners import FusedVision
 from siglip_serve.engine.passes import in_passes
 from siglip_serve.engine.torch.runners import TorchVision
@@ -38,7 +41,7 @@ from siglip_serve.towers.siglip import VisionTower, load_vision
 
 AnyFused = LeveredVision | FusedVision
 AnyRunner = TorchVision | AnyFused
-Step = Levers | Literal["torch", "fused", "float8"]
+Step = Levers | Literal["torch", "unchosen", "fused", "float8"]
 
 _OFF = Levers(kernels=False, gelu=False, attention="torch", fold=False, graphs=False)
 _STEPS: dict[str, Step] = {
@@ -49,7 +52,8 @@ _STEPS: dict[str, Step] = {
     "LayerNorm kernel, residual in the product": (kernels := replace(gelu, kernels=True)),
     "folded patch embedding and pooling query": (fold := replace(kernels, fold=True)),
     "CUDA graphs": replace(fold, graphs=True),
-    "attention kernel": "fused",
+    "attention kernel": "unchosen",
+    "chosen products": "fused",
     "float8": "float8",
 }
 
@@ -124,7 +128,10 @@ def make_runner(options: argparse.Namespace, step: Step, dtype: torch.dtype) -> 
         return LeveredVision(tower, image, device, dtype, step, rows)
     if step == "torch":
         return TorchVision(tower, image, device, dtype)
-    return FusedVision(tower, image, device, dtype, step == "float8", rows)
+    # Without trials, torch chooses the products.
+    trials = patch.object(products, "tried", nullcontext) if step == "unchosen" else nullcontext()
+    with trials:
+        return FusedVision(tower, image, device, dtype, step == "float8", rows)
 
 
 def run_all(runner: AnyRunner, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from siglip_serve.engine.fused import attention, kernels, ragged
+from siglip_serve.engine.fused import attention, kernels, products, ragged
 from siglip_serve.towers.siglip import Block, BlockTrace, TowerTrace
 
 __all__ = [
@@ -125,9 +125,9 @@ class Blocks:
         before, blocks = x.clone(), []
         for layer in self._layers:
             qkv = layer.project(x)
-            x.addmm_(attend(qkv, rows, layer.heads, causal=layer.causal), layer.w_out)
+            products.add_product(x, attend(qkv, rows, layer.heads, causal=layer.causal), layer.w_out)
             z = layer.expand(x)
-            x.addmm_(z, layer.w_fc2)
+            products.add_product(x, z, layer.w_fc2)
             mlp = z.view(rows, -1, z.shape[1])[:, 0] @ layer.w_fc2 + layer.b_fc2
             blocks.append(BlockTrace(*_heads(qkv, rows, layer.heads), mlp[:, None]))
         shape = rows, -1, x.shape[1]
@@ -145,8 +145,8 @@ class Blocks:
         y = attend(layer.project(x), rows, layer.heads, lengths, layer.causal)
         if places is not None:
             x, y = x[places], y[places]
-        x.addmm_(y, layer.w_out)
-        return x.addmm_(layer.expand(x), layer.w_fc2)
+        products.add_product(x, y, layer.w_out)
+        return products.add_product(x, layer.expand(x), layer.w_fc2)
 
 
 class Layer:
@@ -179,14 +179,14 @@ class Layer:
 
     def project(self, x: Tensor) -> Tensor:
         """Residual stream [M, W] -> queries, keys and values [M, 3 * W]"""
-        return torch.addmm(self.b_qkv, kernels.layer_norm(x, self.offset1, self.norm1), self.w_qkv)
+        return products.linear(kernels.layer_norm(x, self.offset1, self.norm1), self.w_qkv, self.b_qkv)
 
     def expand(self, x: Tensor) -> Tensor:
         """Residual stream [M, W] behind the attention -> the middle of the MLP, [M, hidden]"""
         h = kernels.layer_norm(x, self.offset2, self.norm2)
         if self.activation == "gelu_pytorch_tanh":
-            return torch._addmm_activation(self.b_fc1, h, self.w_fc1, use_gelu=True)
-        return kernels.activate(torch.addmm(self.b_fc1, h, self.w_fc1), self.activation)
+            return products.linear(h, self.w_fc1, self.b_fc1, gelu=True)
+        return kernels.activate(products.linear(h, self.w_fc1, self.b_fc1), self.activation)
 
 
 def attend(qkv: Tensor, rows: int, heads: int, lengths: Tensor | None = None, causal: bool = False) -> Tensor:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from siglip_serve.engine.fused import kernels
+from siglip_serve.engine.fused import kernels, products
 from siglip_serve.engine.fused.blocks import attend, columns
 from siglip_serve.towers.siglip import Block
 
@@ -74,7 +74,7 @@ class Float8Blocks:
         for layer in self._layers[:count]:
             h = kernels.normalize_quantize(x, layer.offset1, layer.eps, branch)
             qkv = _multiply(h, layer.qkv, self._norm_scale, torch.bfloat16)
-            x.addmm_(attend(qkv, rows, layer.heads, lengths), layer.w_out)
+            products.add_product(x, attend(qkv, rows, layer.heads, lengths), layer.w_out)
             h = kernels.normalize_quantize(x, layer.offset2, layer.eps)
             z = _multiply(h, layer.fc1, self._norm_scale, kernels.FLOAT8)
             z, row_scale = kernels.gelu_quantize(z, layer.middle_scale)
@@ -188,9 +188,7 @@ def _normalized(tokens: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 def _multiply(x: Tensor, weight: _Weight, x_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Multiply x [M, K] float8 by a weight, with one scale per matrix."""
-    return torch._scaled_mm(
-        x, weight.values, x_scale, weight.scale, weight.bias, out_dtype=dtype, use_fast_accum=True
-    )
+    return products.scaled_product(x, weight.values, (x_scale, weight.scale), weight.bias, dtype)
 
 
 def draw_pictures(rows: int, size: int) -> NDArray[np.uint8]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from siglip_serve.checkpoint.model_config import ImageConfig
-from siglip_serve.engine.fused import kernels, ragged
+from siglip_serve.engine.fused import kernels, products, ragged
 from siglip_serve.towers.clip import ClipVisionEmbeddings
 from siglip_serve.towers.naflex import NaflexEmbeddings
 from siglip_serve.towers.siglip import AttentionPooling, VisionEmbeddings
@@ -53,7 +53,7 @@ class FoldedPatchEmbedding:
         x = self._positions.repeat(len(pixels), 1)
         patches = torch.empty(len(x), len(self._weight), dtype=self._dtype, device=pixels.device)
         kernels.cut_patches(pixels, self._patch, self._centre, patches)
-        return x.addmm_(patches, self._weight)
+        return products.add_product(x, patches, self._weight)
 
 
 class FoldedPatches:
@@ -77,7 +77,7 @@ class FoldedPatches:
         rows = len(patches) * patches.shape[1]
         x = torch.empty(rows, len(self._weight), dtype=self._weight.dtype, device=patches.device)
         ragged.place_patches(patches, grids, self._grid, self._centre, x)
-        return torch.addmm(self._bias, x, self._weight)
+        return products.linear(x, self._weight, self._bias)
 
 
 class FoldedPooling:

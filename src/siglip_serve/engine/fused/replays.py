@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from siglip_serve.engine.buckets import BUCKETS
+from siglip_serve.engine.fused import products
 from siglip_serve.engine.passes import Arrays, Finish, is_out_of_memory
 
 __all__ = ["Replays", "record"]
@@ -160,7 +161,8 @@ def record(compute: Callable[[], _Computed], pool: Any = None) -> tuple[torch.cu
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles, allocates and chooses, which a recording must not
+    # This compiles, allocates and chooses, which a recording must not.
+    with torch.cuda.stream(stream), products.tried():
         compute()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()

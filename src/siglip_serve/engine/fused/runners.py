@@ -162,11 +162,8 @@ class FusedText:
         x = F.embedding(ids, self._words) + self._positions[: ids.shape[1]]
         rows, length, width = x.shape
         x = x.view(-1, width)
-        if isinstance(self._config, ClipTextConfig):
-            first = torch.arange(0, len(x), length, device=ids.device)
-            _, x = self._blocks.pick(x, rows, first + end_places(self._config, ids))
-        else:
-            x = self._blocks(x, rows).view(rows, length, width)[:, -1]
+        place = end_places(self._config, ids) if isinstance(self._config, ClipTextConfig) else length - 1
+        _, x = self._blocks.pick(x, rows, torch.arange(0, len(x), length, device=ids.device) + place)
         return (self._head(x).float(),)
 
 

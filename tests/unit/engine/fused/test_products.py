@@ -1,0 +1,124 @@
+"""The choice of algorithms of matrix products. The algorithms need a GPU (benchmarks/products.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from siglip_serve.engine.fused import products
+from siglip_serve.engine.fused.cublaslt import CublasLtError, Kind
+
+Run = Callable[[], None]
+
+
+def runs_of(times: Sequence[float | None]) -> tuple[list[Run], Callable[[Run], float]]:
+    """Ways that take these times, or that refuse, and what measures them."""
+    ways: dict[Run, float] = {}
+
+    def way(time: float | None) -> Run:
+        def run() -> None:
+            if time is None:
+                raise CublasLtError("refused")
+
+        ways[run] = time or 0.0
+        return run
+
+    return [way(time) for time in times], ways.__getitem__
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ([3.0, 2.0, 2.5], 1),
+        ([2.0, 3.0], 0),
+        ([2.0, 1.99], 0),  # no clear gain
+        ([None, 3.0, 2.0], 2),
+        ([None, 2.0, 1.99], 1),
+        ([None, None], None),
+        ([], None),
+    ],
+)
+def test_chooses_the_fastest_that_works(times: list[float | None], expected: int | None) -> None:
+    assert products.choose(*runs_of(times)) == expected
+
+
+def test_a_slow_moment_does_not_decide() -> None:
+    runs, _ = runs_of([2.0, 1.0])
+    moments = {runs[0]: iter([2.0] * 9), runs[1]: iter([9.0, 9.0, 1.0, 9.0, 9.0])}
+    assert products.choose(runs, lambda run: next(moments[run])) == 1
+
+
+def test_equals_torch_where_torch_computes() -> None:
+    torch.manual_seed(0)
+    x, w, bias = torch.randn(5, 8), torch.randn(6, 8).t(), torch.randn(6)
+    with products.tried():
+        assert torch.equal(products.linear(x, w, bias), torch.addmm(bias, x, w))
+        found = products.linear(x, w, bias, gelu=True)
+        expected = torch.nn.functional.gelu(torch.addmm(bias, x, w), approximate="tanh")
+        assert torch.allclose(found, expected, atol=1e-3)
+        out = torch.ones(5, 6)
+        assert products.add_product(out, x, w) is out
+        assert torch.allclose(out, 1 + x @ w, atol=1e-5)
+
+
+class OnGpu:
+    """Looks like a matrix on a GPU."""
+
+    is_cuda, dtype = True, torch.bfloat16
+    device = torch.device("cuda", 0)
+
+    def __init__(self, rows: int, columns: int, contiguous: bool = True, address: int = 64) -> None:
+        self.shape, self._contiguous, self._address = (rows, columns), contiguous, address
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def t(self) -> OnGpu:
+        return self
+
+    def is_contiguous(self) -> bool:
+        return self._contiguous
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+def kind_of(x: OnGpu, w: OnGpu) -> Kind:
+    return Kind(len(x), w.shape[1], w.shape[0], x.dtype, x.dtype)
+
+
+def test_tries_a_shape_only_once_and_only_where_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Kind] = []
+    found = object()
+
+    def try_one(kind: Kind, *_: object) -> object:
+        tried.append(kind)
+        return found
+
+    monkeypatch.setattr(products, "_try", try_one)
+    monkeypatch.setattr(products, "_chosen", {})
+    x, w = OnGpu(4096, 768), OnGpu(768, 3072)
+
+    def find(x: OnGpu, w: OnGpu) -> object:
+        return products._find(kind_of(x, w), x, w, None)  # type: ignore[arg-type]
+
+    assert find(x, w) is None
+    assert not tried
+    with products.tried():
+        assert find(x, w) is found
+        assert find(x, w) is found
+    assert find(x, w) is found
+    assert find(OnGpu(2048, 768), w) is None
+    assert tried == [kind_of(x, w)]
+    # Of the same shape, but not as the algorithm takes it.
+    assert find(OnGpu(4096, 768, contiguous=False), w) is None
+    assert find(x, OnGpu(768, 3072, contiguous=False)) is None
+    assert find(OnGpu(4096, 768, address=8), w) is None
+
+
+def test_leaves_small_products_to_torch() -> None:
+    kind = Kind(16, 768, 768, torch.bfloat16, torch.bfloat16)
+    matrices = OnGpu(16, 768), OnGpu(768, 768)
+    assert products._try(kind, *matrices, None, None) is None  # type: ignore[arg-type]
