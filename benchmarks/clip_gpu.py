@@ -37,7 +37,7 @@ from siglip_serve.engine.fused.runners import FusedText, FusedVision
 from siglip_serve.engine.passes import Runner, in_passes
 from siglip_serve.engine.texts import shorten
 from siglip_serve.engine.torch.runners import TorchText, TorchVision
-from siglip_serve.heatmaps.attribution import ClipExplainer
+from siglip_serve.heatmaps.attribution import ClipExplainer, on_host
 from siglip_serve.towers.clip import load_text, load_vision
 
 PACKAGES = ["torch", "triton", "transformers", "numpy"]
@@ -99,8 +99,7 @@ class Bench:
         vectors /= vectors.norm(dim=1, keepdim=True)
 
         def explain() -> None:
-            found = runner.explain(explainer, pixels, vectors)
-            found.maps.cpu(), found.unattributed.cpu(), found.embedding.cpu()
+            on_host(runner.explain(explainer, pixels, vectors))
 
         forward = partial(self._ours(runner), pixels)
         return {"forward": forward, "heatmap": explain}

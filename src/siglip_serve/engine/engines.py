@@ -132,12 +132,10 @@ class VisionEngine:
         """
         import torch
 
-        from siglip_serve.heatmaps.attribution import Explanation
+        from siglip_serve.heatmaps.attribution import on_host
 
         with out_of_memory_refused(f"{len(vectors)} prompts"):
-            found = self._explain(self._explainer, pixels, torch.from_numpy(vectors))
-            maps, unattributed, embedding = found.maps, found.unattributed, found.embedding
-            return Explanation(*(part[0].cpu().numpy() for part in (maps, unattributed, embedding)))
+            return on_host(self._explain(self._explainer, pixels, torch.from_numpy(vectors)))
 
 
 class NaflexEngine:
@@ -176,14 +174,14 @@ class NaflexEngine:
         """Explain the embedding of one image. See `VisionEngine`; maps [P, T] end with zeros."""
         import torch
 
-        from siglip_serve.heatmaps.attribution import Explanation
+        from siglip_serve.heatmaps.attribution import Explanation, on_host
 
         alone = rows.take(np.zeros(1, dtype=np.intp))
         with out_of_memory_refused(f"{len(vectors)} prompts"):
-            found = self.runner.explain(self._explainer, alone, torch.from_numpy(vectors))
+            found = on_host(self.runner.explain(self._explainer, alone, torch.from_numpy(vectors)))
             maps = np.zeros((len(vectors), self._most), dtype=np.float32)
-            maps[:, : int(alone.counts[0])] = found.maps[0].cpu().numpy()
-            return Explanation(maps, found.unattributed[0].cpu().numpy(), found.embedding[0].cpu().numpy())
+            maps[:, : int(alone.counts[0])] = found.maps
+            return Explanation(maps, found.unattributed, found.embedding)
 
 
 class TextEngine:

@@ -124,9 +124,8 @@ class Plan:
                 f"backend fused: for towers with {', '.join(_FUSED_ACTIVATIONS)} only, this one has "
                 f"{activation}; backend torch runs it"
             )
-        # No GPU has run the fused kernels with these towers yet, so `auto` does not choose them.
-        unmeasured = self.device.startswith("cuda") and self.backend == "auto"
-        return replace(self, backend="torch") if unmeasured else self
+        other = self.device.startswith("cuda") and activation not in _FUSED_ACTIVATIONS
+        return replace(self, backend="torch") if other and self.backend == "auto" else self
 
     def _resolve_cpu(self) -> Plan:
         dtype = fastest_dtype(None) if self.dtype == "auto" else self.dtype

@@ -33,7 +33,7 @@ from siglip_serve.towers.clip import ClipVisionTower
 from siglip_serve.towers.naflex import NaflexVisionTower
 from siglip_serve.towers.siglip import ACTIVATIONS, TowerTrace, VisionTower, trace_blocks
 
-__all__ = ["ClipExplainer", "Explainer", "Explanation", "SiglipExplainer", "explainer_of"]
+__all__ = ["ClipExplainer", "Explainer", "Explanation", "SiglipExplainer", "explainer_of", "on_host"]
 
 # Products of earlier sets of vectors are kept on the device: most sets, and most values of one set.
 _SETS_KEPT, _VALUES_KEPT = 16, 2**20
@@ -59,6 +59,16 @@ class Explanation(Generic[Array]):
     maps: Array
     unattributed: Array
     embedding: Array
+
+
+def on_host(found: Explanation[Tensor]) -> Explanation[NDArray[np.float32]]:
+    """Copy the explanation of one image, [1, ...], to arrays without the leading dimension."""
+    parts = found.maps[0], found.unattributed[0], found.embedding[0]
+    # Together, since each copy waits for the device.
+    joined = torch.cat([part.flatten() for part in parts]).cpu()
+    sizes = [part.numel() for part in parts]
+    split = zip(joined.split(sizes), parts, strict=True)
+    return Explanation(*(values.view(part.shape).numpy() for values, part in split))
 
 
 class Explainer(Protocol):
@@ -222,51 +232,50 @@ class ClipExplainer:
     def __init__(self, tower: ClipVisionTower) -> None:
         self._projections = [block.self_attn.out_proj for block in tower.encoder.blocks]
         self._norm, self._projection = tower.post_layernorm, tower.projection
-        self._seen: OrderedDict[bytes, tuple[Tensor, Tensor, Tensor, Tensor]] = OrderedDict()
+        self._seen: OrderedDict[bytes, tuple[Tensor, Tensor, Tensor]] = OrderedDict()
 
     @torch.inference_mode()
     def explain(self, tower: ClipVisionTower, pixels: Tensor, vectors: Tensor) -> Explanation[Tensor]:
         """Explain images. See `Explainer`."""
-        form, seen, biases, constant = self.prepare(vectors)
+        form, seen, constant = self.prepare(vectors)
         x, blocks = tower.embed(pixels), tower.encoder.blocks  # [B, 1 + T, D]
-        own, maps = x[:, 0].float(), torch.zeros((), device=x.device)
+        maps = torch.zeros((), device=x.device)
         for start in range(0, len(blocks), _LAYERS_AT_ONCE):
             end = start + _LAYERS_AT_ONCE
-            x, added, taken = _by_class_token(trace_blocks(x, blocks[start:end]), seen[start:end])
-            own, maps = own + added, maps + taken
-        return self._explain(x, maps, own @ form.T + biases, constant)
+            trace = trace_blocks(x, blocks[start:end])
+            x, maps = trace.after, maps + _taken(trace, seen[start:end])
+        return self._explain(x, maps, form, constant)
 
     @torch.inference_mode()
     def __call__(
-        self, trace: TowerTrace, form: Tensor, seen: Tensor, biases: Tensor, constant: Tensor
+        self, trace: TowerTrace, form: Tensor, seen: Tensor, constant: Tensor
     ) -> Explanation[Tensor]:
         """Explain the images of a trace of all blocks.
 
         Args:
-            trace: `mlp` is read for the class token alone.
-            form, seen, biases, constant: found by `prepare`.
+            trace: `mlp` is not read.
+            form, seen, constant: found by `prepare`.
         """
-        x, added, maps = _by_class_token(trace, seen)
-        own = trace.before[:, 0] + added
-        return self._explain(x, maps, own @ form.T + biases, constant)
+        return self._explain(trace.after, _taken(trace, seen), form, constant)
 
-    def _explain(self, x: Tensor, maps: Tensor, own: Tensor, constant: Tensor) -> Explanation[Tensor]:
+    def _explain(self, x: Tensor, maps: Tensor, form: Tensor, constant: Tensor) -> Explanation[Tensor]:
         """Put the parts together.
 
         Args:
             x: [B, 1 + T, D], the tokens behind the blocks.
             maps: [B, P, 1 + T], what the class token took from each token.
-            own: [B, P], what it had or got otherwise.
-            constant: [P], as of `prepare`.
+            form, constant: as of `prepare`.
         """
         last, norm = x[:, 0].float(), self._norm
         centred, scale = _standardize(last, norm.eps)
         embedding = (centred / scale * norm.weight.float() + norm.bias.float()) @ self._matrix().T
         length = embedding.norm(dim=-1, keepdim=True)
-        # The part that the class token took from itself has no place in the image either.
-        rest = own + maps[..., 0]
+        places = maps[..., 1:]
+        # All the rest of the class token has no place in the image: its first value, what MLPs and biases
+        # added, and what it took from itself.
+        rest = last @ form.T - places.sum(-1)
         return Explanation(
-            maps[..., 1:] / (scale * length)[..., None],
+            places / (scale * length)[..., None],
             rest / (scale * length) + constant / length,
             embedding,
         )
@@ -279,16 +288,15 @@ class ClipExplainer:
         return torch.eye(len(weight), device=weight.device)
 
     @torch.inference_mode()
-    def prepare(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def prepare(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Multiply vectors with the weights behind the values, or find the products of an earlier call.
 
         Args:
             vectors: [P, E] float32.
 
         Returns:
-            How vectors see the class token, [P, D], the mixed values of each layer, [L, P, D], the biases of
-            all output projections together, [P], and the bias of the last LayerNorm, [P], on the device of
-            the tower.
+            How vectors see the class token, [P, D], the mixed values of each layer, [L, P, D], and the bias
+            of the last LayerNorm, [P], on the device of the tower.
         """
         key = vectors.cpu().numpy().tobytes()
         found = self._seen.pop(key, None)
@@ -298,9 +306,7 @@ class ClipExplainer:
             # The mean that the last LayerNorm takes off is taken off here.
             form = _centre(projected * norm.weight.float())
             seen = [form @ projection.weight.float() for projection in self._projections]
-            biases = [form @ projection.bias.float() for projection in self._projections]
-            constant = projected @ norm.bias.float()
-            found = form, torch.stack(seen), torch.stack(biases).sum(0), constant
+            found = form, torch.stack(seen), projected @ norm.bias.float()
         if found[1].numel() <= _VALUES_KEPT:
             self._seen[key] = found
             if len(self._seen) > _SETS_KEPT:
@@ -308,21 +314,16 @@ class ClipExplainer:
         return found
 
 
-def _by_class_token(trace: TowerTrace, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum what the class token gets in some layers.
+def _taken(trace: TowerTrace, seen: Tensor) -> Tensor:
+    """Find what the class token took from each token in some layers, as vectors see it, [B, P, 1 + T].
 
     Layers are taken together, so that a GPU does not wait for many small products.
 
     Args:
         trace: of B images.
         seen: [L, P, D], how vectors see the mixed values of these layers.
-
-    Returns:
-        The tokens behind the layers [B, 1 + T, D], what their MLPs added to the class token [B, D], and what
-        it took from each token, as vectors see it, [B, P, 1 + T].
     """
     layers = trace.blocks
-    added = torch.stack([layer.mlp[:, 0] for layer in layers]).float().sum(0)
     # The heads of all layers lie side by side, since a GPU joins tensors of up to four dimensions at once.
     queries = torch.cat([layer.queries[:, :, 0] for layer in layers], dim=1).float()  # [B, L * H, D/H]
     keys = torch.cat([layer.keys for layer in layers], dim=1).float()  # [B, L * H, 1 + T, D/H]
@@ -331,8 +332,7 @@ def _by_class_token(trace: TowerTrace, seen: Tensor) -> tuple[Tensor, Tensor, Te
     weighted = torch.cat([layer.values for layer in layers], dim=1).float()
     weighted *= scores.softmax(-1)[..., None]
     weighted = weighted.transpose(1, 2).flatten(2)  # [B, 1 + T, L * D]
-    taken = (weighted @ seen.permute(0, 2, 1).flatten(0, 1)).transpose(1, 2)
-    return trace.after, added, taken
+    return (weighted @ seen.permute(0, 2, 1).flatten(0, 1)).transpose(1, 2)
 
 
 _GELU_SLOPE = (2 / torch.pi) ** 0.5

@@ -123,22 +123,18 @@ def test_only_wide_vision_towers_run_in_float8(
     assert Plan("cuda:0", "float8").for_text("siglip").dtype == "bfloat16"
 
 
-@pytest.mark.parametrize("dtype", ["auto", "float16", "float32"])
-def test_torch_runs_clip_on_gpus(dtype: Dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, "9.0")
-    for plan in (Plan("cuda:0", dtype).for_vision("clip", 768), Plan("cuda:0", dtype).for_text("clip")):
-        assert (plan.backend, plan.dtype) == ("torch", "bfloat16" if dtype == "auto" else dtype)
-
-
-@pytest.mark.parametrize(("dtype", "used"), [("auto", "bfloat16"), ("float16", "float16")])
-def test_clip_runs_fused_on_gpus_when_asked_for(
-    dtype: Dtype, used: Dtype, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("dtype", "used", "backend"),
+    [("auto", "bfloat16", "fused"), ("float16", "float16", "fused"), ("float32", "float32", "torch")],
+)
+def test_clip_runs_fused_on_gpus_in_16_bits(
+    dtype: Dtype, used: Dtype, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(monkeypatch, "9.0")
-    asked = Plan("cuda:0", dtype, "fused")
+    plan = Plan("cuda:0", dtype)
     for activation in ("quick_gelu", "gelu", "gelu_pytorch_tanh"):
-        for plan in (asked.for_vision("clip", 768, activation), asked.for_text("clip", activation)):
-            assert (plan.backend, plan.dtype) == ("fused", used)
+        for found in (plan.for_vision("clip", 768, activation), plan.for_text("clip", activation)):
+            assert (found.backend, found.dtype) == (backend, used)
 
 
 def test_refuses_activations_that_no_kernel_computes(monkeypatch: pytest.MonkeyPatch) -> None:

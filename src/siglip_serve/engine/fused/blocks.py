@@ -120,16 +120,14 @@ class Blocks:
         """Trace all blocks on tokens [M, W] of `rows` images. x is overwritten.
 
         Returns:
-            The trace, in which `mlp` is that of the first token of each image, [rows, 1, W].
+            The trace, in which `mlp` is empty, [rows, 0, W]: CLIP's explainer does without.
         """
         before, blocks = x.clone(), []
         for layer in self._layers:
             qkv = layer.project(x)
             products.add_product(x, attend(qkv, rows, layer.heads, causal=layer.causal), layer.w_out)
-            z = layer.expand(x)
-            products.add_product(x, z, layer.w_fc2)
-            mlp = z.view(rows, -1, z.shape[1])[:, 0] @ layer.w_fc2 + layer.b_fc2
-            blocks.append(BlockTrace(*_heads(qkv, rows, layer.heads), mlp[:, None]))
+            products.add_product(x, layer.expand(x), layer.w_fc2)
+            blocks.append(BlockTrace(*_heads(qkv, rows, layer.heads), x.new_empty(rows, 0, x.shape[1])))
         shape = rows, -1, x.shape[1]
         return TowerTrace(before.view(shape), tuple(blocks), (x.float() + self._offset).view(shape))
 
@@ -160,7 +158,6 @@ class Layer:
     Attributes:
         offset1, offset2, offset_after: [W] float32, what the stream lacks before each half of the block, and
             behind it.
-        b_fc2: [W] float32, the bias of the MLP's output, which is a part of `offset_after`.
     """
 
     def __init__(self, block: Block, dtype: torch.dtype, offset: Tensor) -> None:
@@ -172,7 +169,6 @@ class Layer:
         self.w_out, _ = columns(attention.out_proj, dtype)
         self.w_fc1, self.b_fc1 = columns(mlp.fc1, dtype)
         self.w_fc2, _ = columns(mlp.fc2, dtype)
-        self.b_fc2 = mlp.fc2.bias.detach()
         self.offset1 = offset
         self.offset2 = offset + attention.out_proj.bias
         self.offset_after = self.offset2 + mlp.fc2.bias

@@ -51,7 +51,7 @@ class ClipImages:
         return x.view(tokens.shape)[:, 1:].contiguous()
 
     def trace(self, pixels: Tensor) -> TowerTrace:
-        """[n, S, S, 3] uint8 -> the trace of all blocks. What the MLPs added is that of the class token."""
+        """[n, S, S, 3] uint8 -> the trace of all blocks without what their MLPs added"""
         return self._blocks.trace(self._first(pixels), len(pixels))
 
     def _first(self, pixels: Tensor) -> Tensor:
