@@ -84,6 +84,8 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     def __init__(self, channel: Any, max_in_flight: int, max_waiting: int = MAX_WAITING) -> None:
         self._channel = channel
+        self._triton_infer = channel.unary_unary(_INFER)
+        self._infer_handler = grpc.stream_unary_rpc_method_handler(self._infer)
         self._inferences = Admissions(max_in_flight, max_waiting, 2 * MAX_WAITING)
         # Streams, which may stay open for hours, and probes wait for no inference.
         self._others = Admissions(_MAX_OTHERS, 0, _MAX_OTHERS)
@@ -92,9 +94,11 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
     def service(self, handler_call_details: Any) -> Any:
         """Choose the handler of a method; ModelStreamInfer is the only one of Triton's that streams."""
         method = handler_call_details.method
+        if method == _INFER:
+            return self._infer_handler
         if method == _STREAM:
             return grpc.stream_stream_rpc_method_handler(self._stream)
-        return grpc.stream_unary_rpc_method_handler(partial(self._unary, method))
+        return grpc.stream_unary_rpc_method_handler(partial(self._other, method))
 
     @property
     def in_flight(self) -> int:
@@ -105,29 +109,21 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
         """Wait until Triton has answered all calls, those of callers that gave up included."""
         await asyncio.gather(self._inferences.drain(seconds), self._others.drain(seconds))
 
-    async def _unary(self, method: str, _requests: AsyncIterator[bytes], context: Any) -> bytes:
-        request = await context.read()
-        if request is EOF:  # gRPC itself would leave this call without a status
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no message")
+    async def _infer(self, _requests: AsyncIterator[bytes], context: Any) -> bytes:
+        request = await _only_request(context)
         await _refuse_late(context)
-        fields = await _checked(request, context) if method == _INFER else []
+        fields = await _checked(request, context)
+        request, by_deadline = with_timeout(request, fields, context.time_remaining(), now())
+        ask = partial(_ask, self._triton_infer, request, context)
+        admitted = self._inferences.run(model_of(request, fields), ask)
+        return await _pass_answer(admitted, context, by_deadline)
 
-        by_deadline = False
-        if method == _INFER:
-            request, by_deadline = with_timeout(request, fields, context.time_remaining(), now())
-
-        async def ask() -> tuple[Any, bytes]:
-            call = self._channel.unary_unary(method)(request, metadata=_metadata(context))
-            return call, await _answer(call)
-
-        if method == _INFER:
-            admitted = self._inferences.run(model_of(request, fields), ask)
-        else:
-            admitted = self._others.run(b"", ask)
-        call, answer = await _or_refuse(admitted, context)
-        await _pass_initial_metadata(call, context)
-        await _pass_status(call, context, by_deadline)
-        return answer
+    async def _other(self, method: str, _requests: AsyncIterator[bytes], context: Any) -> bytes:
+        request = await _only_request(context)
+        await _refuse_late(context)
+        ask = partial(_ask, self._channel.unary_unary(method), request, context)
+        admitted = self._others.run(b"", ask)
+        return await _pass_answer(admitted, context, by_deadline=False)
 
     async def _stream(self, requests: AsyncIterator[bytes], context: Any) -> None:
         await _refuse_late(context)
@@ -163,6 +159,37 @@ async def _or_refuse(admitted: Coroutine[Any, Any, T], context: Any) -> T:
         return await context.abort(grpc.StatusCode.UNAVAILABLE, reason)
 
 
+async def _only_request(context: Any) -> bytes:
+    """Read the request of a unary call.
+
+    Raises:
+        grpc.aio.AbortError: there is none; gRPC itself would leave such a call without a status.
+    """
+    request = await context.read()
+    if request is EOF:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no message")
+    return request
+
+
+async def _ask(triton: Any, request: bytes, context: Any) -> tuple[Any, bytes]:
+    """Ask Triton; return the call and its answer, which is empty where the status of the call is an error."""
+    call = triton(request, metadata=_metadata(context))
+    try:
+        return call, await call
+    except AioRpcError:  # the call keeps its status, for the caller if it is still there
+        return call, b""
+
+
+async def _pass_answer(
+    admitted: Coroutine[Any, Any, tuple[Any, bytes]], context: Any, by_deadline: bool
+) -> bytes:
+    """Wait for Triton's answer and pass its metadata and status on; `by_deadline` as in `_pass_status`."""
+    call, answer = await _or_refuse(admitted, context)
+    await _pass_initial_metadata(call, context)
+    await _pass_status(call, context, by_deadline)
+    return answer
+
+
 async def _refuse_late(context: Any) -> None:
     """Abort a call whose caller has given up already."""
     left = context.time_remaining()
@@ -184,14 +211,6 @@ async def _checked(request: bytes, context: Any) -> list[Field]:
 
 def _refusal(error: Exception) -> str:
     return str(error) if isinstance(error, TensorError) else f"{_NOT_A_MESSAGE}: {error}"
-
-
-async def _answer(call: Any) -> bytes:
-    """Wait for Triton's answer; empty where the status of `call` is an error."""
-    try:
-        return bytes(await call)
-    except AioRpcError:  # the call keeps its status, for the caller if it is still there
-        return b""
 
 
 async def _pass_requests(requests: AsyncIterator[bytes], call: Any, context: Any, refused: list[str]) -> None:
