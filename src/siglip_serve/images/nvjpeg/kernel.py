@@ -1,4 +1,4 @@
-"""A GPU kernel that turns the planes of JPEGs into RGB, with the whole-number arithmetic of libjpeg."""
+"""GPU kernels that turn planes of JPEGs into RGB, with libjpeg's whole-number arithmetic, and resize it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from torch import Tensor
 
 from siglip_serve.images.jpeg import PlainFrame
 
-__all__ = ["to_rgb"]
+__all__ = ["resample", "to_rgb"]
 
 _BLOCK = 1024
+_THREADS = 256
 
 
 def to_rgb(
@@ -27,12 +28,12 @@ def to_rgb(
         unwritten: what the memory held before.
 
     Returns:
-        [n, 3, height, width] float32, whole numbers from 0 to 255; and [n] int32, 1 where all planes of the
-        picture were written to their ends, else 0.
+        [n, 3, height, width] uint8; and [n] int32, 1 where all planes of the picture were written to
+        their ends, else 0.
     """
     height, width, sampling = frame
     down, across = sampling == "4:2:0", sampling in ("4:2:0", "4:2:2")
-    out = torch.empty(len(planes), 3, height, width, dtype=torch.float32, device=planes.device)
+    out = torch.empty(len(planes), 3, height, width, dtype=torch.uint8, device=planes.device)
     written = torch.empty(len(planes), dtype=torch.int32, device=planes.device)
     _to_rgb[(triton.cdiv(height * width, _BLOCK), len(planes))](
         planes, out, written, planes.stride(0), height, width,
@@ -40,6 +41,31 @@ def to_rgb(
         sampling == "gray", across, down, unwritten, _BLOCK,
     )  # fmt: skip
     return out, written
+
+
+def resample(pixels: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sums of neighbours along one axis, in float32, rounded and clipped.
+
+    Each result weighs few of a line's pixels. A product with a matrix of all weights would multiply mostly by
+    zeros, and would need the picture in float32. A sum has the same order in any batch.
+
+    Args:
+        pixels: [outer, length, inner] uint8, contiguous.
+        starts: [count] int32, the first pixel that each result weighs. `taps - 1` more follow it.
+        weights: [taps, count] float32.
+
+    Returns:
+        [outer, count, inner] uint8, of fewer than 2^31 elements.
+    """
+    outer, length, inner = pixels.shape
+    taps, count = weights.shape
+    out = torch.empty(outer, count, inner, dtype=torch.uint8, device=pixels.device)
+    # One result per thread: neighbours read neighbouring bytes.
+    _resample[(triton.cdiv(out.numel(), _THREADS),)](
+        pixels, starts, weights, out, out.numel(), length, inner, count, taps,
+        _THREADS, num_warps=_THREADS // 32,
+    )  # fmt: skip
+    return out
 
 
 @triton.jit
@@ -82,7 +108,7 @@ def _changed(plane, y, x, pitch, last, ACROSS: tl.constexpr, DOWN: tl.constexpr,
 
 @triton.jit
 def _store(pointer, values, inside):
-    tl.store(pointer, tl.minimum(tl.maximum(values, 0), 255).to(tl.float32), mask=inside)
+    tl.store(pointer, tl.minimum(tl.maximum(values, 0), 255).to(tl.uint8), mask=inside)
 
 
 # Not compiled anew for every kind of size: a request would wait for that.
@@ -127,3 +153,22 @@ def _to_rgb(
             whole &= _changed(luma + blue, down, across, chroma_pitch, last, ACROSS, DOWN, UNWRITTEN) > 0
             whole &= _changed(luma + red, down, across, chroma_pitch, last, ACROSS, DOWN, UNWRITTEN) > 0
         tl.store(written + picture, whole.to(tl.int32))
+
+
+@triton.jit(do_not_specialize=["total", "length", "inner", "count", "taps"])
+def _resample(pixels, starts, weights, out, total, length, inner, count, taps, BLOCK: tl.constexpr):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < total
+    line, within = place // inner, place % inner
+    outer, result = line // count, line % count
+    first = tl.load(starts + result, mask=inside, other=0)
+    pixel = pixels + (outer.to(tl.int64) * length + first) * inner + within
+    weight = weights + result
+    sums = tl.zeros([BLOCK], tl.float32)
+    for _ in range(taps):
+        value = tl.load(pixel, mask=inside, other=0).to(tl.float32)
+        sums += value * tl.load(weight, mask=inside, other=0.0)
+        pixel += inner
+        weight += count
+    rounded = tl.minimum(tl.maximum(tl.floor(sums + 0.5), 0.0), 255.0)
+    tl.store(out + place, rounded.to(tl.uint8), mask=inside)

@@ -1,7 +1,7 @@
 """JPEG files to pixels on NVIDIA GPUs that have a decoder for them (A100, H100, H200 and newer).
 
 The decoder gives the planes as they are stored. A kernel brings colour to full size and to RGB with
-libjpeg's own arithmetic, and two matrix products resize as `resize.py` does on CPUs. Pixels differ from its
+libjpeg's own arithmetic, and another resizes as `resize.py` does on CPUs. Pixels differ from its
 `fast` mode by little more than the rounding of the inverse cosine transform. Files that are not plain JPEGs
 (rotated, progressive, damaged or very large ones, other formats) are left to the CPU.
 
@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from io import BytesIO
 from itertools import accumulate, groupby
-from typing import NamedTuple
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -28,17 +29,19 @@ from siglip_serve.images.jpeg import PlainFrame, Sampling
 from siglip_serve.images.nvjpeg.library import Decoder, Picture
 from siglip_serve.images.resize import LONGEST, Pixels, Resample, cut_offsets, down_first, target_size
 
-__all__ = ["Decoded", "GpuJpegReader", "Layout", "lay_out", "resize", "resize_weights", "to_rgb"]
+__all__ = ["Decoded", "GpuJpegReader", "Layout", "Taps", "lay_out", "resize", "resize_weights", "to_rgb"]
 
 _LONGEST_SIDE = 4096  # pixels; larger pictures are left to the CPU
-_PIXELS_AT_ONCE = _LONGEST_SIDE**2
-_PLANES = 3  # at most, each with at most one byte a pixel
+# Planes that are decoded together: eight photographs of 12 megapixels in 4:2:0. The decoder has up to eight
+# engines, and each works on a picture of its own. No picture is larger: 4096 x 4096 in 4:4:4 is a third.
+_BYTES_AT_ONCE = 8 * 4032 * 3024 * 3 // 2
+_PIXELS_CONVERTED = _LONGEST_SIDE**2  # at once, so that RGB needs less memory than the planes of a batch
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)  # few, since the first batch of a size takes long
 _MCU = 16  # pixels per side, at most; the decoder may write whole ones
 # What memory holds before the decoder writes to it. A picture that ends with a run of it is left to the CPU
 # too: it is near black, or of a colour that no screen shows.
 _UNWRITTEN = 1
-_WEIGHTS_KEPT = 64
+_WEIGHTS_KEPT = 512  # of 70 kB each
 _SMALL = PlainFrame(64, 64, "4:2:0")
 _SUBSAMPLING: dict[Sampling, int] = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2, "gray": 0}  # Pillow's numbers
 
@@ -62,18 +65,28 @@ class Layout(NamedTuple):
         pitches: bytes from row to row, of each plane.
         starts: where each plane begins.
         bytes: of all planes.
-        room: pixels, those of whole MCUs.
     """
 
     frame: PlainFrame
     pitches: tuple[int, ...]
     starts: tuple[int, ...]
     bytes: int
-    room: int
 
     def at(self, address: int) -> Picture:
         """The planes of the picture that lies there."""
         return Picture(tuple(address + start for start in self.starts), self.pitches)
+
+
+class Taps(NamedTuple):
+    """Pixels of a line that each pixel of its resized line is made of.
+
+    Attributes:
+        starts: [count] int32, the first of them.
+        weights: [taps, count] float32, of it and those that follow.
+    """
+
+    starts: Tensor
+    weights: Tensor
 
 
 class _File(NamedTuple):
@@ -98,10 +111,9 @@ class GpuJpegReader:
         self._image, self._limits = image, limits
         self._device = torch.device(device)
         self._decoder = Decoder(self._device)
-        torch.set_float32_matmul_precision("highest")  # some containers ask for less, which pixels would show
         self._filler = _File(lay_out(_SMALL), -1, _draw(_SMALL))
         most = _BATCHES[-1]
-        room = _PLANES * _PIXELS_AT_ONCE + most * self._filler.layout.bytes
+        room = _BYTES_AT_ONCE + most * self._filler.layout.bytes
         self._planes = torch.full((room,), _UNWRITTEN, dtype=torch.uint8, device=self._device)
         self._pixels, self._written = self._rows(most, self._device)
         self._host, self._host_written = self._rows(most, None)
@@ -164,11 +176,17 @@ class GpuJpegReader:
         end = 0
         for layout, group in groupby(batch, key=lambda file: file.layout):
             first, end = end, end + len(list(group))
-            planes = self._planes[starts[first] : starts[end]].view(end - first, layout.bytes)
-            rgb, self._written[first:end] = to_rgb(planes, layout)
-            self._pixels[first:end] = resize(rgb, self._image)
+            at_once = max(1, _PIXELS_CONVERTED // (layout.frame.height * layout.frame.width))
+            for begin in range(first, end, at_once):
+                self._convert_group(layout, range(begin, min(begin + at_once, end)), starts)
         self._host[row : row + end].copy_(self._pixels[:end], non_blocking=True)
         self._host_written[row : row + end].copy_(self._written[:end], non_blocking=True)
+
+    def _convert_group(self, layout: Layout, rows: range, starts: Sequence[int]) -> None:
+        planes = self._planes[starts[rows.start] : starts[rows.stop]].view(len(rows), layout.bytes)
+        rgb, written = to_rgb(planes, layout)
+        self._pixels[rows.start : rows.stop] = resize(rgb, self._image)
+        self._written[rows.start : rows.stop] = written
 
     def _rows(self, count: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
         """Memory for pixels, and for whether they were written. Without a device it is the host's."""
@@ -193,10 +211,10 @@ def _batches(files: Sequence[_File]) -> Iterator[Sequence[_File]]:
     """The files in turn, as many at a time as are decoded together."""
     start, room = 0, 0
     for end, file in enumerate(files):
-        room += file.layout.room
-        if room > _PIXELS_AT_ONCE or end - start == _BATCHES[-1]:
+        room += file.layout.bytes
+        if room > _BYTES_AT_ONCE or end - start == _BATCHES[-1]:
             yield files[start:end]
-            start, room = end, file.layout.room
+            start, room = end, file.layout.bytes
     if start < len(files):
         yield files[start:]
 
@@ -206,12 +224,12 @@ def lay_out(frame: PlainFrame) -> Layout:
     """Room for the planes of such a picture."""
     pitch, rows = _padded(frame.width), _padded(frame.height)
     if frame.sampling == "gray":
-        return Layout(frame, (pitch,), (0,), pitch * rows, pitch * rows)
+        return Layout(frame, (pitch,), (0,), pitch * rows)
     down, across = frame.sampling == "4:2:0", frame.sampling in ("4:2:0", "4:2:2")
     chroma_pitch = _padded(-(-frame.width // (1 + across)))
     luma, chroma = pitch * rows, chroma_pitch * _padded(-(-frame.height // (1 + down)))
     starts = (0, luma, luma + chroma)
-    return Layout(frame, (pitch, chroma_pitch, chroma_pitch), starts, luma + 2 * chroma, luma)
+    return Layout(frame, (pitch, chroma_pitch, chroma_pitch), starts, luma + 2 * chroma)
 
 
 def _padded(length: int) -> int:
@@ -230,54 +248,61 @@ def _draw(frame: PlainFrame) -> bytes:
 
 
 def to_rgb(planes: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Planes [n, bytes] uint8 -> [n, 3, H, W] float32, whole numbers from 0 to 255, and int32 [n].
+    """Planes [n, bytes] uint8 -> [n, 3, H, W] uint8, and int32 [n].
 
     The second is 1 where a decoder has written all planes to their ends, else 0.
     """
-    from siglip_serve.images.nvjpeg import (
-        kernel as _jpeg_kernel,  # needs the package triton, which machines without a GPU lack
-    )
-
     pitches, starts = (*layout.pitches, 0, 0), (*layout.starts, 0, 0)
     place = (pitches[0], pitches[1], starts[1], starts[2])
-    return _jpeg_kernel.to_rgb(planes, layout.frame, place, _UNWRITTEN)
+    rgb, written = _kernels().to_rgb(planes, layout.frame, place, _UNWRITTEN)
+    return rgb, written
 
 
 def resize(pixels: Tensor, image: ImageConfig) -> Tensor:
-    """[n, 3, H, W] -> [n, S, S, 3], as `fit` does, in float32, rounded after each pass like Pillow."""
+    """[n, 3, H, W] uint8 -> [n, S, S, 3] uint8, as `fit` does, rounded after each pass like Pillow."""
     height, width = pixels.shape[-2:]
     size = target_size(image, height, width)
     top, left = cut_offsets(image, size)
     weights = (image.size, image.resample, str(pixels.device))
-    down = resize_weights(height, size[0], top, *weights).t()  # [S, H]
-    across = resize_weights(width, size[1], left, *weights)  # [W, S]
+    down = resize_weights(height, size[0], top, *weights)
+    across = resize_weights(width, size[1], left, *weights)
     if down_first((height, width), size):
-        pixels = _round(down @ pixels) @ across
+        pixels = _resample(_resample(pixels, 2, down), 3, across)
     else:
-        pixels = down @ _round(pixels @ across)
-    return _round(pixels).permute(0, 2, 3, 1)
+        pixels = _resample(_resample(pixels, 3, across), 2, down)
+    return pixels.permute(0, 2, 3, 1)
 
 
-def _round(pixels: Tensor) -> Tensor:
-    return pixels.add_(0.5).floor_().clamp_(0, 255)
+def _resample(pixels: Tensor, axis: int, taps: Taps) -> Tensor:
+    lines = pixels.view(-1, pixels.shape[axis], prod(pixels.shape[axis + 1 :]))
+    resized: Tensor = _kernels().resample(lines, *taps)
+    return resized.view(*pixels.shape[:axis], -1, *pixels.shape[axis + 1 :])
+
+
+def _kernels() -> Any:
+    from siglip_serve.images.nvjpeg import (
+        kernel,
+    )  # needs the package triton, which machines without a GPU lack
+
+    return kernel
 
 
 @lru_cache(maxsize=_WEIGHTS_KEPT)
-def resize_weights(length: int, size: int, first: int, count: int, resample: Resample, device: str) -> Tensor:
-    """Weights of a line's `length` pixels in `count` of the `size` that it becomes, from `first` on.
-
-    Returns:
-        [length, count] float32.
-    """
+def resize_weights(length: int, size: int, first: int, count: int, resample: Resample, device: str) -> Taps:
+    """Weights of a line's `length` pixels in `count` of the `size` that it becomes, from `first` on."""
     scale = length / size
     stretch = max(scale, 1.0)  # the filter widens when pixels become fewer
-    centers = (torch.arange(first, first + count, dtype=torch.float64, device=device) + 0.5) * scale
+    centers = (torch.arange(first, first + count, dtype=torch.float64) + 0.5) * scale
     support = (2.0 if resample == "bicubic" else 1.0) * stretch
-    position = torch.arange(length, dtype=torch.float64, device=device)[:, None]
-    inside = (position >= (centers - support + 0.5).floor()) & (position < (centers + support + 0.5).floor())
+    begin = (centers - support + 0.5).floor().clamp(min=0)
+    end = (centers + support + 0.5).floor().clamp(max=length)
+    taps = int((end - begin).max())
+    starts = begin.clamp(max=length - taps)  # the same number for all, within the line
+    position = starts + torch.arange(taps)[:, None]
+    inside = (position >= begin) & (position < end)
     distance = (position + 0.5 - centers).abs() / stretch
     weights = (_cubic(distance) if resample == "bicubic" else (1 - distance).clamp(min=0)) * inside
-    return (weights / weights.sum(0)).float()
+    return Taps(starts.int().to(device), (weights / weights.sum(0)).float().to(device))
 
 
 def _cubic(distance: Tensor) -> Tensor:
