@@ -1,8 +1,8 @@
 """Matrix products of towers on a GPU: cuBLASLt's first guess, as torch takes it, and the algorithm chosen.
 
-Random matrices at the shapes of full passes. Both ways alternate, and the better of several medians counts:
-the GPU's clock falls as it gets warm. `difference` is the largest between both results, divided by the
-largest result.
+Random matrices at the shapes of full passes. Both ways alternate, and each comes first as often as the other,
+because the GPU's clock falls as it gets warm. `difference` is the largest between both results, divided by
+the largest result.
 
     python -m benchmarks.products --output benchmarks/results/products.csv
 """
@@ -102,10 +102,11 @@ def measure(tower: str) -> Iterator[dict[str, str]]:
                 expected -= found  # which was there when the same was added again
             difference = (found - expected).abs().max() / expected.abs().max()
             times: dict[str, list[float]] = {"usual": [], "chosen": []}
-            for _ in range(_ROUNDS):
-                times["usual"].append(seconds(usual))
-                times["chosen"].append(seconds(chosen))
-            best = {way: min(values) for way, values in times.items()}
+            for turn in range(_ROUNDS):
+                both = [("usual", usual), ("chosen", chosen)]
+                for way, compute in both if turn % 2 else reversed(both):
+                    times[way].append(seconds(compute))
+            best = {way: median(values) for way, values in times.items()}
             operations = 2.0 * m * n * k
             yield {
                 **about(PACKAGES, torch.cuda.get_device_name()),

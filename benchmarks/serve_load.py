@@ -114,20 +114,22 @@ def print_result(name: str, row: dict[str, str]) -> None:
 
 
 def measure(options: argparse.Namespace, target: Target) -> None:
-    """Measure each load, print the table, and append it to a CSV if asked to."""
-    jpegs = pictures(options)
-    expected = first_answers(target, jpegs)
+    """Measure each load of each size, print the table, and append it to a CSV if asked to."""
     device = device_name(options.device)
-    for load in make_loads(options, target, jpegs, options.server_pid):
-        row = {
-            **about(["tritonclient", "grpcio"], device),
-            "label": options.label,
-            "model": options.model,
-            **load_columns(run(load, expected), options.size),
-        }
-        print_result(options.model, row)
-        if options.output:
-            write_csv(options.output, [row], append=True)
+    for size in options.sizes or [options.size]:
+        options.size = size
+        jpegs = pictures(options)
+        expected = first_answers(target, jpegs)
+        for load in make_loads(options, target, jpegs, options.server_pid):
+            row = {
+                **about(["tritonclient", "grpcio"], device),
+                "label": options.label,
+                "model": options.model,
+                **load_columns(run(load, expected), size),
+            }
+            print_result(options.model, row)
+            if options.output:
+                write_csv(options.output, [row], append=True)
 
 
 def main() -> None:
@@ -146,6 +148,7 @@ def main() -> None:
         help="what sends; default %(default)s, the cheapest of gRPC",
     )
     add_load_options(parser)
+    add("--sizes", nargs="+", help="several sizes, one after the other, instead of --size")
     add("--server-pid", type=int, help="process of a server on this machine, to account its CPU time")
     add("--device", help="what the server runs on, for the table; default: this machine's GPUs, else its CPU")
     add("--label", default="", help="name of the measurement in the table")
