@@ -15,6 +15,8 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,8 @@ MOST_OFF, MEAN_OFF = 3, 0.1  # levels of 255
 _LONGEST = 200  # files in one call; more than one batch
 _SHOWN = 5  # wrong answers of each process
 _SAMPLINGS = ("4:4:4", "4:2:2", "4:2:0", "gray")
+_LARGE = ((4032, 3024), (3024, 4032), (1920, 1080))  # among the files that are checked
+_TIMED = 4  # different pictures of a size
 
 
 @dataclass
@@ -92,6 +96,7 @@ def make_corpus(options: argparse.Namespace) -> Corpus:
     rng = np.random.default_rng(options.seed)
     read = Preprocessor(image_config(options.size), "fast")
     files = [_draw(rng, index) for index in tqdm(range(options.pictures), "drawing", disable=None)]
+    files += [synthetic_jpeg(*size) for size in _LARGE]
     pixels: list[NDArray[np.uint8] | None] = [read(data) for data in files]
     damaged = []
     for data in files[: options.damaged]:
@@ -183,36 +188,37 @@ def keep_busy(device: str, stop: Any) -> None:
         torch.cuda.synchronize()
 
 
-def work(options: argparse.Namespace, number: int, corpus: Corpus | None, shared: tuple[Any, Any]) -> None:
-    """One process: check a corpus, or else be timed with equal pictures. The result goes to the queue."""
+def work(
+    options: argparse.Namespace, number: int, given: Corpus | list[bytes], shared: tuple[Any, Any]
+) -> None:
+    """One process: check a corpus, or be timed with calls of these files. The result goes to the queue."""
     results, ready = shared
     torch.set_num_threads(1)
     reader = GpuJpegReader(image_config(options.size), options.device, ImageLimits())
-    if corpus is not None:
+    if isinstance(given, Corpus):
         ready.wait()
-        results.put(check(reader, corpus, options.calls, options.seed + number))
+        results.put(check(reader, given, options.calls, options.seed + number))
         return
-    width, height = (int(side) for side in options.picture.split("x"))
-    files = [synthetic_jpeg(width, height, seed) for seed in range(options.batch)]
     for _ in range(5):
-        reader(files)
+        reader(given)
     ready.wait()
-    images, cpu, end = 0, time.process_time(), time.perf_counter() + options.seconds
-    while time.perf_counter() < end:
-        images += sum(found is not None for found in reader(files))
-    results.put((images, time.process_time() - cpu))
+    images, cpu, begin = 0, time.process_time(), time.perf_counter()
+    while time.perf_counter() < begin + options.seconds:
+        images += sum(found is not None for found in reader(given))
+    # A call of large files takes long: the last one ends later than was asked for.
+    results.put((images, time.perf_counter() - begin, time.process_time() - cpu))
 
 
-def run(options: argparse.Namespace, corpus: Corpus | None) -> list[Any]:
+def run(options: argparse.Namespace, given: Corpus | list[bytes]) -> list[Any]:
     """The results of all processes."""
     context = multiprocessing.get_context("spawn")
     results, stop = context.Queue(), context.Event()
     shared = (results, context.Barrier(options.processes))
     workers = [
-        context.Process(target=work, args=(options, number, corpus, shared))
+        context.Process(target=work, args=(options, number, given, shared))
         for number in range(options.processes)
     ]
-    if corpus is not None:
+    if isinstance(given, Corpus):
         workers.append(context.Process(target=keep_busy, args=(options.device, stop)))
     for worker in workers:
         worker.start()
@@ -241,17 +247,22 @@ def checked(options: argparse.Namespace) -> tuple[Tally, dict[str, str]]:
     return total, columns
 
 
-def timed(options: argparse.Namespace, batch: int) -> dict[str, str]:
+def timed(options: argparse.Namespace, picture: str, batch: int) -> dict[str, str]:
     """The columns of a timing with calls of `batch` files."""
-    options.batch = batch
-    found = run(options, None)
-    images = sum(images for images, _ in found)
+    found = run(options, [_timed_file(picture, number % _TIMED) for number in range(batch)])
+    images = sum(images for images, _, _ in found)
     return {
-        "picture": options.picture,
+        "picture": picture,
         "batch": str(batch),
-        "images_per_second": f"{images / options.seconds:.1f}",
-        "cpu_ms": f"{1000 * sum(cpu for _, cpu in found) / max(1, images):.3f}",
+        "images_per_second": f"{sum(images / seconds for images, seconds, _ in found):.1f}",
+        "cpu_ms": f"{1000 * sum(cpu for _, _, cpu in found) / max(1, images):.3f}",
     }
+
+
+@cache
+def _timed_file(picture: str, seed: int) -> bytes:
+    width, height = (int(side) for side in picture.split("x"))
+    return synthetic_jpeg(width, height, seed)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -264,9 +275,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--pictures", type=int, default=192, help="different plain files, default %(default)s")
     add("--damaged", type=int, default=24, help="further damaged files, default %(default)s")
     add("--calls", type=int, default=1000, help="mixes that each process reads, default %(default)s")
-    add(
-        "--picture", default="500x375", help="size of the timed pictures, width x height, default %(default)s"
-    )
+    add("--picture", nargs="+", default=["500x375"], help="timed sizes, width x height, default 500x375")
     add("--batches", type=int, nargs="+", default=[1, 8, 32, 64], help="files a call, default 1 8 32 64")
     add("--seconds", type=float, default=5, help="time for each of these, default %(default)s")
     add("--seed", type=int, default=0, help="default %(default)s")
@@ -286,9 +295,13 @@ def main() -> None:
     )
     named = about(["torch", "triton", "nvidia-nvjpeg"], torch.cuda.get_device_name(options.device))
     named |= {"size": str(options.size), "processes": str(options.processes), "calls": str(options.calls)}
-    for batch in options.batches:
-        row = {**named, **columns, **timed(options, batch)}
-        print(f"{batch:>4} a call: {row['images_per_second']:>9} images/s, {row['cpu_ms']} ms CPU an image")
+    for picture, batch in product(options.picture, options.batches):
+        row = {**named, **columns, **timed(options, picture, batch)}
+        print(
+            f"{picture}, {batch:>3} a call: {row['images_per_second']:>9} images/s, "
+            f"{row['cpu_ms']} ms CPU an image",
+            flush=True,
+        )
         if options.output:
             write_csv(options.output, [row], append=True)
     # A picture that ends near black may rightly be left to the CPU; many cannot be.

@@ -126,7 +126,10 @@ class GpuJpegReader:
         Raises:
             RuntimeError: the device failed; the CPU can still read the files.
         """
-        plain = sorted(file for number, data in enumerate(files) if (file := self._plain(number, data)))
+        plain = [file for number, data in enumerate(files) if (file := self._plain(number, data))]
+        # Equal frames follow each other, and the largest come first. Otherwise a batch might end with one
+        # engine at work on a large picture, and the others idle.
+        plain.sort(key=lambda file: (file.layout.bytes, file.layout), reverse=True)
         if len(plain) > len(self._host):
             self._host, self._host_written = self._rows(len(plain), None)
         row = 0

@@ -173,6 +173,7 @@ class GreyDecoder:
         self.events: list[str] = []
         self.batches: list[int] = []
         self.bytes: list[int] = []
+        self.sizes: list[tuple[int, int]] = []
         self.memory = (0, 2**64)
         self.refused: set[bytes] = set()
         self.skipped: set[bytes] = set()
@@ -189,6 +190,7 @@ class GreyDecoder:
             frame = plain_frame(data)
             assert frame is not None
             layout = lay_out(frame)
+            self.sizes.append((frame.height, frame.width))
             assert picture == layout.at(picture.addresses[0])
             places.append((picture.addresses[0], picture.addresses[0] + layout.bytes))
             assert self.memory[0] <= places[-1][0]
@@ -231,6 +233,7 @@ def reader(monkeypatch: pytest.MonkeyPatch) -> GpuJpegReader:
     decoder(made).events.clear()
     decoder(made).batches.clear()
     decoder(made).bytes.clear()
+    decoder(made).sizes.clear()
     begin = made._planes.data_ptr()
     decoder(made).memory = (begin, begin + len(made._planes))
     return made
@@ -288,6 +291,15 @@ def test_batches_have_few_sizes_and_bounded_bytes(
 ) -> None:
     assert values(reader([plain(9, side, side, sampling)] * count)) == [9] * count
     assert decoder(reader).batches == batches
+
+
+def test_large_files_are_decoded_first(reader: GpuJpegReader) -> None:
+    """Files of one frame follow each other, the filler comes last."""
+    files = [plain(9, 16, 16), plain(9, 48, 48), plain(9, 16, 16), plain(9, 64, 64)]
+    assert values(reader(files[:3])) == [9] * 3
+    assert decoder(reader).sizes == [(48, 48), (16, 16), (16, 16), (16, 16)]
+    assert values(reader(files)) == [9] * 4
+    assert decoder(reader).sizes[4:] == [(64, 64), (48, 48), (16, 16), (16, 16)]
 
 
 def test_no_batch_exceeds_its_memory(reader: GpuJpegReader) -> None:
