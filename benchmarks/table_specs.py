@@ -150,8 +150,8 @@ _SPEED: Mapping[str, Table | Summary] = {
         ),
     ),
     "attention": Table(
-        Source("attention.csv", {}),
-        (Key("geometry", "geometry", _GEOMETRIES), Key("images", "rows")),
+        Source("attention.csv", {"device": "NVIDIA H200"}),
+        (Key("geometry", "geometry"), Key("images", "rows")),
         (
             _attention("flash"),
             _attention("cuDNN"),
@@ -268,6 +268,17 @@ _SPEED: Mapping[str, Table | Summary] = {
             _load("errors", "{errors:.0f}"),
             _load("busy cores", "{busy_cores:.1f}"),
             _load("server's CPU per image, ms", "{server_cpu_ms:.2f}"),
+        ),
+    ),
+    "gpu-sizes": Table(
+        Source("serve_load.csv", {"device": _H200_X1, "label": "base, preprocess gpu"}),
+        (Key("JPEG", "size"), Key("in flight", "concurrency")),
+        (
+            _load("img/s", "{images_per_second:,.0f}"),
+            _load("p50, ms", "{p50_ms:.0f}"),
+            _load("p99, ms", "{p99_ms:.0f}"),
+            _load("errors", "{errors:.0f}"),
+            _load("busy cores", "{busy_cores:.1f}"),
         ),
     ),
     "peers": Table(

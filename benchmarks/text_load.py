@@ -1,8 +1,9 @@
 """Load of texts on a server that is started for this: `embed_text` over gRPC, and where its CPU time goes.
 
 Closed loop: `--concurrency` requests of `--rows` texts each are always in flight. No text is sent twice, so
-the tower computes every one, but for one request in 64, whose answer is known and checked. `--repeated` sends
-the texts of one request again and again instead, which the cache answers.
+the tower computes every one, but for one request in 64, whose answer is known and checked. A load that ran
+out of new texts, which the cache would have answered, is not kept. `--repeated` sends the texts of one
+request again and again instead.
 """
 
 from __future__ import annotations
@@ -53,6 +54,12 @@ def columns(result: Result, rows: int) -> dict[str, str]:
     }
 
 
+def texts_needed(result: Result, rows: int) -> int:
+    """Estimate how many texts a load has sent. Each client process begins where another one ends."""
+    load = result.load
+    return int(result.completed * rows * (load.seconds + load.warmup) / load.seconds)
+
+
 def main() -> None:
     """Start the server, send each load, and add to the CSV if asked to."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -62,7 +69,7 @@ def main() -> None:
     add("--rows", type=int, nargs="+", default=[64, 1], help="texts in a request, default 64 1")
     add("--concurrency", type=int, nargs="+", default=[8, 64], help="requests in flight, default 8 64")
     add("--processes", type=int, default=1, help="client processes, default %(default)s")
-    add("--texts", type=int, default=65_536, help="different texts of a load, default %(default)s")
+    add("--texts", type=int, default=262_144, help="different texts of a load, default %(default)s")
     add("--repeated", action="store_true", help="send the texts of one request only")
     add("--seconds", type=float, default=10, help="measured time, default %(default)s")
     add("--warmup", type=float, default=2, help="time before, default %(default)s")
@@ -86,13 +93,17 @@ def main() -> None:
                     target, requests, concurrency, processes, options.seconds, options.warmup,
                     check=1, server_pid=server.pid,
                 )  # fmt: skip
+                result = run(load, expected)
+                if not options.repeated and (needed := texts_needed(result, rows)) > len(texts):
+                    print(f"{rows} {concurrency}: texts came again; try again with --texts {2 * needed}")
+                    continue
                 row = {
                     **about(["tritonclient", "grpcio"], device_name(options.device)),
                     "label": options.label,
                     "checkpoint": options.checkpoint.name,
                     "dtype": server.columns["dtype"],
                     "repeated": str(options.repeated).lower(),
-                    **columns(run(load, expected), rows),
+                    **columns(result, rows),
                 }
                 print({key: row[key] for key in list(row)[7:]}, flush=True)
                 if options.output:
