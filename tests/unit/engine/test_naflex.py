@@ -170,7 +170,8 @@ def test_auto_is_the_choice_of_siglip(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         resolved = Plan(device, cast("Dtype", dtype)).for_vision("naflex", 768)
         assert (resolved.dtype, resolved.backend) == (dtype, backend)
-    assert Plan("cuda:0").for_vision("naflex", 768, "gelu").backend == "torch"
+    assert Plan("cuda:0").for_vision("naflex", 768, "gelu").backend == "fused"
+    assert Plan("cuda:0").for_vision("naflex", 768, "relu").backend == "torch"
 
 
 def test_texts_run_as_those_of_siglip(model: Siglip2Model, config: ModelConfig) -> None:
