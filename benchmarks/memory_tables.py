@@ -36,6 +36,7 @@ MEMORY: Mapping[str, Table | Summary] = {
             Column("processes", Cell("{processes:.0f}", {})),
             _megabytes("bfloat16, MB", settings="dtype=bfloat16"),
             _megabytes("float32, MB", settings="dtype=float32"),
+            _megabytes("float32 with `--preprocess pil`, MB", settings="dtype=float32 preprocess=pil"),
         ),
     ),
     "memory-all": Table(

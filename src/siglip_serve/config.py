@@ -94,7 +94,7 @@ class Settings:
     )
     backend: Backend = field(
         default="auto",
-        metadata=_option("towers", "engine; auto: fused on GPUs, torch there for CLIP, openvino on CPUs"),
+        metadata=_option("towers", "engine; auto: fused on GPUs, openvino on CPUs"),
     )
     calibration: str = field(
         default="", metadata=_option("towers", "folder of images to calibrate int8 on", "FOLDER")
@@ -167,7 +167,9 @@ class Settings:
     max_text_bytes: int = field(default=65_536, metadata=_option("texts", "largest text or label, in bytes"))
     text_cache_rows: int = field(
         default=32_768,
-        metadata=_option("texts", "texts whose tokens and embeddings stay in memory; 0: none"),
+        metadata=_option(
+            "texts", "texts whose tokens and embeddings stay in the memory of a process; 0: none"
+        ),
     )
     heatmap_blocks: int = field(
         default=2, metadata=_option("heatmaps", "last blocks that heatmaps are traced back through; 0: none")

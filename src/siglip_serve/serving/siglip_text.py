@@ -132,7 +132,7 @@ class SiglipTextModel(BatchModel[NDArray[np.int64], Outputs]):
     """INPUT_IDS [n, T] INT64 -> EMBEDDING [n, D].
 
     Texts that came before are answered from a bounded cache, so that a set of labels costs the tower
-    only once. With the parameter `normalized`, embeddings have unit length.
+    only once in each process. With the parameter `normalized`, embeddings have unit length.
     """
 
     def __init__(self, context: Context) -> None:

@@ -1,7 +1,6 @@
 """NVIDIA's library cuBLASLt: matrix products by an algorithm of choice.
 
-torch calls it as well, but takes the first algorithm that the library proposes. Status codes, types and
-attributes have the numbers of `cublasLt.h`.
+Status codes, types and attributes have the numbers of `cublasLt.h`.
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Algorithm", "CublasLtError", "Kind", "Product"]
+__all__ = ["TYPES", "Algorithm", "CublasLtError", "Kind", "Product"]
 
-_TYPES = {torch.bfloat16: 14, torch.float16: 2, torch.float8_e4m3fn: 28}
+TYPES = {torch.bfloat16: 14, torch.float16: 2, torch.float8_e4m3fn: 28}
 _FLOAT32, _COMPUTE_FLOAT32 = 0, 68
 _TRANSPOSED_A, _EPILOGUE, _BIAS, _SCALE_A, _SCALE_B, _FAST_SUMS, _BIAS_TYPE = 3, 7, 8, 17, 18, 25, 26
 _PLAIN, _WITH_BIAS, _WITH_GELU = 1, 4, 36
 _WORKSPACE, _REDUCTIONS, _ALIGNMENTS = 1, 3, (5, 6, 7, 8)
-_IN_FLOAT32 = 3  # reductions of a product in parts: in place, or in the type of the computation
+_IN_FLOAT32 = 2  # parts of a product are added up in the type of the computation
 _ALIGNED = 16  # bytes
 _WORKSPACE_BYTES = 32 * 2**20
 _PROPOSALS = 16
@@ -63,33 +62,35 @@ class Algorithm(ctypes.Structure):
 
 
 class Product:
-    """A kind of product on the current GPU.
+    """A kind of product on a GPU.
 
     Args:
         kind: of the product.
         bias: type of the bias.
+        device: index of the GPU.
 
     Raises:
         CublasLtError: there is no library, or it knows no such product.
     """
 
-    def __init__(self, kind: Kind, bias: torch.dtype) -> None:
-        self._library, self._handle = _open(torch.cuda.current_device())
+    def __init__(self, kind: Kind, bias: torch.dtype, device: int) -> None:
+        self._library, self._handle = _open(device)
+        self._device = device
         self._alpha, self._beta = ctypes.c_float(1), ctypes.c_float(kind.adds)
         # The library's matrices are stored column by column, so this is the transposed product: w.T x.T.
-        inputs, output = _TYPES[kind.inputs], _TYPES[kind.output]
+        inputs, output = TYPES[kind.inputs], TYPES[kind.output]
         self._w = self._layout(inputs, kind.k, kind.n)
         self._x = self._layout(inputs, kind.k, kind.m)
         self._out = self._layout(output, kind.n, kind.m)
         # What is added has 16 bits, also where the result has 8.
-        self._added = self._layout(_TYPES[bias], kind.n, kind.m) if output == 28 else self._out
+        self._added = self._layout(TYPES[bias], kind.n, kind.m) if output == 28 else self._out
         self._description = ctypes.c_void_p()
         self._call("MatmulDescCreate", ctypes.byref(self._description), _COMPUTE_FLOAT32, _FLOAT32)
         self._set(_TRANSPOSED_A, ctypes.c_int(1))
         epilogue = _WITH_GELU if kind.gelu else _WITH_BIAS if kind.bias else _PLAIN
         self._set(_EPILOGUE, ctypes.c_uint32(epilogue))
         if kind.bias:
-            self._set(_BIAS_TYPE, ctypes.c_int(_TYPES[bias]))
+            self._set(_BIAS_TYPE, ctypes.c_int(TYPES[bias]))
         if inputs == 28:
             self._set(_FAST_SUMS, ctypes.c_int8(1))
         self._kind = kind
@@ -141,8 +142,8 @@ class Product:
             self._set(_BIAS, ctypes.c_void_p(bias.data_ptr()))
         for name, scale in zip((_SCALE_B, _SCALE_A), scales or (), strict=False):
             self._set(name, ctypes.c_void_p(scale.data_ptr()))
-        device = x.device.index
-        workspace, stream = _workspace(device), torch.cuda.current_stream(device).cuda_stream
+        workspace = _workspace(self._device)
+        stream = torch.cuda.current_stream(self._device).cuda_stream
         added = ctypes.c_void_p(out.data_ptr()) if self._kind.adds else None
         self._call(
             "Matmul", self._handle, self._description,
@@ -172,7 +173,7 @@ class Product:
 
 @lru_cache
 def _open(device: int) -> tuple[ctypes.CDLL, ctypes.c_void_p]:
-    """Open the library that torch has loaded, for the current GPU."""
+    """Open the library that torch has loaded, for a GPU."""
     torch.zeros(1, device=f"cuda:{device}")  # torch makes the context
     release = (torch.version.cuda or "").partition(".")[0]
     try:
@@ -180,7 +181,8 @@ def _open(device: int) -> tuple[ctypes.CDLL, ctypes.c_void_p]:
     except OSError as error:
         raise CublasLtError(str(error)) from error
     handle = ctypes.c_void_p()
-    status = library.cublasLtCreate(ctypes.byref(handle))
+    with torch.cuda.device(device):
+        status = library.cublasLtCreate(ctypes.byref(handle))
     if status:
         raise CublasLtError(f"cublasLtCreate: status {status}")
     return library, handle

@@ -1,8 +1,8 @@
-"""Matrix products of towers on NVIDIA GPUs, each by the fastest algorithm that cuBLASLt has for its shape.
+"""Matrix products of towers on NVIDIA GPUs, each by the fastest algorithm that there is for its shape.
 
-torch takes the algorithm that the library guesses to be the best. At towers' shapes another one is up to a
-third faster (benchmarks/results/products.csv), so the start tries them all where a pass is recorded.
-Shapes that come later, small products, and machines without the library are left to torch.
+torch lets cuBLASLt guess. At towers' shapes another of the library's algorithms is up to a quarter faster
+(benchmarks/results/products.csv), so the start tries them beside torch's where a pass is recorded. Shapes
+that come later, small products, and machines without the library are left to torch.
 """
 
 from __future__ import annotations
@@ -10,21 +10,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import lru_cache, partial
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from siglip_serve.engine.fused.cublaslt import Algorithm, CublasLtError, Kind, Product
+from siglip_serve.engine.fused.cublaslt import TYPES, Algorithm, CublasLtError, Kind, Product
 
 __all__ = ["add_product", "choose", "linear", "scaled_product", "tried"]
 
 # A product of fewer operations takes less than the host's call, so that no trial tells algorithms apart.
 _LEAST_OPERATIONS = 15e9
 _ROUNDS = 5
-_CLEARLY = 0.98  # of the time of the best guess; less is noise
+_CLEARLY = 0.98  # of torch's time; less is noise
 _ALIGNED = 16  # bytes
 
+Scales = tuple[Tensor, Tensor]
 _Found = tuple[Product, Algorithm] | None
 _chosen: dict[tuple[int, Kind], _Found] = {}
 _trying = False
@@ -53,29 +55,15 @@ def linear(x: Tensor, w: Tensor, bias: Tensor, gelu: bool = False) -> Tensor:
     Returns:
         [M, N] of the same dtype.
     """
-    kind = Kind(len(x), w.shape[1], w.shape[0], x.dtype, x.dtype, bias=True, gelu=gelu)
-    found = _find(kind, x, w, bias)
-    if found is None:
-        return torch._addmm_activation(bias, x, w, use_gelu=True) if gelu else torch.addmm(bias, x, w)
-    product, algorithm = found
-    out = torch.empty(kind.m, kind.n, dtype=x.dtype, device=x.device)
-    product(algorithm, x, w, out, bias)
-    return out
+    return _compute(Kind(*_sizes(x, w), x.dtype, x.dtype, bias=True, gelu=gelu), x, w, bias=bias)
 
 
 def add_product(out: Tensor, x: Tensor, w: Tensor) -> Tensor:
     """Add x w to `out` [M, N] in place, and return it. Arguments as for `linear`."""
-    found = _find(Kind(len(x), w.shape[1], w.shape[0], x.dtype, out.dtype, adds=True), x, w, out)
-    if found is None:
-        return out.addmm_(x, w)
-    product, algorithm = found
-    product(algorithm, x, w, out)
-    return out
+    return _compute(Kind(*_sizes(x, w), x.dtype, out.dtype, adds=True), x, w, out)
 
 
-def scaled_product(
-    x: Tensor, w: Tensor, scales: tuple[Tensor, Tensor], bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def scaled_product(x: Tensor, w: Tensor, scales: Scales, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Compute (x s) (w t) + bias of matrices in float8.
 
     Args:
@@ -88,77 +76,110 @@ def scaled_product(
     Returns:
         [M, N] of `dtype`.
     """
-    kind = Kind(len(x), w.shape[1], w.shape[0], x.dtype, dtype, bias=bias is not None)
-    found = _find(kind, x, w, bias, scales)
+    kind = Kind(*_sizes(x, w), x.dtype, dtype, bias=bias is not None)
+    return _compute(kind, x, w, bias=bias, scales=scales)
+
+
+def _sizes(x: Tensor, w: Tensor) -> tuple[int, int, int]:
+    """M, N and K of x w"""
+    return len(x), w.shape[1], w.shape[0]
+
+
+def _compute(
+    kind: Kind,
+    x: Tensor,
+    w: Tensor,
+    out: Tensor | None = None,
+    bias: Tensor | None = None,
+    scales: Scales | None = None,
+) -> Tensor:
+    """Compute a product by the algorithm chosen for it, or by torch. `out` is what it is added to."""
+    found = _find(kind, x, w, out, bias, scales)
     if found is None:
-        return torch._scaled_mm(x, w, *scales, bias, out_dtype=dtype, use_fast_accum=True)
+        return _by_torch(kind, x, w, out, bias, scales)
     product, algorithm = found
-    out = torch.empty(kind.m, kind.n, dtype=dtype, device=x.device)
+    if out is None:
+        out = torch.empty(kind.m, kind.n, dtype=kind.output, device=x.device)
     product(algorithm, x, w, out, bias, scales)
     return out
 
 
+def _by_torch(
+    kind: Kind, x: Tensor, w: Tensor, out: Tensor | None, bias: Tensor | None, scales: Scales | None
+) -> Tensor:
+    if kind.adds:
+        return cast("Tensor", out).addmm_(x, w)
+    if scales is not None:
+        return torch._scaled_mm(x, w, *scales, bias, out_dtype=kind.output, use_fast_accum=True)
+    compute = partial(torch._addmm_activation, use_gelu=True) if kind.gelu else torch.addmm
+    return compute(cast("Tensor", bias), x, w)
+
+
 def _find(
-    kind: Kind, x: Tensor, w: Tensor, other: Tensor | None, scales: tuple[Tensor, Tensor] | None = None
+    kind: Kind, x: Tensor, w: Tensor, out: Tensor | None, bias: Tensor | None, scales: Scales | None
 ) -> _Found:
-    """Return the algorithm for a product, or None if torch computes it. `other` is the bias or the output."""
-    if not x.is_cuda:
+    """Return the algorithm for a product, or None if torch computes it."""
+    if not x.is_cuda or kind.inputs not in TYPES:
         return None
     key = x.device.index, kind
     if key not in _chosen:
         if not _trying:
             return None
-        _chosen[key] = _try(kind, x, w, other if kind.bias else None, scales)
-    tensors = [tensor for tensor in (x, w, other) if tensor is not None]
-    straight = x.is_contiguous() and w.t().is_contiguous() and (other is None or other.is_contiguous())
-    aligned = all(tensor.data_ptr() % _ALIGNED == 0 for tensor in tensors)
+        _chosen[key] = _try(kind, x, w, bias, scales)
+    others = [tensor for tensor in (out, bias) if tensor is not None]
+    straight = all(tensor.is_contiguous() for tensor in (x, w.t(), *others))
+    aligned = all(tensor.data_ptr() % _ALIGNED == 0 for tensor in (x, w, *others))
     return _chosen[key] if straight and aligned else None
 
 
-def _try(
-    kind: Kind, x: Tensor, w: Tensor, bias: Tensor | None, scales: tuple[Tensor, Tensor] | None
-) -> _Found:
-    """Time the library's algorithms, and return the fastest, or None for torch's choice."""
+def _try(kind: Kind, x: Tensor, w: Tensor, bias: Tensor | None, scales: Scales | None) -> _Found:
+    """Time torch and the library's algorithms, and return the fastest, or None for torch."""
     if 2.0 * kind.m * kind.n * kind.k < _LEAST_OPERATIONS:
         return None
     try:
-        product = Product(kind, torch.bfloat16 if bias is None else bias.dtype)
+        product = Product(kind, torch.bfloat16 if bias is None else bias.dtype, x.device.index)
         proposed = product.algorithms()
-    except CublasLtError as error:
-        print(f"siglip-serve: torch's choice of matrix products, which may be slower: {error}", flush=True)
+        out = torch.zeros(kind.m, kind.n, dtype=kind.output, device=x.device)
+        runs: list[Callable[[], object]] = [partial(_by_torch, kind, x, w, out, bias, scales)]
+        runs += [partial(product, algorithm, x, w, out, bias, scales) for algorithm in proposed]
+        fastest = choose(runs, _milliseconds)
+    except torch.OutOfMemoryError:  # a trial needs more of it than the pass
         return None
-    out = torch.zeros(kind.m, kind.n, dtype=kind.output, device=x.device)
-    runs = [partial(product, algorithm, x, w, out, bias, scales) for algorithm in proposed]
-    fastest = choose(runs, _milliseconds)
-    return None if fastest is None else (product, proposed[fastest])
+    except CublasLtError as error:
+        _tell(str(error))
+        return None
+    return (product, proposed[fastest - 1]) if fastest else None
 
 
-def choose(runs: Sequence[Callable[[], None]], measure: Callable[[Callable[[], None]], float]) -> int | None:
-    """Return the place of the fastest of several ways to compute the same, or None if none works.
+@lru_cache
+def _tell(reason: str) -> None:
+    """Print once that products stay as they are."""
+    print(f"siglip-serve: matrix products by torch's choice, which may be slower: {reason}", flush=True)
 
-    The first that works is the best guess. Another one has to be clearly faster.
+
+def choose(runs: Sequence[Callable[[], object]], measure: Callable[[Callable[[], object]], float]) -> int:
+    """Return the place of the fastest of several ways to compute the same.
 
     Args:
-        runs: compute, or raise `CublasLtError`.
+        runs: the usual way, than which another has to be clearly faster. Others may raise `CublasLtError`.
         measure: calls one of them, and returns its time.
     """
-    working: list[int] = []
-    for place, run in enumerate(runs):
+    runs[0]()
+    working = [0]
+    for place, run in enumerate(runs[1:], 1):
         with suppress(CublasLtError):
             run()
             working.append(place)
-    if not working:
-        return None
     times = dict.fromkeys(working, math.inf)
     # One after the other, and the shortest times: the GPU may have other work, and its clock changes.
     for _ in range(_ROUNDS):
         for place in working:
             times[place] = min(times[place], measure(runs[place]))
     fastest = min(working, key=times.__getitem__)
-    return fastest if times[fastest] < times[working[0]] * _CLEARLY else working[0]
+    return fastest if times[fastest] < times[0] * _CLEARLY else 0
 
 
-def _milliseconds(run: Callable[[], None]) -> float:
+def _milliseconds(run: Callable[[], object]) -> float:
     """Time two calls on the GPU."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()

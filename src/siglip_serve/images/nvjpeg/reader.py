@@ -35,7 +35,7 @@ _LONGEST_SIDE = 4096  # pixels; larger pictures are left to the CPU
 # Planes that are decoded together: seven photographs of 12 megapixels in 4:2:0. An H200 has seven engines.
 # Each decodes one picture at a time, and every batch begins at the first, so an eighth photograph would take
 # twice the time. No picture is larger: 4096 x 4096 in 4:4:4 is two fifths.
-_BYTES_AT_ONCE = 7 * 4032 * 3024 * 3 // 2
+_BYTES_AT_ONCE = 7 * 4032 * 3040 * 3 // 2  # with whole blocks of the halved planes
 _PIXELS_CONVERTED = _LONGEST_SIDE**2  # at once, so that RGB needs less memory than the planes of a batch
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)  # few, since the first batch of a size takes long
 _MCU = 16  # pixels per side, at most; the decoder may write whole ones
@@ -284,9 +284,8 @@ def _resample(pixels: Tensor, axis: int, taps: Taps) -> Tensor:
 
 
 def _kernels() -> Any:
-    from siglip_serve.images.nvjpeg import (
-        kernel,
-    )  # needs the package triton, which machines without a GPU lack
+    # Needs the package triton, which machines without a GPU lack.
+    from siglip_serve.images.nvjpeg import kernel
 
     return kernel
 

@@ -276,6 +276,13 @@ def test_every_file_gets_its_own_picture(reader: GpuJpegReader) -> None:
         assert nothing_is_left(reader)
 
 
+@pytest.mark.parametrize(("height", "width"), [(3024, 4032), (4032, 3024)])
+def test_a_batch_holds_a_photograph_for_each_engine(height: int, width: int) -> None:
+    layout = gpu_jpeg.lay_out(PlainFrame(height, width, "4:2:0"))
+    files = [gpu_jpeg._File(layout, number, b"") for number in range(15)]
+    assert [len(batch) for batch in gpu_jpeg._batches(files)] == [7, 7, 1]
+
+
 @pytest.mark.parametrize(
     ("side", "sampling", "count", "batches"),
     [
