@@ -32,9 +32,9 @@ from siglip_serve.images.resize import LONGEST, Pixels, Resample, cut_offsets, d
 __all__ = ["Decoded", "GpuJpegReader", "Layout", "Taps", "lay_out", "resize", "resize_weights", "to_rgb"]
 
 _LONGEST_SIDE = 4096  # pixels; larger pictures are left to the CPU
-# Planes that are decoded together: seven photographs of 12 megapixels in 4:2:0. An H200 has seven engines.
-# Each decodes one picture at a time, and every batch begins at the first, so an eighth photograph would take
-# twice the time. No picture is larger: 4096 x 4096 in 4:4:4 is two fifths.
+# Planes that are decoded together: seven photographs of 12 megapixels in 4:2:0. An H200 has seven engines,
+# and each decodes one picture at a time, so an eighth photograph would take twice the time. No picture is
+# larger: 4096 x 4096 in 4:4:4 is two fifths.
 _BYTES_AT_ONCE = 7 * 4032 * 3040 * 3 // 2  # with whole blocks of the halved planes
 _PIXELS_CONVERTED = _LONGEST_SIDE**2  # at once, so that RGB needs less memory than the planes of a batch
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)  # few, since the first batch of a size takes long
