@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import struct
 import subprocess
 import sys
 import time
@@ -23,8 +22,8 @@ from typing import Any
 
 import grpc  # type: ignore[import-untyped]
 import psutil
-from tritonclient.grpc import service_pb2
 
+from benchmarks.load_clients import infer_request
 from benchmarks.records import about, publish
 from siglip_serve.launcher.ports import free_ports
 
@@ -61,7 +60,7 @@ def _measure(
     for turn in range(options.rounds + 1):
         for way in sorted(ways, reverse=bool(turn % 2)):
             port, pid = ways[way]
-            measured = asyncio.run(_ask(port, pid, _request(size), options))
+            measured = asyncio.run(_ask(port, pid, infer_request("embed_image", [bytes(size)]), options))
             if turn:  # the first is to warm up
                 found[way].append(measured)
     rows = []
@@ -107,13 +106,6 @@ async def _ask(
     share = 1000 / options.calls
     user, system = after.user - before.user, after.system - before.system
     return user * share, system * share, options.calls / seconds
-
-
-def _request(size: int) -> bytes:
-    message = service_pb2.ModelInferRequest(model_name="embed_image")
-    message.inputs.add(name="INPUT_IMAGE", datatype="BYTES", shape=[1, 1])
-    message.raw_input_contents.append(struct.pack("<I", size) + bytes(size))
-    return bytes(message.SerializeToString())
 
 
 @contextmanager

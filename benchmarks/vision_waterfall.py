@@ -1,6 +1,7 @@
 """Measure what each optimisation of the fused runner gains on a GPU: one lever per row, added to those above.
 
-The last two rows are the runners that the engine serves with; the rows before are `benchmarks.levers`.
+The last two rows are the runners that the engine serves with. The one before has the same kernels, but torch
+chooses its products. The rows before that are `benchmarks.levers`.
 Weights are random at published geometries, or those of a checkpoint. `images_per_second` counts from pixels
 in main memory to embeddings in main memory, over several passes in a row. `device_images_per_second` counts
 the tower alone, replayed on rows in the GPU's memory. The cosine is to the plain tower in float32. `--scale`
