@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -53,6 +54,7 @@ _ADOBE = 0xEE
 _IDENTIFIERS = (0x00, 0x01, 0x10, 0x11)  # of the Huffman tables that a baseline JPEG may have: DC, then AC
 _LARGEST_DC_SYMBOL = 11  # of 8 bits a sample
 _QUANTIZATION = 0x100  # apart from the identifiers of Huffman tables
+_SEARCHED_AT_ONCE = 2**18  # bytes of image data: the flags fit into a core's cache
 _SMALLEST_PLAIN = 16  # pixels per side; libjpeg treats very narrow pictures in its own way
 # Component ids, then horizontal and vertical sampling factors of each; pixels across and down of an MCU.
 _SAMPLINGS: dict[bytes, tuple[Sampling, int, int]] = {
@@ -380,13 +382,29 @@ def _is_code(counts: bytes) -> bool:
     return True
 
 
+class _Flags(threading.local):
+    """Memory of one thread for two flags per byte. New memory of that size costs more than the search."""
+
+    def __init__(self) -> None:
+        self.two = np.empty((2, _SEARCHED_AT_ONCE), np.bool_)
+
+
+_flags = _Flags()
+
+
 def _is_whole(data: bytes, start: int, restarts: int) -> bool:
     """True if image data with `restarts` markers in order, and nothing else, fill the file to its end."""
     if not data.endswith(b"\xff\xd9"):
         return False
     scan = np.frombuffer(data, np.uint8, offset=start)
-    marked = (scan[:-1] == 0xFF) & (scan[1:] != 0)
-    if np.count_nonzero(marked) != restarts + 1:
-        return False
-    markers = scan[np.flatnonzero(marked)[:-1] + 1] if restarts else scan[:0]
-    return bool((markers == 0xD0 + np.arange(restarts) % 8).all())
+    found = []
+    for begin in range(0, len(scan) - 1, _SEARCHED_AT_ONCE):
+        part = scan[begin : begin + _SEARCHED_AT_ONCE + 1]
+        marked, other = _flags.two[:, : len(part) - 1]
+        np.equal(part[:-1], 0xFF, out=marked)
+        marked &= np.not_equal(part[1:], 0, out=other)
+        if marked.any():
+            found.append(part[1:][marked])
+    markers = np.concatenate(found)
+    expected = 0xD0 + np.arange(len(markers) - 1) % 8
+    return len(markers) == restarts + 1 and bool((markers[:-1] == expected).all())

@@ -121,6 +121,39 @@ def test_accepts_a_table_that_is_sent_again() -> None:
     assert plain_frame(twice(0xC4)) == plain_frame(twice(0xDB)) == (50, 70, "4:2:0")
 
 
+SEARCHED_AT_ONCE = 2**18  # bytes of image data
+
+
+@pytest.fixture(scope="module")
+def long() -> tuple[bytes, int]:
+    """A plain file whose image data are searched in three parts, and where they begin."""
+    noise = np.random.default_rng(0).integers(0, 256, (720, 720, 3), dtype=np.uint8)
+    data = encode(Image.fromarray(noise), "JPEG", quality=95, subsampling="4:2:0")
+    start = segment(data, 0xDA)[1]
+    assert 2 * SEARCHED_AT_ONCE < len(data) - start < 3 * SEARCHED_AT_ONCE
+    return data, start
+
+
+@pytest.mark.parametrize("part", [1, 2])
+@pytest.mark.parametrize("shift", [-2, -1, 0, 1])
+def test_finds_a_marker_wherever_the_search_is_divided(
+    long: tuple[bytes, int], part: int, shift: int
+) -> None:
+    data, start = long
+    place = start + part * SEARCHED_AT_ONCE + shift
+    before, after = data[: place - 1], data[place + 3 :]  # neighbours that make no marker with the two bytes
+    assert plain_frame(before + b"\1\xff\0\1" + after) == (720, 720, "4:2:0")
+    assert plain_frame(before + b"\1\xff\xd8\1" + after) is None
+
+
+def test_counts_restarts_over_all_parts_of_the_search(long: tuple[bytes, int]) -> None:
+    with Image.open(io.BytesIO(long[0])) as image:
+        data = encode(image, "JPEG", quality=95, subsampling="4:2:0", restart_marker_blocks=3)
+    assert plain_frame(data) == (720, 720, "4:2:0")
+    last = data.rindex(b"\xff\xd1")
+    assert plain_frame(data[:last] + b"\xff\xd2" + data[last + 2 :]) is None
+
+
 def test_agrees_with_libjpeg_on_hostile_headers() -> None:
     """Whatever a byte of the header is changed to: no frame, or the one that libjpeg reads as well."""
     seen = set()
