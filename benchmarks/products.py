@@ -20,16 +20,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.records import about, publish
-from siglip_serve.engine.fused import products
+from siglip_serve.engine.fused import kernels, products
 from siglip_serve.engine.fused.kernels import FLOAT8
 
 PACKAGES = ["torch", "numpy"]
-# rows of a full pass x tokens, width, width within the MLP
+# rows of a full pass x tokens, width, width within the MLP, activation there
 TOWERS = {
-    "so400m/14@384": (56 * 729, 1152, 4304),
-    "base/16@224": (192 * 196, 768, 3072),
-    "base, texts of 64 tokens": (256 * 64, 768, 3072),
-    "CLIP ViT-L/14@224": (160 * 257, 1024, 4096),
+    "so400m/14@384": (56 * 729, 1152, 4304, "gelu_pytorch_tanh"),
+    "base/16@224": (192 * 196, 768, 3072, "gelu_pytorch_tanh"),
+    "base, texts of 64 tokens": (256 * 64, 768, 3072, "gelu_pytorch_tanh"),
+    "CLIP ViT-L/14@224": (160 * 257, 1024, 4096, "quick_gelu"),
+    "CLIP ViT-L/14@224, 16 images": (16 * 257, 1024, 4096, "quick_gelu"),
 }
 _BATCH = 20  # products between two looks at the clock
 _ROUNDS = 4
@@ -38,24 +39,31 @@ Compute = Callable[[], Tensor]
 Ways = tuple[str, int, int, Compute, Compute]
 
 
-def ways_16_bits(m: int, width: int, hidden: int) -> Iterator[Ways]:
+def ways_16_bits(m: int, width: int, hidden: int, activation: str) -> Iterator[Ways]:
     """The four products of a block in bfloat16: name, n, k, torch's way and the chosen one."""
     for name, k, n in (
         ("queries, keys and values", width, 3 * width),
-        ("GELU", width, hidden),
+        ("activation", width, hidden),
         ("attention's output", width, width),
         ("MLP's output", hidden, width),
     ):
         x, w, bias, out = _draw(m, k), _draw(n, k).t(), _draw(n), torch.zeros_like(_draw(m, n))
         if name.endswith("output"):
             yield name, n, k, partial(out.addmm_, x, w, beta=1), partial(products.add_product, out, x, w)
-        elif name == "GELU":
+        elif name == "activation":
             yield (
-                name, n, k, partial(torch._addmm_activation, bias, x, w, use_gelu=True),
-                partial(products.linear, x, w, bias, gelu=True),
+                activation, n, k, partial(in_torch, x, w, bias, activation),
+                partial(products.linear, x, w, bias, activation),
             )  # fmt: skip
         else:
             yield name, n, k, partial(torch.addmm, bias, x, w), partial(products.linear, x, w, bias)
+
+
+def in_torch(x: Tensor, w: Tensor, bias: Tensor, activation: str) -> Tensor:
+    """The product and the activation as torch has them: in one only for the tanh form of the GELU."""
+    if activation == "gelu_pytorch_tanh":
+        return torch._addmm_activation(bias, x, w, use_gelu=True)
+    return kernels.activate(torch.addmm(bias, x, w), activation)
 
 
 def ways_8_bits(m: int, width: int, hidden: int) -> Iterator[Ways]:
@@ -92,9 +100,12 @@ def seconds(compute: Callable[[], Any]) -> float:
 
 def measure(tower: str) -> Iterator[dict[str, str]]:
     """One row for each product of a tower."""
-    m, width, hidden = TOWERS[tower]
-    for dtype, ways in (("bfloat16", ways_16_bits), ("float8", ways_8_bits)):
-        for name, n, k, usual, chosen in ways(m, width, hidden):
+    m, width, hidden, activation = TOWERS[tower]
+    for dtype, ways in (
+        ("bfloat16", ways_16_bits(m, width, hidden, activation)),
+        ("float8", ways_8_bits(m, width, hidden)),
+    ):
+        for name, n, k, usual, chosen in ways:
             with products.tried():
                 found = chosen().clone().float()
             expected = usual().float()

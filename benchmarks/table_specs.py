@@ -272,7 +272,10 @@ _SPEED: Mapping[str, Table | Summary] = {
     ),
     "gpu-sizes": Table(
         Source("serve_load.csv", {"device": _H200_X1, "label": "base, preprocess gpu"}),
-        (Key("JPEG", "size"), Key("in flight", "concurrency")),
+        (
+            Key("JPEG", "size"),
+            Key("in flight", "concurrency", {number: number for number in ("192", "256", "768")}),
+        ),
         (
             _load("img/s", "{images_per_second:,.0f}"),
             _load("p50, ms", "{p50_ms:.0f}"),

@@ -244,7 +244,7 @@ class ClipExplainer:
             end = start + _LAYERS_AT_ONCE
             trace = trace_blocks(x, blocks[start:end])
             x, maps = trace.after, maps + _taken(trace, seen[start:end])
-        return self._explain(x, maps, form, constant)
+        return self.conclude(x, maps, form, constant)
 
     @torch.inference_mode()
     def __call__(
@@ -256,10 +256,10 @@ class ClipExplainer:
             trace: `mlp` is not read.
             form, seen, constant: found by `prepare`.
         """
-        return self._explain(trace.after, _taken(trace, seen), form, constant)
+        return self.conclude(trace.after, _taken(trace, seen), form, constant)
 
-    def _explain(self, x: Tensor, maps: Tensor, form: Tensor, constant: Tensor) -> Explanation[Tensor]:
-        """Put the parts together.
+    def conclude(self, x: Tensor, maps: Tensor, form: Tensor, constant: Tensor) -> Explanation[Tensor]:
+        """Explain images by what their class tokens took.
 
         Args:
             x: [B, 1 + T, D], the tokens behind the blocks.

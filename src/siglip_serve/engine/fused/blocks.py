@@ -6,8 +6,8 @@ They compute what the blocks of `towers/siglip.py` do, which are CLIP's too, wit
   where there is one for the GPU and the shape, else by cuDNN.
 - LayerNorm is one pass. The last product of a branch adds to the residual stream directly. Its bias, and all
   biases before it, are added where the next LayerNorm reads the stream.
-- The tanh form of the GELU is computed by the matrix product that feeds it, before the result is written.
-  cuBLAS has no other activation for that. Others are one more pass, in place.
+- The activation is computed by the matrix product that feeds it, before the result is written. Small passes
+  leave that to cuBLAS, which has only the tanh form of the GELU. Others are one more pass there, in place.
 
 `benchmarks/vision_waterfall.py` measures how much each of these gains.
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from siglip_serve.engine.fused import attention, kernels, products, ragged
-from siglip_serve.towers.siglip import Block, BlockTrace, TowerTrace
+from siglip_serve.towers.siglip import Block
 
 __all__ = [
     "Blocks",
@@ -116,20 +116,17 @@ class Blocks:
         """
         return self._run(self._layers[-1], x, rows).float() + self._offset
 
-    def trace(self, x: Tensor, rows: int) -> TowerTrace:
-        """Trace all blocks on tokens [M, W] of `rows` images. x is overwritten.
+    def trace(self, x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """Run all blocks on tokens [M, W] of `rows` images, and keep what attention reads. x is overwritten.
 
         Returns:
-            The trace, in which `mlp` is empty, [rows, 0, W]: CLIP's explainer does without.
+            Queries, keys and values of L blocks, [L, M, 3 * W], and the residual stream behind the last,
+            [M, W] float32.
         """
-        before, blocks = x.clone(), []
-        for layer in self._layers:
-            qkv = layer.project(x)
-            products.add_product(x, attend(qkv, rows, layer.heads, causal=layer.causal), layer.w_out)
-            products.add_product(x, layer.expand(x), layer.w_fc2)
-            blocks.append(BlockTrace(*_heads(qkv, rows, layer.heads), x.new_empty(rows, 0, x.shape[1])))
-        shape = rows, -1, x.shape[1]
-        return TowerTrace(before.view(shape), tuple(blocks), (x.float() + self._offset).view(shape))
+        qkv = x.new_empty(len(self._layers), len(x), 3 * x.shape[1])
+        for layer, kept in zip(self._layers, qkv, strict=True):
+            x = self._run(layer, x, rows, kept=kept)
+        return qkv, x.float() + self._offset
 
     def _run(
         self,
@@ -138,9 +135,13 @@ class Blocks:
         rows: int,
         lengths: Tensor | None = None,
         places: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
-        """Run a block on x [M, W] in place, or with `places` on a copy of these rows of x."""
-        y = attend(layer.project(x), rows, layer.heads, lengths, layer.causal)
+        """Run a block on x [M, W] in place, or with `places` on a copy of these rows of x.
+
+        What attention reads, [M, 3 * W], is written to `kept`.
+        """
+        y = attend(layer.project(x, kept), rows, layer.heads, lengths, layer.causal)
         if places is not None:
             x, y = x[places], y[places]
         products.add_product(x, y, layer.w_out)
@@ -173,16 +174,15 @@ class Layer:
         self.offset2 = offset + attention.out_proj.bias
         self.offset_after = self.offset2 + mlp.fc2.bias
 
-    def project(self, x: Tensor) -> Tensor:
-        """Residual stream [M, W] -> queries, keys and values [M, 3 * W]"""
-        return products.linear(kernels.layer_norm(x, self.offset1, self.norm1), self.w_qkv, self.b_qkv)
+    def project(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Residual stream [M, W] -> queries, keys and values [M, 3 * W], written to `out` if it is given"""
+        h = kernels.layer_norm(x, self.offset1, self.norm1)
+        return products.linear(h, self.w_qkv, self.b_qkv, out=out)
 
     def expand(self, x: Tensor) -> Tensor:
         """Residual stream [M, W] behind the attention -> the middle of the MLP, [M, hidden]"""
         h = kernels.layer_norm(x, self.offset2, self.norm2)
-        if self.activation == "gelu_pytorch_tanh":
-            return products.linear(h, self.w_fc1, self.b_fc1, gelu=True)
-        return kernels.activate(products.linear(h, self.w_fc1, self.b_fc1), self.activation)
+        return products.linear(h, self.w_fc1, self.b_fc1, self.activation)
 
 
 def attend(qkv: Tensor, rows: int, heads: int, lengths: Tensor | None = None, causal: bool = False) -> Tensor:

@@ -6,15 +6,18 @@ token only, and the rest of it just when patches are asked for.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from siglip_serve.checkpoint.model_config import ImageConfig
 from siglip_serve.engine.fused import kernels
 from siglip_serve.engine.fused.blocks import Blocks, round_matrices
+from siglip_serve.engine.fused.class_token import taken
 from siglip_serve.engine.fused.folded import FoldedPatchEmbedding
+from siglip_serve.heatmaps.attribution import ClipExplainer, Explanation
 from siglip_serve.towers.clip import ClipVisionTower
-from siglip_serve.towers.siglip import TowerTrace
 
 __all__ = ["ClipImages"]
 
@@ -31,7 +34,7 @@ class ClipImages:
     def __init__(self, tower: ClipVisionTower, image: ImageConfig, dtype: torch.dtype) -> None:
         layers = tower.encoder.blocks
         round_matrices(layers, dtype)
-        self._tokens = tower.context
+        self._tokens, self._heads = tower.context, tower.config.num_attention_heads
         self._embed = FoldedPatchEmbedding(tower.embeddings, image, dtype)
         self._norm = tower.pre_layrnorm
         self._nothing = torch.zeros_like(self._norm.weight)
@@ -50,9 +53,19 @@ class ClipImages:
         x = self._blocks.finish(tokens.flatten(0, 1), len(tokens))
         return x.view(tokens.shape)[:, 1:].contiguous()
 
-    def trace(self, pixels: Tensor) -> TowerTrace:
-        """[n, S, S, 3] uint8 -> the trace of all blocks without what their MLPs added"""
-        return self._blocks.trace(self._first(pixels), len(pixels))
+    def trace(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """[1, S, S, 3] uint8 -> [1, L, 1 + T, 3 * W], what attention reads, and the tokens [1, 1 + T, W]"""
+        qkv, x = self._blocks.trace(self._first(pixels), len(pixels))
+        return qkv[None], x[None]
+
+    def explain(
+        self, explainer: ClipExplainer, trace: Sequence[Tensor], prepared: Sequence[Tensor]
+    ) -> Explanation[Tensor]:
+        """Explain the image of a trace. See `Traced`."""
+        qkv, x = trace
+        form, seen, constant = prepared
+        maps = taken(qkv[0], seen, self._heads)
+        return explainer.conclude(x, maps, form, constant)
 
     def _first(self, pixels: Tensor) -> Tensor:
         """[n, S, S, 3] uint8 -> the input of the first block [n * (1 + T), W]"""

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["TYPES", "Algorithm", "CublasLtError", "Kind", "Product"]
+__all__ = ["TANH_GELU", "TYPES", "Algorithm", "CublasLtError", "Kind", "Product"]
 
+TANH_GELU = "gelu_pytorch_tanh"
 TYPES = {torch.bfloat16: 14, torch.float16: 2, torch.float8_e4m3fn: 28}
 _FLOAT32, _COMPUTE_FLOAT32 = 0, 68
 _TRANSPOSED_A, _EPILOGUE, _BIAS, _SCALE_A, _SCALE_B, _FAST_SUMS, _BIAS_TYPE = 3, 7, 8, 17, 18, 25, 26
@@ -35,7 +36,8 @@ class Kind(NamedTuple):
     Attributes:
         inputs, output: types of x and w, and of the result.
         bias: [n], in 16 bits, is added.
-        gelu: the GELU in its tanh form is computed at the end. Only with a bias.
+        activation: its name in `towers.siglip.ACTIVATIONS`, of what is computed at the end, only with a bias.
+            The library knows `TANH_GELU`.
         adds: the result is added to what the output holds.
     """
 
@@ -45,7 +47,7 @@ class Kind(NamedTuple):
     inputs: torch.dtype
     output: torch.dtype
     bias: bool = False
-    gelu: bool = False
+    activation: str = ""
     adds: bool = False
 
 
@@ -87,7 +89,7 @@ class Product:
         self._description = ctypes.c_void_p()
         self._call("MatmulDescCreate", ctypes.byref(self._description), _COMPUTE_FLOAT32, _FLOAT32)
         self._set(_TRANSPOSED_A, ctypes.c_int(1))
-        epilogue = _WITH_GELU if kind.gelu else _WITH_BIAS if kind.bias else _PLAIN
+        epilogue = _WITH_GELU if kind.activation == TANH_GELU else _WITH_BIAS if kind.bias else _PLAIN
         self._set(_EPILOGUE, ctypes.c_uint32(epilogue))
         if kind.bias:
             self._set(_BIAS_TYPE, ctypes.c_int(TYPES[bias]))

@@ -19,10 +19,13 @@ from siglip_serve.towers.clip_rules import QUICK_GELU
 
 __all__ = [
     "FLOAT8",
+    "ON_GPU",
     "Branch",
     "activate",
+    "activation_of",
     "cut_patches",
     "gelu_quantize",
+    "is_fast",
     "largest_norm_scale",
     "layer_norm",
     "normalize_quantize",
@@ -33,8 +36,9 @@ Branch = tuple[Tensor, Tensor]
 
 _LARGEST = torch.finfo(FLOAT8).max
 _SMALLEST_AMAX = 1e-12  # a row of zeros has a scale too
+_HALF_SLOPE = tl.constexpr(QUICK_GELU / 2)
 _ELEMENTS = 4096  # that a program of `activate` computes
-_ON_GPU = not os.environ.get("TRITON_INTERPRET")
+ON_GPU = not os.environ.get("TRITON_INTERPRET")
 
 
 def largest_norm_scale(width: int) -> float:
@@ -93,27 +97,32 @@ def gelu_quantize(x: Tensor, scale: Tensor) -> Branch:
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
     first, second = _parts(width)
     _gelu_quantize[(rows,)](
-        x, scale, out, scales, _LARGEST, _SMALLEST_AMAX, width, _ON_GPU, first, second,
+        x, scale, out, scales, _LARGEST, _SMALLEST_AMAX, width, ON_GPU, first, second,
         num_warps=4,
     )  # fmt: skip
     return out, scales
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """Compute `quick_gelu`, or `gelu` in its exact form, in place and in float32.
+    """Compute an activation in place, and in float32.
 
     Args:
         x: contiguous, 16 bits.
-        activation: its name.
+        activation: its name in `towers.siglip.ACTIVATIONS`.
 
     Returns:
         x.
     """
     count = x.numel()
     _activate[(triton.cdiv(count, _ELEMENTS),)](
-        x, count, QUICK_GELU, activation == "quick_gelu", _ELEMENTS, num_warps=4
+        x, count, activation, is_fast(x.dtype), _ELEMENTS, num_warps=4
     )
     return x
+
+
+def is_fast(dtype: torch.dtype) -> bool:
+    """Return True if activations that are rounded to a type may be computed by the GPU's approximate tanh."""
+    return ON_GPU and dtype is not torch.float16
 
 
 def cut_patches(pixels: Tensor, patch: int, centre: Tensor, out: Tensor) -> None:
@@ -202,28 +211,39 @@ def _norm(
 
 
 @triton.jit
-def _gelu(x, ON_GPU: tl.constexpr):
-    u = x * (0.7978845608028654 + 0.035677408136300125 * x * x)
-    if ON_GPU:
-        # One instruction, exact to 2^-11, which is finer than the rounding of the result.
-        t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [u], tl.float32, True, 1)
+def _tanh(x, FAST: tl.constexpr):
+    """With FAST it is one instruction of GPUs, exact to 2^-11, which is finer than rounding to bfloat16."""
+    if FAST:
+        t = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
     else:
-        t = 2 * tl.sigmoid(2 * u) - 1
+        t = 2 * tl.sigmoid(2 * x) - 1
+    return t
+
+
+@triton.jit
+def activation_of(x, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
+    """Compute one of `towers.siglip.ACTIVATIONS` of float32, or nothing for an empty name."""
     half = 0.5 * x
-    return half + half * t
+    if ACTIVATION == "gelu_pytorch_tanh":
+        x = half + half * _tanh(x * (0.7978845608028654 + 0.035677408136300125 * x * x), FAST)
+    elif ACTIVATION == "quick_gelu":  # a sigmoid is half of 1 + tanh
+        x = half + half * _tanh(x * _HALF_SLOPE, FAST)
+    elif ACTIVATION == "gelu":
+        x = half * (1 + tl.erf(x * 0.7071067811865476))
+    return x
 
 
 @triton.jit
 def _gelu_quantize(
     x, scale, out, scales, largest, smallest_amax, width,
-    ON_GPU: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+    FAST: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * width
     scale = tl.load(scale)
-    a = _gelu(_load(x + row, 0, FIRST, width) * scale, ON_GPU)
+    a = activation_of(_load(x + row, 0, FIRST, width) * scale, "gelu_pytorch_tanh", FAST)
     amax = tl.max(tl.abs(a))
     if SECOND:
-        b = _gelu(_load(x + row, FIRST, SECOND, width) * scale, ON_GPU)
+        b = activation_of(_load(x + row, FIRST, SECOND, width) * scale, "gelu_pytorch_tanh", FAST)
         amax = tl.maximum(amax, tl.max(tl.abs(b)))
     amax = tl.maximum(amax, smallest_amax)
     tl.store(scales + tl.program_id(0), amax / largest)
@@ -234,15 +254,11 @@ def _gelu_quantize(
 
 
 @triton.jit
-def _activate(x, count, slope, QUICK: tl.constexpr, BLOCK: tl.constexpr):
+def _activate(x, count, ACTIVATION: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < count
     values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    if QUICK:
-        values = values * tl.sigmoid(slope * values)
-    else:
-        values = 0.5 * values * (1 + tl.erf(values * 0.7071067811865476))
-    tl.store(x + place, values.to(x.dtype.element_ty), mask=inside)
+    tl.store(x + place, activation_of(values, ACTIVATION, FAST).to(x.dtype.element_ty), mask=inside)
 
 
 @triton.jit

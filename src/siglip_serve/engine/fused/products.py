@@ -1,22 +1,23 @@
 """Matrix products of towers on NVIDIA GPUs, each by the fastest algorithm that there is for its shape.
 
-torch lets cuBLASLt guess. At towers' shapes another of the library's algorithms is up to a quarter faster
-(benchmarks/results/products.csv), so the start tries them beside torch's where a pass is recorded. Shapes
-that come later, small products, and machines without the library are left to torch.
+torch lets cuBLASLt guess. At towers' shapes another of the library's algorithms is faster, or our own kernel
+where an activation follows (benchmarks/results/products.csv). So the start tries them beside torch's where a
+pass is recorded. Shapes that come later, small products, and other GPUs are left to torch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from siglip_serve.engine.fused.cublaslt import TYPES, Algorithm, CublasLtError, Kind, Product
+from siglip_serve.engine.fused import activated, kernels
+from siglip_serve.engine.fused.cublaslt import TANH_GELU, TYPES, CublasLtError, Kind, Product
 
 __all__ = ["add_product", "choose", "linear", "scaled_product", "tried"]
 
@@ -27,8 +28,9 @@ _CLEARLY = 0.98  # of torch's time; less is noise
 _ALIGNED = 16  # bytes
 
 Scales = tuple[Tensor, Tensor]
-_Found = tuple[Product, Algorithm] | None
-_chosen: dict[tuple[int, Kind], _Found] = {}
+# Computes x w into a matrix: x, w, out, bias, scales.
+_Way = Callable[[Tensor, Tensor, Tensor, Tensor | None, Scales | None], object]
+_chosen: dict[tuple[int, Kind], _Way | None] = {}
 _trying = False
 
 
@@ -43,19 +45,21 @@ def tried() -> Iterator[None]:
         _trying = before
 
 
-def linear(x: Tensor, w: Tensor, bias: Tensor, gelu: bool = False) -> Tensor:
-    """Compute x w + bias, and its GELU in the tanh form if asked for.
+def linear(x: Tensor, w: Tensor, bias: Tensor, activation: str = "", out: Tensor | None = None) -> Tensor:
+    """Compute activation(x w + bias).
 
     Args:
         x: [M, K], 16 bits.
         w: [K, N] of the same dtype, column by column.
         bias: [N] of the same dtype.
-        gelu: compute it before the result is written.
+        activation: its name in `towers.siglip.ACTIVATIONS`, or empty for none.
+        out: where the result is written, contiguous, only without an activation. None: in new memory.
 
     Returns:
         [M, N] of the same dtype.
     """
-    return _compute(Kind(*_sizes(x, w), x.dtype, x.dtype, bias=True, gelu=gelu), x, w, bias=bias)
+    kind = Kind(*_sizes(x, w), x.dtype, x.dtype, bias=True, activation=activation)
+    return _compute(kind, x, w, out, bias)
 
 
 def add_product(out: Tensor, x: Tensor, w: Tensor) -> Tensor:
@@ -93,14 +97,13 @@ def _compute(
     bias: Tensor | None = None,
     scales: Scales | None = None,
 ) -> Tensor:
-    """Compute a product by the algorithm chosen for it, or by torch. `out` is what it is added to."""
-    found = _find(kind, x, w, out, bias, scales)
-    if found is None:
+    """Compute a product by the way chosen for it, or by torch. `out` is written, or added to."""
+    way = _find(kind, x, w, out, bias, scales)
+    if way is None:
         return _by_torch(kind, x, w, out, bias, scales)
-    product, algorithm = found
     if out is None:
         out = torch.empty(kind.m, kind.n, dtype=kind.output, device=x.device)
-    product(algorithm, x, w, out, bias, scales)
+    way(x, w, out, bias, scales)
     return out
 
 
@@ -111,14 +114,16 @@ def _by_torch(
         return cast("Tensor", out).addmm_(x, w)
     if scales is not None:
         return torch._scaled_mm(x, w, *scales, bias, out_dtype=kind.output, use_fast_accum=True)
-    compute = partial(torch._addmm_activation, use_gelu=True) if kind.gelu else torch.addmm
-    return compute(cast("Tensor", bias), x, w)
+    if kind.activation == TANH_GELU:
+        return torch._addmm_activation(cast("Tensor", bias), x, w, use_gelu=True)
+    product = torch.addmm(cast("Tensor", bias), x, w, out=out)
+    return kernels.activate(product, kind.activation) if kind.activation else product
 
 
 def _find(
     kind: Kind, x: Tensor, w: Tensor, out: Tensor | None, bias: Tensor | None, scales: Scales | None
-) -> _Found:
-    """Return the algorithm for a product, or None if torch computes it."""
+) -> _Way | None:
+    """Return the way to compute a product, or None if it is torch's."""
     if not x.is_cuda or kind.inputs not in TYPES:
         return None
     key = x.device.index, kind
@@ -132,23 +137,37 @@ def _find(
     return _chosen[key] if straight and aligned else None
 
 
-def _try(kind: Kind, x: Tensor, w: Tensor, bias: Tensor | None, scales: Scales | None) -> _Found:
-    """Time torch and the library's algorithms, and return the fastest, or None for torch."""
+def _try(kind: Kind, x: Tensor, w: Tensor, bias: Tensor | None, scales: Scales | None) -> _Way | None:
+    """Time torch and the other ways, and return the fastest, or None for torch."""
     if 2.0 * kind.m * kind.n * kind.k < _LEAST_OPERATIONS:
         return None
     try:
-        product = Product(kind, torch.bfloat16 if bias is None else bias.dtype, x.device.index)
-        proposed = product.algorithms()
+        ways = list(_other_ways(kind, bias, x.device.index))
         out = torch.zeros(kind.m, kind.n, dtype=kind.output, device=x.device)
         runs: list[Callable[[], object]] = [partial(_by_torch, kind, x, w, out, bias, scales)]
-        runs += [partial(product, algorithm, x, w, out, bias, scales) for algorithm in proposed]
+        runs += [partial(way, x, w, out, bias, scales) for way in ways]
         fastest = choose(runs, _milliseconds)
     except torch.OutOfMemoryError:  # a trial needs more of it than the pass
         return None
-    except CublasLtError as error:
-        _tell(str(error))
-        return None
-    return (product, proposed[fastest - 1]) if fastest else None
+    return ways[fastest - 1] if fastest else None
+
+
+def _other_ways(kind: Kind, bias: Tensor | None, device: int) -> Iterator[_Way]:
+    """Yield what could compute a product besides torch."""
+    if activated.is_supported(kind, device):
+        yield partial(_by_kernel, kind.activation)
+    if kind.activation in ("", TANH_GELU):
+        try:
+            product = Product(kind, torch.bfloat16 if bias is None else bias.dtype, device)
+            yield from (partial(product, algorithm) for algorithm in product.algorithms())
+        except CublasLtError as error:
+            _tell(str(error))
+
+
+def _by_kernel(
+    activation: str, x: Tensor, w: Tensor, out: Tensor, bias: Tensor | None, _: Scales | None
+) -> None:
+    activated.product(x, w, out, cast("Tensor", bias), activation)
 
 
 @lru_cache
@@ -161,15 +180,20 @@ def choose(runs: Sequence[Callable[[], object]], measure: Callable[[Callable[[],
     """Return the place of the fastest of several ways to compute the same.
 
     Args:
-        runs: the usual way, than which another has to be clearly faster. Others may raise `CublasLtError`.
+        runs: the usual way, than which another has to be clearly faster. Others may raise an error.
         measure: calls one of them, and returns its time.
     """
     runs[0]()
     working = [0]
     for place, run in enumerate(runs[1:], 1):
-        with suppress(CublasLtError):
+        try:
             run()
             working.append(place)
+        except (CublasLtError, torch.OutOfMemoryError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+        except Exception as error:  # noqa: BLE001 - Triton's compiler has many, and there is the usual way
+            _tell(f"{type(error).__name__}: {error}")
     times = dict.fromkeys(working, math.inf)
     # One after the other, and the shortest times: the GPU may have other work, and its clock changes.
     for _ in range(_ROUNDS):

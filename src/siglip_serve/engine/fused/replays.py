@@ -46,7 +46,7 @@ class Replays:
         if device.type == "cuda":
             # Two slots: one is filled while the rows of the other are computed.
             self._slots = [_Slot(inputs, device), _Slot(inputs, device)]
-            self._copies = torch.cuda.Stream(device)
+            self._copies, self._computed = torch.cuda.Stream(device), torch.cuda.Event()
         if graphs:
             self._record_all()
 
@@ -58,7 +58,10 @@ class Replays:
         """
         n = len(inputs[0])
         self._send([torch.from_numpy(rows) for rows in inputs])
-        return tuple(output[:n] for output in self.replay_of(n)())
+        outputs = self.replay_of(n)()
+        if self._device.type == "cuda":
+            self._computed.record()
+        return tuple(output[:n] for output in outputs)
 
     def replay_of(self, n: int) -> Callable[[], tuple[Tensor, ...]]:
         """Return the function that computes the first n rows of the inputs, rounded up to a recorded size."""
@@ -91,7 +94,7 @@ class Replays:
         return finish
 
     def _send(self, rows: Sequence[Tensor]) -> None:
-        """Copy rows into the inputs. A full batch uses its own stream while the previous call computes."""
+        """Copy rows into the inputs, on a stream of their own while the previous call computes."""
         n = len(rows[0])
         if self._device.type != "cuda":
             _copy(rows, self._inputs)
@@ -104,7 +107,7 @@ class Replays:
             for source, host in zip(rows, slot.host, strict=True)
         ]
         compute = torch.cuda.current_stream(self._device)
-        if n < self.max_rows:  # usually the only pass: fewer calls count more than overlap
+        if self._computed.query():  # nothing to overlap with, so fewer calls count more
             _copy(rows, self._inputs)
             slot.copied.record(compute)
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ from siglip_serve.engine.fused.blocks import Blocks, Stack, round_matrices
 from siglip_serve.engine.fused.clip import ClipImages
 from siglip_serve.engine.fused.float8 import Float8Blocks, draw_pictures
 from siglip_serve.engine.fused.folded import FoldedPatchEmbedding, FoldedPooling
-from siglip_serve.engine.fused.heatmaps import RecordedHeatmaps, trace_stream
+from siglip_serve.engine.fused.heatmaps import RecordedHeatmaps, Traced, trace_stream
 from siglip_serve.engine.fused.replays import Replays
 from siglip_serve.engine.passes import Finish
 from siglip_serve.errors import SettingsError
@@ -27,7 +28,7 @@ from siglip_serve.towers.clip import ClipTextTower, ClipVisionTower
 from siglip_serve.towers.clip_rules import end_places
 from siglip_serve.towers.load import AnyTextTower, AnyVisionTower
 from siglip_serve.towers.naflex import NaflexVisionTower
-from siglip_serve.towers.siglip import Block, TowerTrace, VisionTower
+from siglip_serve.towers.siglip import Block, BlockTrace, TowerTrace, VisionTower
 
 __all__ = ["FusedText", "FusedVision", "make_stack"]
 
@@ -37,7 +38,7 @@ _FLOAT8_MULTIPLE = 16  # of the sides of a matrix of 8 bits
 _CLIP_LENGTHS = (16, 32)
 
 
-class _Images(Protocol):
+class _Images(Traced, Protocol):
     """A vision tower on the device, whose passes a runner records."""
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,9 +46,6 @@ class _Images(Protocol):
 
     def patches(self, tokens: Tensor) -> Tensor:
         """Compute the tokens of the patches [n, T, W], unrecorded. This may overwrite the argument."""
-
-    def trace(self, pixels: Tensor) -> TowerTrace:
-        """[1, S, S, 3] uint8 -> the trace that the tower's explainer takes"""
 
 
 class FusedVision:
@@ -93,7 +91,7 @@ class FusedVision:
         most = rows_of_a_pass(tower.config.grid_size**2, max_rows)  # of patches, as the server counts
         rows = torch.zeros(most, size, size, 3, dtype=torch.uint8)
         self.replays = Replays(self._images.forward, [rows], device, graphs)
-        self._heatmaps = RecordedHeatmaps(self._images.trace, rows[:1], device, graphs)
+        self._heatmaps = RecordedHeatmaps(self._images, rows[:1], device, graphs)
         self.max_rows = self.replays.max_rows
         self.staging: NDArray[np.uint8] | None = None
         if device.type == "cuda":
@@ -191,10 +189,20 @@ class _SiglipImages:
         """Return all tokens, as they are."""
         return tokens
 
-    def trace(self, pixels: Tensor) -> TowerTrace:
-        """[1, S, S, 3] uint8 -> the trace of the last blocks"""
+    def trace(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """[1, S, S, 3] uint8 -> the parts of the trace of the last blocks, one after the other"""
         stream = self._blocks.stream(self._embed(pixels), len(pixels), self._before)
-        return trace_stream(stream, self._traced, self._dtype)
+        found = trace_stream(stream, self._traced, self._dtype)
+        blocks = [(block.queries, block.keys, block.values, block.mlp) for block in found.blocks]
+        return found.before, found.after, *chain.from_iterable(blocks)
+
+    def explain(
+        self, explainer: SiglipExplainer, trace: Sequence[Tensor], prepared: Sequence[Tensor]
+    ) -> Explanation[Tensor]:
+        """Explain the image of a trace. See `Traced`."""
+        before, after, *parts = trace
+        blocks = tuple(BlockTrace(*parts[start : start + 4]) for start in range(0, len(parts), 4))
+        return explainer(TowerTrace(before, blocks, after), *prepared)
 
 
 def make_stack(

@@ -5,7 +5,7 @@ CUDA graphs and the kernels that torch has for a GPU are not run here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,20 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from random_checkpoints import random_clip, random_model, save_checkpoint, save_clip
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from siglip_serve.checkpoint.config import load_config
 from siglip_serve.checkpoint.model_config import ModelConfig
 from siglip_serve.engine.engines import TextEngine
-from siglip_serve.engine.fused import kernels
+from siglip_serve.engine.fused import activated, heatmaps, kernels
 from siglip_serve.engine.fused.blocks import attend
+from siglip_serve.engine.fused.class_token import taken
 from siglip_serve.engine.fused.runners import FusedText, FusedVision
 from siglip_serve.engine.passes import OUTPUTS, Arrays, Finish
 from siglip_serve.engine.plan import Plan
 from siglip_serve.engine.torch.runners import TorchText, TorchVision
-from siglip_serve.heatmaps.attribution import ClipExplainer
+from siglip_serve.heatmaps.attribution import ClipExplainer, Explanation
 from siglip_serve.towers import siglip
 from siglip_serve.towers.clip import ClipTextTower, ClipVisionTower, load_text, load_vision
 
@@ -82,13 +83,38 @@ def least_cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
 
 @pytest.mark.parametrize("shape", [(3, 4304), (1, 5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_activations_equal_those_of_torch(shape: tuple[int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_equal_those_of_torch(shape: tuple[int, int], dtype: torch.dtype, name: str) -> None:
     torch.manual_seed(0)
-    x = (torch.randn(shape) * 4).to(dtype)
-    found = {name: kernels.activate(x.clone(), name) for name in ("quick_gelu", "gelu")}
-    quick = x.float() * torch.sigmoid(1.702 * x.float())
-    torch.testing.assert_close(found["quick_gelu"], quick.to(dtype))
-    torch.testing.assert_close(found["gelu"], F.gelu(x.float()).to(dtype))
+    x = (torch.randn(shape) * 2).to(dtype)
+    expected = siglip.ACTIVATIONS[name](x.float()).to(dtype)
+    torch.testing.assert_close(kernels.activate(x.clone(), name), expected)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(70, 88, 72), (300, 264, 136), (128, 256, 64)])
+@pytest.mark.parametrize("name", ["", *ACTIVATIONS])
+def test_products_with_an_activation_equal_those_of_torch(m: int, n: int, k: int, name: str) -> None:
+    """Sizes that fill no tile, or one exactly, and more tiles than run at once."""
+    torch.manual_seed(0)
+    x, w, bias = torch.randn(m, k), torch.randn(n, k).t() / k**0.5, torch.randn(n)
+    out = torch.full((m, n), torch.nan)
+    activated.product(x, w, out, bias, name)
+    expected = torch.addmm(bias, x, w)
+    torch.testing.assert_close(out, siglip.ACTIVATIONS[name](expected) if name else expected)
+
+
+@pytest.mark.parametrize("tokens", [5, 32, 70])
+@pytest.mark.parametrize(("heads", "depth"), [(2, 64), (3, 12)])
+def test_the_class_token_takes_what_torch_says(tokens: int, heads: int, depth: int) -> None:
+    torch.manual_seed(0)
+    layers, vectors, width = 3, 2, heads * depth
+    qkv = torch.randn(layers, tokens, 3 * width) * 2
+    seen = torch.randn(layers, vectors, width)
+    q, k, v = qkv.view(layers, tokens, 3, heads, depth).permute(2, 0, 3, 1, 4)
+    weights = (q[:, :, :1] @ k.mT * depth**-0.5).softmax(-1)  # [L, H, 1, T]
+    mixed = weights.mT * v  # [L, H, T, depth]
+    expected = torch.einsum("lhtd,lphd->pt", mixed, seen.view(layers, vectors, heads, depth))
+    torch.testing.assert_close(taken(qkv, seen, heads), expected[None], rtol=0, atol=1e-4)
 
 
 def test_cut_patches_leaves_a_row_of_zeros_before_each_image() -> None:
@@ -239,7 +265,31 @@ def test_nothing_that_is_recorded_waits_for_the_device(config: ModelConfig) -> N
     image, ids = torch.from_numpy(pixels(1)), torch.from_numpy(ids_ending_at(3)[:, :16])
     with torch.inference_mode(), NoWaiting():  # type: ignore[no-untyped-call]
         images.forward(image)
-        explainer(images.trace(image), *prepared)
+        images.explain(explainer, images.trace(image), prepared)
         texts._forward(ids)
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():  # type: ignore[no-untyped-call]
         image.float().mean().item()
+
+
+def test_prompts_are_read_anew_only_when_others_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording computes on its own memory, as a CUDA graph does."""
+
+    class Graph:
+        def __init__(self, compute: Callable[[], Explanation[Tensor]]) -> None:
+            self.compute, self.found = compute, compute()
+
+        def replay(self) -> None:
+            again = self.compute()
+            self.found.maps.copy_(again.maps)
+
+    def record(compute: Callable[[], Explanation[Tensor]], _: object) -> tuple[Graph, Explanation[Tensor]]:
+        graph = Graph(compute)
+        return graph, graph.found
+
+    def compute(prepared: Sequence[Tensor]) -> Explanation[Tensor]:
+        return Explanation(prepared[0] * 2, prepared[0], prepared[0])
+
+    monkeypatch.setattr(heatmaps, "record", record)
+    one, other = [torch.tensor([1.0])], [torch.tensor([5.0])]
+    explain = heatmaps._RecordedExplainer(compute, one, None)
+    assert [explain(prepared).maps.item() for prepared in (one, one, other, other, one)] == [2, 2, 10, 10, 2]

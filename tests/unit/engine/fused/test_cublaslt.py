@@ -94,7 +94,11 @@ def shape_of(notes: Notes, place: int) -> tuple[int, int, int, int]:
 
 
 def test_asks_for_the_transposed_product(notes: Notes) -> None:
-    product = Product(Kind(3, 5, 16, torch.bfloat16, torch.bfloat16, bias=True, gelu=True), torch.bfloat16, 0)
+    product = Product(
+        Kind(3, 5, 16, torch.bfloat16, torch.bfloat16, bias=True, activation="gelu_pytorch_tanh"),
+        torch.bfloat16,
+        0,
+    )
     x, w, out, bias = torch.zeros(3, 16), torch.zeros(5, 16).t(), torch.zeros(3, 5), torch.zeros(5)
     product(Algorithm(), x, w, out, bias)
     assert notes.attributes == {TRANSPOSED_A: 1, EPILOGUE: 36, BIAS_TYPE: BF16, BIAS: bias.data_ptr()}

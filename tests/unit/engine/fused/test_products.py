@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from siglip_serve.engine.fused import products
+from siglip_serve.engine.fused import activated, products
 from siglip_serve.engine.fused.cublaslt import CublasLtError, Kind
+from siglip_serve.towers.siglip import ACTIVATIONS
 
 Run = Callable[[], object]
 
@@ -43,6 +44,16 @@ def test_chooses_the_fastest_that_works(times: list[float | None], expected: int
     assert products.choose(*runs_of(times)) == expected
 
 
+def test_leaves_out_what_does_not_compile(capsys: pytest.CaptureFixture[str]) -> None:
+    def broken() -> None:
+        raise ValueError("no such instruction")
+
+    runs, measure = runs_of([3.0, 2.0])
+    products._tell.cache_clear()
+    assert products.choose([*runs, broken], measure) == 1
+    assert "ValueError: no such instruction" in capsys.readouterr().out
+
+
 def test_a_slow_moment_does_not_decide() -> None:
     runs, _ = runs_of([2.0, 1.0])
     moments = {runs[0]: iter([2.0] * 9), runs[1]: iter([9.0, 9.0, 1.0, 9.0, 9.0])}
@@ -54,9 +65,12 @@ def test_equals_torch_where_torch_computes() -> None:
     x, w, bias = torch.randn(5, 8), torch.randn(6, 8).t(), torch.randn(6)
     with products.tried():
         assert torch.equal(products.linear(x, w, bias), torch.addmm(bias, x, w))
-        found = products.linear(x, w, bias, gelu=True)
-        expected = torch.nn.functional.gelu(torch.addmm(bias, x, w), approximate="tanh")
-        assert torch.allclose(found, expected, atol=1e-3)
+        given = torch.empty(5, 6)
+        assert products.linear(x, w, bias, out=given) is given
+        assert torch.equal(given, torch.addmm(bias, x, w))
+        for name, activation in ACTIVATIONS.items():
+            found = products.linear(x, w, bias, name)
+            assert torch.allclose(found, activation(torch.addmm(bias, x, w)), atol=1e-3)
         out = torch.ones(5, 6)
         assert products.add_product(out, x, w) is out
         assert torch.allclose(out, 1 + x @ w, atol=1e-5)
@@ -126,10 +140,51 @@ def test_leaves_to_torch_what_cannot_be_tried(
 
     monkeypatch.setattr(products, "Product", refuse)
     products._tell.cache_clear()
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    monkeypatch.setattr(products, "choose", lambda runs, _: len(runs) - 1)
     matrices = OnGpu(4096, 768), OnGpu(768, 3072)
     for _ in range(2):
         assert products._try(kind_of(*matrices), *matrices, None, None) is None  # type: ignore[arg-type]
     assert capsys.readouterr().out.count("no library") == isinstance(error, CublasLtError)
+
+
+@pytest.mark.parametrize(
+    ("activation", "capability", "k", "expected"),
+    [
+        ("", (9, 0), 768, ["cublaslt"]),
+        ("gelu_pytorch_tanh", (9, 0), 768, ["kernel", "cublaslt"]),
+        ("quick_gelu", (9, 0), 768, ["kernel"]),
+        ("quick_gelu", (8, 0), 768, []),
+        ("gelu_pytorch_tanh", (9, 0), 764, ["cublaslt"]),  # rows do not begin at multiples of 16 bytes
+    ],
+)
+def test_tries_what_computes_a_product(
+    activation: str, capability: tuple[int, int], k: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Library:
+        def __init__(self, *_: object) -> None: ...
+
+        def algorithms(self) -> list[int]:
+            return [7]
+
+        def __call__(self, *arguments: object) -> None:
+            called.append("cublaslt")
+            assert arguments == (7, *matrices)
+
+    called: list[str] = []
+    matrices = object(), object(), object(), object(), None
+
+    def kernel(*arguments: object) -> None:
+        called.append("kernel")
+        assert arguments == (*matrices[:4], activation)
+
+    monkeypatch.setattr(products, "Product", Library)
+    monkeypatch.setattr(activated, "product", kernel)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    kind = Kind(4096, 3072, k, torch.bfloat16, torch.bfloat16, bias=True, activation=activation)
+    for way in products._other_ways(kind, torch.zeros(1, dtype=torch.bfloat16), 0):
+        way(*matrices)  # type: ignore[arg-type]
+    assert called == expected
 
 
 def test_leaves_float32_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
