@@ -4,8 +4,14 @@ A call that Triton has cannot be taken back: cancelling it may end the server, s
 caller. Callers that give up again and again would fill Triton with such calls. While it has as many of them
 as allowed, further calls wait here, in order. A call whose caller gives up here costs Triton nothing.
 
-Triton may lose a call when a model process is killed. So a call that it has not answered some seconds after
-its caller gave up holds up no other any more.
+This alone would let all that wait in at once whenever Triton has done with the last ones. So the calls that
+Triton may have are limited by a window too, as TCP limits what is on the way. It grows by one with each
+answer, and shrinks with each call whose caller gave up. Where all give up it comes down to one call. Beside
+patient callers it settles where the impatient give up while they wait here, which costs nothing: the first in
+the queue is the one that has waited for the longest.
+
+Triton may lose a call when a model process is killed. So a call that it has not answered after some seconds
+holds up no other any more.
 """
 
 from __future__ import annotations
@@ -23,7 +29,8 @@ _MANY_NAMES = 64  # more than there are models, so callers have made up names
 # Each call that is computed in vain delays the next by its share of a pass, which is long on a CPU.
 _MOST_FORGOTTEN = 2
 _SHARE_FORGOTTEN = 8  # of as many calls one more, so that a GPU with hundreds of them never waits for a few
-_HOLDS_UP = 5.0  # seconds for which such a call holds others up; a pass of a large tower on a CPU takes less
+_SHRINK = _SHARE_FORGOTTEN - 1  # places for each, so that the window stays wide while fewer give up
+_HOLDS_UP = 5.0  # seconds for which a call holds others up; a pass of a large tower on a CPU takes less
 _WIDEN = 2  # calls that are let in for each that ends, so that after a wait the number grows again
 
 
@@ -83,7 +90,9 @@ class Admission:
         places: shared with other admissions, whose calls count too.
         forgotten: calls of callers that gave up, from which on other calls wait; an eighth of the calls that
             Triton has if that is more.
-        holds_up: seconds for which such a call counts.
+        holds_up: seconds for which a call counts, from when it was let in, and again from when its caller
+            gave up.
+        narrows: callers that give up reduce the number of calls that Triton has at once.
     """
 
     def __init__(
@@ -93,14 +102,18 @@ class Admission:
         places: Places | None = None,
         forgotten: int = _MOST_FORGOTTEN,
         holds_up: float = _HOLDS_UP,
+        narrows: bool = True,
     ) -> None:
         self._most, self._most_waiting, self._most_forgotten = in_flight, waiting, forgotten
-        self._holds_up = holds_up
+        self._holds_up, self._narrows = holds_up, narrows
+        self._window = in_flight
         self._places = places or Places(in_flight)
         self._admitted = 0
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()  # a task that nothing refers to may be collected
-        self._forgotten: dict[asyncio.Task[Any], asyncio.TimerHandle] = {}  # with the end of their time
+        # Those that hold up others, with the end of their time, and those of callers that gave up among them.
+        self._holding_up: dict[asyncio.Task[Any], asyncio.TimerHandle] = {}
+        self._forgotten: set[asyncio.Task[Any]] = set()
 
     @property
     def in_flight(self) -> int:
@@ -145,13 +158,12 @@ class Admission:
         task = asyncio.create_task(start())
         self._tasks.add(task)
         task.add_done_callback(self._leave)
+        self._hold_up(task)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             if not task.done():
-                loop = asyncio.get_running_loop()
-                self._forgotten[task] = loop.call_later(self._holds_up, self._hold_up_no_more, task)
-                task.add_done_callback(_retrieve)
+                self._forget(task)
             raise
 
     async def drain(self, seconds: float) -> None:
@@ -176,7 +188,8 @@ class Admission:
     def _may_pass(self) -> bool:
         forgotten = max(self._most_forgotten, self._admitted // _SHARE_FORGOTTEN)
         is_free = self._places.free > 0 and self._admitted < self._most
-        return is_free and len(self._forgotten) < forgotten
+        overdue = len(self._tasks) - len(self._holding_up)
+        return is_free and len(self._forgotten) < forgotten and self._admitted - overdue < self._window
 
     async def _enter(self) -> None:
         if self._may_pass() and not self._waiters:
@@ -205,12 +218,31 @@ class Admission:
 
     def _leave(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if timer := self._forgotten.pop(task, None):
+        if timer := self._holding_up.pop(task, None):
             timer.cancel()
+        if task not in self._forgotten:
+            self._window = min(self._window + 1, self._most)
+        self._forgotten.discard(task)
         self._give_back()
 
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        """Note that the caller of a call gave up."""
+        if self._narrows:
+            self._window = max(self._window - _SHRINK, 1)
+        self._forgotten.add(task)
+        self._hold_up(task)
+        task.add_done_callback(_retrieve)
+
+    def _hold_up(self, task: asyncio.Task[Any]) -> None:
+        """Count a call from now on for some seconds, unless it ends before."""
+        if timer := self._holding_up.get(task):
+            timer.cancel()
+        loop = asyncio.get_running_loop()
+        self._holding_up[task] = loop.call_later(self._holds_up, self._hold_up_no_more, task)
+
     def _hold_up_no_more(self, task: asyncio.Task[Any]) -> None:
-        del self._forgotten[task]
+        del self._holding_up[task]
+        self._forgotten.discard(task)
         self._places.let_in()
 
 
@@ -262,7 +294,9 @@ class Admissions:
             self._of = {name: known for name, known in self._of.items() if not known.is_idle}
         admission = self._of.get(model)
         if admission is None:
-            admission = self._of[model] = Admission(self._in_flight, self._waiting, self._places)
+            narrows = bool(model)  # other calls cost Triton little, and a stream ends when its caller wishes
+            limits = self._in_flight, self._waiting, self._places
+            admission = self._of[model] = Admission(*limits, narrows=narrows)
         self._calls += 1
         try:
             return await admission.run(start)

@@ -262,7 +262,7 @@ def test_places_that_become_free_go_to_the_models_in_turn() -> None:
         assert len(models.started) == 4
         models.end.set()
         await asyncio.gather(*calls, return_exceptions=True)
-        assert models.started[4:8] == ["slow", "other", "third", "slow"]
+        assert models.started[4:8] == ["other", "slow", "third", "other"]  # a slow one gave up
         assert (len(models.started), models.admissions.in_flight) == (10, 0)
         assert models.admissions._places.free == 4
 
@@ -331,4 +331,111 @@ def test_many_calls_allow_for_more_that_are_forgotten() -> None:
             await work.end(name)
         assert await held_back == "held back"
 
-    check(test)
+    check(test, narrows=False)
+
+
+async def abandon(work: Work, count: int) -> None:
+    """Have callers give up calls that Triton has, and end these."""
+    for number in range(count):
+        caller = work.call(f"gone {number}")
+        await settle()
+        await give_up(caller)
+        await work.end(f"gone {number}")
+
+
+def test_after_calls_that_were_given_up_each_answer_lets_in_one_more() -> None:
+    async def test(work: Work) -> None:
+        await abandon(work, 2)
+        assert work.admission.in_flight == 0
+        callers = [work.call(name) for name in "abcdefgh"]
+        await settle()
+        rounds = []
+        while started := work.started[2 + sum(map(len, rounds)) :]:
+            rounds.append("".join(started))
+            for name in started:
+                await work.end(name)
+        assert rounds == ["a", "bc", "defg", "h"]
+        assert [await caller for caller in callers] == list("abcdefgh")
+
+    check(test, in_flight=8)
+
+
+@pytest.mark.parametrize(("answered", "let_in"), [(7, 20), (6, 7)])
+def test_fewer_calls_are_let_in_while_more_than_an_eighth_are_given_up(answered: int, let_in: int) -> None:
+    async def test(work: Work) -> None:
+        for part in range(40):
+            await abandon(work, 1)
+            for name in (f"{part} {number}" for number in range(answered)):
+                caller = work.call(name)
+                await settle()
+                await work.end(name)
+                assert await caller == name
+        begin = len(work.started)
+        callers = [work.call(f"last {number}") for number in range(25)]
+        await settle()
+        assert len(work.started) - begin == let_in
+        for number in range(25):
+            await work.end(f"last {number}")
+        await asyncio.gather(*callers)
+
+    check(test, in_flight=20)
+
+
+def test_many_answers_make_the_window_no_wider_than_the_places() -> None:
+    async def test(work: Work) -> None:
+        for name in map(str, range(20)):
+            caller = work.call(name)
+            await settle()
+            await work.end(name)
+            assert await caller == name
+        await abandon(work, 1)
+        callers = [work.call(name) for name in "ab"]
+        await settle()
+        assert work.started[-1] == "a"
+        for name in "ab":
+            await work.end(name)
+        await asyncio.gather(*callers)
+
+    check(test, in_flight=2)
+
+
+def test_a_call_that_is_never_answered_does_not_keep_the_window_closed() -> None:
+    """Its caller may wait for half an hour, over HTTP."""
+
+    async def test(work: Work) -> None:
+        await abandon(work, 2)
+        lost, held_back = work.call("lost"), work.call("held back")
+        await settle()
+        assert work.started[2:] == ["lost"]
+        async with asyncio.timeout(10):
+            while len(work.started) < 4:
+                await asyncio.sleep(0.01)
+        await work.end("held back")
+        assert await held_back == "held back"
+        await give_up(lost)
+        assert work.admission.forgotten == 1
+        await work.end("lost")
+        assert (work.admission.forgotten, work.admission.in_flight) == (0, 0)
+
+    check(test, in_flight=8, holds_up=0.2)
+
+
+@pytest.mark.parametrize(("model", "let_in"), [("siglip", 1), ("", 8)])
+def test_streams_and_probes_that_their_callers_end_hold_up_no_others(model: str, let_in: int) -> None:
+    async def run() -> None:
+        models = Models(in_flight=8, waiting=8, total=100)
+        for _ in range(2):
+            caller = models.call(model)
+            await settle()
+            caller.cancel()
+            models.end.set()
+            await asyncio.gather(caller, return_exceptions=True)
+            await settle()
+            models.end.clear()
+        calls = [models.call(model) for _ in range(8)]
+        await settle()
+        assert models.admissions.in_flight == let_in
+        models.end.set()
+        await asyncio.gather(*calls)
+
+    asyncio.run(run())

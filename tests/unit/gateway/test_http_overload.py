@@ -109,13 +109,12 @@ def test_a_caller_that_gives_up_does_not_reach_triton() -> None:
     async def check() -> None:
         gate = Gate()
         async with open_before(gate.answer, Limits(in_flight=2, waiting=1)) as opened:
-            for _ in range(2):
-                _, writer = await asyncio.open_connection("127.0.0.1", opened.port)
+            impatient = [await asyncio.open_connection("127.0.0.1", opened.port) for _ in range(2)]
+            for _, writer in impatient:
                 writer.write(request_bytes(b"1"))
-                await writer.drain()
-                await asyncio.sleep(0.1)
-                writer.close()
             await gate.until(2)
+            for _, writer in impatient:
+                writer.close()
             await asyncio.sleep(0.2)
             waiting = asyncio.create_task(exchange(opened.port, request_bytes(b"2")))
             await asyncio.sleep(0.1)
