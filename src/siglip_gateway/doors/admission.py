@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-__all__ = ["Admission", "Admissions", "FullError", "Places"]
+__all__ = ["Admission", "Admissions", "FullError", "GoneError", "Places"]
 
 T = TypeVar("T")
 
@@ -44,6 +44,10 @@ class FullError(Exception):
     def __init__(self, count: int) -> None:
         super().__init__(f"{count} calls are in progress")
         self.count = count
+
+
+class GoneError(Exception):
+    """The caller gave up while its call waited."""
 
 
 class Places:
@@ -148,14 +152,21 @@ class Admission:
         """Wait for a place, then run a call to its end, whatever happens to the caller.
 
         Args:
-            start: called once there is a place; makes the coroutine of the call.
+            start: called once there is a place; makes the coroutine of the call. May raise `GoneError`, since
+                a busy event loop learns late that a caller gave up.
 
         Raises:
             FullError: too many wait.
+            GoneError: from `start`. The place goes to the next call.
         """
         self.check()
         await self._enter()
-        task = asyncio.create_task(start())
+        try:
+            call = start()
+        except GoneError:
+            self._give_back()
+            raise
+        task = asyncio.create_task(call)
         self._tasks.add(task)
         task.add_done_callback(self._leave)
         self._hold_up(task)
@@ -288,6 +299,7 @@ class Admissions:
 
         Raises:
             FullError: too many calls wait.
+            GoneError: from `start`.
         """
         self._check_total()
         if len(self._of) > _MANY_NAMES:

@@ -25,7 +25,7 @@ import grpc  # type: ignore[import-untyped]
 from grpc.aio import EOF, AioRpcError, BaseError  # type: ignore[import-untyped]
 
 from siglip_gateway.doors import AWAY, DRAIN
-from siglip_gateway.doors.admission import Admissions, FullError
+from siglip_gateway.doors.admission import Admissions, FullError, GoneError
 from siglip_gateway.doors.grpc_tensors import check_request, model_of
 from siglip_gateway.doors.length_prefixes import TensorError
 from siglip_gateway.doors.protobuf_fields import Field
@@ -42,6 +42,7 @@ _INFER, _STREAM = f"{_SERVICE}ModelInfer", f"{_SERVICE}ModelStreamInfer"
 _NO_CONNECTION = re.compile("connect|socket|stream removed|goaway|broken pipe|cancelling all", re.IGNORECASE)
 _NOT_A_MESSAGE = "Unable to parse request"  # gRPC's words for bytes that are no message of the method
 _EXPIRED = "Request timeout expired"  # Triton's words, and our models', for a request that waited too long
+_LATE = "the deadline passed on the way"
 
 MAX_WAITING = 2048
 _MAX_OTHERS = 2048  # streams, and calls of other methods than ModelInfer
@@ -114,7 +115,7 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
         await _refuse_late(context)
         fields = await _checked(request, context)
         request, by_deadline = with_timeout(request, fields, context.time_remaining(), now())
-        ask = partial(_ask, self._triton_infer, request, context)
+        ask = partial(_ask_in_time, self._triton_infer, request, context)
         admitted = self._inferences.run(model_of(request, fields), ask)
         return await _pass_answer(admitted, context, by_deadline)
 
@@ -157,6 +158,8 @@ async def _or_refuse(admitted: Coroutine[Any, Any, T], context: Any) -> T:
     except FullError as full:
         reason = f"Exceeds maximum queue size: {full.count} calls are in progress; try again"
         return await context.abort(grpc.StatusCode.UNAVAILABLE, reason)
+    except GoneError:
+        return await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, _LATE)
 
 
 async def _only_request(context: Any) -> bytes:
@@ -169,6 +172,17 @@ async def _only_request(context: Any) -> bytes:
     if request is EOF:
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call has no message")
     return request
+
+
+def _ask_in_time(triton: Any, request: bytes, context: Any) -> Coroutine[Any, Any, tuple[Any, bytes]]:
+    """Ask Triton as `_ask` does.
+
+    Raises:
+        GoneError: the caller has given up, which gRPC has not told yet.
+    """
+    if _is_late(context):
+        raise GoneError
+    return _ask(triton, request, context)
 
 
 async def _ask(triton: Any, request: bytes, context: Any) -> tuple[Any, bytes]:
@@ -192,9 +206,13 @@ async def _pass_answer(
 
 async def _refuse_late(context: Any) -> None:
     """Abort a call whose caller has given up already."""
+    if _is_late(context):
+        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, _LATE)
+
+
+def _is_late(context: Any) -> bool:
     left = context.time_remaining()
-    if left is not None and left <= 0:
-        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed on the way")
+    return left is not None and left <= 0
 
 
 async def _checked(request: bytes, context: Any) -> list[Field]:

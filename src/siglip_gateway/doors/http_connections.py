@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Awaitable, Callable
 from typing import cast
 
@@ -11,7 +12,7 @@ from aiohttp import web
 
 from siglip_gateway.doors.refusal import error_answer
 
-__all__ = ["Connections"]
+__all__ = ["Connections", "is_closed"]
 
 _log = logging.getLogger(__name__)
 _SILENCE = 75.0  # seconds for the headers of a request, and between two requests
@@ -23,6 +24,7 @@ _REFUSAL = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
     b"Connection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(_REFUSAL_BODY), _REFUSAL_BODY)
 )
+_CLOSED = (7, 8)  # of Linux's states: ended by a reset, and by a caller that sends no more
 _READ_AHEAD = 2**16  # bytes per connection that wait until their request is read
 
 
@@ -63,6 +65,15 @@ class Connections:
                 connection.force_close()
 
 
+def is_closed(transport: asyncio.BaseTransport) -> bool:
+    """Tell if the caller has closed a connection, which a busy event loop reads late."""
+    found = transport.get_extra_info("socket")
+    try:
+        return found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in _CLOSED
+    except OSError:  # closed here too, or a system that does not tell
+        return False
+
+
 class _Connection(web.RequestHandler):
     """A connection with this door's limits, and with errors in the protocol's form."""
 
@@ -79,6 +90,11 @@ class _Connection(web.RequestHandler):
         )
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if is_closed(transport):
+            # To read requests of connections that have waited for too long would take the time of those after
+            # them, until none is read before its caller has gone.
+            cast(asyncio.Transport, transport).abort()
+            return
         super().connection_made(transport)
         # An answer counts as sent when the caller's machine has it, so that a time limit can hold for it.
         cast(asyncio.Transport, transport).set_write_buffer_limits(0)

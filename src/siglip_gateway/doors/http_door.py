@@ -31,9 +31,9 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from siglip_gateway.doors import AWAY, DRAIN
-from siglip_gateway.doors.admission import Admissions, FullError
+from siglip_gateway.doors.admission import Admissions, FullError, GoneError
 from siglip_gateway.doors.http_bodies import Body, Held, Memory, patience, read_body
-from siglip_gateway.doors.http_connections import Connections
+from siglip_gateway.doors.http_connections import Connections, is_closed
 from siglip_gateway.doors.http_tensors import check_binary_inputs
 from siglip_gateway.doors.json_nesting import pieces_of, refuse_deep_json
 from siglip_gateway.doors.json_shapes import refuse_huge_shapes
@@ -150,6 +150,8 @@ class HttpDoor:
 
             def relay() -> Coroutine[Any, Any, web.Response]:
                 nonlocal handed_over
+                if request.transport is None or is_closed(request.transport):
+                    raise GoneError
                 handed_over = True  # the memory belongs to the call from now on, which may outlast its caller
                 return self._relay(request.method, target, _passed_on(request, body, arrived), body, held)
 
@@ -171,6 +173,8 @@ class HttpDoor:
         except FullError as full:
             reason = f"the server is too busy: {full.count} requests are in progress; try again"
             raise RefusedError(503, reason) from full
+        except GoneError as gone:
+            raise RefusedError(408, "the caller has closed the connection", close=True) from gone
 
     def _target(self, request: web.BaseRequest) -> URL:
         if not request.raw_path.startswith("/"):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import pytest
 
-from siglip_gateway.doors.admission import Admission, Admissions, FullError
+from siglip_gateway.doors.admission import Admission, Admissions, FullError, GoneError
 
 
 class Work:
@@ -119,6 +119,27 @@ def test_a_caller_that_gives_up_as_it_is_let_in_passes_its_place_on(steps: int) 
         assert work.started[-1] == "c"
         await work.end("c")
         assert (await first, await third) == ("a", "c")
+        assert work.admission.in_flight == 0
+
+    check(test, in_flight=1)
+
+
+def test_a_call_whose_caller_has_gone_when_it_is_let_in_passes_its_place_on() -> None:
+    def start() -> Coroutine[Any, Any, str]:
+        raise GoneError
+
+    async def test(work: Work) -> None:
+        first = work.call("a")
+        await settle()
+        gone = asyncio.create_task(work.admission.run(start))
+        last = work.call("b")
+        await settle()
+        await work.end("a")
+        assert work.started == ["a", "b"]
+        await work.end("b")
+        with pytest.raises(GoneError):
+            await gone
+        assert [await first, await last] == ["a", "b"]
         assert work.admission.in_flight == 0
 
     check(test, in_flight=1)
@@ -349,8 +370,8 @@ def test_after_calls_that_were_given_up_each_answer_lets_in_one_more() -> None:
         assert work.admission.in_flight == 0
         callers = [work.call(name) for name in "abcdefgh"]
         await settle()
-        rounds = []
-        while started := work.started[2 + sum(map(len, rounds)) :]:
+        rounds: list[str] = []
+        while started := work.started[2 + len("".join(rounds)) :]:
             rounds.append("".join(started))
             for name in started:
                 await work.end(name)

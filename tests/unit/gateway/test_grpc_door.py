@@ -17,7 +17,7 @@ import pytest
 from recording_triton import METHOD, STREAM, UNLIMITED, RecordingTriton
 from tritonclient.grpc import service_pb2
 
-from siglip_gateway.doors import AWAY
+from siglip_gateway.doors import AWAY, grpc_door
 from siglip_gateway.doors.grpc_door import GrpcDoor, open_door
 
 OTHER = "/inference.GRPCInferenceService/ServerReady"
@@ -217,6 +217,21 @@ def test_refuses_what_exceeds_the_limit_and_counts_forgotten_calls() -> None:
         assert await built.ask() == SMALL
 
     with_house(test, max_in_flight=2)
+
+
+def test_a_call_that_is_late_when_it_is_let_in_does_not_reach_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gRPC tells a busy event loop late that the deadline of a call has passed."""
+
+    async def test(built: House) -> None:
+        with monkeypatch.context() as patch:
+            told = iter([False, True])  # when it came, and when it is let in
+            patch.setattr(grpc_door, "_is_late", lambda _context: next(told))
+            code, message = await refusal(built.ask())
+        assert (code, message) == (grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed on the way")
+        assert await built.ask() == SMALL
+        assert len(built.triton.messages) == 1
+
+    with_house(test, max_in_flight=1)
 
 
 def test_a_burst_of_calls_is_answered_or_refused() -> None:

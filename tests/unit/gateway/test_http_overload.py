@@ -6,14 +6,17 @@ import asyncio
 import collections
 import json
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import aiohttp
+import pytest
 from aiohttp import web
 from http_doors import exchange, free_address, open_before, request_bytes
 
+from siglip_gateway.doors import http_door
 from siglip_gateway.doors.http_door import Limits
 
 
@@ -122,6 +125,36 @@ def test_a_caller_that_gives_up_does_not_reach_triton() -> None:
             gate.may_answer.set()
             assert (await waiting)[0] == 200
             assert (gate.broken, gate.most, opened.door.memory.used) == (0, 2, 0)
+
+    asyncio.run(check())
+
+
+def test_a_connection_that_is_closed_before_the_door_takes_it_is_not_read() -> None:
+    async def check() -> None:
+        gate = Gate()
+        gate.may_answer.set()
+        async with open_before(gate.answer) as opened:
+            for _ in range(3):
+                with socket.create_connection(("127.0.0.1", opened.port)) as caller:
+                    caller.sendall(request_bytes(b"1"))
+            assert (await exchange(opened.port, request_bytes(b"2")))[0] == 200
+            assert (opened.door.connections.server.requests_count, gate.seen) == (1, 1)
+
+    asyncio.run(check())
+
+
+def test_a_caller_that_has_gone_when_it_is_let_in_does_not_reach_triton(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def check() -> None:
+        gate = Gate()
+        gate.may_answer.set()
+        async with open_before(gate.answer, Limits(in_flight=1, waiting=1)) as opened:
+            with monkeypatch.context() as patch:  # as if the event loop had not come to the end of it yet
+                patch.setattr(http_door, "is_closed", lambda _transport: True)
+                assert (await exchange(opened.port, request_bytes(b"1")))[0] == 408
+            assert (await exchange(opened.port, request_bytes(b"2")))[0] == 200
+            assert (gate.seen, opened.door.memory.used) == (1, 0)
 
     asyncio.run(check())
 
