@@ -29,6 +29,7 @@ from siglip_serve.launcher.ports import free_ports
 
 _METHOD = "/inference.GRPCInferenceService/ModelInfer"
 _ANSWER = bytes(3000)
+_ANY_SIZE = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 _SECONDS = 30.0  # deadline of a call; the door writes what is left of it into the request
 
 
@@ -122,14 +123,16 @@ def _grpc_process(port: int, triton: int | None) -> Iterator[int]:
 
 def _serve(port: int, triton: int | None) -> None:
     async def serve() -> None:
-        infer = grpc.aio.insecure_channel(f"127.0.0.1:{triton}").unary_unary(_METHOD) if triton else None
+        channel = grpc.aio.insecure_channel(f"127.0.0.1:{triton}", options=_ANY_SIZE) if triton else None
+        infer = channel.unary_unary(_METHOD) if channel else None
 
         async def answer(request: bytes, _context: Any) -> Any:
             return await infer(request) if infer else _ANSWER
 
         handler = grpc.unary_unary_rpc_method_handler(answer)
         service, _, method = _METHOD[1:].partition("/")
-        server = grpc.aio.server(handlers=[grpc.method_handlers_generic_handler(service, {method: handler})])
+        handlers = [grpc.method_handlers_generic_handler(service, {method: handler})]
+        server = grpc.aio.server(handlers=handlers, options=_ANY_SIZE)
         server.add_insecure_port(f"127.0.0.1:{port}")
         await server.start()
         await server.wait_for_termination()
