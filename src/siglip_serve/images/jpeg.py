@@ -406,5 +406,6 @@ def _is_whole(data: bytes, start: int, restarts: int) -> bool:
         if marked.any():
             found.append(part[1:][marked])
     markers = np.concatenate(found)
-    expected = 0xD0 + np.arange(len(markers) - 1) % 8
-    return len(markers) == restarts + 1 and bool((markers[:-1] == expected).all())
+    if len(markers) != restarts + 1:  # a hostile file may be all markers
+        return False
+    return bool((markers[:-1] == 0xD0 + np.arange(restarts) % 8).all())

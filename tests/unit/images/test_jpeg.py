@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import tracemalloc
 from collections.abc import Callable
 
 import numpy as np
@@ -152,6 +153,17 @@ def test_counts_restarts_over_all_parts_of_the_search(long: tuple[bytes, int]) -
     assert plain_frame(data) == (720, 720, "4:2:0")
     last = data.rindex(b"\xff\xd1")
     assert plain_frame(data[:last] + b"\xff\xd2" + data[last + 2 :]) is None
+
+
+def test_a_file_of_markers_takes_no_more_memory_than_a_few_copies(long: tuple[bytes, int]) -> None:
+    data, start = long
+    hostile = data[:start] + b"\xff" * 2**22 + data[-2:]
+    tracemalloc.start()
+    try:
+        assert plain_frame(hostile) is None
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(hostile)
+    finally:
+        tracemalloc.stop()
 
 
 def test_agrees_with_libjpeg_on_hostile_headers() -> None:
