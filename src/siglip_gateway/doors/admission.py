@@ -115,9 +115,8 @@ class Admission:
         self._admitted = 0
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._tasks: set[asyncio.Task[Any]] = set()  # a task that nothing refers to may be collected
-        # Those that hold up others, with the end of their time, and those of callers that gave up among them.
-        self._holding_up: dict[asyncio.Task[Any], asyncio.TimerHandle] = {}
-        self._forgotten: set[asyncio.Task[Any]] = set()
+        self._holding_up: dict[asyncio.Task[Any], asyncio.TimerHandle] = {}  # with the end of their time
+        self._gone: set[asyncio.Task[Any]] = set()  # those of callers that gave up
 
     @property
     def in_flight(self) -> int:
@@ -137,7 +136,7 @@ class Admission:
     @property
     def forgotten(self) -> int:
         """Calls of callers that gave up, which Triton still has and which hold others up."""
-        return len(self._forgotten)
+        return len(self._gone & self._holding_up.keys())
 
     def check(self) -> None:
         """Check that another call may wait.
@@ -157,13 +156,13 @@ class Admission:
 
         Raises:
             FullError: too many wait.
-            GoneError: from `start`. The place goes to the next call.
+            GoneError: from `start`. The place goes to the next call, as after any other error of it.
         """
         self.check()
         await self._enter()
         try:
             call = start()
-        except GoneError:
+        except BaseException:  # a place that is lost is lost for good
             self._give_back()
             raise
         task = asyncio.create_task(call)
@@ -200,7 +199,7 @@ class Admission:
         forgotten = max(self._most_forgotten, self._admitted // _SHARE_FORGOTTEN)
         is_free = self._places.free > 0 and self._admitted < self._most
         overdue = len(self._tasks) - len(self._holding_up)
-        return is_free and len(self._forgotten) < forgotten and self._admitted - overdue < self._window
+        return is_free and self._admitted - overdue < self._window and self.forgotten < forgotten
 
     async def _enter(self) -> None:
         if self._may_pass() and not self._waiters:
@@ -231,16 +230,16 @@ class Admission:
         self._tasks.discard(task)
         if timer := self._holding_up.pop(task, None):
             timer.cancel()
-        if task not in self._forgotten:
+        if task not in self._gone:
             self._window = min(self._window + 1, self._most)
-        self._forgotten.discard(task)
+        self._gone.discard(task)
         self._give_back()
 
     def _forget(self, task: asyncio.Task[Any]) -> None:
         """Note that the caller of a call gave up."""
         if self._narrows:
             self._window = max(self._window - _SHRINK, 1)
-        self._forgotten.add(task)
+        self._gone.add(task)
         self._hold_up(task)
         task.add_done_callback(_retrieve)
 
@@ -253,7 +252,6 @@ class Admission:
 
     def _hold_up_no_more(self, task: asyncio.Task[Any]) -> None:
         del self._holding_up[task]
-        self._forgotten.discard(task)
         self._places.let_in()
 
 

@@ -68,6 +68,8 @@ class Connections:
 def is_closed(transport: asyncio.BaseTransport) -> bool:
     """Tell if the caller has closed a connection, which a busy event loop reads late."""
     found = transport.get_extra_info("socket")
+    if found is None:
+        return False
     try:
         return found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in _CLOSED
     except OSError:  # closed here too, or a system that does not tell

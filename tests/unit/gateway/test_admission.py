@@ -124,9 +124,12 @@ def test_a_caller_that_gives_up_as_it_is_let_in_passes_its_place_on(steps: int) 
     check(test, in_flight=1)
 
 
-def test_a_call_whose_caller_has_gone_when_it_is_let_in_passes_its_place_on() -> None:
+@pytest.mark.parametrize("error", [GoneError, ValueError])
+def test_a_call_that_cannot_start_passes_its_place_on(error: type[Exception]) -> None:
+    """Its caller has gone, for example."""
+
     def start() -> Coroutine[Any, Any, str]:
-        raise GoneError
+        raise error
 
     async def test(work: Work) -> None:
         first = work.call("a")
@@ -137,7 +140,7 @@ def test_a_call_whose_caller_has_gone_when_it_is_let_in_passes_its_place_on() ->
         await work.end("a")
         assert work.started == ["a", "b"]
         await work.end("b")
-        with pytest.raises(GoneError):
+        with pytest.raises(error):
             await gone
         assert [await first, await last] == ["a", "b"]
         assert work.admission.in_flight == 0
@@ -439,6 +442,29 @@ def test_a_call_that_is_never_answered_does_not_keep_the_window_closed() -> None
         assert (work.admission.forgotten, work.admission.in_flight) == (0, 0)
 
     check(test, in_flight=8, holds_up=0.2)
+
+
+def test_the_late_end_of_a_call_that_was_given_up_is_no_answer() -> None:
+    """Otherwise the window would open as soon as Triton has done with all that it was late with."""
+
+    async def test(work: Work) -> None:
+        gone = [work.call(name) for name in "abc"]
+        await settle()
+        for caller in gone:
+            await give_up(caller)
+        async with asyncio.timeout(10):
+            while work.admission.forgotten:
+                await asyncio.sleep(0.01)
+        for name in "abc":
+            await work.end(name)
+        callers = [work.call(name) for name in "de"]
+        await settle()
+        assert work.started == ["a", "b", "c", "d"]
+        for name in "de":
+            await work.end(name)
+        await asyncio.gather(*callers)
+
+    check(test, in_flight=8, holds_up=0.05)
 
 
 @pytest.mark.parametrize(("model", "let_in"), [("siglip", 1), ("", 8)])
