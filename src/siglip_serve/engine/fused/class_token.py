@@ -10,6 +10,7 @@ from torch import Tensor
 __all__ = ["taken"]
 
 _TOKENS = 32  # that a program reads at once
+_VECTORS = 32  # of one launch, since each has a row of memory for every head of every layer
 
 
 def taken(qkv: Tensor, seen: Tensor, heads: int) -> Tensor:
@@ -24,13 +25,16 @@ def taken(qkv: Tensor, seen: Tensor, heads: int) -> Tensor:
         [1, P, T] float32.
     """
     layers, tokens, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-    vectors, depth = seen.shape[1], width // heads
-    parts = torch.empty(layers * heads, vectors, tokens, dtype=torch.float32, device=qkv.device)
-    _taken[(layers * heads,)](
-        qkv, seen.contiguous(), parts, tokens, width, heads, vectors, depth, depth**-0.5,
-        _TOKENS, triton.next_power_of_2(depth), num_warps=4,
-    )  # fmt: skip
-    return parts.sum(0, keepdim=True)
+    depth = width // heads
+    found = torch.empty(seen.shape[1], tokens, dtype=torch.float32, device=qkv.device)
+    for some, rows in zip(seen.split(_VECTORS, 1), found.split(_VECTORS), strict=True):
+        parts = torch.empty(layers * heads, *rows.shape, dtype=torch.float32, device=qkv.device)
+        _taken[(layers * heads,)](
+            qkv, some.contiguous(), parts, tokens, width, heads, len(rows), depth, depth**-0.5,
+            _TOKENS, triton.next_power_of_2(depth), num_warps=4,
+        )  # fmt: skip
+        torch.sum(parts, 0, out=rows)
+    return found[None]
 
 
 @triton.jit

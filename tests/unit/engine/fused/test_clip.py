@@ -103,11 +103,11 @@ def test_products_with_an_activation_equal_those_of_torch(m: int, n: int, k: int
     torch.testing.assert_close(out, siglip.ACTIVATIONS[name](expected) if name else expected)
 
 
-@pytest.mark.parametrize("tokens", [5, 32, 70])
+@pytest.mark.parametrize(("tokens", "vectors"), [(5, 2), (32, 2), (70, 2), (5, 32), (5, 33)])
 @pytest.mark.parametrize(("heads", "depth"), [(2, 64), (3, 12)])
-def test_the_class_token_takes_what_torch_says(tokens: int, heads: int, depth: int) -> None:
+def test_the_class_token_takes_what_torch_says(tokens: int, vectors: int, heads: int, depth: int) -> None:
     torch.manual_seed(0)
-    layers, vectors, width = 3, 2, heads * depth
+    layers, width = 3, heads * depth
     qkv = torch.randn(layers, tokens, 3 * width) * 2
     seen = torch.randn(layers, vectors, width)
     q, k, v = qkv.view(layers, tokens, 3, heads, depth).permute(2, 0, 3, 1, 4)
@@ -115,6 +115,25 @@ def test_the_class_token_takes_what_torch_says(tokens: int, heads: int, depth: i
     mixed = weights.mT * v  # [L, H, T, depth]
     expected = torch.einsum("lhtd,lphd->pt", mixed, seen.view(layers, vectors, heads, depth))
     torch.testing.assert_close(taken(qkv, seen, heads), expected[None], rtol=0, atol=1e-4)
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many elements the largest tensor has that operations return."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        if isinstance(found, Tensor):
+            self.elements = max(self.elements, found.numel())
+        return found
+
+
+def test_many_vectors_take_memory_for_few_at_once() -> None:
+    qkv, seen = torch.randn(3, 5, 3 * 24), torch.randn(3, 500, 24)
+    with Largest() as largest:  # type: ignore[no-untyped-call]
+        taken(qkv, seen, 3)
+    assert largest.elements < 9 * 500 * 5  # what all would take
 
 
 def test_cut_patches_leaves_a_row_of_zeros_before_each_image() -> None:
