@@ -246,18 +246,6 @@ class ClipExplainer:
             x, maps = trace.after, maps + _taken(trace, seen[start:end])
         return self.conclude(x, maps, form, constant)
 
-    @torch.inference_mode()
-    def __call__(
-        self, trace: TowerTrace, form: Tensor, seen: Tensor, constant: Tensor
-    ) -> Explanation[Tensor]:
-        """Explain the images of a trace of all blocks.
-
-        Args:
-            trace: `mlp` is not read.
-            form, seen, constant: found by `prepare`.
-        """
-        return self.conclude(trace.after, _taken(trace, seen), form, constant)
-
     def conclude(self, x: Tensor, maps: Tensor, form: Tensor, constant: Tensor) -> Explanation[Tensor]:
         """Explain images by what their class tokens took.
 

@@ -1,7 +1,7 @@
 """Matrix products that compute an activation before they write, in Triton's language, on Hopper GPUs.
 
-cuBLASLt has one activation, and libraries none of CLIP's. A pass over memory of its own takes a quarter as
-long as the product. Importing this module needs the package triton.
+cuBLASLt has the tanh form of the GELU, and no library has CLIP's activation, which would take another pass
+over memory. Importing this module needs the package triton.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _WARPS, _STAGES = 8, 3
 
 def is_supported(kind: Kind, device: int) -> bool:
     """Return True if `product` computes a kind of product on a GPU."""
-    # The copy engine's rows begin at multiples of 16 bytes.
+    # The Tensor Memory Accelerator takes rows that begin at multiples of 16 bytes.
     aligned = kind.k % 8 == 0 and kind.n % 8 == 0
     takes = bool(kind.activation) and kind.inputs.itemsize == 2 and aligned
     return takes and torch.cuda.get_device_capability(device) == _CAPABILITY
@@ -68,7 +68,7 @@ def _place(tile, rows_of_tiles, columns_of_tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _end(sums, bias, column, n, ACTIVATION: tl.constexpr, FAST: tl.constexpr, COLUMNS: tl.constexpr):
+def _epilogue(sums, bias, column, n, ACTIVATION: tl.constexpr, FAST: tl.constexpr, COLUMNS: tl.constexpr):
     """Add the bias of some columns to sums [rows, COLUMNS], and compute the activation."""
     columns = column + tl.arange(0, COLUMNS)
     sums += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)[None]
@@ -91,8 +91,8 @@ def _product(
         # The left and the right half, one after the other: a whole tile finds no room in shared memory.
         halves = tl.permute(tl.reshape(sums, (ROWS, 2, COLUMNS // 2)), (0, 2, 1))
         left, right = tl.split(halves)
-        left = _end(left, bias, column, n, ACTIVATION, FAST, COLUMNS // 2)
+        left = _epilogue(left, bias, column, n, ACTIVATION, FAST, COLUMNS // 2)
         out.store([row, column], left.to(out.dtype))
         column += COLUMNS // 2
-        right = _end(right, bias, column, n, ACTIVATION, FAST, COLUMNS // 2)
+        right = _epilogue(right, bias, column, n, ACTIVATION, FAST, COLUMNS // 2)
         out.store([row, column], right.to(out.dtype))

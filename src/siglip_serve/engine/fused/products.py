@@ -1,8 +1,8 @@
 """Matrix products of towers on NVIDIA GPUs, each by the fastest algorithm that there is for its shape.
 
-torch lets cuBLASLt guess. At towers' shapes another of the library's algorithms is faster, or our own kernel
-where an activation follows (benchmarks/results/products.csv). So the start tries them beside torch's where a
-pass is recorded. Shapes that come later, small products, and other GPUs are left to torch.
+torch lets cuBLASLt guess. At towers' shapes another of the library's algorithms is faster (products.csv of
+benchmarks/results), or our own kernel where an activation follows (clip_gpu.csv). So the start tries them
+beside torch's where a pass is recorded. Shapes that come later, and small products, are left to torch.
 """
 
 from __future__ import annotations
@@ -172,15 +172,15 @@ def _by_kernel(
 
 @lru_cache
 def _tell(reason: str) -> None:
-    """Print once that products stay as they are."""
-    print(f"siglip-serve: matrix products by torch's choice, which may be slower: {reason}", flush=True)
+    """Print once why a way is left out."""
+    print(f"siglip-serve: some matrix products may be slower: {reason}", flush=True)
 
 
 def choose(runs: Sequence[Callable[[], object]], measure: Callable[[Callable[[], object]], float]) -> int:
     """Return the place of the fastest of several ways to compute the same.
 
     Args:
-        runs: the usual way, than which another has to be clearly faster. Others may raise an error.
+        runs: the usual way, than which another has to be clearly faster. One that raises is left out.
         measure: calls one of them, and returns its time.
     """
     runs[0]()
@@ -188,12 +188,14 @@ def choose(runs: Sequence[Callable[[], object]], measure: Callable[[Callable[[],
     for place, run in enumerate(runs[1:], 1):
         try:
             run()
-            working.append(place)
-        except (CublasLtError, torch.OutOfMemoryError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
+        except torch.OutOfMemoryError:
+            raise
+        except CublasLtError:
+            continue
         except Exception as error:  # noqa: BLE001 - Triton's compiler has many, and there is the usual way
             _tell(f"{type(error).__name__}: {error}")
+            continue
+        working.append(place)
     times = dict.fromkeys(working, math.inf)
     # One after the other, and the shortest times: the GPU may have other work, and its clock changes.
     for _ in range(_ROUNDS):
