@@ -441,7 +441,7 @@ def test_a_call_that_is_never_answered_does_not_keep_the_window_closed() -> None
         await work.end("lost")
         assert (work.admission.forgotten, work.admission.in_flight) == (0, 0)
 
-    check(test, in_flight=8, holds_up=0.2)
+    check(test, in_flight=8, holds_up=1)
 
 
 def test_the_late_end_of_a_call_that_was_given_up_is_no_answer() -> None:

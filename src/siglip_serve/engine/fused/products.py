@@ -116,8 +116,9 @@ def _by_torch(
         return torch._scaled_mm(x, w, *scales, bias, out_dtype=kind.output, use_fast_accum=True)
     if kind.activation == TANH_GELU:
         return torch._addmm_activation(cast("Tensor", bias), x, w, use_gelu=True)
-    product = torch.addmm(cast("Tensor", bias), x, w, out=out)
-    return kernels.activate(product, kind.activation) if kind.activation else product
+    if kind.activation:  # another pass over a product that may have a way of its own
+        return kernels.activate(_compute(kind._replace(activation=""), x, w, bias=bias), kind.activation)
+    return torch.addmm(cast("Tensor", bias), x, w, out=out)
 
 
 def _find(
@@ -143,6 +144,8 @@ def _try(kind: Kind, x: Tensor, w: Tensor, bias: Tensor | None, scales: Scales |
         return None
     try:
         ways = list(_other_ways(kind, bias, x.device.index))
+        if not ways:
+            return None
         out = torch.zeros(kind.m, kind.n, dtype=kind.output, device=x.device)
         runs: list[Callable[[], object]] = [partial(_by_torch, kind, x, w, out, bias, scales)]
         runs += [partial(way, x, w, out, bias, scales) for way in ways]

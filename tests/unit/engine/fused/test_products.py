@@ -199,3 +199,18 @@ def test_leaves_small_products_to_torch() -> None:
     kind = Kind(16, 768, 768, torch.bfloat16, torch.bfloat16)
     matrices = OnGpu(16, 768), OnGpu(768, 768)
     assert products._try(kind, *matrices, None, None) is None  # type: ignore[arg-type]
+
+
+def test_a_product_before_a_pass_over_memory_has_a_way_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no product computes the activation, it follows the fastest one that there is."""
+    found: list[str] = []
+
+    def find(kind: Kind, *_: object) -> None:
+        found.append(kind.activation)
+
+    monkeypatch.setattr(products, "_find", find)
+    torch.manual_seed(0)
+    x, w, bias = torch.randn(5, 8), torch.randn(6, 8).t(), torch.randn(6)
+    expected = ACTIVATIONS["quick_gelu"](torch.addmm(bias, x, w))
+    assert torch.allclose(products.linear(x, w, bias, "quick_gelu"), expected, atol=1e-5)
+    assert found == ["quick_gelu", ""]
